@@ -1,0 +1,111 @@
+"""Dynamic mask attention as a module.
+
+B batch, N length, C hidden size, H query heads, G KV heads, D head dim.
+"""
+
+import torch
+from dma_kernels import ScoreForm, key_ranks, key_scores
+from torch import Tensor, nn
+
+from dma_lightning.backends import BACKENDS, Backend, Selection, resolve_backend
+from dma_lightning.rotary import apply_rotary
+
+
+class DynamicMaskAttention(nn.Module):
+    """Causal self-attention in which every query keeps the `keep_window_size` best-scored keys of its past.
+
+    The score of a key comes from the values at its position, selects the key, and is added to its logits, so the
+    selection is trained. With `A = 0`, as initialised, this is exactly sliding-window attention.
+
+    Args:
+        hidden_size: C, width of input and output.
+        num_heads: H, query heads.
+        num_kv_heads: G, key and value heads; H must be a multiple of it. Default: H.
+        head_dim: D, even. Default: C / H.
+        keep_window_size: keys that a query keeps.
+        keep_last: positions that stay visible besides, whatever their rank.
+        sinks: first keys of each document that stay visible besides.
+        score_form: what is added to the logits, `exp(rank)` or the rank itself (`linear`).
+        rope_theta: base of the rotary embedding.
+        rms_norm_eps: epsilon of the RMSNorm on queries and keys.
+        backend: `auto`, `torch` or `reference`.
+
+    Raises:
+        ValueError: if the sizes do not belong together, or for an unknown backend or score form.
+
+    Source: arXiv 2508.02124v6, section 3; details as in the Doge model of Hugging Face Transformers.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        keep_window_size: int = 1024,
+        keep_last: int = 0,
+        sinks: int = 0,
+        score_form: ScoreForm = "exp",
+        rope_theta: float = 10_000.0,
+        rms_norm_eps: float = 1e-6,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
+        if head_dim is None and hidden_size % num_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_heads, got {hidden_size} and {num_heads}; or set head_dim"
+            )
+        head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim: rotary embedding needs an even number >= 2, got {head_dim}")
+        if keep_window_size < 1 or keep_last < 0 or sinks < 0:
+            raise ValueError(
+                "expected keep_window_size >= 1, keep_last >= 0 and sinks >= 0, "
+                f"got {keep_window_size}, {keep_last} and {sinks}"
+            )
+        self.hidden_size, self.head_dim = hidden_size, head_dim
+        self.keep_window_size, self.keep_last, self.sinks = keep_window_size, keep_last, sinks
+        self.score_form, self.rope_theta = score_form, rope_theta
+        self.backend = resolve_backend(backend)
+
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps)
+        self.k_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps)
+        self.A = nn.Parameter(torch.zeros(num_kv_heads))
+        self.dt_proj = nn.Linear(num_kv_heads * head_dim, num_kv_heads, bias=False)  # Δ
+        key_scores(self.A.detach(), score_form)  # an unknown form is an error now, not in the first step
+
+    def forward(self, x: Tensor, documents: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+        """Attend within each sequence.
+
+        Args:
+            x: `[B, N, C]`.
+            documents: integer document ids `[B, N]`; a document is a run of equal ids and sees itself alone.
+            padding: bool `[B, N]`, True at padded positions, which nobody sees.
+
+        Returns:
+            `[B, N, C]`.
+
+        Raises:
+            ValueError: on a wrong shape or dtype.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.hidden_size or x.shape[1] == 0:
+            raise ValueError(f"expected x [B, N >= 1, {self.hidden_size}], got {list(x.shape)}")
+        q, k, v = self._project(x)
+        ranks = key_ranks(v, self.A, self.dt_proj.weight)  # [B, G, N]
+        scores = key_scores(ranks, self.score_form)
+        selection = Selection(self.keep_window_size, self.keep_last, self.sinks, documents, padding)
+        out = BACKENDS[self.backend](q, k, v, scores, ranks, selection)  # [B, H, N, D]
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised, rotated queries `[B, H, N, D]` and keys, and values `[B, G, N, D]`, in one dtype."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(q).to(v.dtype).transpose(1, 2), self.k_norm(k).to(v.dtype).transpose(1, 2)
+        return apply_rotary(q, self.rope_theta), apply_rotary(k, self.rope_theta), v.transpose(1, 2)

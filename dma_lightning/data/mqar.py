@@ -1,0 +1,148 @@
+"""Multi-query associative recall (MQAR): look up values by keys that were shown earlier.
+
+    k1 v1 k2 v2 … kn vn | fillers … k2 … fillers … k1 … fillers      labels: v2 under k2, v1 under k1, none elsewhere
+
+V vocabulary, N sequence length.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dma_lightning.data.base import IGNORE_INDEX, SequenceDataModule
+
+_SPLIT_STRIDE = 1 << 30  # each split draws its seeds from a range of its own
+
+
+class MQARTask:
+    """The generator of examples.
+
+    Args:
+        vocab_size: V; keys are drawn from the lower half (without 0), values from the upper.
+        sequence_length: N, even.
+        num_pairs: n, key-value pairs of an example; each is asked for once.
+        power: α, exponent of the distribution of the gaps between a pair and its query; 1 is uniform.
+        random_fillers: fill the free positions with random tokens instead of 0.
+
+    Raises:
+        ValueError: if such an example does not exist.
+
+    Source: "Zoology", arXiv 2312.04927, and its public generator.
+    """
+
+    def __init__(
+        self, vocab_size: int, sequence_length: int, num_pairs: int, power: float, random_fillers: bool
+    ) -> None:
+        if sequence_length % 2 or vocab_size <= sequence_length:
+            raise ValueError(
+                f"expected an even sequence_length below vocab_size, got {sequence_length} and {vocab_size}"
+            )
+        if num_pairs < 1 or 4 * num_pairs > sequence_length:
+            raise ValueError(
+                f"num_pairs: expected 1 <= num_pairs <= sequence_length / 4 = {sequence_length // 4}, got {num_pairs}"
+            )
+        self.vocab_size, self.sequence_length, self.num_pairs = vocab_size, sequence_length, num_pairs
+        self.random_fillers = random_fillers
+        weights = np.arange(1, (sequence_length - 2 * num_pairs) // 2 + 1) ** (power - 1.0)
+        self.slot_probabilities = weights / weights.sum()
+
+    def generate(self, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw examples, in the call order of the original generator: all keys, all values, all slots, all fillers.
+
+        Returns:
+            Inputs and labels, int64 `[count, N]`; the label stands at the position of the query key.
+        """
+        random = np.random.RandomState(seed)  # the legacy generator: bit for bit the original's draws
+        pairs, length, half = self.num_pairs, self.sequence_length, self.vocab_size // 2
+        keys = _draw(random, np.arange(1, half), pairs, count)
+        values = _draw(random, np.arange(half, self.vocab_size), pairs, count)
+        slots = _draw(random, np.arange(len(self.slot_probabilities)), pairs, count, self.slot_probabilities)
+
+        inputs = np.zeros((count, length), dtype=np.int64)
+        labels = np.full((count, length), IGNORE_INDEX, dtype=np.int64)
+        inputs[:, 0 : 2 * pairs : 2], inputs[:, 1 : 2 * pairs : 2] = keys, values
+        queries = 2 * pairs + 2 * slots
+        np.put_along_axis(inputs, queries, keys, axis=1)
+        np.put_along_axis(labels, queries, values, axis=1)
+        if self.random_fillers:
+            free = inputs == 0
+            inputs[free] = random.randint(self.vocab_size, size=free.sum())
+        return inputs, labels
+
+
+class MQARExamples(Dataset):
+    """Examples drawn when asked for, one per seed.
+
+    Args:
+        task: the generator.
+        first_seed: seed of example 0.
+        count: number of examples.
+    """
+
+    def __init__(self, task: MQARTask, first_seed: int, count: int) -> None:
+        self.task, self.first_seed, self.count = task, first_seed, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        inputs, labels = self.task.generate(self.first_seed + index, 1)
+        return {"input_ids": torch.from_numpy(inputs[0]), "labels": torch.from_numpy(labels[0])}
+
+
+class MQARDataModule(SequenceDataModule):
+    """Multi-query associative recall with training, validation and test examples from disjoint seeds.
+
+    Args:
+        vocab_size: number of different tokens; keys come from the lower half, values from the upper.
+        sequence_length: tokens in a sequence; even and below vocab_size.
+        num_pairs: key-value pairs in an example, at most a quarter of sequence_length.
+        power: exponent of the distribution of the gaps between pair and query; 1 is uniform.
+        random_fillers: fill free positions with random tokens instead of 0.
+        train_examples: number of training examples.
+        val_examples: number of validation examples.
+        test_examples: number of test examples, which `predict` uses too.
+        seed: number of the data set; different seeds share no example.
+        batch_size: sequences in a batch of each process.
+        num_workers: processes that load data beside each training process.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 256,
+        sequence_length: int = 64,
+        num_pairs: int = 8,
+        power: float = 0.01,
+        random_fillers: bool = True,
+        train_examples: int = 100_000,
+        val_examples: int = 1_000,
+        test_examples: int = 1_000,
+        seed: int = 0,
+        batch_size: int = 64,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(vocab_size, sequence_length, None, batch_size, num_workers)
+        self.task = MQARTask(vocab_size, sequence_length, num_pairs, power, random_fillers)
+        self.counts = (train_examples, val_examples, test_examples)
+        if min(self.counts) < 1 or seed < 0 or (seed + 1) * max(self.counts) > _SPLIT_STRIDE:
+            raise ValueError(
+                "expected at least one example in each split, seed >= 0, and (seed + 1) * examples <= 2**30, "
+                f"got {self.counts} examples and seed {seed}"
+            )
+        self.seed = seed
+
+    def setup(self, stage: str) -> None:
+        self.train_set, self.val_set, self.test_set = (
+            MQARExamples(self.task, split * _SPLIT_STRIDE + self.seed * count, count)
+            for split, count in enumerate(self.counts)
+        )
+
+
+def _draw(
+    random: np.random.RandomState, choices: np.ndarray, size: int, count: int, p: np.ndarray | None = None
+) -> np.ndarray:
+    """`count` rows of `size` distinct choices."""
+    return np.stack([random.choice(choices, size=size, replace=False, p=p) for _ in range(count)])

@@ -1,0 +1,160 @@
+"""The LightningModule: loss, logging and optimizer around the decoder.
+
+B batch, N length, V vocabulary.
+"""
+
+import math
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.text import Perplexity
+
+from dma_lightning.data.base import IGNORE_INDEX, Batch
+from dma_lightning.metrics import BitsPerByte, bits_per_byte
+from dma_lightning.model import DogeForCausalLM, ModelConfig
+from dma_lightning.schedules import Schedule, lr_factor
+
+
+class LanguageModel(pl.LightningModule):
+    """Trains a Doge decoder with AdamW to predict the labels of each position.
+
+    Args:
+        lr: peak learning rate.
+        weight_decay: decay of the matrices; norms, residual weights and A are never decayed.
+        betas: decay rates of AdamW's moments.
+        schedule: learning rate over the steps: wsd (warm-up, stable, linear decay to 0), cosine, or constant.
+        warmup_fraction: share of trainer.max_steps in which the learning rate rises linearly.
+        decay_fraction: share of trainer.max_steps in which wsd falls linearly.
+        bytes_per_token: mean length of a token, to report bits per byte; none for data that is no text.
+        config: the fields of `ModelConfig`.
+    """
+
+    def __init__(
+        self,
+        lr: float = 3e-3,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.95),
+        schedule: Schedule = "wsd",
+        warmup_fraction: float = 0.1,
+        decay_fraction: float = 0.2,
+        bytes_per_token: float | None = None,
+        **config: Any,
+    ) -> None:
+        super().__init__()
+        if lr <= 0 or weight_decay < 0:
+            raise ValueError(f"expected lr > 0 and weight_decay >= 0, got {lr} and {weight_decay}")
+        if schedule not in get_args(Schedule):
+            raise ValueError(f"schedule: expected one of {list(get_args(Schedule))}, got {schedule!r}")
+        if min(warmup_fraction, decay_fraction) < 0 or warmup_fraction + decay_fraction > 1:
+            raise ValueError(
+                "warmup_fraction and decay_fraction: expected two shares of at most 1 in all, "
+                f"got {warmup_fraction} and {decay_fraction}"
+            )
+        self.save_hyperparameters()
+        self.model = DogeForCausalLM(ModelConfig(**config))
+        self.val_metrics = self._metrics()
+        self.test_metrics = self._metrics()
+
+    def forward(self, input_ids: Tensor, documents: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+        """Logits `[B, N, V]` of token ids `[B, N]`; see `DogeForCausalLM.forward`."""
+        return self.model(input_ids, documents, padding)
+
+    def on_fit_start(self) -> None:
+        config = self.model.config
+        if config.keep_window_size >= config.max_position_embeddings:
+            rank_zero_warn(
+                f"keep_window_size {config.keep_window_size} >= sequence length {config.max_position_embeddings}: "
+                "no key is ever dropped, so the selection is never exercised; lower keep_window_size to train it"
+            )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss, _ = self._loss(batch)
+        logs = {"train/perplexity": loss.detach().exp()}
+        if self.hparams.bytes_per_token is not None:
+            logs["train/bits_per_byte"] = bits_per_byte(loss.detach(), self.hparams.bytes_per_token)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        self.log_dict(logs, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "test", self.test_metrics)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """The likeliest token at every position, and the log-probability of its label (0 where there is none)."""
+        logits = self._logits(batch)
+        return {"tokens": logits.argmax(-1), "label_log_probs": -_token_losses(logits, batch["labels"])}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        self.log("grad_norm", nn.utils.get_total_norm(grads))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with two groups, and the schedule per optimizer step.
+
+        Raises:
+            ValueError: if a schedule needs `trainer.max_steps` and it is not set.
+        """
+        hp, max_steps = self.hparams, self.trainer.max_steps
+        if hp.schedule != "constant" and max_steps < 1:
+            raise ValueError(f"schedule {hp.schedule!r} needs trainer.max_steps >= 1, got {max_steps}; set it")
+        matrices = [p for p in self.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.parameters() if p.ndim < 2]  # norms, residual weights, A
+        groups = [{"params": matrices, "weight_decay": hp.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = AdamW(groups, lr=hp.lr, betas=tuple(hp.betas))
+
+        def factor(step: int) -> float:
+            return lr_factor(hp.schedule, step, max_steps, hp.warmup_fraction, hp.decay_fraction)
+
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
+        }
+
+    def _logits(self, batch: Batch) -> Tensor:
+        return self.model(batch["input_ids"], batch.get("documents"), batch.get("padding"))
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean cross entropy over the labelled positions, and the logits `[B, N, V]`."""
+        logits = self._logits(batch)
+        labelled = (batch["labels"] != IGNORE_INDEX).sum().clamp(min=1)
+        return _token_losses(logits, batch["labels"]).sum() / labelled, logits
+
+    def _metrics(self) -> nn.ModuleDict:
+        vocabulary = self.model.config.vocab_size
+        metrics: dict[str, nn.Module] = {
+            "loss": MeanMetric(),
+            "perplexity": Perplexity(ignore_index=IGNORE_INDEX),
+            "accuracy": MulticlassAccuracy(vocabulary, average="micro", ignore_index=IGNORE_INDEX),
+        }
+        if self.hparams.bytes_per_token is not None:
+            metrics["bits_per_byte"] = BitsPerByte(self.hparams.bytes_per_token)
+        return nn.ModuleDict(metrics)
+
+    def _evaluate(self, batch: Batch, split: Literal["val", "test"], metrics: nn.ModuleDict) -> None:
+        loss, logits = self._loss(batch)
+        labels = batch["labels"]
+        labelled = (labels != IGNORE_INDEX).sum()
+        for name, metric in metrics.items():
+            if isinstance(metric, MeanMetric):
+                metric.update(loss, weight=labelled)
+            elif isinstance(metric, Perplexity):
+                metric.update(logits.float(), labels)
+            else:
+                metric.update(logits.argmax(-1), labels)
+            self.log(f"{split}/{name}", metric, prog_bar=name in ("loss", "bits_per_byte", "accuracy"))
+
+
+def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy in nats at every position `[B, N]`; 0 where the label is ignored."""
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view_as(labels)

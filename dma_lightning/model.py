@@ -1,0 +1,181 @@
+"""The Doge decoder around dynamic mask attention.
+
+B batch, N length, C hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from dma_kernels import ScoreForm
+from torch import Tensor, nn
+
+from dma_lightning.attention import DynamicMaskAttention
+from dma_lightning.backends import Backend
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a Doge decoder; the defaults are the tiny model that trains on a CPU."""
+
+    vocab_size: int = 256
+    """Number of different tokens."""
+    max_position_embeddings: int = 256
+    """Longest sequence that the model takes, in tokens."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    intermediate_size: int = 384
+    """Width of the SwiGLU feed-forward network."""
+    num_hidden_layers: int = 4
+    """Number of decoder layers."""
+    num_attention_heads: int = 4
+    """Number of query heads."""
+    num_key_value_heads: int = 2
+    """Number of key and value heads; the query heads must be a multiple of it."""
+    head_dim: int | None = None
+    """Width of a head, even; by default hidden_size / num_attention_heads."""
+    keep_window_size: int = 64
+    """Number of best-scored past keys that a query attends to."""
+    keep_last: int = 0
+    """Number of last positions that stay visible besides, whatever their score."""
+    sinks: int = 0
+    """Number of first keys of each document that stay visible besides."""
+    score_form: ScoreForm = "exp"
+    """Bias that a key's rank adds to its logits: exp(rank), or the rank itself (linear)."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary position embedding."""
+    rms_norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    hidden_dropout: float = 0.0
+    """Dropout on the output of each attention and feed-forward network."""
+    tie_word_embeddings: bool = True
+    """Use the embedding matrix as output head too."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+    backend: Backend = "auto"
+    """Attention backend: auto, torch (any device), or reference (O(N²), for tests)."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.hidden_dropout < 1:
+            raise ValueError(f"hidden_dropout: expected 0 <= p < 1, got {self.hidden_dropout}")
+
+
+class DogeMLP(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DogeLayer(nn.Module):
+    """Attention and feed-forward network, each behind a norm and beside a learned residual weight per channel."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_residual = nn.Parameter(torch.ones(config.hidden_size))
+        self.self_attn = DynamicMaskAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_dim=config.head_dim,
+            keep_window_size=config.keep_window_size,
+            keep_last=config.keep_last,
+            sinks=config.sinks,
+            score_form=config.score_form,
+            rope_theta=config.rope_theta,
+            rms_norm_eps=config.rms_norm_eps,
+            backend=config.backend,
+        )
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size))
+        self.mlp = DogeMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x: Tensor, documents: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), documents, padding)
+        x = self.input_residual * x + self.dropout(attended)
+        return self.post_attention_residual * x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class DogeForCausalLM(nn.Module):
+    """The Doge decoder without experts; parameter names are those of Hugging Face's `DogeForCausalLM`, less `model.`.
+
+    Source: arXiv 2508.02124v6; block structure as in Hugging Face Transformers, `models/doge`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DogeLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self._init_weights)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, input_ids: Tensor, documents: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+        """Logits of the next token at every position.
+
+        Args:
+            input_ids: int64 `[B, N]`, N at most `max_position_embeddings`.
+            documents: integer document ids `[B, N]`, see `DynamicMaskAttention.forward`.
+            padding: bool `[B, N]`, True at padded positions.
+
+        Returns:
+            `[B, N, V]`.
+
+        Raises:
+            ValueError: on a wrong shape or dtype, or a sequence that is too long.
+        """
+        longest = self.config.max_position_embeddings
+        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids: expected integers [B, N], got {input_ids.dtype} {list(input_ids.shape)}")
+        if input_ids.shape[1] > longest:
+            raise ValueError(
+                f"input_ids: expected at most max_position_embeddings = {longest} tokens, got {input_ids.shape[1]}; "
+                "shorten the sequence or raise max_position_embeddings"
+            )
+        x = self.embed_tokens(input_ids)  # [B, N, C]
+        for layer in self.layers:
+            x = layer(x, documents, padding)
+        return self.lm_head(self.norm(x))
+
+    @property
+    def num_parameters(self) -> int:
+        """All trainable numbers; tied embeddings count once."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def num_non_embedding_parameters(self) -> int:
+        """Trainable numbers outside the embedding and the output head."""
+        tables = {id(p): p.numel() for p in (self.embed_tokens.weight, self.lm_head.weight)}
+        return self.num_parameters - sum(tables.values())
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs to train on one token (forward and backward) in sequences of `max_position_embeddings` tokens.
+
+        Matrix products only: 6 per weight, and 12 per head channel and visible key for QKᵀ and PV.
+        """
+        config, attention = self.config, self.layers[0].self_attn
+        length = config.max_position_embeddings
+        window = min(config.keep_window_size + config.keep_last + config.sinks, length)
+        mean_keys = window - window * (window - 1) / (2 * length)  # mean of min(window, t + 1)
+        channels = config.num_hidden_layers * config.num_attention_heads * attention.head_dim
+        weights = self.num_non_embedding_parameters + self.lm_head.weight.numel()
+        return 6 * weights + 12 * channels * mean_keys
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)

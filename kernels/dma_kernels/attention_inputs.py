@@ -1,0 +1,29 @@
+"""What every attention backend expects of its tensors."""
+
+import torch
+from torch import Tensor
+
+
+def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, scores: Tensor) -> None:
+    """Raise `ValueError` unless q `[B, H, N, D]`, k and v `[B, G, N, D]` and scores `[B, G, N]` belong together."""
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(f"expected q [B, H, N, D] and k [B, G, N, D], got {list(q.shape)} and {list(k.shape)}")
+    batch, heads, length, head_dim = q.shape
+    kv_heads = k.shape[1]
+    expected = {"k": (batch, kv_heads, length, head_dim), "v": (batch, kv_heads, length, head_dim)}
+    expected["scores"] = (batch, kv_heads, length)
+    for name, x in {"k": k, "v": v, "scores": scores}.items():
+        if x.shape != expected[name]:
+            raise ValueError(
+                f"{name}: expected {list(expected[name])} for q {list(q.shape)} and {kv_heads} KV heads, "
+                f"got {list(x.shape)}"
+            )
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected on {q.device} as q, got {x.device}; move it there first")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"query heads must be a multiple of KV heads, got {heads} and {kv_heads}")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    least = torch.promote_types(q.dtype, torch.float32)
+    if scores.dtype not in (torch.float32, least):
+        raise ValueError(f"scores: expected {least} for {q.dtype} inputs, got {scores.dtype}; selection needs its bits")

@@ -1,0 +1,50 @@
+"""A picture of a mask. Matplotlib is imported on the first call only; it is an optional dependency."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_EMPTY, _PARTIAL, _FULL = "#c8c8c8", "#e08214", "#1b7837"
+
+
+def draw_mask(mask: Tensor, block_size: int = 16) -> "Figure":
+    """Draw one bool mask `[queries, keys]`; a block is outlined grey if empty, orange if partial, green if full.
+
+    Raises:
+        ValueError: if `mask` is not two-dimensional, or `block_size` is below 1.
+        ImportError: without Matplotlib (`pip install dma-lightning[draw]`).
+    """
+    if mask.ndim != 2 or block_size < 1:
+        raise ValueError(
+            f"expected a mask [queries, keys] and block_size >= 1, got {list(mask.shape)} and {block_size}"
+        )
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Rectangle
+    except ImportError as error:
+        raise ImportError("drawing a mask needs Matplotlib: pip install 'dma-lightning[draw]'") from error
+
+    rows, columns = mask.shape
+    figure = Figure(figsize=(5.2, 5.2 * rows / columns + 0.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(mask.cpu().float(), cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
+    for row, fills in enumerate(_block_fills(mask.cpu(), block_size).tolist()):
+        for column, fill in enumerate(fills):
+            color = _EMPTY if fill == 0 else _FULL if fill == 1 else _PARTIAL
+            corner = (column * block_size - 0.42, row * block_size - 0.42)
+            axes.add_patch(Rectangle(corner, block_size - 0.16, block_size - 0.16, fill=False, ec=color, lw=1))
+    axes.set(xlabel="key j", ylabel="query t", xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
+    return figure
+
+
+def _block_fills(mask: Tensor, block_size: int) -> Tensor:
+    """Visible share of every block, `[block rows, block columns]`; positions outside the mask do not count."""
+    pad = (0, -mask.shape[1] % block_size, 0, -mask.shape[0] % block_size)
+    visible, inside = (F.pad(x.double(), pad) for x in (mask, torch.ones_like(mask)))
+    visible, inside = (F.avg_pool2d(x[None], block_size)[0] for x in (visible, inside))
+    return visible / inside

@@ -1,0 +1,199 @@
+"""Causal masks as one interval of queries per key: `visible(t, j)  <=>  birth_j <= t < death_j`.
+
+B batch, G KV heads, N length.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dma_kernels.drawing import draw_mask
+from dma_kernels.scores import ordered_bits
+from dma_kernels.selection import KeyOrder, top_w_deaths
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Lifetimes:
+    """Every key lives in one interval of queries; a causal mask is two integers per key.
+
+    Attributes:
+        birth: first query that sees the key, int32 `[B or 1, G or 1, N]`; never before the key's own position.
+        death: first later query that no longer sees it, same shape; `death <= birth`: nobody sees the key.
+        capacity: a static bound on the keys that are alive at once.
+
+    Raises:
+        ValueError: if the tensors are not int32 of one shape `[B or 1, G or 1, N]`, or the capacity is below 1.
+    """
+
+    birth: Tensor
+    death: Tensor
+    capacity: int
+
+    def __post_init__(self) -> None:
+        for name, x in (("birth", self.birth), ("death", self.death)):
+            if x.ndim != 3 or x.dtype != torch.int32:
+                raise ValueError(f"{name}: expected int32 [B or 1, G or 1, N], got {x.dtype} {list(x.shape)}")
+        if self.birth.shape != self.death.shape or self.birth.device != self.death.device:
+            raise ValueError(
+                "birth and death must have one shape and device, got "
+                f"{list(self.birth.shape)} on {self.birth.device} and {list(self.death.shape)} on {self.death.device}"
+            )
+        if self.capacity < 1:
+            raise ValueError(f"capacity: expected at least 1, got {self.capacity}")
+
+    @property
+    def length(self) -> int:
+        """N, the number of positions."""
+        return self.death.shape[-1]
+
+    @classmethod
+    def causal(cls, length: int, device: torch.device | str | None = None) -> "Lifetimes":
+        """Every query sees its whole past."""
+        return cls.sliding_window(length, length, device)
+
+    @classmethod
+    def sliding_window(cls, length: int, window: int, device: torch.device | str | None = None) -> "Lifetimes":
+        """Query t sees the keys `t - window < j <= t`: `window` of them, its own included."""
+        _check_at_least("length", length, 1)
+        _check_at_least("window", window, 1)
+        birth = torch.arange(length, dtype=torch.int32, device=device)[None, None]
+        return cls(birth, (birth + window).clamp(max=length), min(window, length))
+
+    @classmethod
+    def top_w(
+        cls,
+        ranks: Tensor,
+        keep_window_size: int,
+        *,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
+        keep_last: int = 0,
+        sinks: int = 0,
+    ) -> "Lifetimes":
+        """The dynamic mask: each query sees the `keep_window_size` best-ranked keys of its own past.
+
+        Composed as `((top_w | last keep_last | sinks) & documents) & padding`. Documents and padding are
+        arguments of the selection itself: keys of another document never evict yours.
+
+        Args:
+            ranks: `[B, G, N]`, compared in float32 with 16 mantissa bits; of two equal ranks the later key wins.
+            keep_window_size: W, how many keys a query keeps; more than N means all of them.
+            documents: integer document ids `[B, N]`. A document is a run of equal ids; ids at padded positions
+                are ignored. Each document is attended to by itself alone.
+            padding: bool `[B, N]`, True at padded positions, anywhere; nobody sees these keys and they count
+                for nothing in the selection.
+            keep_last: the last so many positions stay visible whatever their rank.
+            sinks: the first so many real keys of each document stay visible to its end.
+
+        Raises:
+            ValueError: on wrong shapes, dtypes or devices, or sizes out of range.
+        """
+        _check_selection(ranks, keep_window_size, documents, padding, keep_last, sinks)
+        length = ranks.shape[-1]
+        runs = document_runs(documents, padding)
+        priority = ordered_bits(ranks)
+        if runs is not None:
+            priority = (runs[:, None].long() << 32) + priority  # document first, then rank
+        keys = KeyOrder.of(priority, excluded=None if padding is None else padding[:, None])
+
+        birth = torch.arange(length, dtype=torch.int32, device=ranks.device)[None, None]
+        death = torch.maximum(top_w_deaths(keys, keep_window_size), birth + keep_last).clamp(max=length)
+        end = document_ends(runs)
+        if sinks:
+            death = torch.where(_is_sink(sinks, birth, runs, padding), length if end is None else end, death)
+        if end is not None:
+            death = torch.minimum(death, end)
+        if padding is not None:
+            death = torch.where(padding[:, None], birth, death)
+        return cls(birth.expand_as(death), death, min(keep_window_size + keep_last + sinks, length))
+
+    def to_dense(self) -> Tensor:
+        """The mask itself, bool `[B or 1, G or 1, N, N]` (query, key); for small N."""
+        query = torch.arange(self.length, device=self.death.device)[:, None]
+        return (self.birth[..., None, :] <= query) & (query < self.death[..., None, :])
+
+    def live_counts(self) -> Tensor:
+        """How many keys each query sees, int64 `[B or 1, G or 1, N]`, in O(N)."""
+        lives = (self.death > self.birth).long()
+        change = torch.zeros(*self.death.shape[:-1], self.length + 1, dtype=torch.long, device=self.death.device)
+        change.scatter_add_(-1, self.birth.long().clamp(max=self.length), lives)
+        change.scatter_add_(-1, self.death.long().clamp(min=0), -lives)
+        return change.cumsum(-1)[..., :-1]
+
+    def draw(self, batch: int = 0, head: int = 0, block_size: int = 16) -> "Figure":
+        """A Matplotlib figure of one head's mask, with its blocks marked as empty, partial or full."""
+        return draw_mask(self.to_dense()[batch, head], block_size)
+
+
+def document_runs(documents: Tensor | None, padding: Tensor | None) -> Tensor | None:
+    """Number of the document that each position belongs to, int64 `[B, N]`, counted from 0 along the row.
+
+    A padded position belongs to the document of the last real position before it.
+    """
+    if documents is None:
+        return None
+    ids = documents
+    if padding is not None:
+        position = torch.arange(documents.shape[-1], device=documents.device)
+        last_real = position.masked_fill(padding, -1).cummax(-1).values
+        ids = documents.gather(-1, last_real.clamp(min=0))
+        before_all = last_real < 0
+        first_real = (~padding).long().argmax(-1, keepdim=True)
+        ids = torch.where(before_all, documents.gather(-1, first_real), ids)
+    starts = ids[:, 1:] != ids[:, :-1]
+    return torch.cat([torch.zeros_like(ids[:, :1], dtype=torch.long), starts.long().cumsum(-1)], dim=-1)
+
+
+def document_ends(runs: Tensor | None) -> Tensor | None:
+    """First position after the document of each position, int32 `[B, 1, N]`."""
+    if runs is None:
+        return None
+    ends = torch.searchsorted(runs, runs, right=True, out_int32=True)
+    return ends[:, None]
+
+
+def _is_sink(sinks: int, birth: Tensor, runs: Tensor | None, padding: Tensor | None) -> Tensor:
+    """Which keys are among the first `sinks` real ones of their document, bool `[B or 1, 1, N]`."""
+    real = torch.ones_like(birth[0], dtype=torch.long) if padding is None else (~padding).long()
+    seen = real.cumsum(-1)  # [B or 1, N], this position included
+    if runs is not None:
+        first = torch.searchsorted(runs, runs)
+        seen = seen - (seen - real).expand_as(runs).gather(-1, first)
+    return (seen <= sinks)[:, None]
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def _check_selection(
+    ranks: Tensor, keep_window_size: int, documents: Tensor | None, padding: Tensor | None, keep_last: int, sinks: int
+) -> None:
+    if ranks.ndim != 3 or not ranks.is_floating_point():
+        raise ValueError(f"ranks: expected floating [B, G, N], got {ranks.dtype} {list(ranks.shape)}")
+    _check_at_least("sequence length", ranks.shape[-1], 1)
+    _check_at_least("keep_window_size", keep_window_size, 1)
+    _check_at_least("keep_last", keep_last, 0)
+    _check_at_least("sinks", sinks, 0)
+    expected = (ranks.shape[0], ranks.shape[-1])
+    for name, x in (("documents", documents), ("padding", padding)):
+        if x is None:
+            continue
+        if x.shape != expected or x.device != ranks.device:
+            raise ValueError(
+                f"{name}: expected shape {list(expected)} on {ranks.device} (batch and length of ranks), "
+                f"got {list(x.shape)} on {x.device}"
+            )
+    if documents is not None and (documents.is_floating_point() or documents.dtype == torch.bool):
+        raise ValueError(f"documents: expected integer ids, got {documents.dtype}")
+    if padding is not None and padding.dtype != torch.bool:
+        raise ValueError(
+            f"padding: expected bool with True at padded positions, got {padding.dtype}; "
+            "from a 0/1 attention mask use `attention_mask == 0`"
+        )

@@ -1,0 +1,100 @@
+"""The O(N²) definition of dynamic mask attention, row by row: the oracle of everything faster.
+
+B batch, H query heads, G KV heads, N length, D head dim.
+"""
+
+import torch
+from torch import Tensor
+
+from dma_kernels.attention_inputs import check_attention_inputs
+from dma_kernels.lifetimes import document_runs
+from dma_kernels.scores import ordered_bits
+
+
+def reference_mask(
+    ranks: Tensor,
+    keep_window_size: int,
+    *,
+    documents: Tensor | None = None,
+    padding: Tensor | None = None,
+    keep_last: int = 0,
+    sinks: int = 0,
+) -> Tensor:
+    """The dynamic mask by its definition: a top-w over each query's own past. Arguments as `Lifetimes.top_w`.
+
+    Returns:
+        bool `[B, G, N, N]` (query, key).
+
+    Source: arXiv 2508.02124v6, equation 4, with the causal mask before the selection.
+    """
+    length = ranks.shape[-1]
+    position = torch.arange(length, device=ranks.device)
+    allowed = (position <= position[:, None])[None, None]  # [B or 1, 1, N, N]
+    runs = document_runs(documents, padding)
+    if runs is not None:
+        allowed = allowed & (runs[:, None, None, :] == runs[:, None, :, None])
+    if padding is not None:
+        allowed = allowed & ~padding[:, None, None, :]
+
+    # (rank, position) as one integer: the later of two equal ranks wins.
+    priority = ordered_bits(ranks).long() * length + position  # [B, G, N]
+    lowest = torch.iinfo(torch.int64).min
+    candidates = torch.where(allowed, priority[..., None, :], lowest)  # [B, G, N, N]
+    kept = candidates.topk(min(keep_window_size, length), dim=-1).indices
+    mask = torch.zeros_like(candidates, dtype=torch.bool).scatter_(-1, kept, True)
+
+    mask |= position > position[:, None] - keep_last
+    place_in_document = (allowed & (position < position[:, None])).sum(-1)  # [B or 1, 1, N] real keys before
+    mask |= (place_in_document < sinks)[..., None, :]
+    return mask & allowed
+
+
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over the keys of a dense mask, with the scores as additive bias; O(N²).
+
+    Args:
+        q: `[B, H, N, D]`.
+        k: `[B, G, N, D]`, H a multiple of G.
+        v: `[B, G, N, D]`.
+        scores: bias of each key, `[B, G, N]`.
+        mask: bool `[B or 1, G or 1, N, N]` (query, key), True where the query sees the key.
+        scale: factor of q·k, by default `1 / sqrt(D)`.
+        return_lse: also return the log-sum-exp of each query's logits.
+
+    Returns:
+        Output `[B, H, N, D]` in the dtype of q, and on request the log-sum-exp `[B, H, N]` in float32 (float64 if q
+        is). A query without any key gives 0 and -inf.
+
+    Source: arXiv 2508.02124v6, equations 5 and 6.
+    """
+    check_attention_inputs(q, k, v, scores)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k_full, v_full, scores_full = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v, scores))
+    mask = mask.expand(-1, k.shape[1], -1, -1).repeat_interleave(group, dim=1)
+
+    logits = q.to(dtype) @ k_full.transpose(-1, -2) * scale + scores_full[..., None, :]  # [B, H, N, N]
+    out = masked_softmax(logits, mask) @ v_full
+    return (out.to(q.dtype), masked_logsumexp(logits, mask)) if return_lse else out.to(q.dtype)
+
+
+def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the last axis where `mask` is True; exact zeros, in the gradient too, in rows without a key."""
+    # A finite fill keeps empty rows free of NaN, in the backward too; the product then clears them.
+    filled = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    return filled.softmax(-1) * mask.any(-1, keepdim=True)
+
+
+def masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
+    """Log-sum-exp over the last axis where `mask` is True; -inf, with zero gradient, in rows without a key."""
+    filled = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    return filled.logsumexp(-1).masked_fill(~mask.any(-1), -torch.inf)

@@ -1,0 +1,80 @@
+"""Ranks and scores of keys: what selects a key, and what is added to its logits.
+
+B batch, G KV heads, N length, D head dim.
+"""
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ScoreForm = Literal["exp", "linear"]
+
+# float32 has 23 mantissa bits; comparing 16 of them makes the same selection out of matrix products
+# whose last bits depend on their shape (training, chunked prefill and decoding differ in it).
+_DROPPED_MANTISSA_BITS = 7
+_CANONICAL_NAN = 0x7FC00000
+
+
+def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor | None = None) -> Tensor:
+    """Rank of every key, `A · softplus(Δ v)`: the learned number that selection compares.
+
+    Args:
+        values: un-rotated values of all KV heads, `[B, G, N, D]`, any floating dtype.
+        A: one factor per KV head, `[G]`.
+        dt_weight: the map Δ from the values of all KV heads to one number per KV head, `[G, G * D]`.
+        dt_bias: optional bias of Δ, `[G]`.
+
+    Returns:
+        `[B, G, N]` in float32 (float64 if `values` are), whatever autocast says.
+
+    Raises:
+        ValueError: if the shapes do not belong together.
+
+    Source: arXiv 2508.02124v6, equation 3, before the exponential.
+    """
+    if values.ndim != 4:
+        raise ValueError(f"values: expected shape [B, G, N, D], got {list(values.shape)}")
+    kv_heads, head_dim = values.shape[1], values.shape[3]
+    if A.shape != (kv_heads,) or dt_weight.shape != (kv_heads, kv_heads * head_dim):
+        raise ValueError(
+            f"expected A [{kv_heads}] and dt_weight [{kv_heads}, {kv_heads * head_dim}] for values "
+            f"{list(values.shape)}, got A {list(A.shape)} and dt_weight {list(dt_weight.shape)}"
+        )
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    with torch.autocast(values.device.type, enabled=False):
+        v_cat = values.transpose(1, 2).flatten(2).to(dtype)  # [B, N, G * D]
+        u = F.linear(v_cat, dt_weight.to(dtype), None if dt_bias is None else dt_bias.to(dtype))
+        return (A.to(dtype) * F.softplus(u)).transpose(1, 2)  # [B, G, N]
+
+
+def key_scores(ranks: Tensor, form: ScoreForm = "exp") -> Tensor:
+    """Score of every key, the additive bias of its logits: `exp(rank)`, or the rank itself for `"linear"`.
+
+    Both forms are monotone in the rank, so they select the same keys; selection always compares ranks.
+    """
+    if form not in get_args(ScoreForm):
+        raise ValueError(f"score_form: expected one of {list(get_args(ScoreForm))}, got {form!r}")
+    return ranks.exp() if form == "exp" else ranks
+
+
+def ordered_bits(ranks: Tensor) -> Tensor:
+    """Integers that compare as the ranks do, after rounding these to 16 mantissa bits.
+
+    Every NaN becomes the one positive NaN, which is largest of all, so that it is selected and shows in
+    the loss; -0.0 equals +0.0.
+
+    Args:
+        ranks: any floating dtype, any shape; compared in float32.
+
+    Returns:
+        int32 of the same shape.
+    """
+    bits = ranks.detach().float().contiguous().view(torch.int32)
+    half = (1 << (_DROPPED_MANTISSA_BITS - 1)) - 1
+    odd = (bits >> _DROPPED_MANTISSA_BITS) & 1  # round half to even
+    rounded = (bits + half + odd) & -(1 << _DROPPED_MANTISSA_BITS)
+    rounded = rounded.masked_fill(ranks.isnan(), _CANONICAL_NAN)
+    ordered = rounded ^ ((rounded >> 31) & 0x7FFFFFFF)  # negative floats order by falling magnitude
+    return ordered.masked_fill((rounded & 0x7FFFFFFF) == 0, 0)
