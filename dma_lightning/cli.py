@@ -16,10 +16,15 @@ class DMACLI(LightningCLI):
         parser.link_arguments("data.bytes_per_token", "model.bytes_per_token", apply_on="instantiate")
 
 
-def main(args: ArgsType = None) -> None:
-    """Parse arguments (by default the command line's) and run the subcommand."""
+def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
+    """Parse arguments (by default the command line's), build trainer, model and data, and run the subcommand.
+
+    Args:
+        args: a list of arguments, or a nested dictionary.
+        run: with False, `args` name no subcommand and nothing is run.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    DMACLI(
+    return DMACLI(
         LanguageModel,
         SequenceDataModule,
         subclass_mode_data=True,
@@ -27,4 +32,10 @@ def main(args: ArgsType = None) -> None:
         seed_everything_default=0,
         parser_kwargs={"description": "Train and evaluate language models with dynamic mask attention."},
         args=args,
+        run=run,
     )
+
+
+def main() -> None:
+    """The console script."""
+    build_cli()

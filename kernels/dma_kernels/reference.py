@@ -83,18 +83,27 @@ def reference_attention(
     mask = mask.expand(-1, k.shape[1], -1, -1).repeat_interleave(group, dim=1)
 
     logits = q.to(dtype) @ k_full.transpose(-1, -2) * scale + scores_full[..., None, :]  # [B, H, N, N]
-    out = masked_softmax(logits, mask) @ v_full
+    out = masked_average(logits, mask, v_full)
     return (out.to(q.dtype), masked_logsumexp(logits, mask)) if return_lse else out.to(q.dtype)
 
 
-def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last axis where `mask` is True; exact zeros, in the gradient too, in rows without a key."""
-    # A finite fill keeps empty rows free of NaN, in the backward too; the product then clears them.
-    filled = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-    return filled.softmax(-1) * mask.any(-1, keepdim=True)
+def masked_average(logits: Tensor, mask: Tensor, v: Tensor) -> Tensor:
+    """Softmax over the keys where `mask` is True, applied to `v`; 0, with zero gradients, for a query without any.
+
+    Args:
+        logits: `[..., queries, keys]`.
+        mask: bool, broadcastable to `logits`.
+        v: `[..., keys, D]`.
+
+    Returns:
+        `[..., queries, D]`.
+    """
+    # A finite fill keeps rows without a key free of NaN, in the backward too; their output is cleared afterwards.
+    weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1)
+    return (weights @ v).masked_fill(~mask.any(-1, keepdim=True), 0)
 
 
 def masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
-    """Log-sum-exp over the last axis where `mask` is True; -inf, with zero gradient, in rows without a key."""
+    """Log-sum-exp over the keys where `mask` is True; -inf, with zero gradient, for a query without any."""
     filled = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
     return filled.logsumexp(-1).masked_fill(~mask.any(-1), -torch.inf)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dma_kernels.attention_inputs import check_attention_inputs
 from dma_kernels.lifetimes import Lifetimes
-from dma_kernels.reference import masked_logsumexp, masked_softmax
+from dma_kernels.reference import masked_average, masked_logsumexp
 from dma_kernels.segments import SegmentLayout
 
 
@@ -55,7 +55,7 @@ def segment_attention(
 
         logits = q_seg.flatten(3, 4) @ k_seg.transpose(-1, -2) + scores_seg.transpose(-1, -2)  # [B, G, T, R * S, K]
         visible = layout.visible().repeat(1, 1, 1, heads // kv_heads, 1)
-        out = _join_heads(masked_softmax(logits, visible) @ v_seg, layout).to(q.dtype)
+        out = _join_heads(masked_average(logits, visible, v_seg), layout).to(q.dtype)
         if not return_lse:
             return out
         return out, _join_heads(masked_logsumexp(logits, visible)[..., None], layout).squeeze(-1)

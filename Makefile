@@ -1,0 +1,47 @@
+# Every target creates .venv if needed and installs what it uses; only Python 3.11+ with pip must be there.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train mqar test lint format bench clean
+
+train: .venv/base.done  ## train the tiny language model on a CPU
+	$(BIN)/dma-lightning fit -c configs/model/tiny.yaml -c configs/data/pydoc.yaml -c configs/trainer/cpu.yaml
+
+mqar: .venv/base.done  ## train associative recall on a CPU
+	$(BIN)/dma-lightning fit -c configs/model/mqar.yaml -c configs/data/mqar.yaml -c configs/trainer/mqar.yaml
+
+test: .venv/test.done  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: .venv/lint.done  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/lint.done  ## repair style and format where that is automatic
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/base.done  ## measure the attention backends on this machine's CPU
+	$(BIN)/python benchmarks/cpu_attention.py
+
+clean:
+	rm -rf .venv runs
+
+# A CUDA build of torch pins its own Triton, which pip would hold to be in conflict with ours.
+.venv/constraints.txt: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("dma-lightning needs Python 3.11 or newer, got " + sys.version.split()[0] + "; set PYTHON=...") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	grep -v '^triton' constraints.txt > $@
+
+.venv/base.done: .venv/constraints.txt pyproject.toml
+	$(BIN)/python -m pip install --quiet -c .venv/constraints.txt -e .
+	touch $@
+
+.venv/lint.done: .venv/constraints.txt pyproject.toml
+	$(BIN)/python -m pip install --quiet -c .venv/constraints.txt ruff
+	touch $@
+
+.venv/test.done: .venv/base.done
+	$(BIN)/python -m pip install --quiet -c .venv/constraints.txt -e '.[test]'
+	$(BIN)/python -c 'import triton' 2> /dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt triton
+	touch $@

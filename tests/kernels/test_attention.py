@@ -1,0 +1,146 @@
+"""The segment backend equals the O(N²) definition in output, log-sum-exp and every gradient."""
+
+import masks
+import pytest
+import torch
+import torch.nn.functional as F
+from dma_kernels import (
+    Lifetimes,
+    key_ranks,
+    key_scores,
+    reference_attention,
+    reference_mask,
+    segment_attention,
+)
+from torch import Tensor
+
+KV_HEADS, HEAD_DIM = 2, 4
+
+
+def make_inputs(length: int, group: int, ties: bool) -> list[Tensor]:
+    """Leaves q, k, v, A and Δ in float64; with `ties`, values repeat as those of repeated tokens do."""
+    q = torch.randn(2, KV_HEADS * group, length, HEAD_DIM, dtype=torch.float64)
+    k, v = torch.randn(2, 2, KV_HEADS, length, HEAD_DIM, dtype=torch.float64)
+    if ties:
+        tokens = torch.randint(0, 5, (2, length))
+        v = torch.randn(5, KV_HEADS, HEAD_DIM, dtype=torch.float64)[tokens].transpose(1, 2).contiguous()
+    A = torch.tensor([0.7, -0.4], dtype=torch.float64)
+    delta = torch.randn(KV_HEADS, KV_HEADS * HEAD_DIM, dtype=torch.float64)
+    return [x.requires_grad_() for x in (q, k, v, A, delta)]
+
+
+def run(inputs: list[Tensor], window: int, arguments: dict, backend: str, weight: Tensor, form: str) -> list[Tensor]:
+    """Output, log-sum-exp and the gradients of all leaves."""
+    q, k, v, A, delta = inputs
+    ranks = key_ranks(v, A, delta)
+    scores = key_scores(ranks, form)
+    if backend == "reference":
+        mask = reference_mask(ranks, window, **arguments)
+        out, lse = reference_attention(q, k, v, scores, mask, return_lse=True)
+    else:
+        lifetimes = Lifetimes.top_w(ranks, window, **arguments)
+        out, lse = segment_attention(q, k, v, scores, lifetimes, return_lse=True)
+    seen = lse.isfinite()
+    loss = (out * weight).sum() + lse[seen].sum()
+    return [out, lse, *torch.autograd.grad(loss, inputs, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("case", masks.CASES, ids=str)
+@pytest.mark.parametrize("ties", [False, True], ids=["random", "ties"])
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("length", masks.LENGTHS)
+def test_equals_the_definition(length: int, group: int, ties: bool, case: masks.Case) -> None:
+    inputs, arguments = make_inputs(length, group, ties), case.arguments(2, length)
+    weight = torch.randn_like(inputs[0])
+    for form, window in zip(["exp", "linear"] * 3, masks.windows(length), strict=False):
+        expected = run(inputs, window, arguments, "reference", weight, form)
+        found = run(inputs, window, arguments, "torch", weight, form)
+        for name, x, y in zip(("out", "lse", "dq", "dk", "dv", "dA", "dΔ"), found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10, msg=f"{name} differs at w = {window}")
+
+
+def test_gradcheck() -> None:
+    q, k, v, _, _ = make_inputs(length=19, group=2, ties=False)
+    scores = torch.randn(2, KV_HEADS, 19, dtype=torch.float64, requires_grad=True)
+    lifetimes = Lifetimes.top_w(scores, 5)
+    assert torch.autograd.gradcheck(lambda *x: segment_attention(*x, lifetimes, segment_length=8), (q, k, v, scores))
+
+
+@pytest.mark.parametrize("window", [1, 7, 63, 70])
+def test_constant_scores_are_sliding_window_attention(window: int) -> None:
+    q, k, v = (torch.randn(2, 4, 63, 8) for _ in range(3))
+    position = torch.arange(63)
+    band = (position <= position[:, None]) & (position > position[:, None] - window)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=band)
+    out = segment_attention(q, k, v, torch.full((2, 4, 63), 1.0), Lifetimes.top_w(torch.zeros(2, 4, 63), window))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_error_is_at_most_twice_the_reference_s(dtype: torch.dtype) -> None:
+    leaves = [torch.randn(2, heads, 111, 8).to(dtype) for heads in (4, 2, 2)]
+    scores, grad = torch.randn(2, 2, 111), torch.randn(2, 4, 111, 8)
+    lifetimes = Lifetimes.top_w(scores, 13)
+
+    def results(function, mask, to: torch.dtype) -> list[Tensor]:
+        inputs = [*(x.to(to) for x in leaves), scores.to(torch.promote_types(to, torch.float32))]
+        inputs = [x.clone().requires_grad_() for x in inputs]
+        out = function(*inputs, mask)
+        return [out, *torch.autograd.grad(out, inputs, grad.to(to))]
+
+    exact = results(reference_attention, lifetimes.to_dense(), torch.float64)
+    reference = results(reference_attention, lifetimes.to_dense(), dtype)
+    fast = results(segment_attention, lifetimes, dtype)
+    for x, y, z in zip(fast, reference, exact, strict=True):
+        assert x.isfinite().all()
+        assert (x.double() - z).abs().max() <= 2 * (y.double() - z).abs().max()
+
+
+def test_non_contiguous_inputs() -> None:
+    q, k, v = (torch.randn(2, 63, 4, 8).transpose(1, 2) for _ in range(3))
+    scores = torch.randn(2, 63, 4).transpose(1, 2)
+    lifetimes = Lifetimes.top_w(scores, 9)
+    expected = segment_attention(*(x.contiguous() for x in (q, k, v, scores)), lifetimes)
+    assert torch.equal(segment_attention(q, k, v, scores, lifetimes), expected)
+
+
+def test_one_mask_for_all_sequences_and_heads() -> None:
+    q, k, v = (torch.randn(2, 4, 63, 8) for _ in range(3))
+    scores, window = torch.randn(2, 4, 63), Lifetimes.sliding_window(63, 9)
+    expected = reference_attention(q, k, v, scores, window.to_dense())
+    torch.testing.assert_close(segment_attention(q, k, v, scores, window), expected)
+
+
+def test_empty_batch() -> None:
+    q, scores = torch.zeros(0, 2, 9, 4), torch.zeros(0, 2, 9)
+    assert segment_attention(q, q, q, scores, Lifetimes.top_w(scores, 3)).shape == (0, 2, 9, 4)
+
+
+def _inputs(**changed: Tensor) -> dict[str, Tensor]:
+    inputs = {"q": torch.zeros(2, 4, 8, 4), "k": torch.zeros(2, 2, 8, 4), "v": torch.zeros(2, 2, 8, 4)}
+    return inputs | {"scores": torch.zeros(2, 2, 8)} | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"q": torch.zeros(4, 8, 4)}, r"expected q \[B, H, N, D\]"),
+        ({"k": torch.zeros(2, 2, 9, 4)}, r"k: expected \[2, 2, 8, 4\] .* got \[2, 2, 9, 4\]"),
+        ({"scores": torch.zeros(2, 4, 8)}, r"scores: expected \[2, 2, 8\]"),
+        ({"q": torch.zeros(2, 3, 8, 4)}, "query heads must be a multiple of KV heads, got 3 and 2"),
+        ({"v": torch.zeros(2, 2, 8, 4).half()}, "one floating dtype"),
+        ({"scores": torch.zeros(2, 2, 8).bfloat16()}, "scores: expected torch.float32"),
+        ({"v": torch.zeros(2, 2, 8, 4, device="meta")}, "v: expected on cpu as q, got meta"),
+    ],
+)
+def test_bad_inputs(changed: dict[str, Tensor], message: str) -> None:
+    inputs = _inputs(**changed)
+    with pytest.raises(ValueError, match=message):
+        segment_attention(**inputs, lifetimes=Lifetimes.causal(8))
+    with pytest.raises(ValueError, match=message):
+        reference_attention(**inputs, mask=Lifetimes.causal(8).to_dense())
+
+
+def test_mask_of_another_length() -> None:
+    with pytest.raises(ValueError, match=r"lifetimes: expected \[2 or 1, 2 or 1, 8\] .* got \[1, 1, 9\]"):
+        segment_attention(**_inputs(), lifetimes=Lifetimes.causal(9))

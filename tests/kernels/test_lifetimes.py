@@ -1,0 +1,143 @@
+"""Lifetimes equal the row-wise definition and the sequential heap, exactly."""
+
+import masks
+import pytest
+import torch
+from dma_kernels import Lifetimes, reference_mask
+from dma_kernels.scores import ordered_bits
+from dma_kernels.selection import KeyOrder, top_w_deaths
+
+
+def make_ranks(ties: bool, length: int) -> torch.Tensor:
+    """Ranks `[2, 2, N]`, of which one head drifts upwards; or with only five different values."""
+    if ties:
+        return torch.randint(0, 5, (2, 2, length)).float() - 2
+    ranks = torch.randn(2, 2, length)
+    ranks[0, 1] += torch.linspace(0, 5, length)
+    return ranks
+
+
+@pytest.mark.parametrize("case", masks.CASES, ids=str)
+@pytest.mark.parametrize("ties", [False, True], ids=["random", "ties"])
+@pytest.mark.parametrize("length", masks.LENGTHS)
+def test_top_w_equals_heap_and_definition(length: int, ties: bool, case: masks.Case) -> None:
+    ranks, arguments = make_ranks(ties, length), case.arguments(2, length)
+    for window in masks.windows(length):
+        lifetimes = Lifetimes.top_w(ranks, window, **arguments)
+        dense = lifetimes.to_dense()
+        assert torch.equal(dense, reference_mask(ranks, window, **arguments))
+        assert torch.equal(lifetimes.live_counts(), dense.sum(-1))
+        assert dense.sum(-1).max() <= lifetimes.capacity
+        rows = {k: x[1].tolist() if isinstance(x, torch.Tensor) else x for k, x in arguments.items()}
+        assert torch.equal(dense[1, 0], masks.heap_mask(ordered_bits(ranks)[1, 0].tolist(), window, **rows))
+
+
+def test_worked_example() -> None:
+    lifetimes = Lifetimes.top_w(torch.tensor([[[3.0, 1, 2, 5, 0, 4]]]), 2)
+    assert lifetimes.birth.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert lifetimes.death.flatten().tolist() == [5, 2, 3, 6, 4, 6]  # key 4 is dead on arrival
+
+
+@pytest.mark.parametrize("segment", [1, 5, 64, 1000])
+def test_deaths_do_not_depend_on_the_segment_length(segment: int) -> None:
+    keys = KeyOrder.of(ordered_bits(make_ranks(ties=True, length=257)))
+    for window in (1, 7, 100):
+        assert torch.equal(top_w_deaths(keys, window, segment), top_w_deaths(keys, window))
+
+
+@pytest.mark.parametrize("window", [1, 7, 110, 111, 116])
+def test_equal_ranks_are_a_sliding_window(window: int) -> None:
+    dynamic = Lifetimes.top_w(torch.zeros(1, 1, 111), window)
+    sliding = Lifetimes.sliding_window(111, window)
+    assert torch.equal(dynamic.to_dense(), sliding.to_dense())
+    assert dynamic.capacity == sliding.capacity
+
+
+def test_causal() -> None:
+    assert torch.equal(Lifetimes.causal(63).to_dense()[0, 0], torch.ones(63, 63).tril().bool())
+
+
+def test_nan_rank_is_kept_and_cast_aside_by_nothing() -> None:
+    ranks = torch.randn(1, 1, 50)
+    ranks[..., 4] = torch.nan
+    assert Lifetimes.top_w(ranks, 1).death[0, 0, 4] == 50
+
+
+def test_returning_document_id_starts_a_new_document() -> None:
+    documents = torch.tensor([[7, 7, 3, 7, 7]])
+    dense = Lifetimes.top_w(torch.zeros(1, 1, 5), 5, documents=documents).to_dense()[0, 0]
+    assert dense.int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+
+
+def test_ids_at_padded_positions_are_ignored() -> None:
+    documents = torch.tensor([[9, 1, 1, 0, 1, 2]])
+    padding = torch.tensor([[True, False, False, True, False, False]])
+    dense = Lifetimes.top_w(torch.zeros(1, 1, 6), 6, documents=documents, padding=padding).to_dense()[0, 0]
+    assert dense[4].tolist() == [False, True, True, False, True, False]
+    assert dense[5].tolist() == [False] * 5 + [True]
+    assert not dense[0].any()
+
+
+def test_changing_later_ranks_leaves_earlier_live_sets_unchanged() -> None:
+    ranks = make_ranks(ties=False, length=257)
+    before = Lifetimes.top_w(ranks, 20).to_dense()
+    for t in (1, 64, 100, 256):
+        changed = ranks.clone()
+        changed[..., t:] = torch.randn_like(changed[..., t:]) * 9
+        after = Lifetimes.top_w(changed, 20).to_dense()
+        assert torch.equal(before[..., :t, :], after[..., :t, :])
+
+
+def test_non_contiguous_ranks() -> None:
+    ranks = torch.randn(2, 111, 3).transpose(1, 2)
+    expected = Lifetimes.top_w(ranks.contiguous(), 9)
+    assert torch.equal(Lifetimes.top_w(ranks, 9).death, expected.death)
+
+
+def test_empty_batch() -> None:
+    assert Lifetimes.top_w(torch.zeros(0, 2, 9), 3).death.shape == (0, 2, 9)
+
+
+def test_draw_shows_every_block() -> None:
+    figure = Lifetimes.sliding_window(50, 20).draw(block_size=16)
+    patches = figure.axes[0].patches
+    assert len(patches) == 16
+    assert {patch.get_edgecolor() for patch in patches} != {patches[0].get_edgecolor()}
+
+
+GOOD = torch.zeros(2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ranks": torch.zeros(3, 8)}, r"ranks: expected floating \[B, G, N\], got torch.float32 \[3, 8\]"),
+        ({"ranks": torch.zeros(2, 3, 8, dtype=torch.long)}, "ranks: expected floating"),
+        ({"ranks": torch.zeros(2, 3, 0)}, "sequence length: expected at least 1, got 0"),
+        ({"keep_window_size": 0}, "keep_window_size: expected at least 1, got 0"),
+        ({"keep_last": -1}, "keep_last: expected at least 0, got -1"),
+        ({"sinks": -1}, "sinks: expected at least 0, got -1"),
+        ({"documents": torch.zeros(2, 7, dtype=torch.long)}, r"documents: expected shape \[2, 8\]"),
+        ({"documents": torch.zeros(2, 8)}, "documents: expected integer ids, got torch.float32"),
+        ({"padding": torch.zeros(1, 8, dtype=torch.bool)}, r"padding: expected shape \[2, 8\]"),
+        ({"padding": torch.ones(2, 8, dtype=torch.long)}, "attention_mask == 0"),
+        ({"padding": torch.zeros(2, 8, dtype=torch.bool, device="meta")}, "on cpu"),
+    ],
+)
+def test_bad_selection(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Lifetimes.top_w(**({"ranks": GOOD, "keep_window_size": 4} | arguments))
+
+
+def test_bad_lifetimes() -> None:
+    position = torch.arange(4, dtype=torch.int32)[None, None]
+    with pytest.raises(ValueError, match="death: expected int32"):
+        Lifetimes(position, position.long(), 4)
+    with pytest.raises(ValueError, match="one shape"):
+        Lifetimes(position, position[..., :3], 4)
+    with pytest.raises(ValueError, match="capacity: expected at least 1, got 0"):
+        Lifetimes(position, position, 0)
+    with pytest.raises(ValueError, match="window: expected at least 1, got 0"):
+        Lifetimes.sliding_window(4, 0)
+    with pytest.raises(ValueError, match="block_size >= 1"):
+        Lifetimes.causal(4).draw(block_size=0)

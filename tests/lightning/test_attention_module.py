@@ -1,0 +1,133 @@
+"""The attention module: equal to sliding-window attention at A = 0, to its definition elsewhere, and causal."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dma_kernels import Lifetimes, key_ranks
+from dma_lightning import DynamicMaskAttention
+from dma_lightning.backends import _auto_backend
+from dma_lightning.rotary import apply_rotary
+from torch import Tensor
+
+
+def make_module(backend: str = "torch", **changed: object) -> DynamicMaskAttention:
+    """A module in float64 with a non-trivial selection."""
+    torch.manual_seed(1)
+    arguments = {"num_heads": 4, "num_kv_heads": 2, "keep_window_size": 9, "backend": backend} | changed
+    module = DynamicMaskAttention(32, **arguments).double()
+    torch.nn.init.normal_(module.A)
+    torch.nn.init.normal_(module.dt_proj.weight)
+    return module
+
+
+def live_sets(module: DynamicMaskAttention, x: Tensor) -> Tensor:
+    """The module's mask for an input."""
+    values = module.v_proj(x).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+    return Lifetimes.top_w(key_ranks(values, module.A, module.dt_proj.weight), module.keep_window_size).to_dense()
+
+
+@pytest.mark.parametrize("window", [1, 7, 62, 63, 68])
+def test_starts_as_sliding_window_attention(window: int) -> None:
+    module = DynamicMaskAttention(32, num_heads=4, num_kv_heads=2, keep_window_size=window, backend="torch")
+    x, position = torch.randn(2, 63, 32), torch.arange(63)
+    band = (position <= position[:, None]) & (position > position[:, None] - window)
+    q, k, v = (p(x).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (module.q_proj, module.k_proj, module.v_proj))
+    q, k = apply_rotary(module.q_norm(q), 10_000.0), apply_rotary(module.k_norm(k), 10_000.0)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=band, enable_gqa=True)
+    expected = module.o_proj(expected.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("changed", [{}, {"keep_last": 2, "sinks": 1}, {"score_form": "linear"}, {"num_kv_heads": 1}])
+def test_equals_its_definition_in_every_gradient(changed: dict[str, object]) -> None:
+    x = torch.randn(2, 111, 32, dtype=torch.float64)
+    documents, padding = torch.randint(0, 2, (2, 1)).expand(2, 111), torch.rand(2, 111) < 0.2
+    results = []
+    for backend in ("torch", "reference"):
+        module, leaf = make_module(backend, **changed), x.clone().requires_grad_()
+        out = module(leaf, documents, padding)
+        out.sin().sum().backward()
+        results.append([out, leaf.grad, *(p.grad for p in module.parameters())])
+        assert all(p.grad.abs().sum() > 0 for p in module.parameters())
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("t", [1, 16, 50, 110])
+def test_the_future_changes_nothing(t: int) -> None:
+    module, x = make_module(), torch.randn(2, 111, 32, dtype=torch.float64)
+    changed = torch.cat([x[:, :t], torch.randn_like(x[:, t:])], dim=1)
+    assert torch.equal(live_sets(module, x)[:, :, :t], live_sets(module, changed)[:, :, :t])
+    torch.testing.assert_close(module(x)[:, :t], module(changed)[:, :t], rtol=1e-12, atol=1e-12)
+
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(module(x)[:, :t].sin().sum(), x)
+    assert (grad[:, t:] == 0).all()
+    assert (grad[:, :t] != 0).any()
+
+
+def test_documents_equal_separate_runs() -> None:
+    module, x = make_module(keep_last=2, sinks=1), torch.randn(1, 70, 32, dtype=torch.float64)
+    documents = torch.tensor([[0] * 25 + [1] * 45])
+    packed = module(x, documents)
+    # RoPE is relative, so positions may start anywhere.
+    apart = torch.cat([module(x[:, :25]), module(x[:, 25:])], dim=1)
+    torch.testing.assert_close(packed, apart, rtol=1e-9, atol=1e-9)
+
+
+def test_left_padding_equals_the_sequence_alone() -> None:
+    module, x = make_module(), torch.randn(1, 40, 32, dtype=torch.float64)
+    padded = torch.cat([torch.randn(1, 13, 32, dtype=torch.float64), x], dim=1)
+    out = module(padded, padding=torch.arange(53)[None] < 13)
+    torch.testing.assert_close(out[:, 13:], module(x), rtol=1e-9, atol=1e-9)
+
+
+def test_nan_shows_in_the_output() -> None:
+    x = torch.randn(1, 40, 32, dtype=torch.float64)
+    x[0, 20] = torch.nan
+    assert make_module()(x)[0, 39].isnan().all()
+
+
+def test_selection_under_autocast_is_that_of_float32_scores() -> None:
+    module, x = make_module().float(), torch.randn(2, 64, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(x)
+        out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+    torch.testing.assert_close(out.float(), module(x), rtol=0.1, atol=0.1)
+
+
+def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
+    _auto_backend.cache_clear()
+    with caplog.at_level(logging.INFO, logger="dma_lightning"):
+        chosen = [DynamicMaskAttention(8, 2).backend for _ in range(3)]
+    assert chosen == ["torch"] * 3
+    assert [record.getMessage() for record in caplog.records] == ["backend 'auto': using 'torch'"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
+        ({"num_heads": 5, "num_kv_heads": 5}, "hidden_size must be a multiple of num_heads, got 32 and 5; or set"),
+        ({"head_dim": 7}, "head_dim: rotary embedding needs an even number >= 2, got 7"),
+        ({"keep_window_size": 0}, "expected keep_window_size >= 1"),
+        ({"score_form": "relu"}, "score_form: expected one of"),
+        ({"backend": "flash"}, r"backend: expected one of \['auto', 'torch', 'reference'\], got 'flash'"),
+    ],
+)
+def test_bad_arguments(changed: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_module(**changed)
+
+
+def test_bad_inputs() -> None:
+    module = make_module()
+    with pytest.raises(ValueError, match=r"expected x \[B, N >= 1, 32\], got \[2, 5, 31\]"):
+        module(torch.zeros(2, 5, 31, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"got \[2, 0, 32\]"):
+        module(torch.zeros(2, 0, 32, dtype=torch.float64))
+    with pytest.raises(ValueError, match="documents: expected shape"):
+        module(torch.zeros(2, 5, 32, dtype=torch.float64), documents=torch.zeros(2, 4, dtype=torch.long))

@@ -1,0 +1,155 @@
+"""The command line: shipped configs build, layers override, mistakes are told."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from dma_lightning import MQARDataModule
+from dma_lightning.cli import DMACLI, build_cli
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+# Parameters outside the embedding that the paper's shapes have, without residual weights, A and Δ.
+PAPER_SIZES = {"80m": 84.96e6, "200m": 201.4e6, "680m": 679.6e6, "1.7b": 1409e6}
+
+
+def build(*args: str) -> DMACLI:
+    """Trainer, model and data of the layered configs, without running."""
+    return build_cli(["--trainer.accelerator=cpu", "--trainer.logger=false", *args], run=False)
+
+
+def config(name: str) -> str:
+    """Argument that adds a shipped config."""
+    return f"--config={CONFIGS / name}.yaml"
+
+
+def companions(file: Path) -> list[str]:
+    """Arguments that make a whole of one shipped config."""
+    data = "mqar" if file.stem == "mqar" else "pydoc"
+    args = [f"--config={file}"] + ([config(f"data/{data}")] if file.parent.name != "data" else [])
+    # A config for GPUs is built here too, on the CPU.
+    return [*args, "--trainer.accelerator=cpu", "--trainer.devices=1"] if file.parent.name == "trainer" else args
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_shipped_config_builds(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert set(yaml.safe_load(file.read_text())) == {file.parent.name}
+    with torch.device("meta"):
+        cli = build_cli(companions(file), run=False)
+    assert isinstance(cli.trainer, pl.Trainer)
+    assert cli.model.model.config.max_position_embeddings == cli.datamodule.sequence_length
+    assert cli.model.model.config.vocab_size == cli.datamodule.vocab_size
+
+
+@pytest.mark.parametrize("name", PAPER_SIZES)
+def test_paper_shapes_have_the_published_sizes(name: str) -> None:
+    with torch.device("meta"):
+        model = build(config(f"model/{name}"), config("data/pydoc")).model.model
+    unlisted = sum(
+        p.numel() for key, p in model.named_parameters() if key.endswith(("residual", ".A", "dt_proj.weight"))
+    )
+    assert model.num_non_embedding_parameters - unlisted == pytest.approx(PAPER_SIZES[name], rel=1e-3)
+
+
+def test_all_paper_shapes_are_shipped() -> None:
+    assert {f.stem for f in (CONFIGS / "model").iterdir()} == {*PAPER_SIZES, "tiny", "mqar"}
+
+
+def test_later_configs_and_flags_override() -> None:
+    cli = build(config("model/tiny"), config("model/80m"), config("data/pydoc"), "--model.num_hidden_layers=1")
+    assert cli.model.model.config.hidden_size == 768
+    assert len(cli.model.model.layers) == 1
+
+
+def test_print_config_shows_the_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        build_cli(["fit", config("model/tiny"), config("data/pydoc"), "--model.lr=0.5", "--print_config"])
+    assert stop.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model"]["lr"] == 0.5
+    assert shown["data"]["init_args"]["sequence_length"] == 256
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
+def test_help_documents_every_field(subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_cli([subcommand, "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    for option in words[words.index("--model CONFIG") : words.index("--data.help")].split("--model.")[1:]:
+        text = option.split("(type:")[0].split(maxsplit=2)
+        assert len(text) == 3, f"--model.{option} has no documentation"
+
+
+@pytest.mark.parametrize("name", ["TextDataModule", "MQARDataModule"])
+def test_help_documents_the_data(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_cli(["fit", f"--data.help=dma_lightning.{name}"])
+    words = " ".join(capsys.readouterr().out.split())
+    for option in words.split(" --data.")[1:]:
+        assert len(option.split("(type:")[0].split(maxsplit=2)) == 3, f"--data.{option} has no documentation"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.keep_windowsize=5"], "model.keep_windowsize"),
+        (["--model.lr=fast"], "model.lr"),
+        (["--model.backend=flash"], "'auto', 'torch', 'reference'"),
+        (["--data.sequence_len=5"], "sequence_len"),
+        (["--data=NoSuchData"], "NoSuchData"),
+        (["--trainer.max_step=5"], "trainer.max_step"),
+    ],
+)
+def test_mistakes_on_the_command_line(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        build(config("model/tiny"), config("data/pydoc"), *args)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_mistyped_key_in_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "typo.yaml"
+    file.write_text("model:\n  hidden_sise: 64\n")
+    with pytest.raises(SystemExit):
+        build(config("data/pydoc"), f"--config={file}")
+    assert "hidden_sise" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.lr=-1"], "expected lr > 0"),
+        (["--model.warmup_fraction=0.9"], "two shares of at most 1 in all, got 0.9 and 0.2"),
+        (["--model.num_key_value_heads=3"], "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
+        (["--model.keep_window_size=0"], "expected keep_window_size >= 1"),
+        (["--data.sequence_length=0"], "sequence_length: expected at least 1, got 0"),
+    ],
+)
+def test_values_out_of_range(args: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(config("model/tiny"), config("data/pydoc"), *args)
+
+
+def test_missing_text_ends_before_training() -> None:
+    cli = build(config("model/tiny"), config("data/pydoc"), "--data.path=/no/such/text", "--trainer.max_steps=1")
+    with pytest.raises(ValueError, match="expected a text file, a folder with files or a glob that matches"):
+        cli.trainer.fit(cli.model, cli.datamodule)
+    assert cli.trainer.global_step == 0
+
+
+def test_schedule_without_an_end() -> None:
+    cli = build(config("model/mqar"), config("data/mqar"), "--trainer.max_epochs=1")
+    with pytest.raises(ValueError, match=r"schedule 'wsd' needs trainer.max_steps >= 1, got -1; set it"):
+        cli.trainer.fit(cli.model, cli.datamodule)
+
+
+def test_window_beyond_the_sequence_trains_with_a_warning() -> None:
+    args = ["--model.keep_window_size=64", "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
+    cli = build(config("model/mqar"), config("data/mqar"), *args)
+    assert isinstance(cli.datamodule, MQARDataModule)
+    with pytest.warns(UserWarning, match="keep_window_size 64 >= sequence length 64: no key is ever dropped"):
+        cli.trainer.fit(cli.model, cli.datamodule)
+    assert cli.trainer.global_step == 1

@@ -1,0 +1,40 @@
+"""Learning-rate schedules and metrics."""
+
+import math
+
+import pytest
+import torch
+from dma_lightning.metrics import BitsPerByte
+from dma_lightning.schedules import lr_factor
+
+
+def test_wsd() -> None:
+    factors = [lr_factor("wsd", step, 100, 0.1, 0.2) for step in range(101)]
+    assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert factors[10:81] == [1.0] * 71
+    assert factors[80:] == pytest.approx([1 - 0.05 * i for i in range(21)])
+
+
+def test_cosine() -> None:
+    factors = [lr_factor("cosine", step, 100, 0.1, 0.2) for step in range(101)]
+    assert factors[9] == factors[10] == 1
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[100] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+@pytest.mark.parametrize("max_steps", [1, 2, 3])
+def test_short_runs_and_steps_beyond_the_end(schedule: str, max_steps: int) -> None:
+    assert all(0 <= lr_factor(schedule, step, max_steps, 0.1, 0.2) <= 1 for step in range(10))
+    assert lr_factor(schedule, 0, max_steps, 0.1, 0.2) > 0
+
+
+def test_constant() -> None:
+    assert lr_factor("constant", 5, -1, 0.1, 0.2) == 1
+
+
+def test_bits_per_byte_are_weighted_by_tokens() -> None:
+    metric = BitsPerByte(bytes_per_token=4.0)
+    metric.update(torch.tensor(2.0), weight=torch.tensor(30))
+    metric.update(torch.tensor(6.0), weight=torch.tensor(10))
+    assert metric.compute().item() == pytest.approx(3.0 / math.log(2) / 4)

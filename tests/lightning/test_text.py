@@ -1,0 +1,117 @@
+"""Text as bytes: what is read, cached, split and refused."""
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+import torch
+from dma_lightning import TextDataModule
+
+
+def make_data(tmp_path: Path, path: Path | str | None, **changed: object) -> TextDataModule:
+    """A data module with a cache of its own."""
+    arguments = {"sequence_length": 10, "val_fraction": 0.2, "batch_size": 3} | changed
+    return TextDataModule(None if path is None else str(path), cache_dir=str(tmp_path / "cache"), **arguments)
+
+
+def read(data: TextDataModule) -> tuple[bytes, bytes]:
+    """Training and validation text, as the data sets show it."""
+    data.prepare_data()
+    data.setup("fit")
+    parts = []
+    for dataset in (data.train_set, data.val_set):
+        items = [dataset[i] for i in range(len(dataset))]
+        for item in items:
+            assert torch.equal(item["input_ids"][1:], item["labels"][:-1])
+        parts.append(b"".join(bytes(item["input_ids"].tolist()) for item in items))
+    return parts[0], parts[1]
+
+
+def test_splits_by_position(tmp_path: Path) -> None:
+    text = np.random.default_rng(0).integers(0, 256, 999, dtype=np.uint8).tobytes()
+    (tmp_path / "a.txt").write_bytes(text)
+    train, val = read(make_data(tmp_path, tmp_path / "a.txt"))
+    assert train == (text + b"\n")[:790]  # 800 bytes are 79 whole windows and their labels
+    assert val == (text + b"\n")[800:990]
+
+
+def test_reads_folders_and_globs_sorted_and_without_hidden_files(tmp_path: Path) -> None:
+    for name in ("b.txt", "sub/a.md", ".hidden", ".git/config"):
+        file = tmp_path / "text" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name.ljust(60, "."))
+    whole = b"".join(name.ljust(60, ".").encode() + b"\n" for name in ("b.txt", "sub/a.md"))
+    train, _ = read(make_data(tmp_path, tmp_path / "text"))
+    assert whole.startswith(train)
+    train, _ = read(make_data(tmp_path, tmp_path / "text/**/*.md", val_fraction=0.5))
+    assert train == b"sub/a.md".ljust(30, b".")[: len(train)]
+
+
+def test_default_corpus_are_the_help_topics(tmp_path: Path) -> None:
+    train, val = read(make_data(tmp_path, None, val_fraction=0.1, sequence_length=256))
+    whole = "".join(topic + "\n" for topic in topics.values()).encode()
+    assert whole.startswith(train)
+    assert len(val) == round(0.1 * len(whole)) // 256 * 256
+
+
+def test_array_is_written_once_under_a_name_made_from_the_content(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("x" * 100)
+    read(make_data(tmp_path, file))
+    (array,) = (tmp_path / "cache").iterdir()
+    written = array.stat().st_mtime_ns
+    read(make_data(tmp_path, file))
+    assert array.stat().st_mtime_ns == written
+    file.write_text("y" * 100)
+    train, _ = read(make_data(tmp_path, file))
+    assert train == b"y" * 80
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_loaders_shuffle_training_only(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(bytes(range(256)) * 4)
+    data = make_data(tmp_path, file)
+    read(data)
+    first = [batch["input_ids"][:, 0].tolist() for batch in data.train_dataloader()]
+    assert first != [batch["input_ids"][:, 0].tolist() for batch in data.train_dataloader()]
+    for loader in (data.val_dataloader, data.test_dataloader, data.predict_dataloader):
+        rows = [row for batch in loader() for row in batch["input_ids"].tolist()]
+        assert rows == [data.val_set[i]["input_ids"].tolist() for i in range(len(data.val_set))]
+
+
+@pytest.mark.parametrize(
+    ("content", "changed", "message"),
+    [
+        (None, {}, "path: expected a text file, a folder with files or a glob that matches, got"),
+        ("", {}, "path: expected text, got only empty files at"),
+        ("x" * 40, {}, r"training and validation parts \(33 and 8 bytes\) must each exceed sequence_length = 10"),
+    ],
+)
+def test_bad_text(tmp_path: Path, content: str | None, changed: dict[str, int], message: str) -> None:
+    file = tmp_path / "a.txt"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read(make_data(tmp_path, file, **changed))
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    with pytest.raises(ValueError, match="path: expected a text file, a folder with files"):
+        make_data(tmp_path, tmp_path / "text").prepare_data()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sequence_length": 0}, "sequence_length: expected at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"num_workers": -1}, "num_workers: expected at least 0, got -1"),
+        ({"val_fraction": 1.0}, "val_fraction: expected a share between 0 and 1, got 1.0"),
+    ],
+)
+def test_bad_arguments(tmp_path: Path, changed: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_data(tmp_path, None, **changed)
