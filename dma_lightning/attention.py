@@ -4,9 +4,9 @@ B batch, N length, C hidden size, H query heads, G KV heads, D head dim.
 """
 
 import torch
-from dma_kernels import ScoreForm, key_ranks, key_scores
 from torch import Tensor, nn
 
+from dma_kernels import ScoreForm, key_ranks, key_scores
 from dma_lightning.backends import BACKENDS, Backend, Selection, resolve_backend
 from dma_lightning.rotary import apply_rotary
 
@@ -34,6 +34,7 @@ class DynamicMaskAttention(nn.Module):
         ValueError: if the sizes do not belong together, or for an unknown backend or score form.
 
     Source: arXiv 2508.02124v6, section 3; details as in the Doge model of Hugging Face Transformers.
+
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class DynamicMaskAttention(nn.Module):
 
         Raises:
             ValueError: on a wrong shape or dtype.
+
         """
         if x.ndim != 3 or x.shape[-1] != self.hidden_size or x.shape[1] == 0:
             raise ValueError(f"expected x [B, N >= 1, {self.hidden_size}], got {list(x.shape)}")

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
-from dma_kernels import Lifetimes, reference_attention, reference_mask, segment_attention
 from torch import Tensor
+
+from dma_kernels import Lifetimes, reference_attention, reference_mask, segment_attention
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def resolve_backend(name: str) -> str:
 
     Raises:
         ValueError: for an unknown name.
+
     """
     if name not in get_args(Backend):
         raise ValueError(f"backend: expected one of {list(get_args(Backend))}, got {name!r}")

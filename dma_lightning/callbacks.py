@@ -1,16 +1,18 @@
 """Callbacks of our own; everything else in the configs is Lightning's."""
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class FitReport(pl.Callback):
-    """Prints how far the validation metric came, and where checkpoint and logs are.
+    """Prints how far a validation metric came, and where checkpoint and logs are.
 
-    Needs `trainer.num_sanity_val_steps: -1`, so that the whole validation split is also evaluated before training.
+    Training ends with a validation, and so with a checkpoint, even if `trainer.max_steps` is no multiple of the
+    validation interval. The figure at the start needs `trainer.num_sanity_val_steps: -1`.
 
     Args:
         metric: name of a logged validation metric.
+
     """
 
     def __init__(self, metric: str = "val/loss") -> None:
@@ -21,12 +23,21 @@ class FitReport(pl.Callback):
         value = trainer.callback_metrics.get(self.metric)
         self.start = None if value is None else value.item()
 
-    @rank_zero_only
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True  # it stops anyway; asked to, Lightning validates first
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        log_dir = trainer.log_dir  # a collective call: every rank takes part
+        if not trainer.is_global_zero:
+            return
         end = trainer.callback_metrics.get(self.metric)
         start = "not measured" if self.start is None else f"{self.start:.4f}"
         print(f"\n{self.metric}: {start} at start, {'not measured' if end is None else f'{end:.4f}'} at end")
-        if trainer.checkpoint_callback is not None and trainer.checkpoint_callback.last_model_path:
-            print(f"checkpoint:  {trainer.checkpoint_callback.last_model_path}")
-        if trainer.log_dir is not None:
-            print(f"TensorBoard: tensorboard --logdir {trainer.log_dir}")
+        checkpoints = trainer.checkpoint_callback
+        if isinstance(checkpoints, ModelCheckpoint) and (
+            path := checkpoints.last_model_path or checkpoints.best_model_path
+        ):
+            print(f"checkpoint:  {path}")
+        if log_dir is not None:
+            print(f"TensorBoard: tensorboard --logdir {log_dir}")

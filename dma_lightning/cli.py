@@ -1,5 +1,7 @@
 """The command line: `dma-lightning fit | validate | test | predict`."""
 
+from typing import Any
+
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -9,6 +11,10 @@ from dma_lightning.language_model import LanguageModel
 
 class DMACLI(LightningCLI):
     """LightningCLI whose model takes from the data what the data dictates."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser that takes no abbreviated options, so that a typo is an error."""
+        return super().init_parser(allow_abbrev=False, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
@@ -22,6 +28,7 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
     Args:
         args: a list of arguments, or a nested dictionary.
         run: with False, `args` name no subcommand and nothing is run.
+
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return DMACLI(

@@ -3,11 +3,9 @@
 B batch, N length, V vocabulary.
 """
 
-import math
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
-import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -35,6 +33,7 @@ class LanguageModel(pl.LightningModule):
         decay_fraction: share of trainer.max_steps in which wsd falls linearly.
         bytes_per_token: mean length of a token, to report bits per byte; none for data that is no text.
         config: the fields of `ModelConfig`.
+
     """
 
     def __init__(
@@ -104,6 +103,7 @@ class LanguageModel(pl.LightningModule):
 
         Raises:
             ValueError: if a schedule needs `trainer.max_steps` and it is not set.
+
         """
         hp, max_steps = self.hparams, self.trainer.max_steps
         if hp.schedule != "constant" and max_steps < 1:
@@ -157,4 +157,6 @@ class LanguageModel(pl.LightningModule):
 
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy in nats at every position `[B, N]`; 0 where the label is ignored."""
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view_as(labels)
+    return F.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    ).view_as(labels)

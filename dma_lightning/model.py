@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from dma_kernels import ScoreForm
 from torch import Tensor, nn
 
+from dma_kernels import ScoreForm
 from dma_lightning.attention import DynamicMaskAttention
 from dma_lightning.backends import Backend
 
@@ -137,6 +137,7 @@ class DogeForCausalLM(nn.Module):
 
         Raises:
             ValueError: on a wrong shape or dtype, or a sequence that is too long.
+
         """
         longest = self.config.max_position_embeddings
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):

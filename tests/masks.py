@@ -50,7 +50,7 @@ CASES = [
 
 
 def make_documents(batch: int, length: int) -> Tensor:
-    """Runs of ids in which ids return: 0 0 1 1 1 0 2 …"""
+    """Runs of ids, in which ids return."""
     starts = torch.rand(batch, length) < 0.05
     return starts.long().cumsum(-1) % 3
 

@@ -26,6 +26,7 @@ class ByteWindows(Dataset):
     Args:
         data: uint8 `[bytes]`, may be memory-mapped.
         sequence_length: N, the length of a window.
+
     """
 
     def __init__(self, data: np.ndarray, sequence_length: int) -> None:
@@ -57,6 +58,7 @@ class TextDataModule(SequenceDataModule):
 
     Raises:
         ValueError: in `prepare_data` or `setup`, if the path holds no text or the text is too short.
+
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class TextDataModule(SequenceDataModule):
             self.cache_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.cache_dir, delete=False) as file:
                 file.writelines(self._chunks())
-            os.replace(file.name, self._cache_file)
+            Path(file.name).replace(self._cache_file)
 
     def setup(self, stage: str) -> None:
         """Map the array and split it."""
@@ -123,6 +125,7 @@ def text_files(path: str) -> list[Path]:
 
     Raises:
         ValueError: if there is none.
+
     """
     root = Path(path).expanduser()
     found = [root] if root.exists() else [Path(match) for match in glob.glob(str(root), recursive=True)]

@@ -18,6 +18,7 @@ def draw_mask(mask: Tensor, block_size: int = 16) -> "Figure":
     Raises:
         ValueError: if `mask` is not two-dimensional, or `block_size` is below 1.
         ImportError: without Matplotlib (`pip install dma-lightning[draw]`).
+
     """
     if mask.ndim != 2 or block_size < 1:
         raise ValueError(
@@ -32,7 +33,7 @@ def draw_mask(mask: Tensor, block_size: int = 16) -> "Figure":
     rows, columns = mask.shape
     figure = Figure(figsize=(5.2, 5.2 * rows / columns + 0.4), layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(mask.cpu().float(), cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
+    axes.imshow(mask.cpu().float().numpy(), cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
     for row, fills in enumerate(_block_fills(mask.cpu(), block_size).tolist()):
         for column, fill in enumerate(fills):
             color = _EMPTY if fill == 0 else _FULL if fill == 1 else _PARTIAL

@@ -26,6 +26,7 @@ def reference_mask(
         bool `[B, G, N, N]` (query, key).
 
     Source: arXiv 2508.02124v6, equation 4, with the causal mask before the selection.
+
     """
     length = ranks.shape[-1]
     position = torch.arange(length, device=ranks.device)
@@ -74,6 +75,7 @@ def reference_attention(
         is). A query without any key gives 0 and -inf.
 
     Source: arXiv 2508.02124v6, equations 5 and 6.
+
     """
     check_attention_inputs(q, k, v, scores)
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -97,6 +99,7 @@ def masked_average(logits: Tensor, mask: Tensor, v: Tensor) -> Tensor:
 
     Returns:
         `[..., queries, D]`.
+
     """
     # A finite fill keeps rows without a key free of NaN, in the backward too; their output is cleared afterwards.
     weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1)

@@ -4,6 +4,8 @@ import masks
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from dma_kernels import (
     Lifetimes,
     key_ranks,
@@ -12,7 +14,6 @@ from dma_kernels import (
     reference_mask,
     segment_attention,
 )
-from torch import Tensor
 
 KV_HEADS, HEAD_DIM = 2, 4
 

@@ -3,6 +3,7 @@
 import masks
 import pytest
 import torch
+
 from dma_kernels import Lifetimes, reference_mask
 from dma_kernels.scores import ordered_bits
 from dma_kernels.selection import KeyOrder, top_w_deaths

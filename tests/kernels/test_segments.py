@@ -3,6 +3,7 @@
 import masks
 import pytest
 import torch
+
 from dma_kernels import Lifetimes, SegmentLayout
 
 

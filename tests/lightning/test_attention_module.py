@@ -5,11 +5,12 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from dma_kernels import Lifetimes, key_ranks
 from dma_lightning import DynamicMaskAttention
 from dma_lightning.backends import _auto_backend
 from dma_lightning.rotary import apply_rotary
-from torch import Tensor
 
 
 def make_module(backend: str = "torch", **changed: object) -> DynamicMaskAttention:

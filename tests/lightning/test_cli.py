@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+
 from dma_lightning import MQARDataModule
 from dma_lightning.cli import DMACLI, build_cli
 
@@ -33,9 +34,14 @@ def companions(file: Path) -> list[str]:
     return [*args, "--trainer.accelerator=cpu", "--trainer.devices=1"] if file.parent.name == "trainer" else args
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
-def test_every_shipped_config_builds(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run writes goes to a temporary folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_shipped_config_builds(file: Path) -> None:
     assert set(yaml.safe_load(file.read_text())) == {file.parent.name}
     with torch.device("meta"):
         cli = build_cli(companions(file), run=False)

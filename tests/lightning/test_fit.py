@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from dma_lightning import LanguageModel
 from dma_lightning.cli import build_cli
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
 TINY = ["-c", "configs/model/tiny.yaml", "-c", "configs/data/pydoc.yaml", "-c", "configs/trainer/cpu.yaml"]
@@ -19,26 +20,21 @@ SMALL = ["--model.num_hidden_layers=1", "--model.hidden_size=32", "--model.inter
 STEPS = 6
 
 
-def small_run(tmp_path: Path, subcommand: str) -> list[str]:
-    """Arguments of a subcommand on a model that takes milliseconds, logging under `tmp_path`."""
-    args = [subcommand, *TINY, *SMALL, f"--trainer.logger.init_args.save_dir={tmp_path}"]
-    return [*args, f"--data.cache_dir={tmp_path / 'cache'}", "--trainer.enable_progress_bar=false"]
+def small_run(folder: Path, subcommand: str, *args: str) -> list[str]:
+    """Arguments of a subcommand on a model that takes milliseconds, logging and caching below a folder."""
+    paths = [f"--trainer.logger.init_args.save_dir={folder}", f"--data.cache_dir={folder / 'cache'}"]
+    return [subcommand, *TINY, *SMALL, *paths, *args]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Version folder of a finished `fit`."""
-    tmp_path = tmp_path_factory.mktemp("runs")
-    args = [f"--trainer.max_steps={STEPS}", "--trainer.val_check_interval=3", "--trainer.log_every_n_steps=1"]
+    """Version folder of a finished `fit` whose last step is no multiple of the validation interval."""
+    folder = tmp_path_factory.mktemp("runs")
+    intervals = ["--trainer.val_check_interval=4", "--trainer.log_every_n_steps=1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        fit(small_run(tmp_path, "fit") + args + ["--trainer.callbacks.init_args.every_n_train_steps=3"])
-    return tmp_path / "cpu" / "version_0"
-
-
-def fit(args: list[str]) -> None:
-    """Run without TQDM, which the shipped config names as a callback and the flag above forbids."""
-    build_cli([a for a in args if a != "--trainer.enable_progress_bar=false"])
+        build_cli(small_run(folder, "fit", f"--trainer.max_steps={STEPS}", *intervals))
+    return folder / "cpu" / "version_0"
 
 
 def scalars(folder: Path) -> dict[str, list[float]]:
@@ -59,4 +55,111 @@ def test_tensorboard_has_every_curve(run: Path) -> None:
     assert curves["val/bits_per_byte"][-1] == pytest.approx(curves["val/loss"][-1] / math.log(2), rel=1e-5)
     assert curves["val/perplexity"][-1] == pytest.approx(math.exp(curves["val/loss"][-1]), rel=1e-4)
     assert curves["val/loss"][1] < curves["val/loss"][0]
-    assert curves["lr-AdamW/pg1"] == pytest.approx([0.004, 0.004, 0.004, 0.004, 0.004, 0.004])
+    assert curves["lr-AdamW/pg1"][0] == pytest.approx(0.004)
+
+
+def last_validation(run: Path) -> dict[str, float]:
+    """Figures of the last validation in the event file."""
+    return {name: values[-1] for name, values in scalars(run).items() if name.startswith("val/")}
+
+
+def test_validate_prints_the_figure_of_the_checkpoint(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    cli = build_cli(small_run(run.parents[1], "validate", f"--ckpt_path={run / 'checkpoints/last.ckpt'}"))
+    found = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
+    assert found == pytest.approx(last_validation(run), rel=1e-6)
+    assert "val/bits_per_byte" in capsys.readouterr().out
+
+
+def test_saved_config_and_checkpoint_are_enough_to_validate(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    cli = build_cli(["validate", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints/last.ckpt'}"])
+    assert cli.trainer.callback_metrics["val/loss"].item() == pytest.approx(last_validation(run)["val/loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("subcommand", ["test", "predict"])
+def test_other_subcommands_run(run: Path, subcommand: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    checkpoint = f"--ckpt_path={run / 'checkpoints/last.ckpt'}"
+    cli = build_cli(small_run(run.parents[1], subcommand, checkpoint, f"--trainer.limit_{subcommand}_batches=2"))
+    if subcommand == "test":
+        assert math.isfinite(cli.trainer.callback_metrics["test/bits_per_byte"])
+
+
+def test_checkpoint_loads_in_python(run: Path) -> None:
+    model = LanguageModel.load_from_checkpoint(run / "checkpoints/last.ckpt", weights_only=True)
+    assert model.model.config.hidden_size == 32
+    assert model(torch.randint(0, 256, (1, 9))).shape == (1, 9, 256)
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == STEPS
+    assert (run / "checkpoints/last.ckpt").is_symlink()
+
+
+def test_only_matrices_decay(run: Path) -> None:
+    groups = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+    model = LanguageModel.load_from_checkpoint(run / "checkpoints/last.ckpt", weights_only=True)
+    matrices = sum(p.ndim >= 2 for p in model.parameters())
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [
+        (matrices, 0.01),
+        (len(list(model.parameters())) - matrices, 0.0),
+    ]
+
+
+def test_report_tells_start_end_and_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    build_cli(small_run(tmp_path, "fit", "--trainer.max_steps=2"))
+    report = capsys.readouterr().out
+    line = next(line for line in report.splitlines() if line.startswith("val/bits_per_byte:"))
+    start, end = (float(word) for word in line.replace(",", "").split() if word[0].isdigit())
+    assert end < start
+    assert end == pytest.approx(last_validation(tmp_path / "cpu/version_0")["val/bits_per_byte"], abs=1e-4)
+    assert str(tmp_path / "cpu/version_0/checkpoints/last.ckpt") in report
+    assert f"tensorboard --logdir {tmp_path / 'cpu/version_0'}" in report
+
+
+def test_resumed_run_continues(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    checkpoint = f"--ckpt_path={run / 'checkpoints/last.ckpt'}"
+    cli = build_cli(small_run(tmp_path, "fit", checkpoint, f"--trainer.max_steps={STEPS + 2}"))
+    assert cli.trainer.global_step == STEPS + 2
+
+
+def test_two_processes_agree(tmp_path: Path) -> None:
+    args = small_run(tmp_path, "fit", "--trainer.max_steps=3", "--trainer.strategy=ddp", "--trainer.devices=2")
+    args += ["--trainer.callbacks+=write_metrics.WriteMetrics", f"--trainer.callbacks.init_args.folder={tmp_path}"]
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "dma_lightning", *args, "--trainer.enable_model_summary=false"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert all(math.isfinite(value) for value in ranks[0].values())
+    reduced = [name for name in ranks[0] if name.startswith(("train/", "val/"))]
+    assert {"train/loss", "val/loss", "val/perplexity", "val/bits_per_byte"} <= set(reduced)
+    assert all(ranks[0][name] == ranks[1][name] for name in reduced)
+    checkpoints = [file for file in tmp_path.rglob("*.ckpt") if not file.is_symlink()]
+    assert len(checkpoints) == 1
+
+
+def test_an_exception_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    steps = []
+
+    def fail_at_third_step(self: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
+        steps.append(1)
+        if len(steps) == 3:
+            raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(LanguageModel, "on_before_optimizer_step", fail_at_third_step)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        build_cli(small_run(tmp_path, "fit", "--trainer.max_steps=5"))
+    (checkpoint,) = (file for file in tmp_path.rglob("*.ckpt") if not file.is_symlink())
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2

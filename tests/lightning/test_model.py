@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from dma_lightning import DogeForCausalLM, ModelConfig
 from transformers import DogeConfig
 from transformers import DogeForCausalLM as HFDogeForCausalLM
+
+from dma_lightning import DogeForCausalLM, ModelConfig
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from dma_lightning import MQARDataModule
 from dma_lightning.data import IGNORE_INDEX, MQARTask
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from dma_lightning.metrics import BitsPerByte
 from dma_lightning.schedules import lr_factor
 

@@ -6,6 +6,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import torch
+
 from dma_lightning import TextDataModule
 
 

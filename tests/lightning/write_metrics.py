@@ -11,6 +11,7 @@ class WriteMetrics(pl.Callback):
 
     Args:
         folder: where to write.
+
     """
 
     def __init__(self, folder: str) -> None:

@@ -1,0 +1,62 @@
+"""Train a shipped configuration with several seeds, by the command line as a user would.
+
+    python benchmarks/train_seeds.py mqar --seeds 0 1 2 3 4
+    python benchmarks/train_seeds.py text --seeds 0
+
+Prints the validation figure at each validation and the seconds that `fit` took in all (start of the interpreter
+included), and writes a JSON file under benchmarks/results/.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from environment import describe
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[1]
+TASKS = {
+    "text": (["model/tiny", "data/pydoc", "trainer/cpu"], "val/bits_per_byte"),
+    "mqar": (["model/mqar", "data/mqar", "trainer/mqar"], "val/accuracy"),
+}
+
+
+def train(task: str, seed: int, extra: list[str]) -> dict[str, object]:
+    """One run: the curve of the validation figure, and seconds."""
+    configs, metric = TASKS[task]
+    args = [arg for name in configs for arg in ("-c", str(ROOT / "configs" / f"{name}.yaml"))]
+    with tempfile.TemporaryDirectory() as folder:
+        args += [f"--seed_everything={seed}", f"--trainer.logger.init_args.save_dir={folder}", *extra]
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "dma_lightning", "fit", *args], check=True, capture_output=True)
+        seconds = time.perf_counter() - start
+        (events,) = Path(folder).rglob("events.out.tfevents.*")
+        reader = EventAccumulator(str(events), size_guidance={"scalars": 0})
+        reader.Reload()
+        curve = [(event.step + 1, round(event.value, 4)) for event in reader.Scalars(metric)]
+    return {"seed": seed, "seconds": round(seconds, 1), "metric": metric, "curve": curve}
+
+
+def main() -> None:
+    """Train with every seed, print a line each and write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/train_TASK.json")
+    args, extra = parser.parse_known_args()
+    runs = []
+    for seed in args.seeds:
+        runs.append(train(args.task, seed, extra))
+        print(json.dumps(runs[-1]), flush=True)
+    out = args.out or Path(__file__).parent / "results" / f"train_{args.task}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"environment": describe(), "arguments": extra, "runs": runs}, indent=1) + "\n")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()
