@@ -1,25 +1,70 @@
 """The command line: `dma-lightning fit | validate | test | predict`."""
 
+import argparse
+from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from dma_lightning.data import SequenceDataModule
 from dma_lightning.language_model import LanguageModel
 
+# What the data dictates to the model: attribute of the data module, and argument of the model.
+_LINKS = {
+    "vocab_size": "vocab_size",
+    "sequence_length": "max_position_embeddings",
+    "bytes_per_token": "bytes_per_token",
+}
+
 
 class DMACLI(LightningCLI):
-    """LightningCLI whose model takes from the data what the data dictates."""
+    """LightningCLI whose model takes from the data what the data dictates, and whose checkpoints know both.
+
+    With `--ckpt_path`, what the checkpoint saved of model and data are the defaults; configs and flags win over them.
+    """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser that takes no abbreviated options, so that a typo is an error."""
         return super().init_parser(allow_abbrev=False, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
-        parser.link_arguments("data.sequence_length", "model.max_position_embeddings", apply_on="instantiate")
-        parser.link_arguments("data.bytes_per_token", "model.bytes_per_token", apply_on="instantiate")
+        for source, target in _LINKS.items():
+            parser.link_arguments(f"data.{source}", f"model.{target}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        checkpoint = _checkpoint_argument(args)
+        if checkpoint is not None:
+            for subparser in self._subcommand_parsers.values():
+                subparser.set_defaults(_saved_arguments(checkpoint))
+        super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning's own would let the checkpoint's values win over the command line's."""
+
+
+def _checkpoint_argument(args: ArgsType) -> Path | None:
+    """The checkpoint file that `--ckpt_path` names, if it names one."""
+    if args is not None and not isinstance(args, list):
+        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ckpt_path")
+    path = parser.parse_known_args(args)[0].ckpt_path
+    return Path(path) if path and Path(path).is_file() else None
+
+
+def _saved_arguments(checkpoint: Path) -> dict[str, Any]:
+    """Arguments of model and data that a checkpoint was made with."""
+    saved = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+    model = saved.get(LanguageModel.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    data = saved.get(SequenceDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    dictated = {"_instantiator", *_LINKS.values()}
+    defaults: dict[str, Any] = {f"model.{name}": value for name, value in model.items() if name not in dictated}
+    if "_class_path" in data:
+        init_args = {name: value for name, value in data.items() if not name.startswith("_")}
+        defaults["data"] = {"class_path": data["_class_path"], "init_args": init_args}
+    return defaults
 
 
 def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:

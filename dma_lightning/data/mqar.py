@@ -129,6 +129,7 @@ class MQARDataModule(SequenceDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(vocab_size, sequence_length, None, batch_size, num_workers)
+        self.save_hyperparameters()
         self.task = MQARTask(vocab_size, sequence_length, num_pairs, power, random_fillers)
         self.counts = (train_examples, val_examples, test_examples)
         if min(self.counts) < 1 or seed < 0 or (seed + 1) * max(self.counts) > _SPLIT_STRIDE:

@@ -71,6 +71,7 @@ class TextDataModule(SequenceDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__(256, sequence_length, 1.0, batch_size, num_workers)
+        self.save_hyperparameters()
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction: expected a share between 0 and 1, got {val_fraction}")
         self.path, self.val_fraction = path, val_fraction

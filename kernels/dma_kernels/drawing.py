@@ -31,7 +31,7 @@ def draw_mask(mask: Tensor, block_size: int = 16) -> "Figure":
         raise ImportError("drawing a mask needs Matplotlib: pip install 'dma-lightning[draw]'") from error
 
     rows, columns = mask.shape
-    figure = Figure(figsize=(5.2, 5.2 * rows / columns + 0.4), layout="constrained")
+    figure = Figure(figsize=(5.2, 5.2 * rows / columns), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(mask.cpu().float().numpy(), cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
     for row, fills in enumerate(_block_fills(mask.cpu(), block_size).tolist()):

@@ -73,10 +73,27 @@ def test_validate_prints_the_figure_of_the_checkpoint(
     assert "val/bits_per_byte" in capsys.readouterr().out
 
 
-def test_saved_config_and_checkpoint_are_enough_to_validate(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    cli = build_cli(["validate", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints/last.ckpt'}"])
-    assert cli.trainer.callback_metrics["val/loss"].item() == pytest.approx(last_validation(run)["val/loss"], rel=1e-6)
+def validate(run: Path, *args: str) -> dict[str, float]:
+    """Figures of `validate` on the run's checkpoint, without any config."""
+    cli = build_cli(["validate", f"--ckpt_path={run / 'checkpoints/last.ckpt'}", "--trainer.logger=false", *args])
+    return {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
+
+
+def test_checkpoint_alone_is_enough_to_validate(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert validate(run) == pytest.approx(last_validation(run), rel=1e-6)
+
+
+def test_command_line_wins_over_the_checkpoint(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    figures = validate(run, "--model.keep_window_size=1")
+    assert figures["val/loss"] != pytest.approx(last_validation(run)["val/loss"], rel=1e-6)
+    checkpoint = f"--ckpt_path={run / 'checkpoints/last.ckpt'}"
+    flags = ["--model.lr=0.5", "--data=dma_lightning.MQARDataModule", "--data.sequence_length=64", "--data.num_pairs=4"]
+    cli = build_cli(["validate", checkpoint, "--trainer.fast_dev_run=1", *flags])
+    assert cli.model.hparams.lr == 0.5
+    assert cli.datamodule.task.num_pairs == 4
+    assert cli.model.model.config.hidden_size == 32
 
 
 @pytest.mark.parametrize("subcommand", ["test", "predict"])
