@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+
 from dma_flex import Lifetimes
 
 

@@ -1,6 +1,7 @@
 """Imports point downwards only, and importing stays light."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def run_python(code: str) -> None:
     """Run code in a fresh interpreter that sees no GPU."""
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={"CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin"},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=120,

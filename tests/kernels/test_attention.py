@@ -145,3 +145,16 @@ def test_bad_inputs(changed: dict[str, Tensor], message: str) -> None:
 def test_mask_of_another_length() -> None:
     with pytest.raises(ValueError, match=r"lifetimes: expected \[2 or 1, 2 or 1, 8\] .* got \[1, 1, 9\]"):
         segment_attention(**_inputs(), lifetimes=Lifetimes.causal(9))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", masks.CASES, ids=str)
+def test_equals_the_cpu_on_a_gpu(case: masks.Case) -> None:
+    inputs, arguments = make_inputs(length=257, group=2, ties=True), case.arguments(2, 257)
+    weight = torch.randn_like(inputs[0])
+    expected = run(inputs, 20, arguments, "torch", weight, "exp")
+    moved = [x.detach().cuda().requires_grad_() for x in inputs]
+    arguments = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    found = run(moved, 20, arguments, "torch", weight.cuda(), "exp")
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.cpu(), y, rtol=1e-10, atol=1e-10)

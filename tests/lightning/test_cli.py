@@ -147,7 +147,7 @@ def test_missing_text_ends_before_training() -> None:
 
 
 def test_schedule_without_an_end() -> None:
-    cli = build(config("model/mqar"), config("data/mqar"), "--trainer.max_epochs=1")
+    cli = build(config("model/tiny"), config("data/pydoc"), "--trainer.max_epochs=1")
     with pytest.raises(ValueError, match=r"schedule 'wsd' needs trainer.max_steps >= 1, got -1; set it"):
         cli.trainer.fit(cli.model, cli.datamodule)
 
