@@ -3,12 +3,13 @@
     python benchmarks/train_seeds.py mqar --seeds 0 1 2 3 4
     python benchmarks/train_seeds.py text --seeds 0
 
-Prints the validation figure at each validation and the seconds that `fit` took in all (start of the interpreter
-included), and writes a JSON file under benchmarks/results/.
+Prints the validation figure before training and at each validation, and the seconds that `fit` took in all (start of
+the interpreter included), and writes a JSON file under benchmarks/results/. Further arguments go to `fit`.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,13 +33,15 @@ def train(task: str, seed: int, extra: list[str]) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         args += [f"--seed_everything={seed}", f"--trainer.logger.init_args.save_dir={folder}", *extra]
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "dma_lightning", "fit", *args], check=True, capture_output=True)
+        command = [sys.executable, "-m", "dma_lightning", "fit", *args]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
         seconds = time.perf_counter() - start
         (events,) = Path(folder).rglob("events.out.tfevents.*")
         reader = EventAccumulator(str(events), size_guidance={"scalars": 0})
         reader.Reload()
         curve = [(event.step + 1, round(event.value, 4)) for event in reader.Scalars(metric)]
-    return {"seed": seed, "seconds": round(seconds, 1), "metric": metric, "curve": curve}
+    start_figure = float(re.search(rf"{metric}: ([\d.]+) at start", done.stdout).group(1))
+    return {"seed": seed, "seconds": round(seconds, 1), "metric": metric, "start": start_figure, "curve": curve}
 
 
 def main() -> None:

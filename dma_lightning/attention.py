@@ -94,11 +94,17 @@ class DynamicMaskAttention(nn.Module):
             `[B, N, C]`.
 
         Raises:
-            ValueError: on a wrong shape or dtype.
+            ValueError: on a wrong shape, dtype or device.
 
         """
         if x.ndim != 3 or x.shape[-1] != self.hidden_size or x.shape[1] == 0:
             raise ValueError(f"expected x [B, N >= 1, {self.hidden_size}], got {list(x.shape)}")
+        weight = self.q_proj.weight
+        if x.device != weight.device or (x.dtype != weight.dtype and not _autocasts(x)):
+            raise ValueError(
+                f"expected x {weight.dtype} on {weight.device} as the weights, got {x.dtype} on {x.device}; "
+                "convert or move x or the module, or use autocast"
+            )
         q, k, v = self._project(x)
         ranks = key_ranks(v, self.A, self.dt_proj.weight)  # [B, G, N]
         scores = key_scores(ranks, self.score_form)
@@ -111,3 +117,9 @@ class DynamicMaskAttention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q).to(v.dtype).transpose(1, 2), self.k_norm(k).to(v.dtype).transpose(1, 2)
         return apply_rotary(q, self.rope_theta), apply_rotary(k, self.rope_theta), v.transpose(1, 2)
+
+
+def _autocasts(x: Tensor) -> bool:
+    """Whether a linear layer would convert `x` by itself."""
+    device = x.device.type
+    return x.is_floating_point() and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -21,7 +21,8 @@ class FitReport(pl.Callback):
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         value = trainer.callback_metrics.get(self.metric)
-        self.start = None if value is None else value.item()
+        if value is not None and trainer.num_sanity_val_steps == float("inf"):  # the whole split, not a few batches
+            self.start = value.item()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         if 0 < trainer.max_steps <= trainer.global_step:

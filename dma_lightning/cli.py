@@ -18,6 +18,8 @@ _LINKS = {
     "bytes_per_token": "bytes_per_token",
 }
 
+_LIGHTNING_CHECKPOINTS = {"best", "last", "hpc", "registry"}
+
 
 class DMACLI(LightningCLI):
     """LightningCLI whose model takes from the data what the data dictates, and whose checkpoints know both.
@@ -45,13 +47,22 @@ class DMACLI(LightningCLI):
 
 
 def _checkpoint_argument(args: ArgsType) -> Path | None:
-    """The checkpoint file that `--ckpt_path` names, if it names one."""
+    """The checkpoint file that `--ckpt_path` names, unless it is a URL or one of Lightning's keywords.
+
+    Raises:
+        ValueError: if there is no such file.
+
+    """
     if args is not None and not isinstance(args, list):
         return None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
     path = parser.parse_known_args(args)[0].ckpt_path
-    return Path(path) if path and Path(path).is_file() else None
+    if not path or "://" in path or path.split(":")[0] in _LIGHTNING_CHECKPOINTS:
+        return None
+    if not Path(path).exists():
+        raise ValueError(f"--ckpt_path: expected an existing checkpoint, got {path!r}; look under runs/")
+    return Path(path) if Path(path).is_file() else None  # a folder is a sharded checkpoint, which Lightning reads
 
 
 def _saved_arguments(checkpoint: Path) -> dict[str, Any]:

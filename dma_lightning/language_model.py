@@ -68,9 +68,10 @@ class LanguageModel(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         config = self.model.config
-        if config.keep_window_size >= config.max_position_embeddings:
+        length = getattr(self.trainer.datamodule, "sequence_length", config.max_position_embeddings)
+        if config.keep_window_size >= length:
             rank_zero_warn(
-                f"keep_window_size {config.keep_window_size} >= sequence length {config.max_position_embeddings}: "
+                f"keep_window_size {config.keep_window_size} >= sequence length {length}: "
                 "no key is ever dropped, so the selection is never exercised; lower keep_window_size to train it"
             )
 

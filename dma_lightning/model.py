@@ -59,6 +59,9 @@ class ModelConfig:
         for name in ("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         if not 0 <= self.hidden_dropout < 1:
             raise ValueError(f"hidden_dropout: expected 0 <= p < 1, got {self.hidden_dropout}")
 
@@ -136,12 +139,17 @@ class DogeForCausalLM(nn.Module):
             `[B, N, V]`.
 
         Raises:
-            ValueError: on a wrong shape or dtype, or a sequence that is too long.
+            ValueError: on a wrong shape, dtype or device, or a sequence that is too long.
 
         """
         longest = self.config.max_position_embeddings
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids: expected integers [B, N], got {input_ids.dtype} {list(input_ids.shape)}")
+        if input_ids.device != self.embed_tokens.weight.device:
+            raise ValueError(
+                f"input_ids: expected on {self.embed_tokens.weight.device} as the model, got {input_ids.device}; "
+                "move one of them"
+            )
         if input_ids.shape[1] > longest:
             raise ValueError(
                 f"input_ids: expected at most max_position_embeddings = {longest} tokens, got {input_ids.shape[1]}; "

@@ -108,7 +108,7 @@ class MQARDataModule(SequenceDataModule):
         train_examples: number of training examples.
         val_examples: number of validation examples.
         test_examples: number of test examples, which `predict` uses too.
-        seed: number of the data set; different seeds share no example.
+        seed: number of the data set; data sets of equal sizes and different seeds share no example.
         batch_size: sequences in a batch of each process.
         num_workers: processes that load data beside each training process.
 

@@ -3,7 +3,6 @@
 import glob
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -81,9 +80,10 @@ class TextDataModule(SequenceDataModule):
         """Write the array, unless it is there. Called on one process per node."""
         if not self._cache_file.exists():
             self.cache_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.cache_dir, delete=False) as file:
+            unfinished = self._cache_file.with_suffix(f".{os.getpid()}.tmp")
+            with unfinished.open("wb") as file:
                 file.writelines(self._chunks())
-            Path(file.name).replace(self._cache_file)
+            unfinished.replace(self._cache_file)
 
     def setup(self, stage: str) -> None:
         """Map the array and split it."""

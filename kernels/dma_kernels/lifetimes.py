@@ -22,7 +22,7 @@ class Lifetimes:
     """Every key lives in one interval of queries; a causal mask is two integers per key.
 
     Attributes:
-        birth: first query that sees the key, int32 `[B or 1, G or 1, N]`; never before the key's own position.
+        birth: first query that sees the key, its own position, int32 `[B or 1, G or 1, N]`.
         death: first later query that no longer sees it, same shape; `death <= birth`: nobody sees the key.
         capacity: a static bound on the keys that are alive at once.
 
@@ -95,7 +95,7 @@ class Lifetimes:
             ValueError: on wrong shapes, dtypes or devices, or sizes out of range.
 
         """
-        _check_selection(ranks, keep_window_size, documents, padding, keep_last, sinks)
+        check_selection(ranks, keep_window_size, documents, padding, keep_last, sinks)
         length = ranks.shape[-1]
         runs = document_runs(documents, padding)
         priority = ordered_bits(ranks)
@@ -123,8 +123,8 @@ class Lifetimes:
         """How many keys each query sees, int64 `[B or 1, G or 1, N]`, in O(N)."""
         lives = (self.death > self.birth).long()
         change = torch.zeros(*self.death.shape[:-1], self.length + 1, dtype=torch.long, device=self.death.device)
-        change.scatter_add_(-1, self.birth.long().clamp(max=self.length), lives)
-        change.scatter_add_(-1, self.death.long().clamp(min=0), -lives)
+        change.scatter_add_(-1, self.birth.long().clamp(0, self.length), lives)
+        change.scatter_add_(-1, self.death.long().clamp(0, self.length), -lives)
         return change.cumsum(-1)[..., :-1]
 
     def draw(self, batch: int = 0, head: int = 0, block_size: int = 16) -> "Figure":
@@ -174,9 +174,10 @@ def _check_at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
-def _check_selection(
+def check_selection(
     ranks: Tensor, keep_window_size: int, documents: Tensor | None, padding: Tensor | None, keep_last: int, sinks: int
 ) -> None:
+    """Raise `ValueError` unless the arguments of `Lifetimes.top_w` belong together."""
     if ranks.ndim != 3 or not ranks.is_floating_point():
         raise ValueError(f"ranks: expected floating [B, G, N], got {ranks.dtype} {list(ranks.shape)}")
     _check_at_least("sequence length", ranks.shape[-1], 1)

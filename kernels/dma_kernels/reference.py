@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dma_kernels.attention_inputs import check_attention_inputs
-from dma_kernels.lifetimes import document_runs
+from dma_kernels.lifetimes import check_selection, document_runs
+from dma_kernels.precision import without_autocast
 from dma_kernels.scores import ordered_bits
 
 
@@ -25,9 +26,13 @@ def reference_mask(
     Returns:
         bool `[B, G, N, N]` (query, key).
 
+    Raises:
+        ValueError: on wrong shapes, dtypes or devices, or sizes out of range.
+
     Source: arXiv 2508.02124v6, equation 4, with the causal mask before the selection.
 
     """
+    check_selection(ranks, keep_window_size, documents, padding, keep_last, sinks)
     length = ranks.shape[-1]
     position = torch.arange(length, device=ranks.device)
     allowed = (position <= position[:, None])[None, None]  # [B or 1, 1, N, N]
@@ -74,19 +79,24 @@ def reference_attention(
         Output `[B, H, N, D]` in the dtype of q, and on request the log-sum-exp `[B, H, N]` in float32 (float64 if q
         is). A query without any key gives 0 and -inf.
 
+    Raises:
+        ValueError: if shapes, dtypes or devices do not belong together.
+
     Source: arXiv 2508.02124v6, equations 5 and 6.
 
     """
     check_attention_inputs(q, k, v, scores)
+    _check_mask(mask, k)
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k_full, v_full, scores_full = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v, scores))
     mask = mask.expand(-1, k.shape[1], -1, -1).repeat_interleave(group, dim=1)
 
-    logits = q.to(dtype) @ k_full.transpose(-1, -2) * scale + scores_full[..., None, :]  # [B, H, N, N]
-    out = masked_average(logits, mask, v_full)
-    return (out.to(q.dtype), masked_logsumexp(logits, mask)) if return_lse else out.to(q.dtype)
+    with without_autocast(q.device):
+        logits = q.to(dtype) @ k_full.transpose(-1, -2) * scale + scores_full[..., None, :]  # [B, H, N, N]
+        out = masked_average(logits, mask, v_full).to(q.dtype)
+    return (out, masked_logsumexp(logits, mask)) if return_lse else out
 
 
 def masked_average(logits: Tensor, mask: Tensor, v: Tensor) -> Tensor:
@@ -101,12 +111,29 @@ def masked_average(logits: Tensor, mask: Tensor, v: Tensor) -> Tensor:
         `[..., queries, D]`.
 
     """
-    # A finite fill keeps rows without a key free of NaN, in the backward too; their output is cleared afterwards.
-    weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1)
-    return (weights @ v).masked_fill(~mask.any(-1, keepdim=True), 0)
+    filled, empty = _fill_masked(logits, mask)
+    return (filled.softmax(-1) @ v).masked_fill(empty[..., None], 0)
 
 
 def masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
     """Log-sum-exp over the keys where `mask` is True; -inf, with zero gradient, for a query without any."""
-    filled = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-    return filled.logsumexp(-1).masked_fill(~mask.any(-1), -torch.inf)
+    filled, empty = _fill_masked(logits, mask)
+    return filled.logsumexp(-1).masked_fill(empty, -torch.inf)
+
+
+def _fill_masked(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits with masked ones at the least finite number, and which rows have no key with a larger one."""
+    # A finite fill keeps rows without a key free of NaN, in the backward too; the caller clears their result.
+    least = torch.finfo(logits.dtype).min
+    filled = logits.masked_fill(~mask, least)
+    return filled, filled.detach().amax(-1) <= least
+
+
+def _check_mask(mask: Tensor, k: Tensor) -> None:
+    batch, kv_heads, length = k.shape[:3]
+    fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, kv_heads)
+    if not fits or mask.shape[2:] != (length, length) or mask.dtype != torch.bool or mask.device != k.device:
+        raise ValueError(
+            f"mask: expected bool [{batch} or 1, {kv_heads} or 1, {length}, {length}] on {k.device}, "
+            f"got {mask.dtype} {list(mask.shape)} on {mask.device}"
+        )

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dma_kernels.precision import without_autocast
+
 ScoreForm = Literal["exp", "linear"]
 
 # float32 has 23 mantissa bits; comparing 16 of them makes the same selection out of matrix products
@@ -17,14 +19,13 @@ _DROPPED_MANTISSA_BITS = 7
 _CANONICAL_NAN = 0x7FC00000
 
 
-def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor | None = None) -> Tensor:
+def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor) -> Tensor:
     """Rank of every key, `A · softplus(Δ v)`: the learned number that selection compares.
 
     Args:
         values: un-rotated values of all KV heads, `[B, G, N, D]`, any floating dtype.
         A: one factor per KV head, `[G]`.
         dt_weight: the map Δ from the values of all KV heads to one number per KV head, `[G, G * D]`.
-        dt_bias: optional bias of Δ, `[G]`.
 
     Returns:
         `[B, G, N]` in float32 (float64 if `values` are), whatever autocast says.
@@ -44,9 +45,9 @@ def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor | No
             f"{list(values.shape)}, got A {list(A.shape)} and dt_weight {list(dt_weight.shape)}"
         )
     dtype = torch.promote_types(values.dtype, torch.float32)
-    with torch.autocast(values.device.type, enabled=False):
+    with without_autocast(values.device):
         v_cat = values.transpose(1, 2).flatten(2).to(dtype)  # [B, N, G * D]
-        u = F.linear(v_cat, dt_weight.to(dtype), None if dt_bias is None else dt_bias.to(dtype))
+        u = F.linear(v_cat, dt_weight.to(dtype))
         return (A.to(dtype) * F.softplus(u)).transpose(1, 2)  # [B, G, N]
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dma_kernels.attention_inputs import check_attention_inputs
 from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.precision import without_autocast
 from dma_kernels.reference import masked_average, masked_logsumexp
 from dma_kernels.segments import SegmentLayout
 
@@ -23,6 +24,8 @@ def segment_attention(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the live keys, with the scores as additive bias; differentiable in q, k, v, scores.
+
+    A NaN or infinity in k or v shows in all queries of a segment that holds the key, also in earlier ones.
 
     Args:
         q: `[B, H, N, D]`, float64, float32, bfloat16 or float16; computed in at least float32.
@@ -48,7 +51,7 @@ def segment_attention(
     heads, kv_heads = q.shape[1], k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layout = SegmentLayout.of(lifetimes, segment_length)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         k_seg, v_seg = layout.gather(k).to(dtype), layout.gather(v).to(dtype)  # [B, G, T, K, D]
         scores_seg = layout.gather(scores.to(dtype)[..., None])  # [B, G, T, K, 1]
         q_seg = layout.split_queries(q.to(dtype) * scale)  # [B, H, T, S, D]

@@ -94,7 +94,9 @@ def top_w_deaths(keys: KeyOrder, window: int, segment_length: int = _SELECTION_S
 
     """
     length = keys.order.shape[-1]
-    window, segment = min(window, length), min(segment_length, length)
+    if window >= length:
+        return torch.full_like(keys.order, length)
+    segment = min(segment_length, length)
     snapshots = segment_snapshots(keys.order, window, segment)  # [..., T, W]
     arrivals = split_segments(keys.order, segment, fill=-1)  # [..., T, S]
 

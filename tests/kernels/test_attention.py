@@ -1,5 +1,7 @@
 """The segment backend equals the O(N²) definition in output, log-sum-exp and every gradient."""
 
+from collections.abc import Callable
+
 import masks
 import pytest
 import torch
@@ -142,7 +144,29 @@ def test_bad_inputs(changed: dict[str, Tensor], message: str) -> None:
         reference_attention(**inputs, mask=Lifetimes.causal(8).to_dense())
 
 
+@pytest.mark.parametrize("function", [segment_attention, reference_attention])
+def test_minus_infinity_as_only_score_is_no_key(function: Callable[..., Tensor]) -> None:
+    q, k, v = (torch.randn(1, 1, 9, 4) for _ in range(3))
+    scores = torch.zeros(1, 1, 9)
+    scores[..., 0] = -torch.inf
+    mask = Lifetimes.causal(9) if function is segment_attention else Lifetimes.causal(9).to_dense()
+    out, lse = function(q, k, v, scores, mask, return_lse=True)
+    assert (out[0, 0, 0] == 0).all()
+    assert lse[0, 0, 0] == -torch.inf
+    assert lse[0, 0, 1:].isfinite().all()
+
+
+def test_autocast_does_not_change_the_definition() -> None:
+    q, k, v = (torch.randn(1, 2, 63, 8) for _ in range(3))
+    scores, mask = torch.randn(1, 2, 63), Lifetimes.causal(63).to_dense()
+    expected = reference_attention(q, k, v, scores, mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(reference_attention(q, k, v, scores, mask), expected)
+
+
 def test_mask_of_another_length() -> None:
+    with pytest.raises(ValueError, match=r"mask: expected bool \[2 or 1, 2 or 1, 8, 8\] on cpu, got torch.bool"):
+        reference_attention(**_inputs(), mask=Lifetimes.causal(9).to_dense())
     with pytest.raises(ValueError, match=r"lifetimes: expected \[2 or 1, 2 or 1, 8\] .* got \[1, 1, 9\]"):
         segment_attention(**_inputs(), lifetimes=Lifetimes.causal(9))
 

@@ -29,8 +29,9 @@ def test_top_w_equals_heap_and_definition(length: int, ties: bool, case: masks.C
         assert torch.equal(dense, reference_mask(ranks, window, **arguments))
         assert torch.equal(lifetimes.live_counts(), dense.sum(-1))
         assert dense.sum(-1).max() <= lifetimes.capacity
-        rows = {k: x[1].tolist() if isinstance(x, torch.Tensor) else x for k, x in arguments.items()}
-        assert torch.equal(dense[1, 0], masks.heap_mask(ordered_bits(ranks)[1, 0].tolist(), window, **rows))
+        for b in range(2):
+            row = {k: x[b].tolist() if isinstance(x, torch.Tensor) else x for k, x in arguments.items()}
+            assert torch.equal(dense[b, 0], masks.heap_mask(ordered_bits(ranks)[b, 0].tolist(), window, **row))
 
 
 def test_worked_example() -> None:
@@ -126,8 +127,11 @@ GOOD = torch.zeros(2, 3, 8)
     ],
 )
 def test_bad_selection(arguments: dict[str, object], message: str) -> None:
+    arguments = {"ranks": GOOD, "keep_window_size": 4} | arguments
     with pytest.raises(ValueError, match=message):
-        Lifetimes.top_w(**({"ranks": GOOD, "keep_window_size": 4} | arguments))
+        Lifetimes.top_w(**arguments)
+    with pytest.raises(ValueError, match=message):
+        reference_mask(**arguments)
 
 
 def test_bad_lifetimes() -> None:

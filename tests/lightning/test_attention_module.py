@@ -2,6 +2,7 @@
 
 import logging
 
+import masks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ def test_starts_as_sliding_window_attention(window: int) -> None:
 @pytest.mark.parametrize("changed", [{}, {"keep_last": 2, "sinks": 1}, {"score_form": "linear"}, {"num_kv_heads": 1}])
 def test_equals_its_definition_in_every_gradient(changed: dict[str, object]) -> None:
     x = torch.randn(2, 111, 32, dtype=torch.float64)
-    documents, padding = torch.randint(0, 2, (2, 1)).expand(2, 111), torch.rand(2, 111) < 0.2
+    documents, padding = masks.make_documents(2, 111), torch.rand(2, 111) < 0.2
     results = []
     for backend in ("torch", "reference"):
         module, leaf = make_module(backend, **changed), x.clone().requires_grad_()
@@ -130,5 +131,9 @@ def test_bad_inputs() -> None:
         module(torch.zeros(2, 5, 31, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"got \[2, 0, 32\]"):
         module(torch.zeros(2, 0, 32, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"expected x torch\.float64 on cpu as the weights, got torch\.float32 on cpu"):
+        module(torch.zeros(2, 5, 32))
+    with pytest.raises(ValueError, match=r"got torch\.float64 on meta"):
+        module(torch.zeros(2, 5, 32, dtype=torch.float64, device="meta"))
     with pytest.raises(ValueError, match="documents: expected shape"):
         module(torch.zeros(2, 5, 32, dtype=torch.float64), documents=torch.zeros(2, 4, dtype=torch.long))

@@ -116,6 +116,11 @@ def test_mistakes_on_the_command_line(args: list[str], message: str, capsys: pyt
     assert message in capsys.readouterr().err
 
 
+def test_missing_checkpoint() -> None:
+    with pytest.raises(ValueError, match=r"--ckpt_path: expected an existing checkpoint, got 'no/such\.ckpt'"):
+        build_cli(["validate", "--ckpt_path=no/such.ckpt"])
+
+
 def test_mistyped_key_in_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "typo.yaml"
     file.write_text("model:\n  hidden_sise: 64\n")

@@ -63,6 +63,12 @@ def test_flops_per_token_count_visible_keys(window: int) -> None:
     assert model.flops_per_token == pytest.approx(6 * weights + 12 * 4 * 128 * keys)
 
 
+def test_shapes_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = DogeForCausalLM(ModelConfig(num_hidden_layers=1))
+        assert model(torch.zeros(2, 20, dtype=torch.long)).shape == (2, 20, 256)
+
+
 def test_dropout_only_in_training() -> None:
     model = DogeForCausalLM(ModelConfig(num_hidden_layers=1, hidden_dropout=0.5))
     tokens = torch.randint(0, 256, (1, 20))
@@ -77,6 +83,7 @@ def test_dropout_only_in_training() -> None:
         (torch.zeros(2, 257, dtype=torch.long), "at most max_position_embeddings = 256 tokens, got 257; shorten"),
         (torch.zeros(2, 5), r"input_ids: expected integers \[B, N\], got torch.float32"),
         (torch.zeros(5, dtype=torch.long), r"input_ids: expected integers \[B, N\]"),
+        (torch.zeros(2, 5, dtype=torch.long, device="meta"), "input_ids: expected on cpu as the model, got meta"),
     ],
 )
 def test_bad_inputs(tokens: torch.Tensor, message: str) -> None:
@@ -89,6 +96,7 @@ def test_bad_inputs(tokens: torch.Tensor, message: str) -> None:
     [
         ({"vocab_size": 0}, "vocab_size: expected at least 1, got 0"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: expected at least 1"),
+        ({"rope_theta": 0.0}, "rope_theta: expected more than 0, got 0.0"),
         ({"hidden_dropout": 1.0}, "hidden_dropout: expected 0 <= p < 1, got 1.0"),
     ],
 )
