@@ -34,7 +34,6 @@ class DynamicMaskAttention(nn.Module):
         ValueError: if the sizes do not belong together, or for an unknown backend or score form.
 
     Source: arXiv 2508.02124v6, section 3; details as in the Doge model of Hugging Face Transformers.
-
     """
 
     def __init__(
@@ -95,7 +94,6 @@ class DynamicMaskAttention(nn.Module):
 
         Raises:
             ValueError: on a wrong shape, dtype or device.
-
         """
         if x.ndim != 3 or x.shape[-1] != self.hidden_size or x.shape[1] == 0:
             raise ValueError(f"expected x [B, N >= 1, {self.hidden_size}], got {list(x.shape)}")

@@ -40,7 +40,6 @@ def resolve_backend(name: str) -> str:
 
     Raises:
         ValueError: for an unknown name.
-
     """
     if name not in get_args(Backend):
         raise ValueError(f"backend: expected one of {list(get_args(Backend))}, got {name!r}")

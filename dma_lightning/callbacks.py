@@ -12,7 +12,6 @@ class FitReport(pl.Callback):
 
     Args:
         metric: name of a logged validation metric.
-
     """
 
     def __init__(self, metric: str = "val/loss") -> None:

@@ -51,7 +51,6 @@ def _checkpoint_argument(args: ArgsType) -> Path | None:
 
     Raises:
         ValueError: if there is no such file.
-
     """
     if args is not None and not isinstance(args, list):
         return None
@@ -84,7 +83,6 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
     Args:
         args: a list of arguments, or a nested dictionary.
         run: with False, `args` name no subcommand and nothing is run.
-
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return DMACLI(

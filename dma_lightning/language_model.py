@@ -33,7 +33,6 @@ class LanguageModel(pl.LightningModule):
         decay_fraction: share of trainer.max_steps in which wsd falls linearly.
         bytes_per_token: mean length of a token, to report bits per byte; none for data that is no text.
         config: the fields of `ModelConfig`.
-
     """
 
     def __init__(
@@ -104,7 +103,6 @@ class LanguageModel(pl.LightningModule):
 
         Raises:
             ValueError: if a schedule needs `trainer.max_steps` and it is not set.
-
         """
         hp, max_steps = self.hparams, self.trainer.max_steps
         if hp.schedule != "constant" and max_steps < 1:

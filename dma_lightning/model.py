@@ -140,7 +140,6 @@ class DogeForCausalLM(nn.Module):
 
         Raises:
             ValueError: on a wrong shape, dtype or device, or a sequence that is too long.
-
         """
         longest = self.config.max_position_embeddings
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):

@@ -37,7 +37,6 @@ class SequenceDataModule(pl.LightningDataModule):
         bytes_per_token: mean length of a token where the data is text, passed on to the model.
         batch_size: sequences in a batch of each process.
         num_workers: processes that load data beside each training process.
-
     """
 
     train_set: Dataset

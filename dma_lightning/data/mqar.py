@@ -29,7 +29,6 @@ class MQARTask:
         ValueError: if such an example does not exist.
 
     Source: "Zoology", arXiv 2312.04927, and its public generator.
-
     """
 
     def __init__(
@@ -53,7 +52,6 @@ class MQARTask:
 
         Returns:
             Inputs and labels, int64 `[count, N]`; the label stands at the position of the query key.
-
         """
         random = np.random.RandomState(seed)  # the legacy generator: bit for bit the original's draws
         pairs, length, half = self.num_pairs, self.sequence_length, self.vocab_size // 2
@@ -80,7 +78,6 @@ class MQARExamples(Dataset):
         task: the generator.
         first_seed: seed of example 0.
         count: number of examples.
-
     """
 
     def __init__(self, task: MQARTask, first_seed: int, count: int) -> None:
@@ -111,7 +108,6 @@ class MQARDataModule(SequenceDataModule):
         seed: number of the data set; data sets of equal sizes and different seeds share no example.
         batch_size: sequences in a batch of each process.
         num_workers: processes that load data beside each training process.
-
     """
 
     def __init__(

@@ -25,7 +25,6 @@ class ByteWindows(Dataset):
     Args:
         data: uint8 `[bytes]`, may be memory-mapped.
         sequence_length: N, the length of a window.
-
     """
 
     def __init__(self, data: np.ndarray, sequence_length: int) -> None:
@@ -57,7 +56,6 @@ class TextDataModule(SequenceDataModule):
 
     Raises:
         ValueError: in `prepare_data` or `setup`, if the path holds no text or the text is too short.
-
     """
 
     def __init__(
@@ -126,7 +124,6 @@ def text_files(path: str) -> list[Path]:
 
     Raises:
         ValueError: if there is none.
-
     """
     root = Path(path).expanduser()
     found = [root] if root.exists() else [Path(match) for match in glob.glob(str(root), recursive=True)]

@@ -18,7 +18,6 @@ def draw_mask(mask: Tensor, block_size: int = 16) -> "Figure":
     Raises:
         ValueError: if `mask` is not two-dimensional, or `block_size` is below 1.
         ImportError: without Matplotlib (`pip install dma-lightning[draw]`).
-
     """
     if mask.ndim != 2 or block_size < 1:
         raise ValueError(

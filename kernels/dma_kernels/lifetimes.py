@@ -28,7 +28,6 @@ class Lifetimes:
 
     Raises:
         ValueError: if the tensors are not int32 of one shape `[B or 1, G or 1, N]`, or the capacity is below 1.
-
     """
 
     birth: Tensor
@@ -93,7 +92,6 @@ class Lifetimes:
 
         Raises:
             ValueError: on wrong shapes, dtypes or devices, or sizes out of range.
-
         """
         check_selection(ranks, keep_window_size, documents, padding, keep_last, sinks)
         length = ranks.shape[-1]

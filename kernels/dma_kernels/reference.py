@@ -30,7 +30,6 @@ def reference_mask(
         ValueError: on wrong shapes, dtypes or devices, or sizes out of range.
 
     Source: arXiv 2508.02124v6, equation 4, with the causal mask before the selection.
-
     """
     check_selection(ranks, keep_window_size, documents, padding, keep_last, sinks)
     length = ranks.shape[-1]
@@ -83,7 +82,6 @@ def reference_attention(
         ValueError: if shapes, dtypes or devices do not belong together.
 
     Source: arXiv 2508.02124v6, equations 5 and 6.
-
     """
     check_attention_inputs(q, k, v, scores)
     _check_mask(mask, k)
@@ -109,7 +107,6 @@ def masked_average(logits: Tensor, mask: Tensor, v: Tensor) -> Tensor:
 
     Returns:
         `[..., queries, D]`.
-
     """
     filled, empty = _fill_masked(logits, mask)
     return (filled.softmax(-1) @ v).masked_fill(empty[..., None], 0)

@@ -34,7 +34,6 @@ def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor) -> Tensor:
         ValueError: if the shapes do not belong together.
 
     Source: arXiv 2508.02124v6, equation 3, before the exponential.
-
     """
     if values.ndim != 4:
         raise ValueError(f"values: expected shape [B, G, N, D], got {list(values.shape)}")
@@ -72,7 +71,6 @@ def ordered_bits(ranks: Tensor) -> Tensor:
 
     Returns:
         int32 of the same shape.
-
     """
     bits = ranks.detach().float().contiguous().view(torch.int32)
     half = (1 << (_DROPPED_MANTISSA_BITS - 1)) - 1

@@ -43,7 +43,6 @@ def segment_attention(
 
     Raises:
         ValueError: if shapes, dtypes or devices do not belong together.
-
     """
     check_attention_inputs(q, k, v, scores)
     _check_lifetimes(lifetimes, k)

@@ -28,7 +28,6 @@ class SegmentLayout:
         death: death of that key, int32, same shape; 0 in an empty slot.
         segment_length: S.
         length: N.
-
     """
 
     key: Tensor
@@ -48,7 +47,6 @@ class SegmentLayout:
 
         Raises:
             ValueError: if a size is below 1.
-
         """
         length = lifetimes.length
         segment = max(lifetimes.capacity, 16) if segment_length is None else segment_length

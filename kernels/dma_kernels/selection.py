@@ -24,7 +24,6 @@ class KeyOrder:
     Attributes:
         order: int32 `[..., N]`, distinct where >= 0; the larger order wins; -1 takes no part.
         key: int64 `[..., N]`, the inverse: `key[order[j]] == j`.
-
     """
 
     order: Tensor
@@ -37,7 +36,6 @@ class KeyOrder:
         Args:
             priority: integers `[..., N]`.
             excluded: bool, broadcastable to `priority`; True takes no part.
-
         """
         key = priority.sort(dim=-1, stable=True).indices
         position = torch.arange(priority.shape[-1], dtype=torch.int32, device=priority.device)
@@ -69,7 +67,6 @@ def segment_snapshots(order: Tensor, count: int, segment_length: int) -> Tensor:
 
     Returns:
         int32 `[..., T, W]`, descending, filled up with -1.
-
     """
     own = split_segments(order, segment_length, fill=-1).sort(dim=-1, descending=True).values
     top = F.pad(own, (0, count - segment_length), value=-1)  # [..., T, W]; a negative pad truncates
@@ -91,7 +88,6 @@ def top_w_deaths(keys: KeyOrder, window: int, segment_length: int = _SELECTION_S
 
     Returns:
         int32 `[..., N]`: `N` for a key that never dies, `j` for one that nobody sees (dead on arrival).
-
     """
     length = keys.order.shape[-1]
     if window >= length:

@@ -11,7 +11,6 @@ class WriteMetrics(pl.Callback):
 
     Args:
         folder: where to write.
-
     """
 
     def __init__(self, folder: str) -> None:
