@@ -14,7 +14,8 @@ def describe() -> dict[str, str | int]:
     root = Path(__file__).parents[1]
     git = ["git", "-C", str(root)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    code = ["--", ".", ":!benchmarks/results"]
+    changed = subprocess.run([*git, "status", "--porcelain", *code], capture_output=True, text=True, check=False)
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count() or 0,

@@ -37,7 +37,7 @@ def mqar_lines() -> list[str]:
     steps = [step for step, _ in runs[0]["curve"]]
     lines = [f"| seed | {' | '.join(f'step {step}' for step in steps)} |", "| --- |" + " ---: |" * len(steps)]
     for run in runs:
-        cells = " | ".join(f"{100 * value:.1f} %" for _, value in run["curve"])
+        cells = " | ".join(f"{100 * value:.2f} %" for _, value in run["curve"])
         lines.append(f"| {run['seed']} | {cells} |")
     return lines
 
