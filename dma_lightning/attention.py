@@ -15,7 +15,8 @@ class DynamicMaskAttention(nn.Module):
     """Causal self-attention in which every query keeps the `keep_window_size` best-scored keys of its past.
 
     The score of a key comes from the values at its position, selects the key, and is added to its logits, so the
-    selection is trained. With `A = 0`, as initialised, this is exactly sliding-window attention.
+    selection is trained. With `A = 0`, as initialised, this is exactly sliding-window attention (plus the sinks and
+    last positions that are asked for).
 
     Args:
         hidden_size: C, width of input and output.

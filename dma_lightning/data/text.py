@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import numpy as np
 import torch
@@ -106,6 +105,8 @@ class TextDataModule(SequenceDataModule):
     def _chunks(self) -> Iterator[bytes]:
         """The whole text, piece by piece."""
         if self.path is None:
+            from pydoc_data.topics import topics  # half a megabyte that other corpora do not need
+
             for topic in topics.values():
                 yield topic.encode() + _SEPARATOR
             return
