@@ -18,6 +18,7 @@ def describe() -> dict[str, str | int]:
     changed = subprocess.run([*git, "status", "--porcelain", *code], capture_output=True, text=True, check=False)
     return {
         "cpu": _cpu_name(),
+        **_gpu(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
@@ -26,6 +27,14 @@ def describe() -> dict[str, str | int]:
         "lightning": version("lightning"),
         "commit": (commit.stdout.strip() or "unknown") + ("+changes" if changed.stdout else ""),
     }
+
+
+def _gpu() -> dict[str, str]:
+    """Name of the GPU and versions of what drives it; nothing without one."""
+    if not torch.cuda.is_available():
+        return {}
+    versions = {"triton": version("triton"), "cudnn": str(torch.backends.cudnn.version())}
+    return {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, **versions}
 
 
 def _cpu_name() -> str:

@@ -52,12 +52,84 @@ def attention_lines() -> list[str]:
     return lines
 
 
+def spread(times: list[float]) -> str:
+    """Median [min - max] in milliseconds."""
+    low, middle, high = (f"{t:.3g}" for t in times)
+    return f"{middle} [{low} - {high}]"
+
+
+def gpu_machine(result: dict[str, Any]) -> str:
+    """GPU and versions of a result, in words."""
+    e = result["environment"]
+    return f"{e['gpu']}, CUDA {e['cuda']}, torch {e['torch']}, Triton {e['triton']}, commit {e['commit']}"
+
+
+def gpu_attention_lines() -> list[str]:
+    """Forward and backward by shape, and how much faster than the fastest dense attention."""
+    lines = [
+        "| heads, N, w | | `flex` | cuDNN | FlashAttention-2 | FlexAttention, natural order | `flex` against cuDNN |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    names = ("flex", "cuDNN", "FlashAttention-2", "flex, natural order")
+    for row in load("gpu_attention")["attention"]:
+        shape = f"{row['heads']}/{row['kv_heads']}, {row['length'] // 1024}k, {row['window']}"
+        for part in ("forward", "backward"):
+            cells = " | ".join(spread(row[name][part]) for name in names)
+            lines.append(f"| {shape} | {part} | {cells} | {row['cuDNN'][part][1] / row['flex'][part][1]:.1f}x |")
+        ours, dense = (sum(row[name][part][1] for part in ("forward", "backward")) for name in ("flex", "cuDNN"))
+        lines.append(f"| {shape} | both | {ours:.3g} | {dense:.3g} | | | {dense / ours:.1f}x |")
+        selection, plan = row["selection"]["forward"], row["plan"]["forward"]
+        with_both = dense / (ours + selection[1] + plan[1])
+        lines.append(f"| {shape} | selection; plan | {spread(selection)}; {spread(plan)} | | | | {with_both:.1f}x |")
+    return lines
+
+
+def mask_lines() -> list[str]:
+    """Milliseconds to build a block mask, by length."""
+    names = ("block_mask, eager", "block_mask, compiled", "create_block_mask, compiled")
+    lines = ["| N | `block_mask`, eager | `block_mask`, compiled | `create_block_mask`, compiled |"]
+    lines.append("| --- |" + " ---: |" * len(names))
+    for row in load("gpu_attention")["masks"]:
+        lines.append(f"| {row['length'] // 1024}k | {' | '.join(spread(row[name]) for name in names)} |")
+    return lines
+
+
+def bias_lines() -> list[str]:
+    """Ways to the gradient of the key biases."""
+    lines = ["| | forward | backward |", "| --- | ---: | ---: |"]
+    for row in load("gpu_attention")["bias_gradients"]:
+        forward = spread(row["forward"]) if "forward" in row else ""
+        lines.append(f"| {row['way']} | {forward} | {spread(row['backward'])} |")
+    return lines
+
+
+def memory_line() -> str:
+    """Peak memory by length."""
+    *train, million = load("gpu_attention")["memory"]
+    cells = ", ".join(f"{row['length'] // 1024}k {row['train_gb']:.2f}" for row in train)
+    return f"{cells}; 1M tokens, forward only, {million['forward_gb']:.1f}."
+
+
 def figures() -> str:
     """The whole section."""
     mqar, attention, text = load("train_mqar"), load("cpu_attention"), load("train_text_3.11")
     solved = sum(run["curve"][-1][1] >= 0.98 for run in mqar["runs"])
     shape, seconds = attention["shape"], [run["seconds"] for run in mqar["runs"]]
+    gpu = load("gpu_attention")
+    gpu_shape = f"bfloat16, batch {gpu['shape']['batch']}, head dim {gpu['shape']['head_dim']}"
     parts = [
+        "**`python benchmarks/gpu_attention.py`**: milliseconds of forward and backward given selection and plan, "
+        "gathers and the gradient of the scores included, and of these two beside (plain PyTorch so far; the last line "
+        f"of each shape counts them in); cuDNN and FlashAttention-2 are PyTorch's dense causal attention; {gpu_shape}, "
+        f"random scores; median [min - max] of {gpu['shape']['repeats']} ({gpu_machine(gpu)}).",
+        "\n".join(gpu_attention_lines()),
+        "Milliseconds to build a block mask of 16 query and 4 KV heads, lifetimes given:",
+        "\n".join(mask_lines()),
+        "Ways to the gradient of the key biases, milliseconds at 32k, w = 1024, over segments; the `flex` backend "
+        "takes the last, with FlexAttention computing dq alone:",
+        "\n".join(bias_lines()),
+        "Peak GPU memory of selection, plan, forward and backward at 16 query and 4 KV heads, w = 1024, in GiB by N: "
+        + memory_line(),
         f"**`make train`**: validation on the last tenth of the text ({machine(text)}; the corpora of the other Python "
         "versions were trained on with the same interpreter, on one thread each).",
         "\n".join(text_lines()),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dma_kernels import ScoreForm, key_ranks, key_scores
-from dma_lightning.backends import BACKENDS, Backend, Selection, resolve_backend
+from dma_lightning.backends import BACKENDS, Backend, Selection, check_backend, resolve_backend
 from dma_lightning.rotary import apply_rotary
 
 
@@ -29,7 +29,7 @@ class DynamicMaskAttention(nn.Module):
         score_form: what is added to the logits, `exp(rank)` or the rank itself (`linear`).
         rope_theta: base of the rotary embedding.
         rms_norm_eps: epsilon of the RMSNorm on queries and keys.
-        backend: `auto`, `torch` or `reference`.
+        backend: `flex`, `torch` or `reference`; `auto` is `flex` where it trains (CUDA), else `torch`.
 
     Raises:
         ValueError: if the sizes do not belong together, or for an unknown backend or score form.
@@ -70,7 +70,8 @@ class DynamicMaskAttention(nn.Module):
         self.hidden_size, self.head_dim = hidden_size, head_dim
         self.keep_window_size, self.keep_last, self.sinks = keep_window_size, keep_last, sinks
         self.score_form, self.rope_theta = score_form, rope_theta
-        self.backend = resolve_backend(backend)
+        check_backend(backend)
+        self.backend = backend
 
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
@@ -108,7 +109,8 @@ class DynamicMaskAttention(nn.Module):
         ranks = key_ranks(v, self.A, self.dt_proj.weight)  # [B, G, N]
         scores = key_scores(ranks, self.score_form)
         selection = Selection(self.keep_window_size, self.keep_last, self.sinks, documents, padding)
-        out = BACKENDS[self.backend](q, k, v, scores, ranks, selection)  # [B, H, N, D]
+        backend = resolve_backend(self.backend, q.device.type, q.dtype, self.head_dim)
+        out = BACKENDS[backend](q, k, v, scores, ranks, selection)  # [B, H, N, D]
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,4 +123,4 @@ class DynamicMaskAttention(nn.Module):
 def _autocasts(x: Tensor) -> bool:
     """Whether a linear layer would convert `x` by itself."""
     device = x.device.type
-    return x.is_floating_point() and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.is_floating_point() and device != "meta" and torch.is_autocast_enabled(device)

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
+from dma_flex import flex_segment_attention
 from dma_kernels import Lifetimes, reference_attention, reference_mask, segment_attention
 
 logger = logging.getLogger(__name__)
 
-Backend = Literal["auto", "torch", "reference"]
+Backend = Literal["auto", "flex", "torch", "reference"]
 
 
 @dataclass(frozen=True)
@@ -31,35 +33,56 @@ class Selection:
     documents: Tensor | None = None
     padding: Tensor | None = None
 
+    def arguments(self) -> dict[str, Tensor | int | None]:
+        """Keyword arguments of `Lifetimes.top_w`; spelled out, since torch 2.11 cannot compile `vars` of this."""
+        return {
+            "keep_window_size": self.keep_window_size,
+            "keep_last": self.keep_last,
+            "sinks": self.sinks,
+            "documents": self.documents,
+            "padding": self.padding,
+        }
+
 
 AttentionBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Selection], Tensor]
 
 
-def resolve_backend(name: str) -> str:
-    """The backend that a name stands for: itself, or what `auto` chooses (logged once).
-
-    Raises:
-        ValueError: for an unknown name.
-    """
+def check_backend(name: str) -> None:
+    """Raise `ValueError` for an unknown backend."""
     if name not in get_args(Backend):
         raise ValueError(f"backend: expected one of {list(get_args(Backend))}, got {name!r}")
-    return _auto_backend() if name == "auto" else name
+
+
+@torch.compiler.assume_constant_result
+def resolve_backend(name: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend that a name stands for with such tensors: itself, or what `auto` chooses (logged once)."""
+    return _auto_backend(device, dtype, head_dim) if name == "auto" else name
 
 
 @cache
-def _auto_backend() -> str:
-    logger.info("backend 'auto': using 'torch'")
-    return "torch"
+def _auto_backend(device: str, dtype: torch.dtype, head_dim: int) -> str:
+    chosen = "flex" if device == "cuda" and dtype != torch.float64 and 16 <= head_dim <= 256 else "torch"
+    logger.info("backend 'auto': using '%s' for head dim %d in %s on %s", chosen, head_dim, dtype, device)
+    return chosen
+
+
+def _flex_backend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, ranks: Tensor, selection: Selection) -> Tensor:
+    """FlexAttention over segments, compiled: trains on CUDA, infers on CPU too."""
+    return flex_segment_attention(q, k, v, scores, Lifetimes.top_w(ranks, **selection.arguments()))
 
 
 def _torch_backend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, ranks: Tensor, selection: Selection) -> Tensor:
     """Dense matmuls per segment: linear in N, any device, trains anywhere."""
-    return segment_attention(q, k, v, scores, Lifetimes.top_w(ranks, **vars(selection)))
+    return segment_attention(q, k, v, scores, Lifetimes.top_w(ranks, **selection.arguments()))
 
 
 def _reference_backend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, ranks: Tensor, selection: Selection) -> Tensor:
     """The O(N²) definition, for tests."""
-    return reference_attention(q, k, v, scores, reference_mask(ranks, **vars(selection)))
+    return reference_attention(q, k, v, scores, reference_mask(ranks, **selection.arguments()))
 
 
-BACKENDS: dict[str, AttentionBackend] = {"torch": _torch_backend, "reference": _reference_backend}
+BACKENDS: dict[str, AttentionBackend] = {
+    "flex": _flex_backend,
+    "torch": _torch_backend,
+    "reference": _reference_backend,
+}

@@ -1,7 +1,12 @@
 """Shared by all tests."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU
 
 
 @pytest.fixture(autouse=True)
@@ -9,3 +14,9 @@ def _reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same random numbers whichever tests run before; and LightningCLI sees no arguments of pytest's."""
     torch.manual_seed(0)
     monkeypatch.setattr("sys.argv", ["dma-lightning"])
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run: on the GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

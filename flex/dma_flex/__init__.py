@@ -1,5 +1,17 @@
-"""Masks for FlexAttention. Needs torch only; so far the mask algebra of the layer below."""
+"""Masks for FlexAttention: exact block masks and mods of lifetimes, and attention over segments. Needs torch only."""
 
+from dma_flex.block_masks import block_mask, interval_block_mask
+from dma_flex.mods import key_bias_score_mod, lifetime_mask_mod
+from dma_flex.segment_attention import flex_segment_attention
+from dma_flex.segment_plan import SegmentPlan
 from dma_kernels import Lifetimes
 
-__all__ = ["Lifetimes"]
+__all__ = [
+    "Lifetimes",
+    "SegmentPlan",
+    "block_mask",
+    "flex_segment_attention",
+    "interval_block_mask",
+    "key_bias_score_mod",
+    "lifetime_mask_mod",
+]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dma_kernels.lifetimes import Lifetimes
+
 
 def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, scores: Tensor) -> None:
     """Raise `ValueError` unless q `[B, H, N, D]`, k and v `[B, G, N, D]` and scores `[B, G, N]` belong together."""
@@ -27,3 +29,14 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, scores: Tensor) -> N
     least = torch.promote_types(q.dtype, torch.float32)
     if scores.dtype not in (torch.float32, least):
         raise ValueError(f"scores: expected {least} for {q.dtype} inputs, got {scores.dtype}; selection needs its bits")
+
+
+def check_lifetimes(lifetimes: Lifetimes, k: Tensor) -> None:
+    """Raise `ValueError` unless a mask fits keys `[B, G, N, D]`."""
+    batch, kv_heads, length = lifetimes.death.shape
+    fits = batch in (1, k.shape[0]) and kv_heads in (1, k.shape[1]) and length == k.shape[2]
+    if not fits or lifetimes.death.device != k.device:
+        raise ValueError(
+            f"lifetimes: expected [{k.shape[0]} or 1, {k.shape[1]} or 1, {k.shape[2]}] on {k.device} for k "
+            f"{list(k.shape)}, got {list(lifetimes.death.shape)} on {lifetimes.death.device}"
+        )

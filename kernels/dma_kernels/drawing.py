@@ -7,13 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _EMPTY, _PARTIAL, _FULL = "#c8c8c8", "#e08214", "#1b7837"
 
 
-def draw_mask(mask: Tensor, block_size: int = 16) -> "Figure":
+def draw_mask(mask: Tensor, block_size: int = 16, axes: "Axes | None" = None) -> "Figure":
     """Draw one bool mask `[queries, keys]`; a block is outlined grey if empty, orange if partial, green if full.
+
+    Args:
+        mask: what is visible.
+        block_size: side of the outlined blocks.
+        axes: where to draw; by default in a figure of its own.
 
     Raises:
         ValueError: if `mask` is not two-dimensional, or `block_size` is below 1.
@@ -30,8 +36,8 @@ def draw_mask(mask: Tensor, block_size: int = 16) -> "Figure":
         raise ImportError("drawing a mask needs Matplotlib: pip install 'dma-lightning[draw]'") from error
 
     rows, columns = mask.shape
-    figure = Figure(figsize=(5.2, 5.2 * rows / columns), layout="constrained")
-    axes = figure.add_subplot()
+    if axes is None:
+        axes = Figure(figsize=(5.2, 5.2 * rows / columns), layout="constrained").add_subplot()
     axes.imshow(mask.cpu().float().numpy(), cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
     for row, fills in enumerate(_block_fills(mask.cpu(), block_size).tolist()):
         for column, fill in enumerate(fills):
@@ -39,7 +45,7 @@ def draw_mask(mask: Tensor, block_size: int = 16) -> "Figure":
             corner = (column * block_size - 0.42, row * block_size - 0.42)
             axes.add_patch(Rectangle(corner, block_size - 0.16, block_size - 0.16, fill=False, ec=color, lw=1))
     axes.set(xlabel="key j", ylabel="query t", xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
-    return figure
+    return axes.figure
 
 
 def _block_fills(mask: Tensor, block_size: int) -> Tensor:

@@ -3,7 +3,7 @@
 B batch, G KV heads, N length.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ from dma_kernels.scores import ordered_bits
 from dma_kernels.selection import KeyOrder, top_w_deaths
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -21,10 +22,15 @@ if TYPE_CHECKING:
 class Lifetimes:
     """Every key lives in one interval of queries; a causal mask is two integers per key.
 
+    Masks combine as `a | b` (a query sees the keys of both) and `a & b` (the keys that are in both). Documents and
+    padding are arguments of the constructors instead: cutting a finished selection at a document's border would
+    leave queries without keys, because those of other documents had evicted theirs.
+
     Attributes:
         birth: first query that sees the key, its own position, int32 `[B or 1, G or 1, N]`.
         death: first later query that no longer sees it, same shape; `death <= birth`: nobody sees the key.
         capacity: a static bound on the keys that are alive at once.
+        born_at_position: whether `birth` is known to be each key's own position, as it is in every constructor below.
 
     Raises:
         ValueError: if the tensors are not int32 of one shape `[B or 1, G or 1, N]`, or the capacity is below 1.
@@ -33,6 +39,7 @@ class Lifetimes:
     birth: Tensor
     death: Tensor
     capacity: int
+    born_at_position: bool = field(default=False, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         for name, x in (("birth", self.birth), ("death", self.death)):
@@ -52,17 +59,72 @@ class Lifetimes:
         return self.death.shape[-1]
 
     @classmethod
-    def causal(cls, length: int, device: torch.device | str | None = None) -> "Lifetimes":
-        """Every query sees its whole past."""
-        return cls.sliding_window(length, length, device)
+    def causal(
+        cls,
+        length: int,
+        device: torch.device | str | None = None,
+        *,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> "Lifetimes":
+        """Every query sees its whole past, within its document. Arguments as `sliding_window`."""
+        return cls.sliding_window(length, length, device, documents=documents, padding=padding)
 
     @classmethod
-    def sliding_window(cls, length: int, window: int, device: torch.device | str | None = None) -> "Lifetimes":
-        """Query t sees the keys `t - window < j <= t`: `window` of them, its own included."""
-        _check_at_least("length", length, 1)
+    def sliding_window(
+        cls,
+        length: int,
+        window: int,
+        device: torch.device | str | None = None,
+        *,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> "Lifetimes":
+        """Query t sees the keys `t - window < j <= t`: `window` positions, its own included.
+
+        Args:
+            length: N.
+            window: how many positions a query sees.
+            device: where to build the mask; by default where `documents` or `padding` are.
+            documents: integer document ids `[B, N]`, as in `top_w`.
+            padding: bool `[B, N]`, True at padded positions, as in `top_w`; they count as positions of the window.
+
+        Raises:
+            ValueError: on wrong shapes, dtypes or devices, or sizes below 1.
+        """
         _check_at_least("window", window, 1)
-        birth = torch.arange(length, dtype=torch.int32, device=device)[None, None]
-        return cls(birth, (birth + window).clamp(max=length), min(window, length))
+        birth, runs = _positions(length, device, documents, padding)
+        return cls._within(birth, birth + min(window, length), min(window, length), runs, padding)
+
+    @classmethod
+    def last(
+        cls,
+        length: int,
+        count: int,
+        device: torch.device | str | None = None,
+        *,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> "Lifetimes":
+        """The last `count` positions, to be united with another mask; the same as `sliding_window`."""
+        _check_at_least("count", count, 1)
+        return cls.sliding_window(length, count, device, documents=documents, padding=padding)
+
+    @classmethod
+    def sinks(
+        cls,
+        length: int,
+        count: int,
+        device: torch.device | str | None = None,
+        *,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> "Lifetimes":
+        """The first `count` real keys of each document, visible to its end. Other arguments as `sliding_window`."""
+        _check_at_least("count", count, 1)
+        birth, runs = _positions(length, device, documents, padding)
+        death = torch.where(_is_sink(count, birth, runs, padding), length, birth)
+        return cls._within(birth, death, min(count, length), runs, padding)
 
     @classmethod
     def top_w(
@@ -102,15 +164,90 @@ class Lifetimes:
         keys = KeyOrder.of(priority, excluded=None if padding is None else padding[:, None])
 
         birth = torch.arange(length, dtype=torch.int32, device=ranks.device)[None, None]
-        death = torch.maximum(top_w_deaths(keys, keep_window_size), birth + keep_last).clamp(max=length)
-        end = document_ends(runs)
+        death = torch.maximum(top_w_deaths(keys, keep_window_size), birth + keep_last)
         if sinks:
-            death = torch.where(_is_sink(sinks, birth, runs, padding), length if end is None else end, death)
-        if end is not None:
-            death = torch.minimum(death, end)
+            death = torch.where(_is_sink(sinks, birth, runs, padding), length, death)
+        capacity = min(keep_window_size + keep_last + sinks, length)
+        return cls._within(birth, death, capacity, runs, padding)
+
+    @classmethod
+    def _within(
+        cls, birth: Tensor, death: Tensor, capacity: int, runs: Tensor | None, padding: Tensor | None
+    ) -> "Lifetimes":
+        """Lives from each key's position to `death`, ended by the document's end and by padding."""
+        death = death.clamp(max=death.shape[-1])
+        if runs is not None:
+            death = torch.minimum(death, document_ends(runs))
         if padding is not None:
             death = torch.where(padding[:, None], birth, death)
-        return cls(birth.expand_as(death), death, min(keep_window_size + keep_last + sinks, length))
+        return cls(birth.expand_as(death), death, capacity, born_at_position=True)
+
+    def __and__(self, other: "Lifetimes") -> "Lifetimes":
+        """The keys that are visible in both masks.
+
+        Raises:
+            ValueError: if the masks differ in length or device, or in a batch or head size that is not 1.
+        """
+        birth, death, other_birth, other_death = self._broadcast(other)
+        return Lifetimes(
+            torch.maximum(birth, other_birth),
+            torch.minimum(death, other_death),
+            min(self.capacity, other.capacity),
+            born_at_position=self.born_at_position and other.born_at_position,
+        )
+
+    def __or__(self, other: "Lifetimes") -> "Lifetimes":
+        """The keys that are visible in either mask.
+
+        Masks of the constructors always unite to one interval per key. Others are compared by value, which waits
+        for the device.
+
+        Raises:
+            ValueError: as for `&`, and if a key would get two intervals.
+        """
+        birth, death, other_birth, other_death = self._broadcast(other)
+        born_at_position = self.born_at_position and other.born_at_position
+        if not born_at_position:
+            lives, other_lives = death > birth, other_death > other_birth
+            apart = lives & other_lives & ((death < other_birth) | (other_death < birth))
+            if apart.any():
+                first = tuple(apart.nonzero()[0].tolist())
+                ends = [x[first].item() for x in (birth, death, other_birth, other_death)]
+                raise ValueError(
+                    f"the union leaves key {first} (batch, head, position) with two intervals, [{ends[0]}, {ends[1]}) "
+                    f"and [{ends[2]}, {ends[3]}); one interval of queries per key is all that a mask can hold"
+                )
+            birth, death = torch.where(lives, birth, other_birth), torch.where(lives, death, other_death)
+            other_birth, other_death = (
+                torch.where(other_lives, other_birth, birth),
+                torch.where(other_lives, other_death, death),
+            )
+        return Lifetimes(
+            torch.minimum(birth, other_birth),
+            torch.maximum(death, other_death),
+            min(self.capacity + other.capacity, self.length),
+            born_at_position=born_at_position,
+        )
+
+    def _broadcast(self, other: "Lifetimes") -> tuple[Tensor, ...]:
+        """Birth and death of both masks in one shape."""
+        pairs = list(zip(self.death.shape, other.death.shape, strict=True))
+        fits = all(1 in pair or pair[0] == pair[1] for pair in pairs[:2]) and self.length == other.length
+        if not fits or self.death.device != other.death.device:
+            raise ValueError(
+                "masks must agree in length and device, and in batch and heads unless one of them has 1, got "
+                f"{list(self.death.shape)} on {self.death.device} and {list(other.death.shape)} on {other.death.device}"
+            )
+        return torch.broadcast_tensors(self.birth, self.death, other.birth, other.death)
+
+    def check_births(self) -> None:
+        """Raise `ValueError` unless every key is born at its own position; of masks made by hand, looks at values."""
+        position = torch.arange(self.length, device=self.birth.device)
+        if not self.born_at_position and (self.birth != position).any():
+            raise ValueError(
+                "expected every key to be born at its own position, birth[..., j] == j; "
+                "masks with other births can be drawn and made into block masks, not cut into segments"
+            )
 
     def to_dense(self) -> Tensor:
         """The mask itself, bool `[B or 1, G or 1, N, N]` (query, key); for small N."""
@@ -125,9 +262,13 @@ class Lifetimes:
         change.scatter_add_(-1, self.death.long().clamp(0, self.length), -lives)
         return change.cumsum(-1)[..., :-1]
 
-    def draw(self, batch: int = 0, head: int = 0, block_size: int = 16) -> "Figure":
+    def density(self) -> Tensor:
+        """Share of the causal pairs (query, key) that is visible, float `[B or 1, G or 1]`, in O(N); causal is 1."""
+        return self.live_counts().sum(-1) / (self.length * (self.length + 1) / 2)
+
+    def draw(self, batch: int = 0, head: int = 0, block_size: int = 16, axes: "Axes | None" = None) -> "Figure":
         """A Matplotlib figure of one head's mask, with its blocks marked as empty, partial or full."""
-        return draw_mask(self.to_dense()[batch, head], block_size)
+        return draw_mask(self.to_dense()[batch, head], block_size, axes)
 
 
 def document_runs(documents: Tensor | None, padding: Tensor | None) -> Tensor | None:
@@ -149,12 +290,22 @@ def document_runs(documents: Tensor | None, padding: Tensor | None) -> Tensor | 
     return torch.cat([torch.zeros_like(ids[:, :1], dtype=torch.long), starts.long().cumsum(-1)], dim=-1)
 
 
-def document_ends(runs: Tensor | None) -> Tensor | None:
+def document_ends(runs: Tensor) -> Tensor:
     """First position after the document of each position, int32 `[B, 1, N]`."""
-    if runs is None:
-        return None
-    ends = torch.searchsorted(runs, runs, right=True, out_int32=True)
-    return ends[:, None]
+    return torch.searchsorted(runs, runs, right=True, out_int32=True)[:, None]
+
+
+def _positions(
+    length: int, device: torch.device | str | None, documents: Tensor | None, padding: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Birth of every key, int32 `[1, 1, N]`, and the run of every position, `[B, N]` or None; checks the arguments."""
+    _check_at_least("length", length, 1)
+    given = [x for x in (documents, padding) if x is not None]
+    if device is None and given:
+        device = given[0].device
+    birth = torch.arange(length, dtype=torch.int32, device=device)
+    check_documents(documents, padding, given[0].shape[0] if given else 1, birth)
+    return birth[None, None], document_runs(documents, padding)
 
 
 def _is_sink(sinks: int, birth: Tensor, runs: Tensor | None, padding: Tensor | None) -> Tensor:
@@ -182,13 +333,16 @@ def check_selection(
     _check_at_least("keep_window_size", keep_window_size, 1)
     _check_at_least("keep_last", keep_last, 0)
     _check_at_least("sinks", sinks, 0)
-    expected = (ranks.shape[0], ranks.shape[-1])
+    check_documents(documents, padding, ranks.shape[0], ranks)
+
+
+def check_documents(documents: Tensor | None, padding: Tensor | None, batch: int, like: Tensor) -> None:
+    """Raise `ValueError` unless document ids and padding are `[batch, N]`, N and the device being those of `like`."""
+    expected = (batch, like.shape[-1])
     for name, x in (("documents", documents), ("padding", padding)):
-        if x is None:
-            continue
-        if x.shape != expected or x.device != ranks.device:
+        if x is not None and (x.shape != expected or x.device != like.device):
             raise ValueError(
-                f"{name}: expected shape {list(expected)} on {ranks.device} (batch and length of ranks), "
+                f"{name}: expected shape {list(expected)} on {like.device} (batch and length of the mask), "
                 f"got {list(x.shape)} on {x.device}"
             )
     if documents is not None and (documents.is_floating_point() or documents.dtype == torch.bool):

@@ -7,6 +7,6 @@ import torch
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A region in which matrix products keep the precision of their inputs."""
-    if not torch.amp.is_autocast_available(device.type):  # the meta device, for example
+    if device.type == "meta":  # has no autocast; asking is_autocast_available would break the graph in torch 2.11
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

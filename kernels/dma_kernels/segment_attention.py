@@ -6,7 +6,7 @@ B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, T seg
 import torch
 from torch import Tensor
 
-from dma_kernels.attention_inputs import check_attention_inputs
+from dma_kernels.attention_inputs import check_attention_inputs, check_lifetimes
 from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.precision import without_autocast
 from dma_kernels.reference import masked_average, masked_logsumexp
@@ -45,7 +45,7 @@ def segment_attention(
         ValueError: if shapes, dtypes or devices do not belong together.
     """
     check_attention_inputs(q, k, v, scores)
-    _check_lifetimes(lifetimes, k)
+    check_lifetimes(lifetimes, k)
     dtype = torch.promote_types(q.dtype, torch.float32)
     heads, kv_heads = q.shape[1], k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -68,13 +68,3 @@ def _join_heads(x: Tensor, layout: SegmentLayout) -> Tensor:
     """`[B, G, T, R * S, D] -> [B, H, N, D]`."""
     by_head = x.unflatten(3, (-1, layout.segment_length)).transpose(2, 3)  # [B, G, R, T, S, D]
     return layout.join_queries(by_head).flatten(1, 2)
-
-
-def _check_lifetimes(lifetimes: Lifetimes, k: Tensor) -> None:
-    batch, kv_heads, length = lifetimes.death.shape
-    fits = batch in (1, k.shape[0]) and kv_heads in (1, k.shape[1]) and length == k.shape[2]
-    if not fits or lifetimes.death.device != k.device:
-        raise ValueError(
-            f"lifetimes: expected [{k.shape[0]} or 1, {k.shape[1]} or 1, {k.shape[2]}] on {k.device} for k "
-            f"{list(k.shape)}, got {list(lifetimes.death.shape)} on {lifetimes.death.device}"
-        )

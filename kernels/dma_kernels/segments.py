@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from dma_kernels.gather import flat_rows, gather_rows_reference, sum_copies_reference
 from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.selection import KeyOrder, segment_snapshots, split_segments
 
@@ -46,8 +47,9 @@ class SegmentLayout:
             block_size: S and the number of snapshot slots are rounded up to a multiple of it.
 
         Raises:
-            ValueError: if a size is below 1.
+            ValueError: if a size is below 1, or a key is not born at its own position.
         """
+        lifetimes.check_births()
         length = lifetimes.length
         segment = max(lifetimes.capacity, 16) if segment_length is None else segment_length
         if segment < 1 or block_size < 1:
@@ -69,9 +71,8 @@ class SegmentLayout:
 
         The gradient of a key is the sum over its copies, accumulated in at least float32.
         """
-        batch, heads = x.shape[:2]
-        key = self.key.flatten(-2).expand(batch, heads, -1)
-        return _GatherRows.apply(x, key).unflatten(2, self.key.shape[-2:])
+        key = self.key.expand(*x.shape[:2], -1, -1)
+        return _GatherRows.apply(x, flat_rows(key, self.length))
 
     def split_queries(self, x: Tensor) -> Tensor:
         """`[..., N, D] -> [..., T, S, D]`, the last segment filled up with zeros."""
@@ -83,27 +84,18 @@ class SegmentLayout:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Rows of `x` [B, G, N, D] at `key` [B, G, M] (-1: a zero row); the backward is one index-add, unsorted."""
+    """Rows of `x` [B, G, N, D]; the backward is one index-add, unsorted."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, key: Tensor) -> Tensor:
-        batch, heads, length, dim = x.shape
-        empty = key < 0
-        head = torch.arange(batch * heads, device=x.device).view(batch, heads, 1)
-        row = (key.clamp(min=0) + head * length).flatten()
-        ctx.save_for_backward(row, empty)
-        ctx.shape = x.shape
-        rows = x.reshape(-1, dim).index_select(0, row).view(*key.shape, dim)
-        return rows.masked_fill_(empty[..., None], 0)
+    def forward(ctx: FunctionCtx, x: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(row)
+        ctx.shape = list(x.shape)
+        return gather_rows_reference(x, row)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        row, empty = ctx.saved_tensors
-        rows = grad.to(torch.promote_types(grad.dtype, torch.float32)).masked_fill(empty[..., None], 0)
-        total = torch.zeros(ctx.shape, dtype=rows.dtype, device=rows.device)
-        total.view(-1, ctx.shape[-1]).index_add_(0, row, rows.reshape(-1, ctx.shape[-1]))
-        return total.to(grad.dtype), None
+        return sum_copies_reference(grad, *ctx.saved_tensors, ctx.shape), None
 
 
 def _snapshot_keys(lifetimes: Lifetimes, slots: int, segment: int) -> Tensor:

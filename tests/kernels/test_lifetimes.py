@@ -134,6 +134,56 @@ def test_bad_selection(arguments: dict[str, object], message: str) -> None:
         reference_mask(**arguments)
 
 
+def by_hand(*intervals: tuple[int, int]) -> Lifetimes:
+    """A mask of given intervals, whose births nobody vouches for."""
+    birth, death = torch.tensor(intervals, dtype=torch.int32).T[:, None, None]
+    return Lifetimes(birth, death, len(intervals))
+
+
+def test_union_and_intersection_of_masks_made_by_hand() -> None:
+    a, b = by_hand((0, 2), (1, 1), (2, 4), (5, 4)), by_hand((2, 4), (3, 4), (0, 3), (9, 9))
+    assert torch.equal((a | b).to_dense(), a.to_dense() | b.to_dense())
+    assert torch.equal((a & b).to_dense(), a.to_dense() & b.to_dense())
+    assert (a | b).capacity == 4  # not more than there are keys
+    assert not (a | b).born_at_position
+    assert (Lifetimes.causal(4) | Lifetimes.last(4, 2)).born_at_position
+
+
+def test_two_intervals_per_key_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"key \(0, 0, 1\) .* two intervals, \[0, 1\) and \[2, 3\)"):
+        by_hand((0, 1), (0, 1), (1, 2)) | by_hand((0, 1), (2, 3), (0, 2))
+
+
+def test_masks_that_do_not_belong_together() -> None:
+    with pytest.raises(ValueError, match=r"masks must agree .* got \[1, 1, 4\] on cpu and \[1, 1, 5\] on cpu"):
+        Lifetimes.causal(4) | Lifetimes.causal(5)
+    with pytest.raises(ValueError, match="masks must agree"):
+        Lifetimes.top_w(torch.zeros(1, 2, 4), 2) & Lifetimes.top_w(torch.zeros(1, 3, 4), 2)
+    with pytest.raises(ValueError, match=r"on cpu and .* on meta"):
+        Lifetimes.causal(4) & Lifetimes.causal(4, "meta")
+
+
+def test_documents_and_padding_of_the_constructors() -> None:
+    documents, padding = torch.tensor([[1, 1, 1, 2, 2]]), torch.tensor([[True, False, False, False, False]])
+    sinks = Lifetimes.sinks(5, 1, documents=documents, padding=padding)
+    assert sinks.death.tolist() == [[[0, 3, 2, 5, 4]]]
+    assert sinks.capacity == 1
+    assert Lifetimes.sliding_window(5, 2, documents=documents).death.tolist() == [[[2, 3, 3, 5, 5]]]
+    with pytest.raises(ValueError, match=r"documents: expected shape \[1, 5\]"):
+        Lifetimes.causal(5, documents=documents[:, :4])
+    with pytest.raises(ValueError, match="documents: expected integer ids"):
+        Lifetimes.causal(5, documents=documents.float())
+    with pytest.raises(ValueError, match="padding: expected bool"):
+        Lifetimes.last(5, 2, padding=padding.int())
+    with pytest.raises(ValueError, match="count: expected at least 1, got 0"):
+        Lifetimes.sinks(5, 0)
+
+
+def test_density() -> None:
+    assert Lifetimes.causal(9).density().tolist() == [[1.0]]
+    assert Lifetimes.sliding_window(4, 1).density().item() == pytest.approx(0.4)
+
+
 def test_bad_lifetimes() -> None:
     position = torch.arange(4, dtype=torch.int32)[None, None]
     with pytest.raises(ValueError, match="death: expected int32"):

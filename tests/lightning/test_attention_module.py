@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dma_kernels import Lifetimes, key_ranks
 from dma_lightning import DynamicMaskAttention
-from dma_lightning.backends import _auto_backend
+from dma_lightning.backends import _auto_backend, resolve_backend
+from dma_lightning.model import DogeForCausalLM, ModelConfig
 from dma_lightning.rotary import apply_rotary
 
 
@@ -104,9 +105,61 @@ def test_selection_under_autocast_is_that_of_float32_scores() -> None:
 def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     _auto_backend.cache_clear()
     with caplog.at_level(logging.INFO, logger="dma_lightning"):
-        chosen = [DynamicMaskAttention(8, 2).backend for _ in range(3)]
-    assert chosen == ["torch"] * 3
-    assert [record.getMessage() for record in caplog.records] == ["backend 'auto': using 'torch'"]
+        for _ in range(3):
+            make_module("auto")(torch.randn(1, 20, 32, dtype=torch.float64))
+    assert [record.getMessage() for record in caplog.records] == [
+        "backend 'auto': using 'torch' for head dim 8 in torch.float64 on cpu"
+    ]
+    assert resolve_backend("auto", "cuda", torch.bfloat16, 64) == "flex"
+    assert resolve_backend("auto", "cuda", torch.float64, 64) == "torch"
+    assert resolve_backend("auto", "cuda", torch.bfloat16, 8) == "torch"
+    assert resolve_backend("torch", "cuda", torch.bfloat16, 64) == "torch"
+
+
+@pytest.mark.parametrize("changed", [{}, {"keep_last": 2, "sinks": 1}])
+def test_flex_equals_torch(changed: dict[str, object], device: str) -> None:
+    x, documents = torch.randn(2, 150, 64, device=device), masks.make_documents(2, 150).to(device)
+    padding = torch.rand(2, 150, device=device) < 0.2
+    results = []
+    for backend in ("torch", "flex"):
+        torch.manual_seed(1)
+        module = DynamicMaskAttention(64, 4, 2, keep_window_size=9, backend=backend, **changed).to(device)
+        torch.nn.init.normal_(module.A)
+        with torch.set_grad_enabled(device == "cuda"):
+            out = module(x, documents, padding)
+        results.append([out])
+        if device == "cuda":
+            results[-1] += torch.autograd.grad(out.sin().sum(), list(module.parameters()))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["flex", "auto"])
+def test_whole_model_in_one_graph(backend: str, device: str) -> None:
+    """Forward on a CPU, forward and backward on a GPU."""
+    config = ModelConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, keep_window_size=20, backend=backend,
+    )  # fmt: skip
+    model = DogeForCausalLM(config).to(device)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".A"):
+            torch.nn.init.normal_(parameter)
+    tokens, train = torch.randint(0, 64, (2, 150), device=device), device == "cuda"
+    with torch.set_grad_enabled(train):
+        expected, found = (m(tokens) for m in (model, torch.compile(model, fullgraph=True, dynamic=False)))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        if train:
+            parameters = list(model.parameters())
+            gradients = [torch.autograd.grad(x.sin().sum(), parameters) for x in (found, expected)]
+            for x, y in zip(*gradients, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+
+
+def test_flex_refuses_to_train_on_a_cpu() -> None:
+    module = DynamicMaskAttention(64, 4, 2, backend="flex")
+    with pytest.raises(ValueError, match="use backend 'torch' to train here"):
+        module(torch.randn(1, 20, 64))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +170,7 @@ def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
         ({"head_dim": 7}, "head_dim: rotary embedding needs an even number >= 2, got 7"),
         ({"keep_window_size": 0}, "expected keep_window_size >= 1"),
         ({"score_form": "relu"}, "score_form: expected one of"),
-        ({"backend": "flash"}, r"backend: expected one of \['auto', 'torch', 'reference'\], got 'flash'"),
+        ({"backend": "flash"}, r"backend: expected one of \['auto', 'flex', 'torch', 'reference'\], got 'flash'"),
     ],
 )
 def test_bad_arguments(changed: dict[str, object], message: str) -> None:

@@ -1,0 +1,148 @@
+"""FlexAttention block masks of lifetimes, exact, without evaluating a single pair of query and key.
+
+A key that lives in [birth, death) touches the blocks of queries from `birth // s` to `(death - 1) // s` and covers
+those from `ceil(birth / s)` up to `death // s`. A block of keys is empty where none of its keys touches, full where
+all of them cover, partial elsewhere: O(K + blocks) work, where `create_block_mask` does O(N²) per head.
+
+B batch, H query heads, G KV heads, K keys, s block size, C blocks of keys, Q blocks of queries.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from dma_flex.mods import MaskMod, heads_per_row, lifetime_mask_mod
+from dma_kernels import Lifetimes
+
+_TABLE_NAMES = (
+    *("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"),
+    *("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"),
+)
+
+
+def block_mask(lifetimes: Lifetimes, q_len: int, block_size: int = 128, num_heads: int | None = None) -> BlockMask:
+    """The block mask of a mask, keys in their natural order, for any `flex_attention` call.
+
+        flex_attention(q, k, v, block_mask=block_mask(lifetimes, N, num_heads=H), enable_gqa=True)
+
+    Runs without waiting for the device, inside `torch.compile` too, and equals `create_block_mask` on the same mask.
+
+    Args:
+        lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
+        q_len: N, the number of queries; must be the length of the mask.
+        block_size: s, a power of two; N need not be a multiple of it.
+        num_heads: H, query heads, a multiple of G; needed for grouped-query attention, by default G.
+
+    Returns:
+        A BlockMask with one table per *query* head (or one for all, if the mask has one head).
+
+    Raises:
+        ValueError: if q_len is not the mask's length, the block size no power of two, or H no multiple of G.
+    """
+    if q_len != lifetimes.length:
+        raise ValueError(
+            f"q_len: expected {lifetimes.length}, the length of the mask, got {q_len}; "
+            "build the lifetimes for the length of the queries"
+        )
+    return interval_block_mask(lifetimes.birth, lifetimes.death, q_len, block_size, num_heads)
+
+
+def interval_block_mask(
+    birth: Tensor, death: Tensor, q_len: int, block_size: int = 128, num_heads: int | None = None
+) -> BlockMask:
+    """The block mask of K keys that live in [birth, death) among `q_len` queries; K need not be q_len.
+
+    Args:
+        birth: int32 `[B or 1, G or 1, K]`.
+        death: int32, same shape.
+        q_len: number of queries.
+        block_size: s, a power of two.
+        num_heads: H, query heads, a multiple of G; by default G.
+
+    Raises:
+        ValueError: if the block size is no power of two, or shapes or heads do not belong together.
+    """
+    check_block_size(block_size)
+    mask_mod = lifetime_mask_mod(birth, death, num_heads)
+    tables = block_tables(birth, death, q_len, block_size, num_heads)
+    return mask_of_tables(tables, mask_mod, (q_len, death.shape[-1]), block_size)
+
+
+def mask_of_tables(
+    tables: Sequence[Tensor], mask_mod: MaskMod, seq_lengths: tuple[int, int], block_size: int
+) -> BlockMask:
+    """A BlockMask of what `block_tables` returns."""
+    return BlockMask(
+        seq_lengths=seq_lengths,
+        **dict(zip(_TABLE_NAMES, tables, strict=True)),
+        BLOCK_SIZE=(block_size, block_size),
+        mask_mod=mask_mod,
+    )
+
+
+def block_tables(
+    birth: Tensor, death: Tensor, q_len: int, block_size: int, num_heads: int | None = None
+) -> list[Tensor]:
+    """The eight tables of a BlockMask in its order, int32, by query head (or one head for all).
+
+    Returns:
+        How many partial blocks of keys each block of queries has, `[B, H, Q]`, and their indices, `[B, H, Q, C]`; the
+        same of full ones; then both by blocks of keys, `[B, H, C]` and `[B, H, C, Q]`.
+    """
+    kinds = torch.stack(classify_blocks(birth, death, q_len, block_size))  # [2, B, G, C, Q]
+    # On CUDA FlexAttention looks up head % table_heads: tables by KV head would be silently wrong.
+    group = heads_per_row(death.shape[1], num_heads) if death.shape[1] > 1 else 1
+    tables = []
+    for blocks in (kinds.mT, kinds):
+        counts, indices = (x.repeat_interleave(group, dim=2) if group > 1 else x for x in _ordered(blocks))
+        tables += [counts[0], indices[0], counts[1], indices[1]]
+    return tables
+
+
+def classify_blocks(birth: Tensor, death: Tensor, q_len: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """Which blocks are partial and which are full, two bool tensors `[B, G, C, Q]`.
+
+    A block that reaches beyond the last query or key is never full, as in `create_block_mask`.
+    """
+    q_blocks, key_blocks = -(-q_len // block_size), -(-death.shape[-1] // block_size)
+    birth, death = birth.clamp(min=0), death.clamp(max=q_len)
+    lives = death > birth
+    # Shifts, not divisions: torch 2.13 compiles arange // s into wrong numbers on a CPU.
+    bits = block_size.bit_length() - 1
+    begin, end = (birth + block_size - 1) >> bits, death >> bits  # the blocks that a key covers
+
+    # +1 where the blocks that it touches begin, -1 behind their end, summed up along the queries.
+    first, behind = birth >> bits, (death + block_size - 1) >> bits
+    row = (torch.arange(death.shape[-1], device=death.device) >> bits) * (q_blocks + 1)
+    steps = torch.zeros(*death.shape[:-1], key_blocks * (q_blocks + 1), dtype=torch.int32, device=death.device)
+    steps = steps.scatter_add(-1, row + first.clamp(max=q_blocks), lives.int())
+    steps = steps.scatter_add(-1, row + behind.clamp(min=0), -lives.int())
+    touched = steps.unflatten(-1, (key_blocks, q_blocks + 1)).cumsum(-1, dtype=torch.int32)[..., :q_blocks] > 0
+
+    # All keys of a block cover what lies between the last of their beginnings and the first of their ends.
+    missing = (0, -death.shape[-1] % block_size)
+    begin = F.pad(begin, missing, value=0).unflatten(-1, (key_blocks, block_size)).amax(-1, keepdim=True)
+    end = F.pad(end, missing, value=0).unflatten(-1, (key_blocks, block_size)).amin(-1, keepdim=True)
+    q_block = torch.arange(q_blocks, dtype=torch.int32, device=death.device)
+    full = (begin <= q_block) & (q_block < end)
+    return touched & ~full, full
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of each row are True, `[..., R]`, and their indices, followed by those of the others."""
+    seen = blocks.cumsum(-1, dtype=torch.int32)  # [..., R, C]
+    place = torch.arange(1, blocks.shape[-1] + 1, dtype=torch.int32, device=blocks.device)
+    count = seen[..., -1:]
+    # The i-th True stands where i of them have been seen first, the i-th other likewise.
+    true = torch.searchsorted(seen, place.expand_as(seen).contiguous(), out_int32=True)
+    false = torch.searchsorted(place - seen, place - count, out_int32=True)
+    return count.squeeze(-1).contiguous(), torch.where(place <= count, true, false)
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise `ValueError` unless the block size is a power of two."""
+    if block_size < 1 or block_size & (block_size - 1):
+        raise ValueError(f"block_size: expected a power of two, got {block_size}")

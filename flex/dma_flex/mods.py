@@ -1,0 +1,84 @@
+"""Mask and score mods over lifetimes, for any `flex_attention` call.
+
+Each factory returns a new closure over tensors. `torch.compile` compares closures by their code, so a call with new
+tensors of the same shapes runs the graph that is already there.
+
+B batch, H query heads, G KV heads, K keys.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def lifetime_mask_mod(birth: Tensor, death: Tensor, num_heads: int | None = None) -> MaskMod:
+    """A mask mod by which query t sees key j while `birth_j <= t < death_j`.
+
+    Args:
+        birth: int32 `[B or 1, G or 1, K]`.
+        death: int32, same shape.
+        num_heads: H, query heads, a multiple of G; by default G.
+
+    Returns:
+        A mask mod that takes the *query* head, as `flex_attention(..., enable_gqa=True)` gives it.
+
+    Raises:
+        ValueError: if the shapes or heads do not belong together.
+    """
+    if birth.shape != death.shape:
+        raise ValueError(f"birth and death must have one shape, got {list(birth.shape)} and {list(death.shape)}")
+    row_of = _row_of(death, num_heads)
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        # Not x[b][g][kv]: chained indexing of captured tensors crashes the compiled CPU path.
+        row, head = row_of(b, h)
+        return (birth[row, head, kv] <= q) & (q < death[row, head, kv])
+
+    return mask_mod
+
+
+def key_bias_score_mod(bias: Tensor, num_heads: int | None = None) -> ScoreMod:
+    """A score mod that adds each key's bias to its logits; differentiable in the bias.
+
+    Args:
+        bias: floating `[B or 1, G or 1, K]`.
+        num_heads: H, query heads, a multiple of G; by default G.
+
+    Raises:
+        ValueError: if the shape or heads do not belong together.
+    """
+    row_of = _row_of(bias, num_heads)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        row, head = row_of(b, h)
+        return score + bias[row, head, kv]
+
+    return score_mod
+
+
+def heads_per_row(kv_heads: int, num_heads: int | None) -> int:
+    """How many query heads share one of `kv_heads` rows.
+
+    Raises:
+        ValueError: if `num_heads` is not a multiple of `kv_heads`.
+    """
+    num_heads = kv_heads if num_heads is None else num_heads
+    if num_heads < 1 or num_heads % kv_heads:
+        raise ValueError(f"num_heads: expected a multiple of the mask's {kv_heads} heads, got {num_heads}")
+    return num_heads // kv_heads
+
+
+def _row_of(x: Tensor, num_heads: int | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Where in `x` [B or 1, G or 1, K] batch b and query head h are found."""
+    if x.ndim != 3:
+        raise ValueError(f"expected [B or 1, G or 1, K], got {list(x.shape)}")
+    batches, heads = int(x.shape[0] > 1), int(x.shape[1] > 1)
+    group = heads_per_row(x.shape[1], num_heads)
+
+    def row(b: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return b * batches, h // group * heads
+
+    return row

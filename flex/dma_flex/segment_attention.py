@@ -1,0 +1,189 @@
+"""Attention over lifetimes as one compiled FlexAttention call, with segments as its batch.
+
+B batch, H query heads, G KV heads, N length, D head dim, S segment length, K slots, Z = B * segments.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from dma_flex.mods import key_bias_score_mod
+from dma_flex.segment_plan import SegmentPlan
+from dma_kernels import Lifetimes
+from dma_kernels.attention_inputs import check_attention_inputs, check_lifetimes
+from dma_kernels.gather import sum_copies
+from dma_kernels.key_gradients import key_gradients
+from dma_kernels.precision import without_autocast
+
+
+def flex_segment_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    lifetimes: Lifetimes,
+    scale: float | None = None,
+    segment_length: int | None = None,
+    plan: SegmentPlan | None = None,
+) -> Tensor:
+    """Softmax attention over the live keys, with the scores as additive bias, by FlexAttention.
+
+    Trains on CUDA, differentiable in q, k, v and scores; infers on CUDA and CPU. The first call with new shapes
+    compiles.
+
+    Args:
+        q: `[B, H, N, D]`, float32, bfloat16 or float16; products are accumulated in float32.
+        k: `[B, G, N, D]`, H a multiple of G.
+        v: `[B, G, N, D]`.
+        scores: bias of each key, float32 `[B, G, N]`.
+        lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
+        scale: factor of q·k, by default `1 / sqrt(D)`.
+        segment_length: S, a multiple of 128 (or rounded up to one), by default about the mask's capacity.
+        plan: `SegmentPlan.of` the mask, if it is used more than once.
+
+    Returns:
+        `[B, H, N, D]` in the dtype of q. A query without any key gives 0.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not belong together, or FlexAttention cannot do what is asked.
+        RuntimeError: where torch.compile's recompile limit would end in a dense O(N²) run.
+    """
+    check_attention_inputs(q, k, v, scores)
+    check_lifetimes(lifetimes, k)
+    _check_flex_can(q, k, v, scores)
+    (batch, heads), kv_heads = q.shape[:2], k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.numel() == 0:
+        return torch.empty_like(q)
+    if plan is None:
+        plan = SegmentPlan.of(lifetimes, batch, heads, kv_heads, segment_length)
+    with without_autocast(q.device):
+        if torch.compiler.is_compiling():
+            return _attend(q, k, v, scores, plan, scale)
+        try:
+            return _compiled_attend()(q, k, v, scores, plan, scale)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise RuntimeError(
+                "backend 'flex' has been compiled for as many shapes, dtypes and masks as "
+                f"torch._dynamo.config.recompile_limit = {torch._dynamo.config.recompile_limit} allows, "
+                f"and q {list(q.shape)} in {q.dtype} is another; pad to fewer lengths, or raise the limit"
+            ) from error
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
+    """Split queries and gather keys into segments, attend, and join the output, `[B, H, N, D]`."""
+    q_seg = plan.split_queries(q)  # [Z, H, S, D]
+    if not q.is_cuda:
+        q_seg = _materialize(q_seg)
+    k_seg, v_seg = plan.copies.gather(k), plan.copies.gather(v)  # [Z, G, K, D]
+    # FlexAttention's row maximum loses a NaN on a CPU; infinity minus infinity brings it back.
+    constant = torch.where(scores.isnan(), torch.inf, scores).detach()
+    bias = plan.copies.gather(constant[..., None]).squeeze(-1)  # [Z, G, K]
+    arguments = {
+        "score_mod": key_bias_score_mod(bias, q.shape[1]),
+        "block_mask": plan.block_mask,
+        "scale": scale,
+        "enable_gqa": q.shape[1] != k.shape[1],
+        "kernel_options": _kernel_options(q),
+    }
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, scores))):
+        return plan.join_queries(flex_attention(q_seg, k_seg, v_seg, **arguments), q.shape[2])
+    arguments["block_mask"] = _for_query_gradient(plan.block_mask)
+    out, aux = flex_attention(q_seg, k_seg.detach(), v_seg.detach(), **arguments, return_aux=AuxRequest(lse=True))
+    copies = plan.copies
+    out = _WithKeyGradients.apply(
+        out, k_seg, v_seg, scores, q_seg.detach(), bias, plan.birth, plan.death, aux.lse.detach(), scale,
+        copies.row, copies.first, copies.slot,
+    )  # fmt: skip
+    return plan.join_queries(out, q.shape[2])
+
+
+@cache
+def _compiled_attend() -> Callable[..., Tensor]:
+    """`_attend`, compiled; made on first use, since that loads torch's compiler and Triton."""
+    # fullgraph: at the recompile limit this raises, where torch.compile otherwise falls back to O(N²) in eager mode.
+    return torch.compile(_attend, fullgraph=True, dynamic=False)
+
+
+@torch.library.custom_op("dma_flex::materialize", mutates_args=())
+def _materialize(x: Tensor) -> Tensor:
+    """A copy that the compiler cannot see through: on a CPU, FlexAttention takes no views of what it has fused."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@_materialize.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+class _WithKeyGradients(torch.autograd.Function):
+    """The output of an attention that took keys, values and bias as constants, with their gradients.
+
+    FlexAttention's own gradient of a captured bias is one atomic addition per pair of query and key, and costs as
+    much as the rest of its backward. So FlexAttention computes dq alone, and one key-major kernel the rest.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, out: Tensor, k: Tensor, v: Tensor, scores: Tensor, q: Tensor, bias: Tensor, birth: Tensor,
+        death: Tensor, lse: Tensor, scale: float, row: Tensor, first: Tensor, slot: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(q, k, v, bias, birth, death, lse, out, row, first, slot)
+        ctx.scale, ctx.shape = scale, [*scores.shape, 1]
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, out, row, first, slot = ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        delta = (grad.to(wide) * out.to(wide)).sum(-1)  # [Z, H, S]
+        dk, dv, dbias = key_gradients(*inputs, delta, grad, ctx.scale)
+        dscores = sum_copies(dbias[..., None], row, first, slot, ctx.shape).squeeze(-1)
+        return grad, dk, dv, dscores, *[None] * 9
+
+
+def _for_query_gradient(mask: BlockMask) -> BlockMask:
+    """The same mask, but with empty tables by keys: FlexAttention's backward then computes dq and skips dk and dv."""
+    none = torch.zeros_like(mask.q_num_blocks)
+    return BlockMask(
+        seq_lengths=mask.seq_lengths,
+        kv_num_blocks=mask.kv_num_blocks,
+        kv_indices=mask.kv_indices,
+        full_kv_num_blocks=mask.full_kv_num_blocks,
+        full_kv_indices=mask.full_kv_indices,
+        q_num_blocks=none,
+        q_indices=mask.q_indices,
+        full_q_num_blocks=none,
+        full_q_indices=mask.full_q_indices,
+        BLOCK_SIZE=mask.BLOCK_SIZE,
+        mask_mod=mask.mask_mod,
+    )
+
+
+def _kernel_options(q: Tensor) -> dict[str, int]:
+    """Tiles of the forward kernel, where others than FlexAttention's own were faster on an H200."""
+    if not q.is_cuda or q.dtype == torch.float32 or q.shape[-1] > 128:
+        return {}
+    columns, stages = (64, 2) if q.shape[-1] <= 64 else (32, 3)
+    return {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": columns, "fwd_num_warps": 4, "fwd_num_stages": stages}
+
+
+def _check_flex_can(q: Tensor, k: Tensor, v: Tensor, scores: Tensor) -> None:
+    """Raise `ValueError` for what FlexAttention cannot do, naming the backend that can."""
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"backend 'flex' computes in float32, bfloat16 or float16, got {q.dtype}; use backend 'torch' for it"
+        )
+    if q.is_cuda and not 16 <= q.shape[-1] <= 256:
+        raise ValueError(
+            f"backend 'flex' needs a head dim from 16 to 256 on CUDA, got {q.shape[-1]}; use backend 'torch' for it"
+        )
+    if not q.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, scores)):
+        raise ValueError(
+            f"backend 'flex' trains on CUDA only, got tensors on {q.device} that require a gradient; "
+            "use backend 'torch' to train here, or torch.no_grad() to infer"
+        )

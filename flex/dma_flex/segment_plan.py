@@ -1,0 +1,148 @@
+"""Segments as the batch of a FlexAttention call: which key stands where, and the block mask of every segment.
+
+B batch, H query heads, G KV heads, N length, T segments, S segment length, K slots, Z = B * T.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from dma_flex.block_masks import block_tables, check_block_size, mask_of_tables
+from dma_flex.mods import lifetime_mask_mod
+from dma_kernels import Lifetimes, SegmentLayout
+from dma_kernels.gather import Copies, flat_rows
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """Everything about a mask that attention over its segments needs; valid for all tensors of one shape.
+
+    Attributes:
+        copies: which row of k or v `[B, G, N, D]` each slot holds, `[Z, G, K]`.
+        birth: first query of the segment that sees a slot, counted from the segment's start, int32 `[Z, G or 1, K]`.
+        death: first later query that no longer does, same shape.
+        block_mask: block mask of S queries and K slots, batch Z.
+        segments: T, the segments of a sequence.
+    """
+
+    copies: Copies
+    birth: Tensor
+    death: Tensor
+    block_mask: BlockMask
+    segments: int
+
+    @classmethod
+    def of(
+        cls,
+        lifetimes: Lifetimes,
+        batch: int,
+        num_heads: int,
+        num_kv_heads: int,
+        segment_length: int | None = None,
+        block_size: int = 128,
+    ) -> "SegmentPlan":
+        """Plan the attention of `[batch, num_heads, N, D]` queries over a mask.
+
+        Args:
+            lifetimes: the mask, for `batch` or 1 sequences and `num_kv_heads` or 1 heads.
+            batch: B.
+            num_heads: H, a multiple of `num_kv_heads`.
+            num_kv_heads: G.
+            segment_length: S, rounded up to a multiple of the block size; by default the mask's capacity is.
+            block_size: of the block mask, a power of two.
+
+        Raises:
+            ValueError: if sizes do not belong together, or a key is not born at its own position.
+        """
+        check_block_size(block_size)
+        segment, length = padded_length(lifetimes.length, lifetimes.capacity, segment_length, block_size)
+        lifetimes.check_births()
+        row, birth, death, first, slot, *tables = plan_segments(
+            lifetimes.birth, lifetimes.death, lifetimes.capacity, batch, num_heads, num_kv_heads,
+            length, segment, block_size,
+        )  # fmt: skip
+        mask_mod = lifetime_mask_mod(birth, death, num_heads)
+        block_mask = mask_of_tables(tables, mask_mod, (segment, birth.shape[-1]), block_size)
+        return cls(Copies(row, first, slot), birth, death, block_mask, length // segment)
+
+    @property
+    def segment_length(self) -> int:
+        """S."""
+        return self.block_mask.seq_lengths[0]
+
+    def split_queries(self, q: Tensor) -> Tensor:
+        """`[B, H, N, D] -> [Z, H, S, D]`, the last segments filled up with zeros; a view where strides allow it."""
+        missing = self.segments * self.segment_length - q.shape[2]
+        q = F.pad(q, (0, 0, 0, missing)) if missing else q
+        return q.unflatten(2, (self.segments, -1)).transpose(1, 2).flatten(0, 1)
+
+    def join_queries(self, out: Tensor, length: int) -> Tensor:
+        """The inverse of `split_queries`, `[Z, H, S, D] -> [B, H, N, D]`."""
+        return out.unflatten(0, (-1, self.segments)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def padded_length(length: int, capacity: int, segment_length: int | None, block_size: int) -> tuple[int, int]:
+    """Segment length S and the length, a multiple of it, that a sequence is filled up to.
+
+    FlexAttention is compiled for every shape, so lengths fall into few classes: powers of two up to one segment, and
+    above that, numbers of segments with at most three significant bits.
+    """
+    if segment_length is not None and segment_length < 1:
+        raise ValueError(f"segment_length: expected at least 1, got {segment_length}")
+    segment = _round_up(capacity if segment_length is None else segment_length, block_size)
+    if length <= segment:
+        segment = min(segment, max(block_size, _power_of_two(length)))
+        return segment, segment
+    segments = -(-length // segment)
+    return segment, segment * _round_up(segments, max(1, _power_of_two(segments) // 8))
+
+
+def _plan_segments(
+    birth: Tensor,
+    death: Tensor,
+    capacity: int,
+    batch: int,
+    num_heads: int,
+    num_kv_heads: int,
+    length: int,
+    segment_length: int,
+    block_size: int,
+) -> list[Tensor]:
+    """Row, birth, death, first, slot and block tables of a `SegmentPlan`.
+
+    One opaque operation, because what mods capture inside a compiled model must come out of one.
+    """
+    missing = length - death.shape[-1]
+    padded = Lifetimes(F.pad(birth, (0, missing)), F.pad(death, (0, missing)), capacity, born_at_position=True)
+    layout = SegmentLayout.of(padded, segment_length, block_size)
+
+    row = flat_rows(layout.key.expand(batch, num_kv_heads, -1, -1), birth.shape[-1])  # [B, G, T, K]
+    segment = torch.arange(length // segment_length, dtype=torch.int32, device=death.device)[:, None]
+    nth = torch.where(row < 0, 0, segment - layout.key // segment_length)  # a key's copies stand in a row of segments
+    row, nth = (x.int().transpose(1, 2).flatten(0, 1) for x in (row, nth))  # [Z, G, K]
+    copies = Copies.of(row.contiguous(), nth, batch * num_kv_heads * birth.shape[-1])
+
+    start = segment * segment_length
+    # [B or 1, G or 1, T, K] -> [Z, G or 1, K]
+    birth, death = (
+        (x - start).expand(batch, -1, -1, -1).transpose(1, 2).flatten(0, 1).contiguous()
+        for x in (layout.birth, layout.death)
+    )
+    tables = block_tables(birth, death, segment_length, block_size, num_heads)
+    return [copies.row, birth, death, copies.first, copies.slot, *(x.clone() for x in tables)]
+
+
+plan_segments = torch.library.custom_op("dma_flex::plan_segments", _plan_segments, mutates_args=())
+plan_segments.register_fake(_plan_segments)  # its shapes follow from the arguments alone
+
+
+def _power_of_two(value: int) -> int:
+    """The least power of two that is not below `value`."""
+    return 1 << (value - 1).bit_length()
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

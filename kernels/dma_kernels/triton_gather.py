@@ -1,0 +1,81 @@
+"""Triton kernels behind `gather.py`: both are copies, bound by memory bandwidth.
+
+Rows are gathered by number, and a row's gradient is the sum over the list of its copies: no atomics, no sorting, one
+pass, the same bits in every run.
+
+M slots, R rows, D head dim.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE = 1024  # elements of a program; larger ones wait for the row with the most copies
+
+
+@triton.jit
+def _gather_rows_kernel(
+    p_x, p_row, p_out, slots, heads, length, stride_b, stride_g, stride_n,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Copy one row per slot; zeros into empty slots."""
+    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    b_row = tl.load(p_row + o_m, mask=o_m < slots, other=-1)
+    b_head, b_position = b_row // length, b_row % length
+    o_x = (b_head // heads).to(tl.int64) * stride_b + (b_head % heads) * stride_g + b_position.to(tl.int64) * stride_n
+    m_x = (b_row >= 0)[:, None] & (o_d < D)[None, :]
+    b_x = tl.load(p_x + o_x[:, None] + o_d[None, :], mask=m_x, other=0.0)  # [BLOCK_M, BLOCK_D]
+    tl.store(p_out + o_m[:, None] * D + o_d[None, :], b_x, mask=(o_m < slots)[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def _sum_copies_kernel(
+    p_rows, p_first, p_slot, p_out, count,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Sum the copies of each row, in order."""
+    o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_d = tl.arange(0, BLOCK_D)
+    m_r, m_d = o_r < count, o_d < D
+    b_first = tl.load(p_first + o_r, mask=m_r, other=0)
+    b_copies = tl.load(p_first + o_r + 1, mask=m_r, other=0) - b_first
+    b_sum = tl.zeros([BLOCK_R, BLOCK_D], dtype=WIDE)
+    for i in range(tl.max(b_copies)):
+        b_slot = tl.load(p_slot + b_first + i, mask=i < b_copies, other=-1)
+        m_x = (b_slot >= 0)[:, None] & m_d[None, :]
+        b_sum += tl.load(p_rows + b_slot.to(tl.int64)[:, None] * D + o_d[None, :], mask=m_x, other=0.0).to(WIDE)
+    tl.store(p_out + o_r[:, None] * D + o_d[None, :], b_sum, mask=m_r[:, None] & m_d[None, :])
+
+
+def launch_gather_rows(x: Tensor, row: Tensor) -> Tensor:
+    """`gather_rows` of `x` [B, G, N, D] by int32 `row` [M...]."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = x.new_empty(*row.shape, x.shape[-1])
+    block_d, block_m = _blocks(x.shape[-1])
+    if out.numel():
+        _gather_rows_kernel[triton.cdiv(row.numel(), block_m),](
+            x, row, out, row.numel(), x.shape[1], x.shape[2], *x.stride()[:3],
+            D=x.shape[-1], BLOCK_D=block_d, BLOCK_M=block_m,
+        )  # fmt: skip
+    return out
+
+
+def launch_sum_copies(rows: Tensor, first: Tensor, slot: Tensor, shape: list[int]) -> Tensor:
+    """`sum_copies` of `rows` [M..., D] into `shape` [B, G, N, D]."""
+    rows, out = rows.contiguous(), rows.new_empty(shape)
+    block_d, block_r = _blocks(shape[-1])
+    wide = tl.float64 if rows.dtype == torch.float64 else tl.float32
+    if out.numel():
+        _sum_copies_kernel[triton.cdiv(first.numel() - 1, block_r),](
+            rows, first, slot, out, first.numel() - 1,
+            D=shape[-1], BLOCK_D=block_d, BLOCK_R=block_r, WIDE=wide,
+        )  # fmt: skip
+    return out
+
+
+def _blocks(head_dim: int) -> tuple[int, int]:
+    """Columns and rows of a tile."""
+    columns = triton.next_power_of_2(head_dim)
+    return columns, max(1, _TILE // columns)

@@ -1,0 +1,306 @@
+"""The FlexAttention backend equals the float64 definition: output everywhere, every gradient on a GPU."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxOutput, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from dma_flex import (
+    Lifetimes,
+    SegmentPlan,
+    block_mask,
+    flex_segment_attention,
+    key_bias_score_mod,
+)
+from dma_flex import segment_attention as module
+from dma_kernels import reference_attention, segment_attention
+from dma_kernels.reference import masked_average, masked_logsumexp
+
+ON_GPU = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+WINDOW = 256
+# Compiling takes tens of seconds per shape on a CPU: there, every value once.
+CASES = list(itertools.product([1025, 4096, 8191], [1, 4], [64, 128], [torch.float32, torch.bfloat16]))
+ON_CPU = [(1025, 4, 64, torch.float32), (4096, 1, 128, torch.bfloat16), (8191, 1, 64, torch.float32)]
+
+
+def make_inputs(length: int, group: int, head_dim: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """q, k, v and ranks; four KV heads on a GPU, one on a CPU."""
+    kv_heads = 4 // group if device == "cuda" else 1
+    q, grad = torch.randn(2, 1, kv_heads * group, length, head_dim, device=device).to(dtype)
+    k, v = torch.randn(2, 1, kv_heads, length, head_dim, device=device).to(dtype)
+    ranks = torch.randn(1, kv_heads, length, device=device) / 2
+    return [q, k, v, ranks, grad]
+
+
+@pytest.fixture(autouse=True)
+def _many_shapes() -> Iterator[None]:
+    """All tests of this file together compile more shapes than a program should."""
+    with torch._dynamo.config.patch(recompile_limit=100):
+        yield
+
+
+def plain_results(inputs: list[Tensor], mask: Tensor, grad: Tensor) -> list[Tensor]:
+    """Output and gradients by the formulas that kernels evaluate, every intermediate result in the dtype of q.
+
+    P comes from its logarithm in base 2, to the accuracy that a GPU's exp2 has, 2 ulp of float32.
+    """
+    (q, k, v), scale = inputs[:3], inputs[0].shape[-1] ** -0.5
+    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    k_full, v_full, bias, mask = (x.repeat_interleave(group, 1) for x in (k, v, inputs[3].to(q.dtype), mask))
+    logits = (q @ k_full.mT * scale + bias[..., None, :]).masked_fill(~mask, -torch.inf) * math.log2(math.e)
+    lse = torch.logsumexp(logits * math.log(2), -1, keepdim=True) * math.log2(math.e)
+    p = (logits - lse).exp2()
+    p = p * (1 + 2.0**-22 * torch.randn_like(p).sign())
+    out = p @ v_full
+    ds = p * (grad @ v_full.mT - (grad * out).sum(-1, keepdim=True))
+    by_key = [ds.mT @ q * scale, p.mT @ grad, ds.sum(-2)[..., None]]
+    by_key = [x.unflatten(1, (kv_heads, group)).sum(2) for x in by_key]
+    return [out, ds @ k_full * scale, *by_key[:2], by_key[2].squeeze(-1)]
+
+
+def results(
+    function: Callable[..., Tensor], inputs: list[Tensor], mask: Lifetimes | Tensor, grad: Tensor
+) -> list[Tensor]:
+    """Output and, on a GPU, the gradients of q, k, v and scores."""
+    inputs = [x.clone().requires_grad_(ON_GPU) for x in inputs]
+    out = function(*inputs, mask)
+    return [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))] if ON_GPU else [out]
+
+
+def assert_as_exact_as_plain(inputs: list[Tensor], mask: Lifetimes, grad: Tensor) -> None:
+    """The error against the float64 definition is at most twice that of the plain formulas in the same dtype."""
+    dense = mask.to_dense()
+    exact = results(reference_attention, [x.double() for x in inputs], dense, grad)
+    plain = plain_results(inputs, dense, grad)
+    found = results(flex_segment_attention, inputs, mask, grad)
+    for name, x, y, z in zip(("out", "dq", "dk", "dv", "dscores"), found, plain, exact, strict=False):
+        assert x.isfinite().all(), name
+        error, plain_error = x.double() - z, y.double() - z
+        assert error.norm() <= 2 * plain_error.norm(), name
+        assert error.abs().max() <= 3 * plain_error.abs().max(), name
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize(("length", "group", "head_dim", "dtype"), CASES if ON_GPU else ON_CPU)
+def test_equals_the_definition(
+    length: int, group: int, head_dim: int, dtype: torch.dtype, documents: bool, device: str
+) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    *inputs, grad = make_inputs(length, group, head_dim, dtype, device)
+    ids = (torch.rand(1, length, device=device) < 3 / length).cumsum(-1) if documents else None
+    mask = Lifetimes.top_w(inputs[3], WINDOW, documents=ids)
+    assert_as_exact_as_plain([*inputs[:3], inputs[3].exp()], mask, grad)
+
+
+@needs_gpu
+@pytest.mark.parametrize("head_dim", [16, 80, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_head_dims_and_float16(head_dim: int, dtype: torch.dtype) -> None:
+    *inputs, grad = make_inputs(700, 2, head_dim, dtype, "cuda")
+    mask = Lifetimes.top_w(inputs[3], 100, keep_last=3, sinks=2)
+    assert_as_exact_as_plain([*inputs[:3], inputs[3].exp()], mask, grad)
+
+
+def plain_flex_attention(q: Tensor, k: Tensor, v: Tensor, score_mod, block_mask, scale: float, **options: object):
+    """What FlexAttention computes, without kernels; with a gradient for q on a CPU."""
+    heads, keys = q.shape[1], k.shape[2]
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    b, h, t, j = (torch.arange(n).view(-1, *[1] * (3 - i)) for i, n in enumerate((*q.shape[:3], keys)))
+    logits = score_mod(q @ k.mT * scale, b, h, t, j)
+    mask = block_mask.mask_mod(b, h, t, j).expand(logits.shape)
+    out, lse = masked_average(logits, mask, v), masked_logsumexp(logits, mask)
+    return (out, AuxOutput(lse=lse)) if "return_aux" in options else out
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("length", [1, 63, 300])
+def test_gradients_around_flex_attention(length: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is ours of the backward, in float64 on a CPU, around a plain stand-in for FlexAttention's kernels."""
+    monkeypatch.setattr(module, "flex_attention", plain_flex_attention)
+    monkeypatch.setattr(module, "_materialize", lambda x: x)
+    q = torch.randn(2, 2 * group, length, 16, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 2, length, 16, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    scores = torch.randn(2, 2, length, dtype=torch.float64, requires_grad=True)
+    mask = Lifetimes.top_w(scores, 40, padding=torch.rand(2, length) < 0.2)
+    plan = SegmentPlan.of(mask, 2, 2 * group, 2, segment_length=64, block_size=16)
+    found = module._attend(q, k, v, scores, plan, 0.25)
+    expected = segment_attention(q, k, v, scores, mask, scale=0.25)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    gradients = [torch.autograd.grad(x.sin().sum(), (q, k, v, scores)) for x in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+# One shape for most of what follows, so that it is compiled once.
+SHAPE, HEADS, KV_HEADS = (2, 300, 16), 4, 2
+
+
+def small_inputs(device: str) -> list[Tensor]:
+    """q, k, v and scores of the shape that is compiled already, and not contiguous, as a projection leaves them."""
+    batch, length, head_dim = SHAPE
+    heads = (HEADS, KV_HEADS, KV_HEADS)
+    q, k, v = (torch.randn(batch, length, h, head_dim, device=device).transpose(1, 2) for h in heads)
+    return [q, k, v, torch.randn(batch, length, KV_HEADS, device=device).transpose(1, 2)]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_masks_of_all_kinds_share_one_compilation(mode: type, device: str) -> None:
+    length = SHAPE[1]
+    padding = torch.rand(2, length, device=device) < 0.3
+    padding[1] = True
+    for stance in ("default", "fail_on_recompile"):
+        *qkv, scores = small_inputs(device)
+        masks = [
+            Lifetimes.top_w(scores, 40),
+            Lifetimes.top_w(scores, 40, padding=padding),
+            Lifetimes.top_w(scores, 30, keep_last=8, sinks=2, documents=padding.long()),
+            Lifetimes.top_w(scores, 30) | Lifetimes.sliding_window(length, 10, device),
+        ]
+        for mask in masks[:1] if stance == "default" else masks:
+            with mode(), torch.compiler.set_stance(stance):
+                out = flex_segment_attention(*qkv, scores, mask, segment_length=128)
+            torch.testing.assert_close(out, segment_attention(*qkv, scores, mask), rtol=1e-4, atol=1e-4)
+            if mask is masks[1]:
+                assert (out[1] == 0).all()  # nobody to look at
+
+
+def test_nan_scores_reach_the_output(device: str) -> None:
+    *qkv, scores = small_inputs(device)
+    scores = scores.contiguous()
+    scores[0, 0, 100] = torch.nan
+    with torch.no_grad():
+        out = flex_segment_attention(*qkv, scores, Lifetimes.top_w(scores, 40), segment_length=128)
+    group = HEADS // KV_HEADS
+    assert out[0, :group, 100:].isnan().all()
+    assert out[0, :group, :100].isfinite().all()
+    assert out[0, group:].isfinite().all()
+    assert out[1].isfinite().all()
+
+
+def test_the_recompile_limit_is_an_error(device: str) -> None:
+    def attend(head_dim: int) -> Tensor:
+        q, scores = torch.randn(1, 1, 64, head_dim, device=device), torch.randn(1, 1, 64, device=device)
+        return flex_segment_attention(q, q, q, scores, Lifetimes.causal(64, device))
+
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
+        attend(16)
+        with pytest.raises(
+            RuntimeError, match=r"recompile_limit = 1 allows, and q \[1, 1, 64, 32\] .* is another; pad"
+        ):
+            attend(32)
+
+
+def test_a_plan_serves_many_calls(device: str) -> None:
+    *qkv, scores = small_inputs(device)
+    mask = Lifetimes.top_w(scores, 40)
+    plan = SegmentPlan.of(mask, 2, HEADS, KV_HEADS, segment_length=128)
+    with torch.no_grad():
+        expected = flex_segment_attention(*qkv, scores, mask, segment_length=128)
+        assert torch.equal(flex_segment_attention(*qkv, scores, mask, plan=plan), expected)
+
+
+def test_natural_order_mask_in_anyones_call_compiles_once(device: str) -> None:
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    for stance in ("default", "fail_on_recompile"):
+        q, k, v, scores = small_inputs(device)
+        mask = Lifetimes.top_w(scores, 40)
+        with torch.no_grad(), torch.compiler.set_stance(stance):
+            out = compiled(
+                q, k, v, score_mod=key_bias_score_mod(scores, HEADS), enable_gqa=True,
+                block_mask=block_mask(mask, SHAPE[1], num_heads=HEADS),
+            )  # fmt: skip
+        torch.testing.assert_close(out, segment_attention(q, k, v, scores, mask), rtol=1e-4, atol=1e-4)
+
+
+def test_empty_batch(device: str) -> None:
+    q, scores = torch.zeros(0, 2, 9, 16, device=device), torch.zeros(0, 2, 9, device=device)
+    assert flex_segment_attention(q, q, q, scores, Lifetimes.top_w(scores, 3)).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    ("length", "capacity", "segment", "expected"),
+    [
+        (1, 1, None, (128, 128)),
+        (1000, 1000, None, (1024, 1024)),  # one segment: lengths up to powers of two
+        (300, 300, None, (384, 384)),  # but never more than the capacity asks for
+        (32768, 1024, None, (1024, 32768)),
+        (8191, 256, None, (256, 8192)),
+        (33 * 256, 256, None, (256, 40 * 256)),  # numbers of segments with three significant bits
+        (4096, 100, 200, (256, 4096)),
+    ],
+)
+def test_lengths_fall_into_few_classes(
+    length: int, capacity: int, segment: int | None, expected: tuple[int, int]
+) -> None:
+    from dma_flex.segment_plan import padded_length
+
+    assert padded_length(length, capacity, segment, 128) == expected
+
+
+@needs_gpu
+def test_autocast_and_checkpointing_change_nothing() -> None:
+    inputs = [x.requires_grad_() for x in small_inputs("cuda")]
+    mask = Lifetimes.top_w(inputs[3], 40)
+
+    def loss(*x: Tensor) -> Tensor:
+        return flex_segment_attention(*x, mask).square().sum()
+
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert_equal(torch.autograd.grad(loss(*inputs), inputs), expected)
+    assert_equal(torch.autograd.grad(checkpoint(loss, *inputs, use_reentrant=False), inputs), expected)
+
+
+def assert_equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Equal but for the order of sums."""
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+@needs_gpu
+@pytest.mark.parametrize("trained", range(4))
+def test_each_gradient_alone(trained: int) -> None:
+    inputs = small_inputs("cuda")
+    mask = Lifetimes.top_w(inputs[3], 40)
+    inputs[trained].requires_grad_()
+    (found,) = torch.autograd.grad(flex_segment_attention(*inputs, mask).sin().sum(), inputs[trained])
+    (expected,) = torch.autograd.grad(segment_attention(*inputs, mask).sin().sum(), inputs[trained])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_bad_inputs(device: str) -> None:
+    q, k, v, scores = small_inputs(device)
+    mask = Lifetimes.top_w(scores, 40)
+    with pytest.raises(ValueError, match=r"computes in float32, bfloat16 or float16, got torch.float64; use .*'torch'"):
+        flex_segment_attention(*(x.double() for x in (q, k, v, scores)), mask)
+    with pytest.raises(ValueError, match=r"lifetimes: expected \[2 or 1, 2 or 1, 300\] .* got \[1, 1, 299\]"):
+        flex_segment_attention(q, k, v, scores, Lifetimes.causal(299, device))
+    with pytest.raises(ValueError, match=r"scores: expected torch\.float32"):
+        flex_segment_attention(q, k, v, scores.bfloat16(), mask)
+    with pytest.raises(ValueError, match="segment_length: expected at least 1, got 0"):
+        flex_segment_attention(q, k, v, scores, mask, segment_length=0)
+    with pytest.raises(ValueError, match="born at its own position"):
+        flex_segment_attention(q, k, v, scores, Lifetimes(mask.birth + 1, mask.death, 40))
+    with pytest.raises(ValueError, match="block_size: expected a power of two, got 100"):
+        SegmentPlan.of(mask, 2, HEADS, KV_HEADS, block_size=100)
+
+
+@pytest.mark.skipif(ON_GPU, reason="about machines without a GPU")
+def test_training_on_a_cpu_names_the_backend_that_can() -> None:
+    q, k, v, scores = small_inputs("cpu")
+    with pytest.raises(ValueError, match=r"'flex' trains on CUDA only, got tensors on cpu .* use backend 'torch'"):
+        flex_segment_attention(q, k, v, scores.requires_grad_(), Lifetimes.causal(SHAPE[1]))
+
+
+@needs_gpu
+@pytest.mark.parametrize("head_dim", [8, 272])
+def test_bad_head_dims_on_a_gpu(head_dim: int) -> None:
+    q, scores = torch.zeros(1, 1, 9, head_dim, device="cuda"), torch.zeros(1, 1, 9, device="cuda")
+    with pytest.raises(ValueError, match=f"head dim from 16 to 256 on CUDA, got {head_dim}; use backend 'torch'"):
+        flex_segment_attention(q, q, q, scores, Lifetimes.causal(9, "cuda"))
