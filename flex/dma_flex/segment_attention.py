@@ -59,8 +59,8 @@ def flex_segment_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.numel() == 0:
         return torch.empty_like(q)
-    if plan is None:
-        plan = SegmentPlan.of(lifetimes, batch, heads, kv_heads, segment_length)
+    plan = SegmentPlan.of(lifetimes, batch, heads, kv_heads, segment_length) if plan is None else plan
+    plan.check_fits(q, k)
     with without_autocast(q.device):
         if torch.compiler.is_compiling():
             return _attend(q, k, v, scores, plan, scale)

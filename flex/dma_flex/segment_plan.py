@@ -73,6 +73,17 @@ class SegmentPlan:
         """S."""
         return self.block_mask.seq_lengths[0]
 
+    def check_fits(self, q: Tensor, k: Tensor) -> None:
+        """Raise `ValueError` unless this is a plan for queries `[B, H, N, D]` and keys `[B, G, N, D]`."""
+        planned = self.copies.first.numel() - 1, self.copies.row.shape[0] // self.segments, self.copies.row.shape[1]
+        table_heads = self.block_mask.kv_num_blocks.shape[1]
+        if planned != (k.shape[:3].numel(), *k.shape[:2]) or table_heads not in (1, q.shape[1]):
+            batch, kv_heads = planned[1:]
+            raise ValueError(
+                f"plan: expected one for q {list(q.shape)} and k {list(k.shape)}, got one for batch {batch}, "
+                f"{kv_heads} KV heads, {planned[0] // (batch * kv_heads)} positions and {table_heads} table heads"
+            )
+
     def split_queries(self, q: Tensor) -> Tensor:
         """`[B, H, N, D] -> [Z, H, S, D]`, the last segments filled up with zeros; a view where strides allow it."""
         missing = self.segments * self.segment_length - q.shape[2]

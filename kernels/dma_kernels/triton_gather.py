@@ -23,8 +23,8 @@ def _gather_rows_kernel(
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     b_row = tl.load(p_row + o_m, mask=o_m < slots, other=-1)
-    b_head, b_position = b_row // length, b_row % length
-    o_x = (b_head // heads).to(tl.int64) * stride_b + (b_head % heads) * stride_g + b_position.to(tl.int64) * stride_n
+    b_head, b_position = (b_row // length).to(tl.int64), (b_row % length).to(tl.int64)
+    o_x = b_head // heads * stride_b + b_head % heads * stride_g + b_position * stride_n
     m_x = (b_row >= 0)[:, None] & (o_d < D)[None, :]
     b_x = tl.load(p_x + o_x[:, None] + o_d[None, :], mask=m_x, other=0.0)  # [BLOCK_M, BLOCK_D]
     tl.store(p_out + o_m[:, None] * D + o_d[None, :], b_x, mask=(o_m < slots)[:, None] & (o_d < D)[None, :])

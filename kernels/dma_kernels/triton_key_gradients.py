@@ -18,15 +18,15 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 def _add_query_tile(
     b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death,
     p_q, p_do, p_lse, p_delta, q_s, do_s, o_s, o_d, queries, scale,
-    D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what one tile of queries contributes to the gradients of the keys."""
-    m_s = o_s < queries
+    """Add what one tile of queries, `o_s`, contributes to the gradients of the keys; pointers are at its start."""
+    r_s, m_s = tl.arange(0, BLOCK_S), o_s < queries
     m_q = m_s[:, None] & (o_d < D)[None, :]
-    b_q = tl.load(p_q + o_s[:, None] * q_s + o_d[None, :], mask=m_q, other=0.0)  # [BLOCK_S, BLOCK_D]
-    b_do = tl.load(p_do + o_s[:, None] * do_s + o_d[None, :], mask=m_q, other=0.0)
-    b_lse = tl.load(p_lse + o_s, mask=m_s, other=0.0) * _LOG2_E
-    b_delta = tl.load(p_delta + o_s, mask=m_s, other=0.0)
+    b_q = tl.load(p_q + r_s[:, None] * q_s + o_d[None, :], mask=m_q, other=0.0)  # [BLOCK_S, BLOCK_D]
+    b_do = tl.load(p_do + r_s[:, None] * do_s + o_d[None, :], mask=m_q, other=0.0)
+    b_lse = tl.load(p_lse + r_s, mask=m_s, other=0.0) * _LOG2_E
+    b_delta = tl.load(p_delta + r_s, mask=m_s, other=0.0)
 
     b_logits = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * _LOG2_E)  # [BLOCK_K, BLOCK_S]
     b_p = tl.exp2(b_logits + (b_bias[:, None] - b_lse[None, :]))
@@ -36,7 +36,7 @@ def _add_query_tile(
     b_dv += tl.dot(b_p.to(b_do.dtype), b_do, input_precision=PRECISION)
     b_ds = b_p * (tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) - b_delta[None, :])
     if MASKED:
-        b_ds = tl.where(visible, b_ds, 0.0)  # a query without keys has P = 0, but may have an infinite delta
+        b_ds = tl.where(visible, b_ds, 0.0)  # P = 0 does not stop an infinity or NaN of a query that sees no key
     b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision=PRECISION)
     return b_dk, b_dv, b_dbias + tl.sum(b_ds, axis=1)
 
@@ -48,7 +48,7 @@ def _key_gradients_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys."""
-    i_z, i_g = (tl.program_id(1) // kv_heads).to(tl.int64), tl.program_id(1) % kv_heads
+    i_z, i_g = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
     o_k, o_d, r_s = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
     m_k = o_k < keys
     m_kd = m_k[:, None] & (o_d < D)[None, :]
@@ -72,22 +72,24 @@ def _key_gradients_kernel(
     rest = tiles - full
 
     for i in range(group * full):
-        i_h, o_s = i_g * group + i // full, (begin + i % full) * BLOCK_S + r_s
-        i_line = (i_z * kv_heads * group + i_h) * queries
+        i_h, i_s = i_g * group + i // full, (begin + i % full).to(tl.int64) * BLOCK_S
+        i_line = (i_z * kv_heads * group + i_h) * queries + i_s
         b_dk, b_dv, b_dbias = _add_query_tile(
             b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death,
-            p_q + i_z * q_z + i_h * q_h, p_do + i_z * do_z + i_h * do_h, p_lse + i_line, p_delta + i_line,
-            q_s, do_s, o_s, o_d, queries, scale, D, False, PRECISION,
+            p_q + i_z * q_z + i_h * q_h + i_s * q_s, p_do + i_z * do_z + i_h * do_h + i_s * do_s,
+            p_lse + i_line, p_delta + i_line, q_s, do_s, i_s.to(tl.int32) + r_s, o_d, queries, scale,
+            D, BLOCK_S, False, PRECISION,
         )  # fmt: skip
     for i in range(group * rest):
         i_tile = first + i % rest
         i_tile += tl.where((full > 0) & (i_tile >= begin), full, 0)
-        i_h, o_s = i_g * group + i // rest, i_tile * BLOCK_S + r_s
-        i_line = (i_z * kv_heads * group + i_h) * queries
+        i_h, i_s = i_g * group + i // rest, i_tile.to(tl.int64) * BLOCK_S
+        i_line = (i_z * kv_heads * group + i_h) * queries + i_s
         b_dk, b_dv, b_dbias = _add_query_tile(
             b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death,
-            p_q + i_z * q_z + i_h * q_h, p_do + i_z * do_z + i_h * do_h, p_lse + i_line, p_delta + i_line,
-            q_s, do_s, o_s, o_d, queries, scale, D, True, PRECISION,
+            p_q + i_z * q_z + i_h * q_h + i_s * q_s, p_do + i_z * do_z + i_h * do_h + i_s * do_s,
+            p_lse + i_line, p_delta + i_line, q_s, do_s, i_s.to(tl.int32) + r_s, o_d, queries, scale,
+            D, BLOCK_S, True, PRECISION,
         )  # fmt: skip
     tl.store(p_dk + o_kd, b_dk * scale, mask=m_kd)
     tl.store(p_dv + o_kd, b_dv, mask=m_kd)

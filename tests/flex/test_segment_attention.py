@@ -203,6 +203,8 @@ def test_a_plan_serves_many_calls(device: str) -> None:
     with torch.no_grad():
         expected = flex_segment_attention(*qkv, scores, mask, segment_length=128)
         assert torch.equal(flex_segment_attention(*qkv, scores, mask, plan=plan), expected)
+    with pytest.raises(ValueError, match=r"plan: expected one for q \[1, .* got one for batch 2, 2 KV heads, 300 pos"):
+        flex_segment_attention(*(x[:1] for x in (*qkv, scores)), Lifetimes.causal(SHAPE[1], device), plan=plan)
 
 
 def test_natural_order_mask_in_anyones_call_compiles_once(device: str) -> None:
