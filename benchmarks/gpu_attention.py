@@ -137,7 +137,7 @@ def measure_attention(heads: int, kv_heads: int, length: int, window: int) -> di
     return row
 
 
-def peak_gb(function: Callable[[], Any]) -> float:
+def peak_gib(function: Callable[[], Any]) -> float:
     """Peak GPU memory above what is there before, in GiB."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -158,9 +158,9 @@ def measure_memory(length: int) -> dict[str, Any]:
         torch.autograd.grad(out, [*qkv, ranks], out.detach())
 
     if length < 2**20:
-        return {"length": length, "train_gb": peak_gb(train)}
+        return {"length": length, "train_gib": peak_gib(train)}
     with torch.no_grad():
-        return {"length": length, "forward_gb": peak_gb(attend)}
+        return {"length": length, "forward_gib": peak_gib(attend)}
 
 
 def measure_bias_gradients() -> Iterator[dict[str, Any]]:

@@ -53,8 +53,8 @@ class ModelConfig:
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
     backend: Backend = "auto"
-    """Attention backend: auto (flex on CUDA, torch elsewhere), flex (compiled FlexAttention; trains on CUDA only),
-    torch (any device), or reference (O(N²), for tests)."""
+    """Attention backend: auto (flex on CUDA where it can, else torch), flex (compiled FlexAttention; trains on CUDA
+    only), torch (any device), or reference (O(N²), for tests)."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers"):

@@ -74,7 +74,7 @@ def interval_block_mask(
 def mask_of_tables(
     tables: Sequence[Tensor], mask_mod: MaskMod, seq_lengths: tuple[int, int], block_size: int
 ) -> BlockMask:
-    """A BlockMask of what `block_tables` returns."""
+    """A BlockMask of what `block_tables` returns, for `seq_lengths` of queries and keys."""
     return BlockMask(
         seq_lengths=seq_lengths,
         **dict(zip(_TABLE_NAMES, tables, strict=True)),
@@ -87,6 +87,8 @@ def block_tables(
     birth: Tensor, death: Tensor, q_len: int, block_size: int, num_heads: int | None = None
 ) -> list[Tensor]:
     """The eight tables of a BlockMask in its order, int32, by query head (or one head for all).
+
+    Arguments as `interval_block_mask`.
 
     Returns:
         How many partial blocks of keys each block of queries has, `[B, H, Q]`, and their indices, `[B, H, Q, C]`; the
@@ -108,7 +110,7 @@ def classify_blocks(birth: Tensor, death: Tensor, q_len: int, block_size: int) -
     A block that reaches beyond the last query or key is never full, as in `create_block_mask`.
     """
     q_blocks, key_blocks = -(-q_len // block_size), -(-death.shape[-1] // block_size)
-    birth, death = birth.clamp(min=0), death.clamp(max=q_len)
+    birth, death = birth.clamp(0, q_len), death.clamp(0, q_len)
     lives = death > birth
     # Shifts, not divisions: torch 2.13 compiles arange // s into wrong numbers on a CPU.
     bits = block_size.bit_length() - 1
@@ -118,8 +120,8 @@ def classify_blocks(birth: Tensor, death: Tensor, q_len: int, block_size: int) -
     first, behind = birth >> bits, (death + block_size - 1) >> bits
     row = (torch.arange(death.shape[-1], device=death.device) >> bits) * (q_blocks + 1)
     steps = torch.zeros(*death.shape[:-1], key_blocks * (q_blocks + 1), dtype=torch.int32, device=death.device)
-    steps = steps.scatter_add(-1, row + first.clamp(max=q_blocks), lives.int())
-    steps = steps.scatter_add(-1, row + behind.clamp(min=0), -lives.int())
+    steps = steps.scatter_add(-1, row + first, lives.int())
+    steps = steps.scatter_add(-1, row + behind, -lives.int())
     touched = steps.unflatten(-1, (key_blocks, q_blocks + 1)).cumsum(-1, dtype=torch.int32)[..., :q_blocks] > 0
 
     # All keys of a block cover what lies between the last of their beginnings and the first of their ends.

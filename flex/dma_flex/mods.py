@@ -30,11 +30,11 @@ def lifetime_mask_mod(birth: Tensor, death: Tensor, num_heads: int | None = None
     """
     if birth.shape != death.shape:
         raise ValueError(f"birth and death must have one shape, got {list(birth.shape)} and {list(death.shape)}")
-    row_of = _row_of(death, num_heads)
+    batch_and_head = _batch_and_head_of(death, num_heads)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         # Not x[b][g][kv]: chained indexing of captured tensors crashes the compiled CPU path.
-        row, head = row_of(b, h)
+        row, head = batch_and_head(b, h)
         return (birth[row, head, kv] <= q) & (q < death[row, head, kv])
 
     return mask_mod
@@ -50,10 +50,10 @@ def key_bias_score_mod(bias: Tensor, num_heads: int | None = None) -> ScoreMod:
     Raises:
         ValueError: if the shape or heads do not belong together.
     """
-    row_of = _row_of(bias, num_heads)
+    batch_and_head = _batch_and_head_of(bias, num_heads)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        row, head = row_of(b, h)
+        row, head = batch_and_head(b, h)
         return score + bias[row, head, kv]
 
     return score_mod
@@ -71,14 +71,14 @@ def heads_per_row(kv_heads: int, num_heads: int | None) -> int:
     return num_heads // kv_heads
 
 
-def _row_of(x: Tensor, num_heads: int | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Where in `x` [B or 1, G or 1, K] batch b and query head h are found."""
+def _batch_and_head_of(x: Tensor, num_heads: int | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Where in `x` [B or 1, G or 1, K] batch b and query head h are found; checks shape and heads."""
     if x.ndim != 3:
         raise ValueError(f"expected [B or 1, G or 1, K], got {list(x.shape)}")
     batches, heads = int(x.shape[0] > 1), int(x.shape[1] > 1)
     group = heads_per_row(x.shape[1], num_heads)
 
-    def row(b: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    def batch_and_head(b: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return b * batches, h // group * heads
 
-    return row
+    return batch_and_head

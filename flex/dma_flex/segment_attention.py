@@ -5,8 +5,10 @@ B batch, H query heads, G KV heads, N length, D head dim, S segment length, K sl
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
@@ -43,7 +45,7 @@ def flex_segment_attention(
         lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
         scale: factor of q·k, by default `1 / sqrt(D)`.
         segment_length: S, a multiple of 128 (or rounded up to one), by default about the mask's capacity.
-        plan: `SegmentPlan.of` the mask, if it is used more than once.
+        plan: `SegmentPlan.of` these lifetimes, if they are used more than once; it is taken on trust.
 
     Returns:
         `[B, H, N, D]` in the dtype of q. A query without any key gives 0.
@@ -55,51 +57,84 @@ def flex_segment_attention(
     check_attention_inputs(q, k, v, scores)
     check_lifetimes(lifetimes, k)
     _check_flex_can(q, k, v, scores)
-    (batch, heads), kv_heads = q.shape[:2], k.shape[1]
+    if plan is not None and segment_length is not None:
+        raise ValueError("expected segment_length or plan, got both; a plan has its segment length")
+    (batch, heads, length), kv_heads = q.shape[:3], k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if q.numel() == 0:
-        return torch.empty_like(q)
+    if batch == 0:
+        return q * (k.sum() + v.sum() + scores.sum()).to(q.dtype)  # empty, and differentiable in all
     plan = SegmentPlan.of(lifetimes, batch, heads, kv_heads, segment_length) if plan is None else plan
     plan.check_fits(q, k)
+    _check_grid(plan, q)
+    if missing := plan.length - length:  # outside what is compiled, so that lengths of one class share it
+        q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
+        scores = F.pad(scores, (0, missing))
     with without_autocast(q.device):
         if torch.compiler.is_compiling():
-            return _attend(q, k, v, scores, plan, scale)
+            return _attend(q, k, v, scores, plan, scale)[:, :, :length]
         try:
-            return _compiled_attend()(q, k, v, scores, plan, scale)
+            return _compiled_attend()(q, k, v, scores, plan, scale)[:, :, :length]
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise RuntimeError(
-                "backend 'flex' has been compiled for as many shapes, dtypes and masks as "
+                "backend 'flex' has been compiled for as many shapes, dtypes and modes as "
                 f"torch._dynamo.config.recompile_limit = {torch._dynamo.config.recompile_limit} allows, "
                 f"and q {list(q.shape)} in {q.dtype} is another; pad to fewer lengths, or raise the limit"
             ) from error
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
-    """Split queries and gather keys into segments, attend, and join the output, `[B, H, N, D]`."""
-    q_seg = plan.split_queries(q)  # [Z, H, S, D]
+    """Attend over segments, `[B, H, T * S, D]`."""
     if not q.is_cuda:
-        q_seg = _materialize(q_seg)
-    k_seg, v_seg = plan.copies.gather(k), plan.copies.gather(v)  # [Z, G, K, D]
-    # FlexAttention's row maximum loses a NaN on a CPU; infinity minus infinity brings it back.
-    constant = torch.where(scores.isnan(), torch.inf, scores).detach()
-    bias = plan.copies.gather(constant[..., None]).squeeze(-1)  # [Z, G, K]
-    arguments = {
+        return _attend_on_cpu(q, k, v, scores, plan, scale)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, scores)):
+        return _attend_with_gradients(q, k, v, scores, plan, scale)
+    q_seg, k_seg, v_seg = plan.split_queries(q), plan.copies.gather(k), plan.copies.gather(v)
+    arguments = _flex_arguments(q, k, _gather_bias(scores, plan), plan, scale)
+    return plan.join_queries(flex_attention(q_seg, k_seg, v_seg, **arguments))
+
+
+def _attend_with_gradients(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
+    """The same in training: FlexAttention takes keys, values and bias as constants and computes dq."""
+    q_seg, k_seg, v_seg = plan.split_queries(q), plan.copies.gather(k), plan.copies.gather(v)
+    bias, copies = _gather_bias(scores.detach(), plan), plan.copies
+    arguments = _flex_arguments(q, k, bias, plan, scale) | {"block_mask": _for_query_gradient(plan.block_mask)}
+    out, aux = flex_attention(q_seg, k_seg.detach(), v_seg.detach(), **arguments, return_aux=AuxRequest(lse=True))
+    out = _WithKeyGradients.apply(
+        out, k_seg, v_seg, scores, q_seg.detach(), bias, plan.birth, plan.death, aux.lse.detach(), scale,
+        copies.row, copies.first, copies.slot,
+    )  # fmt: skip
+    return plan.join_queries(out)
+
+
+def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
+    """The same without gradients, and with NaN made visible.
+
+    FlexAttention's CPU kernel loses NaN logits in the maximum of a row and returns 0. So keys that are not finite, or
+    have a NaN score, get an infinite bias, and queries that are not finite an output of NaN.
+    """
+    broken = ~q.isfinite().all(-1, keepdim=True)
+    bias = torch.where(k.isfinite().all(-1) & ~scores.isnan(), scores, torch.inf)
+    q_seg = _materialize(plan.split_queries(q.nan_to_num()))
+    k_seg, v_seg = plan.copies.gather(k.nan_to_num()), plan.copies.gather(v)
+    arguments = _flex_arguments(q, k, _gather_bias(bias, plan), plan, scale)
+    out = _materialize(flex_attention(q_seg, k_seg, v_seg, **arguments))
+    return plan.join_queries(out).masked_fill(broken, torch.nan)
+
+
+def _gather_bias(bias: Tensor, plan: SegmentPlan) -> Tensor:
+    """`[B, G, T * S] -> [Z, G, K]`."""
+    return plan.copies.gather(bias[..., None]).squeeze(-1)
+
+
+def _flex_arguments(q: Tensor, k: Tensor, bias: Tensor, plan: SegmentPlan, scale: float) -> dict[str, Any]:
+    """What every call of FlexAttention here has in common."""
+    return {
         "score_mod": key_bias_score_mod(bias, q.shape[1]),
         "block_mask": plan.block_mask,
         "scale": scale,
         "enable_gqa": q.shape[1] != k.shape[1],
         "kernel_options": _kernel_options(q),
     }
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, scores))):
-        return plan.join_queries(flex_attention(q_seg, k_seg, v_seg, **arguments), q.shape[2])
-    arguments["block_mask"] = _for_query_gradient(plan.block_mask)
-    out, aux = flex_attention(q_seg, k_seg.detach(), v_seg.detach(), **arguments, return_aux=AuxRequest(lse=True))
-    copies = plan.copies
-    out = _WithKeyGradients.apply(
-        out, k_seg, v_seg, scores, q_seg.detach(), bias, plan.birth, plan.death, aux.lse.detach(), scale,
-        copies.row, copies.first, copies.slot,
-    )  # fmt: skip
-    return plan.join_queries(out, q.shape[2])
 
 
 @cache
@@ -111,7 +146,7 @@ def _compiled_attend() -> Callable[..., Tensor]:
 
 @torch.library.custom_op("dma_flex::materialize", mutates_args=())
 def _materialize(x: Tensor) -> Tensor:
-    """A copy that the compiler cannot see through: on a CPU, FlexAttention takes no views of what it has fused."""
+    """A copy that the compiler cannot see through: on a CPU, FlexAttention cannot be fused with what is around it."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -172,12 +207,23 @@ def _kernel_options(q: Tensor) -> dict[str, int]:
     return {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": columns, "fwd_num_warps": 4, "fwd_num_stages": stages}
 
 
+def _check_grid(plan: SegmentPlan, q: Tensor) -> None:
+    """Raise `ValueError` for more segments than FlexAttention's CUDA kernels can take as a batch."""
+    if q.is_cuda and plan.birth.shape[0] > 65_535:
+        raise ValueError(
+            f"backend 'flex' takes 65535 segments at most, got {plan.birth.shape[0]} of {plan.segment_length} "
+            "positions; set a larger segment_length, or use a smaller batch"
+        )
+
+
 def _check_flex_can(q: Tensor, k: Tensor, v: Tensor, scores: Tensor) -> None:
     """Raise `ValueError` for what FlexAttention cannot do, naming the backend that can."""
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             f"backend 'flex' computes in float32, bfloat16 or float16, got {q.dtype}; use backend 'torch' for it"
         )
+    if q.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"backend 'flex' runs on CUDA and CPU, got tensors on {q.device}; use backend 'torch' there")
     if q.is_cuda and not 16 <= q.shape[-1] <= 256:
         raise ValueError(
             f"backend 'flex' needs a head dim from 16 to 256 on CUDA, got {q.shape[-1]}; use backend 'torch' for it"

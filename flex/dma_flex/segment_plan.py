@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from dma_flex.block_masks import block_tables, check_block_size, mask_of_tables
 from dma_flex.mods import lifetime_mask_mod
 from dma_kernels import Lifetimes, SegmentLayout
-from dma_kernels.gather import Copies, flat_rows
+from dma_kernels.gather import Copies
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class SegmentPlan:
     """Everything about a mask that attention over its segments needs; valid for all tensors of one shape.
 
     Attributes:
-        copies: which row of k or v `[B, G, N, D]` each slot holds, `[Z, G, K]`.
+        copies: which row of k or v, filled up to `[B, G, T * S, D]`, each slot holds, `[Z, G, K]`.
         birth: first query of the segment that sees a slot, counted from the segment's start, int32 `[Z, G or 1, K]`.
         death: first later query that no longer does, same shape.
         block_mask: block mask of S queries and K slots, batch Z.
@@ -58,8 +58,17 @@ class SegmentPlan:
             ValueError: if sizes do not belong together, or a key is not born at its own position.
         """
         check_block_size(block_size)
+        if batch < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                "expected batch >= 1 and num_heads a multiple of num_kv_heads, "
+                f"got {batch}, {num_heads} and {num_kv_heads}"
+            )
+        if lifetimes.death.shape[0] not in (1, batch) or lifetimes.death.shape[1] not in (1, num_kv_heads):
+            raise ValueError(
+                f"lifetimes: expected [{batch} or 1, {num_kv_heads} or 1, N], got {list(lifetimes.death.shape)}"
+            )
+        lifetimes.check_segmentable()
         segment, length = padded_length(lifetimes.length, lifetimes.capacity, segment_length, block_size)
-        lifetimes.check_births()
         row, birth, death, first, slot, *tables = plan_segments(
             lifetimes.birth, lifetimes.death, lifetimes.capacity, batch, num_heads, num_kv_heads,
             length, segment, block_size,
@@ -73,26 +82,29 @@ class SegmentPlan:
         """S."""
         return self.block_mask.seq_lengths[0]
 
+    @property
+    def length(self) -> int:
+        """The length that sequences are filled up to."""
+        return self.segments * self.segment_length
+
     def check_fits(self, q: Tensor, k: Tensor) -> None:
         """Raise `ValueError` unless this is a plan for queries `[B, H, N, D]` and keys `[B, G, N, D]`."""
-        planned = self.copies.first.numel() - 1, self.copies.row.shape[0] // self.segments, self.copies.row.shape[1]
-        table_heads = self.block_mask.kv_num_blocks.shape[1]
-        if planned != (k.shape[:3].numel(), *k.shape[:2]) or table_heads not in (1, q.shape[1]):
-            batch, kv_heads = planned[1:]
+        batch, kv_heads = self.copies.row.shape[0] // self.segments, self.copies.row.shape[1]
+        table_heads, device = self.block_mask.kv_num_blocks.shape[1], self.birth.device
+        fits = k.shape[:2] == (batch, kv_heads) and table_heads in (1, q.shape[1]) and q.shape[2] <= self.length
+        if not fits or device != q.device:
             raise ValueError(
-                f"plan: expected one for q {list(q.shape)} and k {list(k.shape)}, got one for batch {batch}, "
-                f"{kv_heads} KV heads, {planned[0] // (batch * kv_heads)} positions and {table_heads} table heads"
+                f"plan: expected one for q {list(q.shape)} and k {list(k.shape)} on {q.device}, got one for batch "
+                f"{batch}, {kv_heads} KV heads, {table_heads} table heads and up to {self.length} positions on {device}"
             )
 
     def split_queries(self, q: Tensor) -> Tensor:
-        """`[B, H, N, D] -> [Z, H, S, D]`, the last segments filled up with zeros; a view where strides allow it."""
-        missing = self.segments * self.segment_length - q.shape[2]
-        q = F.pad(q, (0, 0, 0, missing)) if missing else q
+        """`[B, H, T * S, D] -> [Z, H, S, D]`, a view where strides allow it."""
         return q.unflatten(2, (self.segments, -1)).transpose(1, 2).flatten(0, 1)
 
-    def join_queries(self, out: Tensor, length: int) -> Tensor:
-        """The inverse of `split_queries`, `[Z, H, S, D] -> [B, H, N, D]`."""
-        return out.unflatten(0, (-1, self.segments)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+    def join_queries(self, out: Tensor) -> Tensor:
+        """The inverse of `split_queries`."""
+        return out.unflatten(0, (-1, self.segments)).transpose(1, 2).flatten(2, 3)
 
 
 def padded_length(length: int, capacity: int, segment_length: int | None, block_size: int) -> tuple[int, int]:
@@ -100,6 +112,9 @@ def padded_length(length: int, capacity: int, segment_length: int | None, block_
 
     FlexAttention is compiled for every shape, so lengths fall into few classes: powers of two up to one segment, and
     above that, numbers of segments with at most three significant bits.
+
+    Raises:
+        ValueError: if the segment length is below 1.
     """
     if segment_length is not None and segment_length < 1:
         raise ValueError(f"segment_length: expected at least 1, got {segment_length}")
@@ -129,21 +144,10 @@ def _plan_segments(
     missing = length - death.shape[-1]
     padded = Lifetimes(F.pad(birth, (0, missing)), F.pad(death, (0, missing)), capacity, born_at_position=True)
     layout = SegmentLayout.of(padded, segment_length, block_size)
-
-    row = flat_rows(layout.key.expand(batch, num_kv_heads, -1, -1), birth.shape[-1])  # [B, G, T, K]
-    segment = torch.arange(length // segment_length, dtype=torch.int32, device=death.device)[:, None]
-    nth = torch.where(row < 0, 0, segment - layout.key // segment_length)  # a key's copies stand in a row of segments
-    row, nth = (x.int().transpose(1, 2).flatten(0, 1) for x in (row, nth))  # [Z, G, K]
-    copies = Copies.of(row.contiguous(), nth, batch * num_kv_heads * birth.shape[-1])
-
-    start = segment * segment_length
-    # [B or 1, G or 1, T, K] -> [Z, G or 1, K]
-    birth, death = (
-        (x - start).expand(batch, -1, -1, -1).transpose(1, 2).flatten(0, 1).contiguous()
-        for x in (layout.birth, layout.death)
-    )
+    copies, (birth, death) = layout.copies(batch, num_kv_heads), layout.local_lifetimes(batch)
     tables = block_tables(birth, death, segment_length, block_size, num_heads)
-    return [copies.row, birth, death, copies.first, copies.slot, *(x.clone() for x in tables)]
+    # Copies, since the outputs of an operation must not share memory.
+    return [copies.row, birth, death, *(x.clone() for x in (copies.first, copies.slot, *tables))]
 
 
 plan_segments = torch.library.custom_op("dma_flex::plan_segments", _plan_segments, mutates_args=())

@@ -42,7 +42,7 @@ class Copies:
     Attributes:
         row: row in each slot, int32 `[M...]`; -1 in an empty slot.
         first: where in `slot` each row's copies begin, int32 `[B * G * N + 1]`.
-        slot: slots by the row that they hold, int32 `[M]`; arbitrary behind the last copy.
+        slot: slots by the row that they hold, int32 `[M]`; -1 behind the last copy.
     """
 
     row: Tensor
@@ -59,13 +59,14 @@ class Copies:
             rows: B * G * N.
         """
         flat, used = row.flatten(), row.flatten() >= 0
-        count = torch.zeros(rows, dtype=torch.int32, device=row.device)
-        count = count.index_add(0, flat.clamp(min=0), used.int())
+        # Empty slots count for a row of their own behind the others: on one of these they would all wait in line.
+        count = torch.zeros(rows + 1, dtype=torch.int32, device=row.device)
+        count = count.index_add(0, torch.where(used, flat, rows), torch.ones_like(flat))[:-1]
         first = F.pad(count.cumsum(0, dtype=torch.int32), (1, 0))
-        place = torch.where(used, first[flat.clamp(min=0)] + nth.flatten(), flat.numel())  # empty: behind the end
+        place = torch.where(used, first[flat.clamp(min=0)] + nth.flatten(), flat.numel())
         number = torch.arange(flat.numel(), dtype=torch.int32, device=row.device)
         slot = torch.full((flat.numel() + 1,), -1, dtype=torch.int32, device=row.device)
-        return cls(row, first, slot.scatter(0, place.long(), number)[:-1].clone())
+        return cls(row, first, slot.scatter(0, place.long(), number)[:-1])
 
     def gather(self, x: Tensor) -> Tensor:
         """Rows of `x` [B, G, N, D] in their slots, `[M..., D]`; differentiable, deterministic."""

@@ -73,6 +73,7 @@ def key_gradients_reference(
     query = torch.arange(q.shape[-2], device=q.device)[:, None]
     visible = (birth[:, :, None, None] <= query) & (query < death[:, :, None, None])  # [Z, G or 1, 1, S, K]
 
+    lse = lse.masked_fill(lse == -torch.inf, 0)  # nobody to look at, or all at -inf: P is 0, not NaN
     logits = q @ k_wide.mT * scale + bias[..., None, :]  # [Z, G, R, S, K]
     p = torch.where(visible, (logits - lse[..., None]).exp(), 0)
     ds = torch.where(visible, p * (grad_out @ v_wide.mT - delta[..., None]), 0)

@@ -164,7 +164,7 @@ class Lifetimes:
         keys = KeyOrder.of(priority, excluded=None if padding is None else padding[:, None])
 
         birth = torch.arange(length, dtype=torch.int32, device=ranks.device)[None, None]
-        death = torch.maximum(top_w_deaths(keys, keep_window_size), birth + keep_last)
+        death = torch.maximum(top_w_deaths(keys, keep_window_size), birth + min(keep_last, length))
         if sinks:
             death = torch.where(_is_sink(sinks, birth, runs, padding), length, death)
         capacity = min(keep_window_size + keep_last + sinks, length)
@@ -240,13 +240,20 @@ class Lifetimes:
             )
         return torch.broadcast_tensors(self.birth, self.death, other.birth, other.death)
 
-    def check_births(self) -> None:
-        """Raise `ValueError` unless every key is born at its own position; of masks made by hand, looks at values."""
+    def check_segmentable(self) -> None:
+        """Raise `ValueError` unless the mask can be cut into segments; looks at the values of masks made by hand."""
+        if self.born_at_position:
+            return
         position = torch.arange(self.length, device=self.birth.device)
-        if not self.born_at_position and (self.birth != position).any():
+        if (self.birth != position).any():
             raise ValueError(
                 "expected every key to be born at its own position, birth[..., j] == j; "
                 "masks with other births can be drawn and made into block masks, not cut into segments"
+            )
+        if (self.live_counts() > self.capacity).any():
+            raise ValueError(
+                f"capacity: expected at least the {self.live_counts().max()} keys that are alive at once, "
+                f"got {self.capacity}"
             )
 
     def to_dense(self) -> Tensor:
@@ -267,7 +274,7 @@ class Lifetimes:
         return self.live_counts().sum(-1) / (self.length * (self.length + 1) / 2)
 
     def draw(self, batch: int = 0, head: int = 0, block_size: int = 16, axes: "Axes | None" = None) -> "Figure":
-        """A Matplotlib figure of one head's mask, with its blocks marked as empty, partial or full."""
+        """A Matplotlib figure of one head's mask, with its blocks marked as empty, partial or full. See `draw_mask`."""
         return draw_mask(self.to_dense()[batch, head], block_size, axes)
 
 
@@ -304,7 +311,7 @@ def _positions(
     if device is None and given:
         device = given[0].device
     birth = torch.arange(length, dtype=torch.int32, device=device)
-    check_documents(documents, padding, given[0].shape[0] if given else 1, birth)
+    check_documents(documents, padding, given[0].shape[0] if given and given[0].ndim else 1, birth)
     return birth[None, None], document_runs(documents, padding)
 
 
@@ -340,6 +347,8 @@ def check_documents(documents: Tensor | None, padding: Tensor | None, batch: int
     """Raise `ValueError` unless document ids and padding are `[batch, N]`, N and the device being those of `like`."""
     expected = (batch, like.shape[-1])
     for name, x in (("documents", documents), ("padding", padding)):
+        if x is not None and x.ndim != 2:
+            raise ValueError(f"{name}: expected [B, {expected[1]}], got {list(x.shape)}")
         if x is not None and (x.shape != expected or x.device != like.device):
             raise ValueError(
                 f"{name}: expected shape {list(expected)} on {like.device} (batch and length of the mask), "

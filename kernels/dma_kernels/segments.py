@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from dma_kernels.gather import flat_rows, gather_rows_reference, sum_copies_reference
+from dma_kernels.gather import Copies, flat_rows, gather_rows_reference, sum_copies_reference
 from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.selection import KeyOrder, segment_snapshots, split_segments
 
@@ -47,9 +47,9 @@ class SegmentLayout:
             block_size: S and the number of snapshot slots are rounded up to a multiple of it.
 
         Raises:
-            ValueError: if a size is below 1, or a key is not born at its own position.
+            ValueError: if a size is below 1, a key is not born at its own position, or the capacity is too small.
         """
-        lifetimes.check_births()
+        lifetimes.check_segmentable()
         length = lifetimes.length
         segment = max(lifetimes.capacity, 16) if segment_length is None else segment_length
         if segment < 1 or block_size < 1:
@@ -73,6 +73,21 @@ class SegmentLayout:
         """
         key = self.key.expand(*x.shape[:2], -1, -1)
         return _GatherRows.apply(x, flat_rows(key, self.length))
+
+    def copies(self, batch: int, num_kv_heads: int) -> Copies:
+        """Which row of `[batch, num_kv_heads, N, D]` stands in each slot, with segments as batch, `[B * T, G, K]`."""
+        row = flat_rows(self.key.expand(batch, num_kv_heads, -1, -1), self.length)
+        # A key's copies stand in consecutive segments, the first in that of its own position.
+        segment = torch.arange(self.key.shape[-2], device=row.device)[:, None]
+        nth = torch.where(row < 0, 0, segment - self.key // self.segment_length)
+        return Copies.of(_as_batch(row.int()), _as_batch(nth.int()), batch * num_kv_heads * self.length)
+
+    def local_lifetimes(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Birth and death of each slot, counted from its segment's start, int32 `[batch * T, G or 1, K]`."""
+        segment = torch.arange(self.key.shape[-2], dtype=torch.int32, device=self.key.device)[:, None]
+        start = segment * self.segment_length
+        birth, death = ((x - start).expand(batch, -1, -1, -1) for x in (self.birth, self.death))
+        return _as_batch(birth), _as_batch(death)
 
     def split_queries(self, x: Tensor) -> Tensor:
         """`[..., N, D] -> [..., T, S, D]`, the last segment filled up with zeros."""
@@ -124,6 +139,11 @@ def _slot_lifetimes(lifetimes: Lifetimes, key: Tensor) -> tuple[Tensor, Tensor]:
     birth, death = (x.gather(-1, flat.clamp(min=0)) for x in (lifetimes.birth, lifetimes.death))
     birth, death = birth.masked_fill(flat < 0, lifetimes.length), death.masked_fill(flat < 0, 0)
     return birth.view(key.shape), death.view(key.shape)
+
+
+def _as_batch(x: Tensor) -> Tensor:
+    """`[B, G, T, K] -> [B * T, G, K]`, contiguous."""
+    return x.transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def _round_up(value: int, multiple: int) -> int:

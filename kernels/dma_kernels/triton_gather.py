@@ -51,7 +51,7 @@ def _sum_copies_kernel(
 
 def launch_gather_rows(x: Tensor, row: Tensor) -> Tensor:
     """`gather_rows` of `x` [B, G, N, D] by int32 `row` [M...]."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x, row = x if x.stride(-1) == 1 else x.contiguous(), row.contiguous()
     out = x.new_empty(*row.shape, x.shape[-1])
     block_d, block_m = _blocks(x.shape[-1])
     if out.numel():

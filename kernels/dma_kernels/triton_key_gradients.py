@@ -16,17 +16,22 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _add_query_tile(
-    b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death,
-    p_q, p_do, p_lse, p_delta, q_s, do_s, o_s, o_d, queries, scale,
-    D: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, p_q, p_do, p_lse, p_delta,
+    q_z, q_h, q_s, do_z, do_h, do_s, i_z, i_h, i_tile, heads, queries, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what one tile of queries, `o_s`, contributes to the gradients of the keys; pointers are at its start."""
-    r_s, m_s = tl.arange(0, BLOCK_S), o_s < queries
+    """Add what one tile of queries contributes to the gradients of the keys."""
+    r_s, o_d, i_s = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D), i_tile * BLOCK_S
+    o_s, i_line = i_s + r_s, (i_z * heads + i_h) * queries + i_s
+    p_q += i_z * q_z + i_h * q_h + i_s.to(tl.int64) * q_s  # 64 bits for the tile, 32 within it
+    p_do += i_z * do_z + i_h * do_h + i_s.to(tl.int64) * do_s
+    m_s = o_s < queries
     m_q = m_s[:, None] & (o_d < D)[None, :]
     b_q = tl.load(p_q + r_s[:, None] * q_s + o_d[None, :], mask=m_q, other=0.0)  # [BLOCK_S, BLOCK_D]
     b_do = tl.load(p_do + r_s[:, None] * do_s + o_d[None, :], mask=m_q, other=0.0)
-    b_lse = tl.load(p_lse + r_s, mask=m_s, other=0.0) * _LOG2_E
-    b_delta = tl.load(p_delta + r_s, mask=m_s, other=0.0)
+    b_lse = tl.load(p_lse + i_line + r_s, mask=m_s, other=0.0) * _LOG2_E
+    b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse)  # nobody to look at, or all at -inf: P is 0, not NaN
+    b_delta = tl.load(p_delta + i_line + r_s, mask=m_s, other=0.0)
 
     b_logits = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * _LOG2_E)  # [BLOCK_K, BLOCK_S]
     b_p = tl.exp2(b_logits + (b_bias[:, None] - b_lse[None, :]))
@@ -48,8 +53,10 @@ def _key_gradients_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys."""
-    i_z, i_g = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
-    o_k, o_d, r_s = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
+    key_tiles = tl.cdiv(keys, BLOCK_K)
+    i_zg = tl.program_id(0) // key_tiles
+    i_z, i_g = (i_zg // kv_heads).to(tl.int64), (i_zg % kv_heads).to(tl.int64)
+    o_k, o_d = tl.program_id(0) % key_tiles * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     m_k = o_k < keys
     m_kd = m_k[:, None] & (o_d < D)[None, :]
     i_row, i_mask = (i_z * kv_heads + i_g) * keys, (i_z * mask_heads + i_g % mask_heads) * keys
@@ -72,24 +79,18 @@ def _key_gradients_kernel(
     rest = tiles - full
 
     for i in range(group * full):
-        i_h, i_s = i_g * group + i // full, (begin + i % full).to(tl.int64) * BLOCK_S
-        i_line = (i_z * kv_heads * group + i_h) * queries + i_s
         b_dk, b_dv, b_dbias = _add_query_tile(
-            b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death,
-            p_q + i_z * q_z + i_h * q_h + i_s * q_s, p_do + i_z * do_z + i_h * do_h + i_s * do_s,
-            p_lse + i_line, p_delta + i_line, q_s, do_s, i_s.to(tl.int32) + r_s, o_d, queries, scale,
-            D, BLOCK_S, False, PRECISION,
+            b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, p_q, p_do, p_lse, p_delta,
+            q_z, q_h, q_s, do_z, do_h, do_s, i_z, i_g * group + i // full, begin + i % full,
+            kv_heads * group, queries, scale, D, BLOCK_D, BLOCK_S, False, PRECISION,
         )  # fmt: skip
     for i in range(group * rest):
         i_tile = first + i % rest
         i_tile += tl.where((full > 0) & (i_tile >= begin), full, 0)
-        i_h, i_s = i_g * group + i // rest, i_tile.to(tl.int64) * BLOCK_S
-        i_line = (i_z * kv_heads * group + i_h) * queries + i_s
         b_dk, b_dv, b_dbias = _add_query_tile(
-            b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death,
-            p_q + i_z * q_z + i_h * q_h + i_s * q_s, p_do + i_z * do_z + i_h * do_h + i_s * do_s,
-            p_lse + i_line, p_delta + i_line, q_s, do_s, i_s.to(tl.int32) + r_s, o_d, queries, scale,
-            D, BLOCK_S, True, PRECISION,
+            b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, p_q, p_do, p_lse, p_delta,
+            q_z, q_h, q_s, do_z, do_h, do_s, i_z, i_g * group + i // rest, i_tile,
+            kv_heads * group, queries, scale, D, BLOCK_D, BLOCK_S, True, PRECISION,
         )  # fmt: skip
     tl.store(p_dk + o_kd, b_dk * scale, mask=m_kd)
     tl.store(p_dv + o_kd, b_dv, mask=m_kd)
@@ -108,7 +109,13 @@ def launch_key_gradients(
     grad_out: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`key_gradients` for float32, bfloat16 and float16."""
+    """`key_gradients` for float32, bfloat16 and float16.
+
+    Raises:
+        ValueError: for another dtype.
+    """
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"expected q in float32, bfloat16 or float16, got {q.dtype}")
     q, grad_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, grad_out))
     k, v, bias, birth, death, lse, delta = (x.contiguous() for x in (k, v, bias, birth, death, lse, delta))
     (batch, heads, queries, head_dim), (kv_heads, keys) = q.shape, k.shape[1:3]
@@ -118,11 +125,12 @@ def launch_key_gradients(
         return dk, dv, dbias
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_k, block_s, warps, stages = _config(q.dtype, block_d)
-    _key_gradients_kernel[triton.cdiv(keys, block_k), batch * kv_heads](
+    # One axis: the others take no more than 65,535 programs.
+    _key_gradients_kernel[(triton.cdiv(keys, block_k) * batch * kv_heads,)](
         q, k, v, bias, birth, death, lse, delta, grad_out, dk, dv, dbias, *q.stride()[:3], *grad_out.stride()[:3],
         kv_heads, birth.shape[1], heads // kv_heads, queries, keys, scale,
         D=head_dim, BLOCK_D=block_d, BLOCK_S=block_s, BLOCK_K=block_k,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee", num_warps=warps, num_stages=stages,
+        PRECISION=_float32_precision(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return dk, dv, dbias
 
@@ -134,3 +142,10 @@ def _config(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
     if dtype == torch.float32:
         return 32, 32, 4, 1
     return (64, 64, 4, 3) if block_d <= 64 else (64, 64, 4, 2)
+
+
+def _float32_precision() -> str:
+    """`ieee` or `tf32`, as torch's settings ask for; the rule of FlexAttention's own kernels."""
+    setting = torch.backends.cuda.matmul.fp32_precision
+    exact = torch.get_float32_matmul_precision() == "highest" if setting == "none" else setting == "ieee"
+    return "ieee" if exact else "tf32"

@@ -107,4 +107,6 @@ def intervals(draw: st.DrawFn, queries: st.SearchStrategy[int]) -> tuple[Tensor,
     if draw(st.booleans()):
         birth = birth.sort().values // 7 * 7
     death = birth + torch.randint(-2, draw(st.sampled_from([3, 20, 2 * q_len])), birth.shape)
+    never = torch.rand(birth.shape) < draw(st.sampled_from([0.0, 0.2]))
+    birth, death = (x.masked_fill(never, 2**31 - 1) for x in (birth, death))
     return birth.int(), death.int(), q_len

@@ -93,7 +93,7 @@ def test_segments_hold_the_same_mask(case: tuple[Lifetimes, Tensor], group: int,
     seen = (plan.birth[..., None, :] <= query) & (query < plan.death[..., None, :])  # [Z, G or 1, S, K]
     row = plan.copies.row[..., None, :]  # of all heads and sequences together
     assert not (seen & (row < 0)).any()
-    start = torch.arange(batch * heads).view(batch, heads).repeat_interleave(plan.segments, 0) * length
+    start = torch.arange(batch * heads).view(batch, heads).repeat_interleave(plan.segments, 0) * plan.length
     key = (row - start.view(z, heads, 1, 1)).clamp(min=0).expand(z, heads, q_len, slots)
     dense = torch.zeros(z, heads, q_len, length, dtype=torch.long).scatter_add_(-1, key, seen.long().expand(key.shape))
     dense = dense.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :length]

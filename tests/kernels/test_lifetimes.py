@@ -4,7 +4,7 @@ import masks
 import pytest
 import torch
 
-from dma_kernels import Lifetimes, reference_mask
+from dma_kernels import Lifetimes, SegmentLayout, reference_mask
 from dma_kernels.scores import ordered_bits
 from dma_kernels.selection import KeyOrder, top_w_deaths
 
@@ -171,12 +171,28 @@ def test_documents_and_padding_of_the_constructors() -> None:
     assert Lifetimes.sliding_window(5, 2, documents=documents).death.tolist() == [[[2, 3, 3, 5, 5]]]
     with pytest.raises(ValueError, match=r"documents: expected shape \[1, 5\]"):
         Lifetimes.causal(5, documents=documents[:, :4])
+    with pytest.raises(ValueError, match=r"documents: expected \[B, 5\], got \[5\]"):
+        Lifetimes.causal(5, documents=documents[0])
     with pytest.raises(ValueError, match="documents: expected integer ids"):
         Lifetimes.causal(5, documents=documents.float())
     with pytest.raises(ValueError, match="padding: expected bool"):
         Lifetimes.last(5, 2, padding=padding.int())
     with pytest.raises(ValueError, match="count: expected at least 1, got 0"):
         Lifetimes.sinks(5, 0)
+
+
+def test_masks_by_hand_are_checked_before_they_are_cut() -> None:
+    causal = Lifetimes.causal(8)
+    with pytest.raises(ValueError, match="capacity: expected at least the 8 keys that are alive at once, got 3"):
+        SegmentLayout.of(Lifetimes(causal.birth, causal.death, 3))
+    with pytest.raises(ValueError, match="born at its own position"):
+        SegmentLayout.of(Lifetimes(causal.birth + 1, causal.death, 8))
+    assert SegmentLayout.of(Lifetimes(causal.birth, causal.death, 8)).length == 8
+
+
+def test_huge_sizes_mean_everything() -> None:
+    for mask in (Lifetimes.top_w(torch.randn(1, 1, 9), 2, keep_last=2**31 - 1), Lifetimes.last(9, 2**31 - 1)):
+        assert torch.equal(mask.to_dense(), Lifetimes.causal(9).to_dense())
 
 
 def test_density() -> None:
