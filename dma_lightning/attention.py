@@ -29,8 +29,8 @@ class DynamicMaskAttention(nn.Module):
         score_form: what is added to the logits, `exp(rank)` or the rank itself (`linear`).
         rope_theta: base of the rotary embedding.
         rms_norm_eps: epsilon of the RMSNorm on queries and keys.
-        backend: `flex`, `torch` or `reference`; `auto` is `flex` on CUDA (not for float64, nor
-            head dims outside 16 to 256), else `torch`.
+        backend: `triton`, `flex`, `torch` or `reference`; `auto` is `triton` on CUDA where its tests have passed
+            (Hopper GPUs), else `flex`, else `torch` (on a CPU, for float64, for head dims above 256).
 
     Raises:
         ValueError: if the sizes do not belong together, or for an unknown backend or score form.

@@ -14,13 +14,17 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 from dma_flex import flex_segment_attention
-from dma_kernels import Lifetimes, reference_attention, reference_mask, segment_attention
+from dma_kernels import Lifetimes, fused_attention, reference_attention, reference_mask, segment_attention
 
 logger = logging.getLogger(__name__)
 
-Backend = Literal["auto", "flex", "torch", "reference"]
+Backend = Literal["auto", "triton", "flex", "torch", "reference"]
+
+# Major compute capabilities of the GPUs on which the tests of the Triton kernels have passed; `auto` takes no others.
+_TRITON_FAMILIES = {9}
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,19 @@ def resolve_backend(name: str, device: str, dtype: torch.dtype, head_dim: int) -
 
 @cache
 def _auto_backend(device: str, dtype: torch.dtype, head_dim: int) -> str:
-    chosen = "flex" if device == "cuda" and dtype != torch.float64 and 16 <= head_dim <= 256 else "torch"
+    chosen = "torch"
+    if device == "cuda" and dtype != torch.float64 and head_dim <= 256:
+        if torch.cuda.get_device_capability()[0] in _TRITON_FAMILIES and has_triton():
+            chosen = "triton"
+        elif head_dim >= 16:
+            chosen = "flex"
     logger.info("backend 'auto': using '%s' for head dim %d in %s on %s", chosen, head_dim, dtype, device)
     return chosen
+
+
+def _triton_backend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, ranks: Tensor, selection: Selection) -> Tensor:
+    """Triton kernels over segments: trains and infers on CUDA, the same bits in every run."""
+    return fused_attention(q, k, v, scores, Lifetimes.top_w(ranks, **selection.arguments()))
 
 
 def _flex_backend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, ranks: Tensor, selection: Selection) -> Tensor:
@@ -82,6 +96,7 @@ def _reference_backend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, ranks: T
 
 
 BACKENDS: dict[str, AttentionBackend] = {
+    "triton": _triton_backend,
     "flex": _flex_backend,
     "torch": _torch_backend,
     "reference": _reference_backend,

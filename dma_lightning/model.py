@@ -53,7 +53,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
     backend: Backend = "auto"
-    """Attention backend: auto (flex on CUDA where it can, else torch), flex (compiled FlexAttention; trains on CUDA
+    """Attention backend: auto (the fastest that can), triton (CUDA), flex (compiled FlexAttention; trains on CUDA
     only), torch (any device), or reference (O(N²), for tests)."""
 
     def __post_init__(self) -> None:

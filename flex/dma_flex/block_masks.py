@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._triton import has_triton
 
 from dma_flex.mods import MaskMod, heads_per_row, lifetime_mask_mod
 from dma_kernels import Lifetimes
@@ -83,25 +84,57 @@ def mask_of_tables(
     )
 
 
+@torch.library.custom_op("dma_flex::block_tables", mutates_args=())
 def block_tables(
     birth: Tensor, death: Tensor, q_len: int, block_size: int, num_heads: int | None = None
 ) -> list[Tensor]:
     """The eight tables of a BlockMask in its order, int32, by query head (or one head for all).
 
-    Arguments as `interval_block_mask`.
+    By Triton kernels on CUDA, else by `block_tables_reference`; the same bits. Arguments as `interval_block_mask`.
 
     Returns:
         How many partial blocks of keys each block of queries has, `[B, H, Q]`, and their indices, `[B, H, Q, C]`; the
         same of full ones; then both by blocks of keys, `[B, H, C]` and `[B, H, C, Q]`.
     """
+    if not (death.is_cuda and has_triton()):
+        # Copies, since the outputs of an operation must not share memory.
+        return [x.clone() for x in block_tables_reference(birth, death, q_len, block_size, num_heads)]
+    from dma_flex.triton_block_tables import launch_block_tables
+
+    return launch_block_tables(birth, death, q_len, block_size, num_heads)
+
+
+def block_tables_reference(
+    birth: Tensor, death: Tensor, q_len: int, block_size: int, num_heads: int | None = None
+) -> list[Tensor]:
+    """`block_tables` in plain PyTorch, on any device; some of the tables share memory."""
     kinds = torch.stack(classify_blocks(birth, death, q_len, block_size))  # [2, B, G, C, Q]
-    # On CUDA FlexAttention looks up head % table_heads: tables by KV head would be silently wrong.
-    group = heads_per_row(death.shape[1], num_heads) if death.shape[1] > 1 else 1
+    group = _table_heads(death, num_heads) // death.shape[1]
     tables = []
     for blocks in (kinds.mT, kinds):
         counts, indices = (x.repeat_interleave(group, dim=2) if group > 1 else x for x in _ordered(blocks))
         tables += [counts[0], indices[0], counts[1], indices[1]]
     return tables
+
+
+def empty_tables(death: Tensor, q_len: int, block_size: int, num_heads: int | None = None) -> list[Tensor]:
+    """Room for what `block_tables` returns."""
+    rows = death.shape[0], _table_heads(death, num_heads)
+    q_blocks, key_blocks = -(-q_len // block_size), -(-death.shape[-1] // block_size)
+    by_query, by_key = (q_blocks, key_blocks), (key_blocks, q_blocks)
+    shapes = [shape for blocks in (by_query, by_key) for shape in 2 * (blocks[:1], blocks)]
+    return [torch.empty(*rows, *shape, dtype=torch.int32, device=death.device) for shape in shapes]
+
+
+@block_tables.register_fake
+def _(birth: Tensor, death: Tensor, q_len: int, block_size: int, num_heads: int | None = None) -> list[Tensor]:
+    return empty_tables(death, q_len, block_size, num_heads)
+
+
+def _table_heads(death: Tensor, num_heads: int | None) -> int:
+    """Query heads, since FlexAttention on CUDA looks up head % table_heads: tables by KV head would be wrong."""
+    heads = death.shape[1]
+    return heads * heads_per_row(heads, num_heads) if heads > 1 else 1
 
 
 def classify_blocks(birth: Tensor, death: Tensor, q_len: int, block_size: int) -> tuple[Tensor, Tensor]:

@@ -6,14 +6,14 @@ B batch, H query heads, G KV heads, N length, T segments, S segment length, K sl
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from dma_flex.block_masks import block_tables, check_block_size, mask_of_tables
 from dma_flex.mods import lifetime_mask_mod
-from dma_kernels import Lifetimes, SegmentLayout
+from dma_kernels import Lifetimes
 from dma_kernels.gather import Copies
+from dma_kernels.segment_slots import segment_slots
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,11 @@ def _plan_segments(
 
     One opaque operation, because what mods capture inside a compiled model must come out of one.
     """
-    missing = length - death.shape[-1]
-    padded = Lifetimes(F.pad(birth, (0, missing)), F.pad(death, (0, missing)), capacity, born_at_position=True)
-    layout = SegmentLayout.of(padded, segment_length, block_size)
-    copies, (birth, death) = layout.copies(batch, num_kv_heads), layout.local_lifetimes(batch)
+    row, birth, death, first, slot = segment_slots(
+        birth, death, capacity, batch, num_kv_heads, length, segment_length, block_size
+    )
     tables = block_tables(birth, death, segment_length, block_size, num_heads)
-    # Copies, since the outputs of an operation must not share memory.
-    return [copies.row, birth, death, *(x.clone() for x in (copies.first, copies.slot, *tables))]
+    return [row, birth, death, first, slot, *tables]
 
 
 plan_segments = torch.library.custom_op("dma_flex::plan_segments", _plan_segments, mutates_args=())

@@ -9,6 +9,8 @@ see key j, in all heads of its group:
 Z batch (of segments), H query heads, G KV heads, R = H / G group, S queries, K keys, D head dim.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ def key_gradients(
         return key_gradients_reference(*arguments)
     from dma_kernels.triton_key_gradients import launch_key_gradients
 
-    return launch_key_gradients(*arguments)
+    return launch_key_gradients(q, k, v, bias, birth, death, lse * math.log2(math.e), delta, grad_out, scale)
 
 
 @key_gradients.register_fake

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dma_kernels.drawing import draw_mask
 from dma_kernels.scores import ordered_bits
-from dma_kernels.selection import KeyOrder, top_w_deaths
+from dma_kernels.selection import LOWEST_PRIORITY, RANK_BITS, deaths_by_priority
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -158,13 +158,14 @@ class Lifetimes:
         check_selection(ranks, keep_window_size, documents, padding, keep_last, sinks)
         length = ranks.shape[-1]
         runs = document_runs(documents, padding)
-        priority = ordered_bits(ranks)
+        priority = ordered_bits(ranks) >> (32 - RANK_BITS)
         if runs is not None:
-            priority = (runs[:, None].long() << 32) + priority  # document first, then rank
-        keys = KeyOrder.of(priority, excluded=None if padding is None else padding[:, None])
+            priority = (runs[:, None].long() << RANK_BITS) + priority  # document first, then rank
+        if padding is not None:
+            priority = priority.masked_fill(padding[:, None], LOWEST_PRIORITY)
 
         birth = torch.arange(length, dtype=torch.int32, device=ranks.device)[None, None]
-        death = torch.maximum(top_w_deaths(keys, keep_window_size), birth + min(keep_last, length))
+        death = torch.maximum(deaths_by_priority(priority, keep_window_size), birth + min(keep_last, length))
         if sinks:
             death = torch.where(_is_sink(sinks, birth, runs, padding), length, death)
         capacity = min(keep_window_size + keep_last + sinks, length)

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._triton import has_triton
+
+# Of the 32 bits of an ordered rank, those that tell ranks apart: the low ones only repeat its sign.
+RANK_BITS = 25
+LOWEST_PRIORITY = -(1 << (RANK_BITS - 1))  # below that of every rank, -inf included
 
 # Pairwise comparison costs 2S per key and the prefix scan W log(N/S) / S; at 64 both are small.
 _SELECTION_SEGMENT = 64
@@ -113,3 +118,32 @@ def top_w_deaths(keys: KeyOrder, window: int, segment_length: int = _SELECTION_S
     deaths = torch.full_like(keys.order, length)
     deaths = deaths.scatter_reduce_(-1, keys.key_of(candidates.flatten(-2)), death, "amin")
     return torch.maximum(deaths, torch.arange(length, dtype=torch.int32, device=deaths.device))
+
+
+@torch.library.custom_op("dma_kernels::top_w_deaths", mutates_args=())
+def deaths_by_priority(priority: Tensor, window: int) -> Tensor:
+    """`top_w_deaths` of keys ordered by (priority, position); by Triton kernels on CUDA, opaque to torch.compile.
+
+    Args:
+        priority: `[B, G, N]`, int32 of at most 25 bits with sign, or int64 with the number of the document above
+            these. A key that takes no part has `LOWEST_PRIORITY`: it counts for nothing, and its death means nothing.
+        window: W.
+
+    Returns:
+        int32 `[B, G, N]`.
+    """
+    if not priority.is_cuda or not has_triton():
+        return top_w_deaths(KeyOrder.of(priority), window).contiguous()
+    from dma_kernels.triton_selection import launch_top_w_deaths
+
+    return launch_top_w_deaths(priority, window, priority_bits(priority))
+
+
+@deaths_by_priority.register_fake
+def _(priority: Tensor, window: int) -> Tensor:
+    return priority.new_empty(priority.shape, dtype=torch.int32)
+
+
+def priority_bits(priority: Tensor) -> int:
+    """Bits that a priority may take, its sign included."""
+    return RANK_BITS if priority.dtype == torch.int32 else RANK_BITS + 1 + max(7, priority.shape[-1].bit_length())

@@ -32,15 +32,16 @@ def _gather_rows_kernel(
 
 @triton.jit
 def _sum_copies_kernel(
-    p_rows, p_first, p_slot, p_out, count,
+    p_rows, p_first, p_slot, p_out, count, length, head_rows,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Sum the copies of each row, in order."""
     o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_d = tl.arange(0, BLOCK_D)
     m_r, m_d = o_r < count, o_d < D
-    b_first = tl.load(p_first + o_r, mask=m_r, other=0)
-    b_copies = tl.load(p_first + o_r + 1, mask=m_r, other=0) - b_first
+    o_row = o_r // length * head_rows + o_r % length
+    b_first = tl.load(p_first + o_row, mask=m_r, other=0)
+    b_copies = tl.load(p_first + o_row + 1, mask=m_r, other=0) - b_first
     b_sum = tl.zeros([BLOCK_R, BLOCK_D], dtype=WIDE)
     for i in range(tl.max(b_copies)):
         b_slot = tl.load(p_slot + b_first + i, mask=i < b_copies, other=-1)
@@ -49,27 +50,30 @@ def _sum_copies_kernel(
     tl.store(p_out + o_r[:, None] * D + o_d[None, :], b_sum, mask=m_r[:, None] & m_d[None, :])
 
 
-def launch_gather_rows(x: Tensor, row: Tensor) -> Tensor:
-    """`gather_rows` of `x` [B, G, N, D] by int32 `row` [M...]."""
+def launch_gather_rows(x: Tensor, row: Tensor, head_rows: int | None = None) -> Tensor:
+    """`gather_rows` of `x` [B, G, N, D] by int32 `row` [M...]; a head counts as `head_rows` >= N rows, by default N."""
     x, row = x if x.stride(-1) == 1 else x.contiguous(), row.contiguous()
     out = x.new_empty(*row.shape, x.shape[-1])
     block_d, block_m = _blocks(x.shape[-1])
     if out.numel():
         _gather_rows_kernel[triton.cdiv(row.numel(), block_m),](
-            x, row, out, row.numel(), x.shape[1], x.shape[2], *x.stride()[:3],
+            x, row, out, row.numel(), x.shape[1], head_rows or x.shape[2], *x.stride()[:3],
             D=x.shape[-1], BLOCK_D=block_d, BLOCK_M=block_m,
         )  # fmt: skip
     return out
 
 
-def launch_sum_copies(rows: Tensor, first: Tensor, slot: Tensor, shape: list[int]) -> Tensor:
-    """`sum_copies` of `rows` [M..., D] into `shape` [B, G, N, D]."""
+def launch_sum_copies(
+    rows: Tensor, first: Tensor, slot: Tensor, shape: list[int], head_rows: int | None = None
+) -> Tensor:
+    """`sum_copies` of `rows` [M..., D] into `shape` [B, G, N, D]; a head counts as `head_rows` rows, by default N."""
     rows, out = rows.contiguous(), rows.new_empty(shape)
     block_d, block_r = _blocks(shape[-1])
     wide = tl.float64 if rows.dtype == torch.float64 else tl.float32
     if out.numel():
-        _sum_copies_kernel[triton.cdiv(first.numel() - 1, block_r),](
-            rows, first, slot, out, first.numel() - 1,
+        count, length = out.numel() // shape[-1], shape[2]
+        _sum_copies_kernel[triton.cdiv(count, block_r),](
+            rows, first, slot, out, count, length, head_rows or length,
             D=shape[-1], BLOCK_D=block_d, BLOCK_R=block_r, WIDE=wide,
         )  # fmt: skip
     return out

@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from dma_flex import Lifetimes, SegmentPlan, block_mask, interval_block_mask, lifetime_mask_mod
+from dma_flex.block_masks import block_tables, block_tables_reference, empty_tables
 
 TABLES = ["kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"]
 TABLES += ["q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"]
@@ -105,6 +106,8 @@ def test_a_call_waits_for_nothing() -> None:
         ranks = torch.randn(2, 2, 100)
         mask = Lifetimes.top_w(ranks, 7) | Lifetimes.sinks(100, 2) & Lifetimes.causal(100)
         assert block_mask(mask, 100, 16, num_heads=4).kv_indices.shape == (2, 4, 7, 7)
+        # The operation above knows only its shapes.
+        assert block_tables_reference(mask.birth, mask.death, 100, 16, num_heads=4)[1].shape == (2, 4, 7, 7)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -124,6 +127,15 @@ def test_inside_torch_compile(device: str) -> None:
     for _ in range(2):
         mask = Lifetimes.top_w(torch.randn(2, 2, 1000, device=device), 70)
         assert_same_tables(compiled(mask, 1000, 16, 4), block_mask(mask, 1000, 16, 4))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_operation_keeps_its_promises(heads: int, device: str) -> None:
+    mask = Lifetimes.top_w(torch.randn(2, heads, 100, device=device), 7)
+    arguments = mask.birth, mask.death, 100, 16, 2  # one table for all heads, or no copies by query head
+    torch.library.opcheck(block_tables, arguments)  # shapes, strides, nothing shared, torch.compile
+    for found, room in zip(block_tables(*arguments), empty_tables(mask.death, *arguments[2:]), strict=True):
+        assert (found.shape, found.stride(), found.dtype) == (room.shape, room.stride(), room.dtype)
 
 
 def test_bad_arguments() -> None:

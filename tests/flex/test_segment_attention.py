@@ -1,12 +1,12 @@
 """The FlexAttention backend equals the float64 definition: output everywhere, every gradient on a GPU."""
 
 import itertools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import assert_as_exact_as_plain
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, flex_attention
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +19,7 @@ from dma_flex import (
     key_bias_score_mod,
 )
 from dma_flex import segment_attention as module
-from dma_kernels import reference_attention, segment_attention
+from dma_kernels import segment_attention
 from dma_kernels.reference import masked_average, masked_logsumexp
 
 ON_GPU = torch.cuda.is_available()
@@ -46,54 +46,6 @@ def _many_shapes() -> Iterator[None]:
         yield
 
 
-def plain_results(inputs: list[Tensor], mask: Tensor, grad: Tensor) -> list[Tensor]:
-    """Output and gradients by the formulas that kernels evaluate: sums in float32, P and dS rounded to the dtype of q.
-
-    P comes from its logarithm in base 2; on a GPU, to the accuracy of its exp2, 2 ulp of float32.
-    """
-    dtype, scale = inputs[0].dtype, inputs[0].shape[-1] ** -0.5
-    wide = torch.promote_types(dtype, torch.float32)
-    q, k, v, bias, grad = (x.to(wide) for x in (*inputs, grad))
-    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    k_full, v_full, bias, mask = (x.repeat_interleave(group, 1) for x in (k, v, bias, mask))
-
-    def rounded(x: Tensor) -> Tensor:
-        return x.to(dtype).to(wide)
-
-    logits = (q @ k_full.mT * scale + bias[..., None, :]).masked_fill(~mask, -torch.inf)
-    p = ((logits - logits.logsumexp(-1, keepdim=True)) * math.log2(math.e)).exp2()
-    if p.is_cuda:
-        p *= 1 + 2.0**-22 * torch.randn_like(p).sign()
-    out = rounded(rounded(p) @ v_full)
-    ds = p * (grad @ v_full.mT - (grad * out).sum(-1, keepdim=True))
-    by_key = [rounded(ds).mT @ q * scale, rounded(p).mT @ grad, ds.sum(-2)[..., None]]
-    dk, dv, dscores = (x.unflatten(1, (kv_heads, group)).sum(2) for x in by_key)
-    return [out, rounded(rounded(ds) @ k_full * scale), rounded(dk), rounded(dv), dscores.squeeze(-1)]
-
-
-def results(
-    function: Callable[..., Tensor], inputs: list[Tensor], mask: Lifetimes | Tensor, grad: Tensor
-) -> list[Tensor]:
-    """Output and, on a GPU, the gradients of q, k, v and scores."""
-    inputs = [x.clone().requires_grad_(ON_GPU) for x in inputs]
-    out = function(*inputs, mask)
-    return [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))] if ON_GPU else [out]
-
-
-def assert_as_exact_as_plain(inputs: list[Tensor], mask: Lifetimes, grad: Tensor) -> None:
-    """The error against the float64 definition is at most twice that of the plain formulas in the same dtype."""
-    dense = mask.to_dense()
-    exact = results(reference_attention, [x.double() for x in inputs], dense, grad)
-    plain = plain_results(inputs, dense, grad)
-    found = results(flex_segment_attention, inputs, mask, grad)
-    for name, x, y, z in zip(("out", "dq", "dk", "dv", "dscores"), found, plain, exact, strict=False):
-        assert x.isfinite().all(), name
-        error, plain_error = x.double() - z, y.double() - z
-        assert error.norm() <= 2 * plain_error.norm(), name
-        # The largest of many rounding errors scatters more than their norm.
-        assert error.abs().max() <= 3 * plain_error.abs().max(), name
-
-
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize(("length", "group", "head_dim", "dtype"), CASES if ON_GPU else ON_CPU)
 def test_equals_the_definition(
@@ -102,7 +54,7 @@ def test_equals_the_definition(
     *inputs, grad = make_inputs(length, group, head_dim, dtype, device)
     ids = (torch.rand(1, length, device=device) < 3 / length).cumsum(-1) if documents else None
     mask = Lifetimes.top_w(inputs[3], WINDOW, documents=ids)
-    assert_as_exact_as_plain([*inputs[:3], inputs[3].exp()], mask, grad)
+    assert_as_exact_as_plain(flex_segment_attention, [*inputs[:3], inputs[3].exp()], mask, grad, trained=ON_GPU)
 
 
 @needs_gpu
@@ -111,7 +63,7 @@ def test_equals_the_definition(
 def test_other_head_dims_and_float16(head_dim: int, dtype: torch.dtype) -> None:
     *inputs, grad = make_inputs(700, 2, head_dim, dtype, "cuda")
     mask = Lifetimes.top_w(inputs[3], 100, keep_last=3, sinks=2)
-    assert_as_exact_as_plain([*inputs[:3], inputs[3].exp()], mask, grad)
+    assert_as_exact_as_plain(flex_segment_attention, [*inputs[:3], inputs[3].exp()], mask, grad, trained=ON_GPU)
 
 
 def plain_flex_attention(q: Tensor, k: Tensor, v: Tensor, score_mod, block_mask, scale: float, **options: object):

@@ -110,31 +110,43 @@ def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.getMessage() for record in caplog.records] == [
         "backend 'auto': using 'torch' for head dim 8 in torch.float64 on cpu"
     ]
-    assert resolve_backend("auto", "cuda", torch.bfloat16, 64) == "flex"
-    assert resolve_backend("auto", "cuda", torch.float64, 64) == "torch"
-    assert resolve_backend("auto", "cuda", torch.bfloat16, 8) == "torch"
     assert resolve_backend("torch", "cuda", torch.bfloat16, 64) == "torch"
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_auto_takes_what_can_and_has_been_tested(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr("dma_lightning.backends.has_triton", lambda: True)
+    _auto_backend.cache_clear()
+    tested = capability == (9, 0)
+    assert resolve_backend("auto", "cuda", torch.bfloat16, 64) == ("triton" if tested else "flex")
+    assert resolve_backend("auto", "cuda", torch.float32, 8) == ("triton" if tested else "torch")
+    assert resolve_backend("auto", "cuda", torch.float64, 64) == "torch"
+    assert resolve_backend("auto", "cuda", torch.bfloat16, 272) == "torch"
+    _auto_backend.cache_clear()
+
+
 @pytest.mark.parametrize("changed", [{}, {"keep_last": 2, "sinks": 1}])
-def test_flex_equals_torch(changed: dict[str, object], device: str) -> None:
+def test_fast_backends_equal_torch(changed: dict[str, object], device: str) -> None:
     x, documents = torch.randn(2, 150, 64, device=device), masks.make_documents(2, 150).to(device)
     padding = torch.rand(2, 150, device=device) < 0.2
     results = []
-    for backend in ("torch", "flex"):
+    for backend in ("torch", "triton", "flex"):
         torch.manual_seed(1)
         module = DynamicMaskAttention(64, 4, 2, keep_window_size=9, backend=backend, **changed).to(device)
         torch.nn.init.normal_(module.A)
-        with torch.set_grad_enabled(device == "cuda"):
+        trains = device == "cuda" or backend != "flex"
+        with torch.set_grad_enabled(trains):
             out = module(x, documents, padding)
         results.append([out])
-        if device == "cuda":
+        if trains:
             results[-1] += torch.autograd.grad(out.sin().sum(), list(module.parameters()))
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    for fast in results[1:]:
+        for found, expected in zip(fast, results[0], strict=False):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["flex", "auto"])
+@pytest.mark.parametrize("backend", ["triton", "flex", "auto"])
 def test_whole_model_in_one_graph(backend: str, device: str) -> None:
     """Forward on a CPU, forward and backward on a GPU."""
     config = ModelConfig(
@@ -145,7 +157,7 @@ def test_whole_model_in_one_graph(backend: str, device: str) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(".A"):
             torch.nn.init.normal_(parameter)
-    tokens, train = torch.randint(0, 64, (2, 150), device=device), device == "cuda"
+    tokens, train = torch.randint(0, 64, (2, 150), device=device), device == "cuda" or backend == "triton"
     with torch.set_grad_enabled(train):
         expected, found = (m(tokens) for m in (model, torch.compile(model, fullgraph=True, dynamic=False)))
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
@@ -170,7 +182,10 @@ def test_flex_refuses_to_train_on_a_cpu() -> None:
         ({"head_dim": 7}, "head_dim: rotary embedding needs an even number >= 2, got 7"),
         ({"keep_window_size": 0}, "expected keep_window_size >= 1"),
         ({"score_form": "relu"}, "score_form: expected one of"),
-        ({"backend": "flash"}, r"backend: expected one of \['auto', 'flex', 'torch', 'reference'\], got 'flash'"),
+        (
+            {"backend": "flash"},
+            r"backend: expected one of \['auto', 'triton', 'flex', 'torch', 'reference'\], got 'flash'",
+        ),
     ],
 )
 def test_bad_arguments(changed: dict[str, object], message: str) -> None:

@@ -103,7 +103,7 @@ def test_help_documents_the_data(name: str, capsys: pytest.CaptureFixture[str]) 
     [
         (["--model.keep_windowsize=5"], "model.keep_windowsize"),
         (["--model.lr=fast"], "model.lr"),
-        (["--model.backend=flash"], "'auto', 'flex', 'torch', 'reference'"),
+        (["--model.backend=flash"], "'auto', 'triton', 'flex', 'torch', 'reference'"),
         (["--data.sequence_len=5"], "sequence_len"),
         (["--data=NoSuchData"], "NoSuchData"),
         (["--trainer.max_step=5"], "trainer.max_step"),

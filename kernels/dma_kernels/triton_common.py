@@ -1,0 +1,105 @@
+"""What the attention kernels share: where a tile of queries stands, which slots it sees, and their logits.
+
+Rows of a tile of queries are (position, head of the group): row r is query r // R of the segment, in head r % R. So
+heads that share keys also share what is loaded of them.
+
+B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, T segments, S segment length, C snapshot
+slots, K = C + S slots, Z = B * T.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Arguments of which no value compiles a kernel anew.
+SIZES = ("kv_heads", "mask_heads", "group", "length", "segments")
+
+
+@triton.jit
+def locate_rows(kv_heads, group, length, segments, segment, BLOCK_M: tl.constexpr):
+    """Of this program: segment and KV head together and apart, sequence, row positions, lines, and which are real."""
+    tiles = tl.cdiv(segment * group, BLOCK_M)
+    i_zg, i_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    i_z, i_g = i_zg // kv_heads, i_zg % kv_heads
+    i_b = (i_z // segments).to(tl.int64)
+    o_row = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_t, o_h = o_row // group, i_g * group + o_row % group
+    o_n = (i_z % segments * segment + o_t).to(tl.int64)
+    m_row = (o_t < segment) & (o_n < length)
+    return i_zg, i_z, i_g, i_b, i_tile, o_t, o_h, o_n, m_row
+
+
+@triton.jit
+def count_slots(p_birth, p_death, snapshot, keys, i_tile, group, segment, BLOCK_M: tl.constexpr):
+    """How many snapshot slots all queries of a tile see, how many any of them, and how many own keys are born."""
+    first = i_tile * BLOCK_M // group
+    end = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // group + 1, segment)
+    BLOCK: tl.constexpr = 1024
+    b_all, b_any, b_own = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    for i in range(0, snapshot, BLOCK):
+        o_k = i + tl.arange(0, BLOCK)
+        b_death = tl.load(p_death + o_k, mask=o_k < snapshot, other=0)
+        b_all += (b_death >= end).to(tl.int32)
+        b_any += (b_death > first).to(tl.int32)
+    for i in range(snapshot, keys, BLOCK):
+        o_k = i + tl.arange(0, BLOCK)
+        b_own += (tl.load(p_birth + o_k, mask=o_k < keys, other=2147483647) < end).to(tl.int32)
+    return tl.sum(b_all), tl.sum(b_any), tl.sum(b_own)
+
+
+@triton.jit
+def tile_logits(
+    b_q, b_k, p_bias, p_birth, p_death, i_slot, o_t, scale,
+    BLOCK_K: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Logits of a tile in base 2, [BLOCK_M, BLOCK_K]; -inf where a query does not see a key."""
+    o_k = i_slot + tl.arange(0, BLOCK_K)
+    b_bias = tl.load(p_bias + o_k) * LOG2_E
+    b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E) + b_bias[None, :]
+    if MASKED:
+        b_birth, b_death = tl.load(p_birth + o_k), tl.load(p_death + o_k)
+        visible = (b_birth[None, :] <= o_t[:, None]) & (o_t[:, None] < b_death[None, :])
+        b_logits = tl.where(visible, b_logits, -float("inf"))
+    return b_logits
+
+
+def slot_tiles(x: Tensor, block_k: int, block_d: int) -> TensorDescriptor:
+    """`[Z, G, K, D]` as lines of D, in tiles of slots."""
+    lines = x.view(-1, x.shape[-1])
+    return TensorDescriptor(lines, list(lines.shape), list(lines.stride()), [block_k, block_d])
+
+
+def query_tiles(x: Tensor, block_s: int, block_d: int) -> TensorDescriptor:
+    """`[B, H, N, D]` in tiles of positions of one head."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block_s, block_d])
+
+
+def slot_block(largest: int, *slots: int) -> int:
+    """Slots of a tile: at most `largest`, and such that all numbers of slots are whole tiles."""
+    block = math.gcd(largest, *slots)
+    assert block >= 16, "slots come in multiples of 16"
+    return block
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, or a copy if its layout is none that a tensor descriptor can address: lines of D elements, 16-byte steps."""
+    step = 16 // x.element_size()
+    fits = x.stride(-1) == 1 and all(stride % step == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The least head dim from `head_dim` on that kernels take as a tile: a power of two from 16."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def float32_precision() -> str:
+    """`ieee` or `tf32`, as torch's settings ask for; the rule of FlexAttention's own kernels."""
+    setting = torch.backends.cuda.matmul.fp32_precision
+    exact = torch.get_float32_matmul_precision() == "highest" if setting == "none" else setting == "ieee"
+    return "ieee" if exact else "tf32"
