@@ -121,8 +121,8 @@ def figures() -> str:
     gpu_shape = f"bfloat16, batch {gpu['shape']['batch']}, head dim {gpu['shape']['head_dim']}"
     parts = [
         "**`python benchmarks/gpu_attention.py`**: milliseconds of forward and backward given selection and plan, "
-        "gathers and the gradient of the scores included, and of these two beside (plain PyTorch so far; the last line "
-        f"of each shape counts them in); cuDNN and FlashAttention-2 are PyTorch's dense causal attention; {gpu_shape}, "
+        "gathers and the gradient of the scores included, and of these two beside (the last line of each shape counts "
+        f"them in); cuDNN and FlashAttention-2 are PyTorch's dense causal attention; {gpu_shape}, "
         f"random scores; median [min - max] of {gpu['shape']['repeats']} ({gpu_machine(gpu)}).",
         "\n".join(gpu_attention_lines()),
         "Milliseconds to build a block mask of 16 query and 4 KV heads, lifetimes given:",
