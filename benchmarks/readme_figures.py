@@ -84,6 +84,48 @@ def gpu_attention_lines() -> list[str]:
     return lines
 
 
+def kernel_lines() -> list[str]:
+    """Forward and backward of all backends, everything included, and how much faster than dense attention."""
+    names = ("triton", "triton, CUDA graph", "flex", "cuDNN", "FlashAttention-2")
+    lines = [
+        "| heads, N, w | `triton` | as a CUDA graph | `flex` | cuDNN | FlashAttention-2 | `triton` against cuDNN |"
+    ]
+    lines.append("| --- |" + " ---: |" * 6)
+    for row in load("gpu_kernels")["attention"]:
+        shape = f"{row['heads']}/{row['kv_heads']}, {row['length'] // 1024}k, {row['window']}"
+        cells = " | ".join(spread(row[name]) for name in names)
+        eager, graph = (row["cuDNN"][1] / row[name][1] for name in names[:2])
+        lines.append(f"| {shape} | {cells} | {eager:.1f}x, graph {graph:.1f}x |")
+    return lines
+
+
+def part_lines() -> list[str]:
+    """Milliseconds of every part, and the rates of the attention kernels."""
+    rows = load("gpu_kernels")["parts"]
+    names = [f"w = {row['window']}, head dim {row['head_dim']}" for row in rows]
+    lines = ["| 16/4 heads, 32k | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(rows)]
+    lines += [f"| {part} | {' | '.join(spread(row['parts'][part]) for row in rows)} |" for part in rows[0]["parts"]]
+    for name in ("forward TFLOP/s", "backward TFLOP/s"):
+        lines.append(f"| {name}, live pairs only | {' | '.join(f'{row[name]:.0f}' for row in rows)} |")
+    return lines
+
+
+def process_lines() -> list[str]:
+    """Milliseconds by the kind of ranks."""
+    rows = load("gpu_kernels")["processes"]
+    lines = [f"| {' | '.join(row['ranks'] for row in rows)} |", "|" + " ---: |" * len(rows)]
+    return [*lines, f"| {' | '.join(spread(row['ms']) for row in rows)} |"]
+
+
+def length_lines() -> list[str]:
+    """Milliseconds and memory by length."""
+    lines = ["| N | forward + backward ms | selection ms | plan ms | peak GiB |", "| --- |" + " ---: |" * 4]
+    for row in load("gpu_kernels")["lengths"]:
+        cells = " | ".join(spread(row[name]) for name in ("ms", "selection", "plan"))
+        lines.append(f"| {row['length'] // 1024}k | {cells} | {row['train_gib']:.2f} |")
+    return lines
+
+
 def mask_lines() -> list[str]:
     """Milliseconds to build a block mask, by length."""
     names = ("block_mask, eager", "block_mask, compiled", "create_block_mask, compiled")
@@ -119,7 +161,19 @@ def figures() -> str:
     shape, seconds = attention["shape"], [run["seconds"] for run in mqar["runs"]]
     gpu = load("gpu_attention")
     gpu_shape = f"bfloat16, batch {gpu['shape']['batch']}, head dim {gpu['shape']['head_dim']}"
+    kernels = gpu_machine(load("gpu_kernels"))
     parts = [
+        "**`python benchmarks/gpu_kernels.py`**: milliseconds of forward and backward together, selection, plan, "
+        "gathers and the gradient of the scores included, scores given; bfloat16, batch 1, head dim 128, random ranks; "
+        f"median [min - max] of 3 ({kernels}).",
+        "\n".join(kernel_lines()),
+        "The parts by themselves (one gather or sum of three):",
+        "\n".join(part_lines()),
+        "Forward and backward at 32k, w = 1024, by the kind of ranks, milliseconds:",
+        "\n".join(process_lines()),
+        "By length, w = 1024, 16/4 heads:",
+        "\n".join(length_lines()),
+        "![Time by length](benchmarks/figures/speed.png)",
         "**`python benchmarks/gpu_attention.py`**: milliseconds of forward and backward given selection and plan, "
         "gathers and the gradient of the scores included, and of these two beside (the last line of each shape counts "
         f"them in); cuDNN and FlashAttention-2 are PyTorch's dense causal attention; {gpu_shape}, "

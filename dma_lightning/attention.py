@@ -30,7 +30,7 @@ class DynamicMaskAttention(nn.Module):
         rope_theta: base of the rotary embedding.
         rms_norm_eps: epsilon of the RMSNorm on queries and keys.
         backend: `triton`, `flex`, `torch` or `reference`; `auto` is `triton` on CUDA where its tests have passed
-            (Hopper GPUs), else `flex`, else `torch` (on a CPU, for float64, for head dims above 256).
+            (Hopper GPUs), else `flex`, else `torch` (on a CPU, in float64, for head dims above 256).
 
     Raises:
         ValueError: if the sizes do not belong together, or for an unknown backend or score form.

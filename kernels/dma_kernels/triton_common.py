@@ -16,8 +16,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Arguments of which no value compiles a kernel anew.
-SIZES = ("kv_heads", "mask_heads", "group", "length", "segments")
+# Arguments of which no value compiles a kernel anew. The length is none: loads are wider if it is a multiple of 16.
+SIZES = ("kv_heads", "mask_heads", "group", "segments")
 
 
 @triton.jit

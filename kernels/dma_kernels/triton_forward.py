@@ -122,8 +122,8 @@ def launch_forward(
     return out, lse
 
 
-# By padded head dim, for 16-bit inputs: rows and slots of a tile, warps, stages; the fastest of a dozen on an H200.
-_CONFIGS = {64: (64, 64, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 4, 2)}
+# Of 16-bit inputs, by padded head dim: rows and slots of a tile, warps, stages (benchmarks/tune_kernels.py).
+_CONFIGS = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 4, 2)}
 
 
 def forward_config(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:

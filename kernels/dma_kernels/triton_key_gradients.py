@@ -148,7 +148,7 @@ def launch_key_gradients(
     return dk, dv, dbias
 
 
-# By padded head dim, for 16-bit inputs: slots and queries of a tile, warps, stages; the fastest of a dozen on an H200.
+# Of 16-bit inputs, by padded head dim: slots and queries of a tile, warps, stages (benchmarks/tune_kernels.py).
 _CONFIGS = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2)}
 
 
