@@ -118,7 +118,7 @@ def measure_parts(heads: int, kv_heads: int, length: int, window: int, head_dim:
     parts = {
         "selection": lambda: Lifetimes.top_w(ranks, window),
         "plan": lambda: SegmentSlots.of(mask, 1, kv_heads),
-        "gather of k": lambda: launch_gather_rows(k, copies.row, slots.length),
+        "gather of k": lambda: launch_gather_rows(k, copies.row, slots.filled_length),
         "forward kernel": lambda: launch_forward(q, *by_slot, *where, slots.segment_length, scale),
         "query gradients": lambda: launch_query_gradients(
             q, *by_slot, *where, lse, out, grad, slots.segment_length, scale
@@ -126,7 +126,7 @@ def measure_parts(heads: int, kv_heads: int, length: int, window: int, head_dim:
         "key gradients": lambda: launch_key_gradients(
             q, *by_slot, *where, lse, delta, grad, scale, slots.segment_length
         ),
-        "sum of dk": lambda: launch_sum_copies(by_slot[0], copies.first, copies.slot, shape, slots.length),
+        "sum of dk": lambda: launch_sum_copies(by_slot[0], copies.first, copies.slot, shape, slots.filled_length),
     }
     row: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "length": length, "window": window}
     row |= {"head_dim": head_dim, "parts": {name: time_ms(part) for name, part in parts.items()}}

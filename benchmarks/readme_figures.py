@@ -165,7 +165,7 @@ def figures() -> str:
     parts = [
         "**`python benchmarks/gpu_kernels.py`**: milliseconds of forward and backward together, selection, plan, "
         "gathers and the gradient of the scores included, scores given; bfloat16, batch 1, head dim 128, random ranks; "
-        f"median [min - max] of 3 ({kernels}).",
+        f"median [min - max] of 3 ({kernels}; the last two lines of `benchmarks/NOTES.md` came after it).",
         "\n".join(kernel_lines()),
         "The parts by themselves (one gather or sum of three):",
         "\n".join(part_lines()),

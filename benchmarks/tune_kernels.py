@@ -39,7 +39,7 @@ def make_arguments(head_dim: int) -> dict[str, Tensor | int]:
     """Queries, keys in segment order, and where these live."""
     q, k, v, ranks = (x.detach() for x in make_inputs(16, 4, 32768, head_dim))
     slots = SegmentSlots.of(Lifetimes.top_w(ranks, 1024), 1, 4)
-    k, v, bias = (launch_gather_rows(x, slots.copies.row, slots.length) for x in (k, v, ranks[..., None]))
+    k, v, bias = (launch_gather_rows(x, slots.copies.row, slots.filled_length) for x in (k, v, ranks[..., None]))
     return {"q": q, "k": k, "v": v, "bias": bias.squeeze(-1), "birth": slots.birth, "death": slots.death}
 
 

@@ -110,7 +110,7 @@ class DynamicMaskAttention(nn.Module):
         ranks = key_ranks(v, self.A, self.dt_proj.weight)  # [B, G, N]
         scores = key_scores(ranks, self.score_form)
         selection = Selection(self.keep_window_size, self.keep_last, self.sinks, documents, padding)
-        backend = resolve_backend(self.backend, q.device.type, q.dtype, self.head_dim)
+        backend = resolve_backend(self.backend, q.device.type, q.device.index, q.dtype, self.head_dim)
         out = BACKENDS[backend](q, k, v, scores, ranks, selection)  # [B, H, N, D]
         return self.o_proj(out.transpose(1, 2).flatten(2))
 

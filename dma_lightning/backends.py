@@ -58,16 +58,16 @@ def check_backend(name: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def resolve_backend(name: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
+def resolve_backend(name: str, device: str, index: int | None, dtype: torch.dtype, head_dim: int) -> str:
     """The backend that a name stands for with such tensors: itself, or what `auto` chooses (logged once)."""
-    return _auto_backend(device, dtype, head_dim) if name == "auto" else name
+    return _auto_backend(device, index, dtype, head_dim) if name == "auto" else name
 
 
 @cache
-def _auto_backend(device: str, dtype: torch.dtype, head_dim: int) -> str:
+def _auto_backend(device: str, index: int | None, dtype: torch.dtype, head_dim: int) -> str:
     chosen = "torch"
     if device == "cuda" and dtype != torch.float64 and head_dim <= 256:
-        if torch.cuda.get_device_capability()[0] in _TRITON_FAMILIES and has_triton():
+        if torch.cuda.get_device_capability(index)[0] in _TRITON_FAMILIES and has_triton():
             chosen = "triton"
         elif head_dim >= 16:
             chosen = "flex"

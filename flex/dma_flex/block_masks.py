@@ -68,6 +68,8 @@ def interval_block_mask(
     """
     check_block_size(block_size)
     mask_mod = lifetime_mask_mod(birth, death, num_heads)
+    if q_len < 1 or not death.numel():
+        raise ValueError(f"expected at least one query, sequence, head and key, got {q_len} and {list(death.shape)}")
     tables = block_tables(birth, death, q_len, block_size, num_heads)
     return mask_of_tables(tables, mask_mod, (q_len, death.shape[-1]), block_size)
 
@@ -101,7 +103,8 @@ def block_tables(
         return [x.clone() for x in block_tables_reference(birth, death, q_len, block_size, num_heads)]
     from dma_flex.triton_block_tables import launch_block_tables
 
-    return launch_block_tables(birth, death, q_len, block_size, num_heads)
+    with torch.cuda.device_of(death):  # Triton launches on the current device
+        return launch_block_tables(birth, death, q_len, block_size, num_heads)
 
 
 def block_tables_reference(

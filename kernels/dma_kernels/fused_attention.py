@@ -56,10 +56,10 @@ def fused_attention(
     check_kernels_can(q.device, q.dtype, q.shape[-1])
     if slots is not None and segment_length is not None:
         raise ValueError("expected segment_length or slots, got both; slots have their segment length")
-    head_dim = q.shape[-1]
-    scale = head_dim**-0.5 if scale is None else scale
     if not q.numel():
         return q * (k.sum() + v.sum() + scores.sum()).to(q.dtype)  # empty, and differentiable in all
+    head_dim = q.shape[-1]
+    scale = head_dim**-0.5 if scale is None else scale
     slots = SegmentSlots.of(lifetimes, q.shape[0], k.shape[1], segment_length) if slots is None else slots
     slots.check_fits(q, k)
     if missing := -head_dim % (16 // q.element_size()):  # tensor descriptors step by 16 bytes
@@ -128,9 +128,11 @@ def attend_slots(
     from dma_kernels.triton_gather import launch_gather_rows
 
     rows = (first.numel() - 1) // (k.shape[0] * k.shape[1])  # of each head, those behind its end included
-    k_seg, v_seg, bias = (launch_gather_rows(x, row, rows) for x in (k, v, scores[..., None]))
-    bias = bias.squeeze(-1)
-    return *launch_forward(q, k_seg, v_seg, bias, birth, death, segment_length, scale), k_seg, v_seg, bias
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        k_seg, v_seg, bias = (launch_gather_rows(x, row, rows) for x in (k, v, scores[..., None]))
+        bias = bias.squeeze(-1)
+        out, lse = launch_forward(q, k_seg, v_seg, bias, birth, death, segment_length, scale)
+    return out, lse, k_seg, v_seg, bias
 
 
 @torch.library.custom_op("dma_kernels::attend_slots_backward", mutates_args=())
@@ -150,18 +152,21 @@ def attend_slots_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v `[B, G, N, D]` and scores `[B, G, N]`; k, v and bias in segment order."""
+    from dma_kernels.triton_common import aligned
     from dma_kernels.triton_gather import launch_sum_copies
     from dma_kernels.triton_key_gradients import launch_key_gradients
     from dma_kernels.triton_query_gradients import launch_query_gradients
 
-    dq, delta = launch_query_gradients(q, k, v, bias, birth, death, lse, out, grad_out, segment_length, scale)
-    by_slot = launch_key_gradients(q, k, v, bias, birth, death, lse, delta, grad_out, scale, segment_length)
     batch, kv_heads, length = q.shape[0], k.shape[1], q.shape[2]
     rows = (first.numel() - 1) // (batch * kv_heads)
-    dk, dv, dscores = (
-        launch_sum_copies(x, first, slot, [batch, kv_heads, length, x.shape[-1]], rows)
-        for x in (by_slot[0], by_slot[1], by_slot[2][..., None])
-    )
+    q, grad_out = aligned(q), aligned(grad_out)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        dq, delta = launch_query_gradients(q, k, v, bias, birth, death, lse, out, grad_out, segment_length, scale)
+        *dkv, dbias = launch_key_gradients(q, k, v, bias, birth, death, lse, delta, grad_out, scale, segment_length)
+        dk, dv, dscores = (
+            launch_sum_copies(x, first, slot, [batch, kv_heads, length, x.shape[-1]], rows)
+            for x in (*dkv, dbias[..., None])
+        )
     return dq, dk, dv, dscores.squeeze(-1)
 
 
@@ -189,9 +194,12 @@ def _save_for_backward(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ..
     q, _, _, _, _, first, slot, birth, death, ctx.segment_length, ctx.scale = inputs
     out, lse, k, v, bias = output
     ctx.save_for_backward(q, k, v, bias, out, lse, first, slot, birth, death)
+    ctx.set_materialize_grads(False)  # of all that has no gradient but the output
 
 
-def _backward(ctx: FunctionCtx, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: FunctionCtx, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 11
     gradients = attend_slots_backward(grad_out, *ctx.saved_tensors, ctx.segment_length, ctx.scale)
     return *gradients, *[None] * 7
 

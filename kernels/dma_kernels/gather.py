@@ -80,7 +80,8 @@ def gather_rows(x: Tensor, row: Tensor, first: Tensor, slot: Tensor) -> Tensor:
         return gather_rows_reference(x, row)
     from dma_kernels.triton_gather import launch_gather_rows
 
-    return launch_gather_rows(x, row)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return launch_gather_rows(x, row)
 
 
 @torch.library.custom_op("dma_kernels::sum_copies", mutates_args=())
@@ -90,7 +91,8 @@ def sum_copies(rows: Tensor, row: Tensor, first: Tensor, slot: Tensor, shape: li
         return sum_copies_reference(rows, row, shape)
     from dma_kernels.triton_gather import launch_sum_copies
 
-    return launch_sum_copies(rows, first, slot, shape)
+    with torch.cuda.device_of(rows):  # Triton launches on the current device
+        return launch_sum_copies(rows, first, slot, shape)
 
 
 @gather_rows.register_fake

@@ -47,7 +47,8 @@ def key_gradients(
         return key_gradients_reference(*arguments)
     from dma_kernels.triton_key_gradients import launch_key_gradients
 
-    return launch_key_gradients(q, k, v, bias, birth, death, lse * math.log2(math.e), delta, grad_out, scale)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return launch_key_gradients(q, k, v, bias, birth, death, lse * math.log2(math.e), delta, grad_out, scale)
 
 
 @key_gradients.register_fake

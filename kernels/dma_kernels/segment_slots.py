@@ -27,14 +27,14 @@ class SegmentSlots:
         birth: first query of the segment that sees a slot, counted from the segment's start, int32 `[Z, G or 1, K]`.
         death: first later query that no longer does, same shape.
         segment_length: S.
-        segments: T, the segments of a sequence.
+        length: N.
     """
 
     copies: Copies
     birth: Tensor
     death: Tensor
     segment_length: int
-    segments: int
+    length: int
 
     @classmethod
     def of(
@@ -44,7 +44,6 @@ class SegmentSlots:
         num_kv_heads: int,
         segment_length: int | None = None,
         block_size: int = 128,
-        segments: int | None = None,
     ) -> "SegmentSlots":
         """Put the keys of a mask into slots, in O(N (1 + C/S)) memory.
 
@@ -54,8 +53,7 @@ class SegmentSlots:
             num_kv_heads: G.
             segment_length: S, rounded up to a multiple of the block size; by default the mask's capacity is, but no
                 more than the length.
-            block_size: S and the number of snapshot slots are multiples of it.
-            segments: T, if more than the length needs.
+            block_size: S and the number of snapshot slots are multiples of it, and it is one of 16.
 
         Raises:
             ValueError: if sizes do not belong together, or a key is not born at its own position.
@@ -65,29 +63,30 @@ class SegmentSlots:
             raise ValueError(f"lifetimes: expected [{batch} or 1, {num_kv_heads} or 1, N], got {list(shape)}")
         if segment_length is not None and segment_length < 1:
             raise ValueError(f"segment_length: expected at least 1, got {segment_length}")
+        if block_size < 16 or block_size % 16:
+            raise ValueError(f"block_size: expected a multiple of 16, got {block_size}")
         lifetimes.check_segmentable()
         segment = min(lifetimes.capacity, lifetimes.length) if segment_length is None else segment_length
         segment = -(-segment // block_size) * block_size
-        segments = -(-lifetimes.length // segment) if segments is None else segments
+        filled = -(-lifetimes.length // segment) * segment
         row, birth, death, first, slot = segment_slots(
-            lifetimes.birth, lifetimes.death, lifetimes.capacity, batch, num_kv_heads, segments * segment, segment,
-            block_size,
-        )  # fmt: skip
-        return cls(Copies(row, first, slot), birth, death, segment, segments)
+            lifetimes.birth, lifetimes.death, lifetimes.capacity, batch, num_kv_heads, filled, segment, block_size
+        )
+        return cls(Copies(row, first, slot), birth, death, segment, lifetimes.length)
 
     @property
-    def length(self) -> int:
-        """The length that sequences are filled up to."""
-        return self.segments * self.segment_length
+    def filled_length(self) -> int:
+        """The length that sequences are filled up to, whole segments."""
+        return -(-self.length // self.segment_length) * self.segment_length
 
     def check_fits(self, q: Tensor, k: Tensor) -> None:
         """Raise `ValueError` unless these are the slots of keys `[B, G, N, D]`."""
-        batch, kv_heads, device = self.birth.shape[0] // self.segments, self.copies.row.shape[1], self.birth.device
-        whole = (self.segments - 1) * self.segment_length < q.shape[2] <= self.length
-        if k.shape[:2] != (batch, kv_heads) or not whole or device != q.device:
+        segments, kv_heads = self.filled_length // self.segment_length, self.copies.row.shape[1]
+        batch, device = self.birth.shape[0] // segments, self.birth.device
+        if k.shape[:2] != (batch, kv_heads) or q.shape[2] != self.length or device != q.device:
             raise ValueError(
                 f"slots: expected some for q {list(q.shape)} and k {list(k.shape)} on {q.device}, got those for batch "
-                f"{batch}, {kv_heads} KV heads and up to {self.length} positions on {device}"
+                f"{batch}, {kv_heads} KV heads and {self.length} positions on {device}"
             )
 
 
@@ -142,7 +141,8 @@ def segment_slots(
         return segment_slots_reference(*arguments)
     from dma_kernels.triton_segment_slots import launch_segment_slots
 
-    return launch_segment_slots(*arguments[1:])
+    with torch.cuda.device_of(death):  # Triton launches on the current device
+        return launch_segment_slots(*arguments[1:])
 
 
 segment_slots.register_fake(segment_slots_reference)  # its shapes follow from the arguments alone

@@ -136,7 +136,8 @@ def deaths_by_priority(priority: Tensor, window: int) -> Tensor:
         return top_w_deaths(KeyOrder.of(priority), window).contiguous()
     from dma_kernels.triton_selection import launch_top_w_deaths
 
-    return launch_top_w_deaths(priority, window, priority_bits(priority))
+    with torch.cuda.device_of(priority):  # Triton launches on the current device
+        return launch_top_w_deaths(priority, window, priority_bits(priority))
 
 
 @deaths_by_priority.register_fake

@@ -28,7 +28,7 @@ def locate_rows(kv_heads, group, length, segments, segment, BLOCK_M: tl.constexp
     i_z, i_g = i_zg // kv_heads, i_zg % kv_heads
     i_b = (i_z // segments).to(tl.int64)
     o_row = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_t, o_h = o_row // group, i_g * group + o_row % group
+    o_t, o_h = o_row // group, (i_g * group + o_row % group).to(tl.int64)
     o_n = (i_z % segments * segment + o_t).to(tl.int64)
     m_row = (o_t < segment) & (o_n < length)
     return i_zg, i_z, i_g, i_b, i_tile, o_t, o_h, o_n, m_row
@@ -89,7 +89,9 @@ def slot_block(largest: int, *slots: int) -> int:
 def aligned(x: Tensor) -> Tensor:
     """`x`, or a copy if its layout is none that a tensor descriptor can address: lines of D elements, 16-byte steps."""
     step = 16 // x.element_size()
-    fits = x.stride(-1) == 1 and all(stride % step == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    fits = x.stride(-1) == 1 and all(stride > 0 and stride % step == 0 for stride in strides)
+    fits = fits and all(stride % step == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 

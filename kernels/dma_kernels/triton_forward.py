@@ -122,7 +122,7 @@ def launch_forward(
     return out, lse
 
 
-# Of 16-bit inputs, by padded head dim: rows and slots of a tile, warps, stages (benchmarks/tune_kernels.py).
+# Of 16-bit inputs, by padded head dim: rows and slots of a tile, warps, stages (64, 128: tune_kernels.py).
 _CONFIGS = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 4, 2)}
 
 

@@ -7,6 +7,7 @@ B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S seg
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -127,6 +128,12 @@ def launch_key_gradients(
     """
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"expected q in float32, bfloat16 or float16, got {q.dtype}")
+    if missing := -q.shape[-1] % (16 // q.element_size()):  # tensor descriptors step by 16 bytes
+        q, k, v, grad_out = (F.pad(x, (0, missing)) for x in (q, k, v, grad_out))
+        *dkv, dbias = launch_key_gradients(
+            q, k, v, bias, birth, death, lse, delta, grad_out, scale, segment_length, config
+        )  # fmt: skip
+        return *(x[..., :-missing].contiguous() for x in dkv), dbias
     q, grad_out = aligned(q), aligned(grad_out)
     k, v, bias, birth, death, lse, delta = (x.contiguous() for x in (k, v, bias, birth, death, lse, delta))
     (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
@@ -148,7 +155,7 @@ def launch_key_gradients(
     return dk, dv, dbias
 
 
-# Of 16-bit inputs, by padded head dim: slots and queries of a tile, warps, stages (benchmarks/tune_kernels.py).
+# Of 16-bit inputs, by padded head dim: slots and queries of a tile, warps, stages (64, 128: tune_kernels.py).
 _CONFIGS = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2)}
 
 

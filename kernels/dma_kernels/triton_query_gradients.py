@@ -120,7 +120,7 @@ def launch_query_gradients(
     return dq, delta
 
 
-# Of 16-bit inputs, by padded head dim: rows and slots of a tile, warps, stages (benchmarks/tune_kernels.py).
+# Of 16-bit inputs, by padded head dim: rows and slots of a tile, warps, stages (64, 128: tune_kernels.py).
 _CONFIGS = {64: (64, 32, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 4, 2)}
 
 

@@ -148,6 +148,8 @@ def test_bad_arguments() -> None:
         block_mask(mask, 64, 0)
     with pytest.raises(ValueError, match="num_heads: expected a multiple of the mask's 2 heads, got 3"):
         block_mask(mask, 64, num_heads=3)
+    with pytest.raises(ValueError, match=r"at least one query, sequence, head and key, got 64 and \[1, 2, 0\]"):
+        interval_block_mask(mask.birth[..., :0], mask.death[..., :0], 64)
     with pytest.raises(ValueError, match="one shape"):
         interval_block_mask(mask.birth, mask.death[..., 1:], 64)
     with pytest.raises(ValueError, match=r"expected \[B or 1, G or 1, K\], got \[64\]"):

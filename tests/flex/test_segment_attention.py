@@ -58,7 +58,7 @@ def test_equals_the_definition(
 
 
 @needs_gpu
-@pytest.mark.parametrize("head_dim", [16, 80, 256])
+@pytest.mark.parametrize("head_dim", [16, 18, 80, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_head_dims_and_float16(head_dim: int, dtype: torch.dtype) -> None:
     *inputs, grad = make_inputs(700, 2, head_dim, dtype, "cuda")

@@ -24,11 +24,8 @@ RANKS, HEAD_DIMS = ["random", "ties", "up", "down"], [5, 32, 64, 96, 128, 256]
 SEGMENTS = [None, 32]  # the default, and so short that most keys are in a snapshot
 # Under the interpreter every pair of values; on a GPU all masks, with every pair of the rest.
 FEW = covering(LENGTHS, WINDOWS, GROUPS, CASES, RANKS, HEAD_DIMS, SEGMENTS)
-ALL = [
-    (*mask, *rest)
-    for i, mask in enumerate(itertools.product(LENGTHS, WINDOWS, GROUPS, CASES))
-    for rest in [covering(RANKS, HEAD_DIMS, SEGMENTS)[i % 24]]
-]
+REST = covering(RANKS, HEAD_DIMS, SEGMENTS)
+ALL = [(*mask, *REST[i % len(REST)]) for i, mask in enumerate(itertools.product(LENGTHS, WINDOWS, GROUPS, CASES))]
 
 
 @pytest.fixture(autouse=True)
@@ -215,6 +212,11 @@ def test_operations_are_registered_as_torch_expects(device: str) -> None:
     torch.library.opcheck(
         torch.ops.dma_kernels.attend_slots, (*inputs, *arguments, slots.segment_length, 0.25), test_utils=tests
     )
+    with torch.no_grad():
+        out, lse, *by_slot = torch.ops.dma_kernels.attend_slots(*inputs, *arguments, slots.segment_length, 0.25)
+    backward = (out, inputs[0].detach(), *by_slot, out, lse, *arguments[1:], slots.segment_length, 0.25)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.dma_kernels.attend_slots_backward, backward, test_utils=tests)
 
 
 @needs_gpu
@@ -275,6 +277,20 @@ def test_a_cuda_graph_captures_selection_forward_and_backward() -> None:
         assert torch.equal(x, y), name
 
 
+def test_gradients_that_are_expanded(device: str) -> None:
+    """A mean over heads has a gradient of stride 0 over them."""
+    *qkv, _ = make_inputs(40, 2, 16, device)
+    inputs = [x.requires_grad_() for x in (*qkv, torch.randn(2, KV_HEADS, 40, device=device))]
+    mask = Lifetimes.top_w(inputs[3], 9)
+    weight = torch.randn(2, 40, 16, device=device)
+    found, expected = (
+        torch.autograd.grad((attend(*inputs, mask).mean(1) * weight).sum(), inputs)
+        for attend in (fused_attention, segment_attention)
+    )
+    for name, x, y in zip(NAMES[1:], found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_bad_inputs(device: str) -> None:
     *qkv, _ = make_inputs(40, 2, 16, device)
     scores = torch.randn(2, KV_HEADS, 40, device=device)
@@ -289,6 +305,10 @@ def test_bad_inputs(device: str) -> None:
         fused_attention(*(torch.zeros(2, KV_HEADS, 40, 272, device=device),) * 3, scores, mask)
     with pytest.raises(ValueError, match="segment_length: expected at least 1, got 0"):
         fused_attention(*qkv, scores, mask, segment_length=0)
+    with pytest.raises(ValueError, match="block_size: expected a multiple of 16, got 8"):
+        SegmentSlots.of(mask, 2, KV_HEADS, block_size=8)
+    with pytest.raises(ValueError, match=r"slots: expected some for .* and 39 positions"):
+        fused_attention(*qkv, scores, mask, slots=SegmentSlots.of(Lifetimes.causal(39, device), 2, KV_HEADS))
     with pytest.raises(ValueError, match="born at its own position"):
         fused_attention(*qkv, scores, Lifetimes(mask.birth + 1, mask.death, 9))
 

@@ -17,7 +17,7 @@ from dma_kernels.triton_key_gradients import launch_key_gradients
 
 ON_GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]
-GROUPS, HEAD_DIMS = ([1, 2, 4, 8], [16, 24, 64, 96, 128, 256]) if ON_GPU else ([1, 4], [16, 24])
+GROUPS, HEAD_DIMS = ([1, 2, 4, 8], [16, 20, 64, 96, 128, 256]) if ON_GPU else ([1, 4], [16, 18])
 
 
 def make_layout(length: int, device: str, kv_heads: int = 2, **arguments: Tensor) -> SegmentLayout:
