@@ -10,8 +10,8 @@ train: .venv/base.done  ## train the tiny language model on a CPU
 mqar: .venv/base.done  ## train associative recall on a CPU
 	$(BIN)/dma-lightning fit -c configs/model/mqar.yaml -c configs/data/mqar.yaml -c configs/trainer/mqar.yaml
 
-test: .venv/test.done  ## run the tests
-	$(BIN)/python -m pytest
+test: .venv/test.done  ## run the tests, in two processes
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/lint.done  ## check style and format
 	$(BIN)/ruff check .

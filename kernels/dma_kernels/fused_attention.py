@@ -53,7 +53,7 @@ def fused_attention(
     """
     check_attention_inputs(q, k, v, scores)
     check_lifetimes(lifetimes, k)
-    check_kernels_can(q.device, q.dtype, q.shape[-1])
+    check_kernels_can(q.dtype, q.shape[-1])
     if slots is not None and segment_length is not None:
         raise ValueError("expected segment_length or slots, got both; slots have their segment length")
     if not q.numel():
@@ -71,7 +71,7 @@ def fused_attention(
     return out[..., :head_dim] if missing else out
 
 
-def check_kernels_can(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+def check_kernels_can(dtype: torch.dtype, head_dim: int) -> None:
     """Raise `ValueError` for what the kernels cannot do, naming a backend that can."""
     if dtype not in _DTYPES:
         raise ValueError(
@@ -81,22 +81,23 @@ def check_kernels_can(device: torch.device, dtype: torch.dtype, head_dim: int) -
         raise ValueError(
             f"backend 'triton' takes head dims up to 256, got {head_dim}; use backend 'torch' for larger ones"
         )
-    if missing := what_is_missing(device.type, device.index):
-        raise ValueError(f"backend 'triton' {missing}")
 
 
-@torch.compiler.assume_constant_result
-def what_is_missing(device: str, index: int | None) -> str | None:
-    """What keeps the kernels from running on a device, and what to do; None if nothing does."""
+def check_machine(device: torch.device) -> None:
+    """Raise `ValueError` for a machine on which the kernels cannot run, naming a backend that can."""
     if not has_triton_package():
-        return "needs the package triton; install it, or use backend 'flex' or 'torch'"
-    if device == "cuda":
-        capability = torch.cuda.get_device_capability(index)
+        raise ValueError("backend 'triton' needs the package triton; install it, or use backend 'flex' or 'torch'")
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
-            return f"needs a GPU of compute capability 8.0 or newer, got {capability}; use backend 'torch'"
-    elif not (device == "cpu" and _interpreted()):
-        return f"runs on CUDA, got tensors on {device}; use backend 'torch', or 'flex' to infer on a CPU"
-    return None
+            raise ValueError(
+                f"backend 'triton' needs a GPU of compute capability 8.0 or newer, got {capability}; "
+                "use backend 'torch'"
+            )
+    elif not (device.type == "cpu" and _interpreted()):
+        raise ValueError(
+            f"backend 'triton' runs on CUDA, got tensors on {device}; use backend 'torch', or 'flex' to infer on a CPU"
+        )
 
 
 def _interpreted() -> bool:
@@ -124,6 +125,7 @@ def attend_slots(
 
     Arguments as `fused_attention` and `SegmentSlots`; head dims in steps of 16 bytes.
     """
+    check_machine(q.device)  # here, since torch.compile cannot trace it
     from dma_kernels.triton_forward import launch_forward
     from dma_kernels.triton_gather import launch_gather_rows
 
