@@ -8,7 +8,6 @@ is the median [min - max] of several measurements by Triton's `do_bench`, each i
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from environment import describe
+from environment import describe, write_tables
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -214,14 +213,7 @@ def main() -> None:
         "bias_gradients": measure_bias_gradients(),
         "memory": (measure_memory(length) for length in LENGTHS),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    for name, rows in tables.items():
-        result[name] = []
-        for row in rows:
-            result[name].append(row)
-            print(name, row, flush=True)
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {args.out}")
+    write_tables(args.out, result, tables)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ several measurements by Triton's `do_bench`, each itself a median.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from environment import describe
+from environment import describe, write_tables
 from gpu_attention import REPEATS, peak_gib, time_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -179,14 +178,7 @@ def main() -> None:
         "processes": measure_processes(),
         "lengths": (measure_length(length) for length in LENGTHS),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    for name, rows in tables.items():
-        result[name] = []
-        for row in rows:
-            result[name].append(row)
-            print(name, row, flush=True)
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {args.out}")
+    write_tables(args.out, result, tables)
 
 
 if __name__ == "__main__":
