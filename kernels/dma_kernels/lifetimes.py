@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from dma_kernels.drawing import draw_mask
-from dma_kernels.scores import ordered_bits
-from dma_kernels.selection import LOWEST_PRIORITY, RANK_BITS, deaths_by_priority
+from dma_kernels.selection import deaths_by_rank
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,7 +93,8 @@ class Lifetimes:
         """
         _check_at_least("window", window, 1)
         birth, runs = _positions(length, device, documents, padding)
-        return cls._within(birth, birth + min(window, length), min(window, length), runs, padding)
+        death = (birth + min(window, length)).clamp(max=length)
+        return cls._within(birth, death, min(window, length), runs, padding)
 
     @classmethod
     def last(
@@ -158,14 +158,10 @@ class Lifetimes:
         check_selection(ranks, keep_window_size, documents, padding, keep_last, sinks)
         length = ranks.shape[-1]
         runs = document_runs(documents, padding)
-        priority = ordered_bits(ranks) >> (32 - RANK_BITS)
-        if runs is not None:
-            priority = (runs[:, None].long() << RANK_BITS) + priority  # document first, then rank
-        if padding is not None:
-            priority = priority.masked_fill(padding[:, None], LOWEST_PRIORITY)
-
         birth = torch.arange(length, dtype=torch.int32, device=ranks.device)[None, None]
-        death = torch.maximum(deaths_by_priority(priority, keep_window_size), birth + min(keep_last, length))
+        death = deaths_by_rank(ranks.detach(), runs, padding, keep_window_size)
+        if keep_last:
+            death = torch.maximum(death, (birth + min(keep_last, length)).clamp(max=length))
         if sinks:
             death = torch.where(_is_sink(sinks, birth, runs, padding), length, death)
         capacity = min(keep_window_size + keep_last + sinks, length)
@@ -176,7 +172,6 @@ class Lifetimes:
         cls, birth: Tensor, death: Tensor, capacity: int, runs: Tensor | None, padding: Tensor | None
     ) -> "Lifetimes":
         """Lives from each key's position to `death`, ended by the document's end and by padding."""
-        death = death.clamp(max=death.shape[-1])
         if runs is not None:
             death = torch.minimum(death, document_ends(runs))
         if padding is not None:

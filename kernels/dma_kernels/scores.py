@@ -15,8 +15,8 @@ ScoreForm = Literal["exp", "linear"]
 
 # float32 has 23 mantissa bits; comparing 16 of them makes the same selection out of matrix products
 # whose last bits depend on their shape (training, chunked prefill and decoding differ in it).
-_DROPPED_MANTISSA_BITS = 7
-_CANONICAL_NAN = 0x7FC00000
+DROPPED_MANTISSA_BITS = 7
+CANONICAL_NAN = 0x7FC00000
 
 
 def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor) -> Tensor:
@@ -73,9 +73,9 @@ def ordered_bits(ranks: Tensor) -> Tensor:
         int32 of the same shape.
     """
     bits = ranks.detach().float().contiguous().view(torch.int32)
-    half = (1 << (_DROPPED_MANTISSA_BITS - 1)) - 1
-    odd = (bits >> _DROPPED_MANTISSA_BITS) & 1  # round half to even
-    rounded = (bits + half + odd) & -(1 << _DROPPED_MANTISSA_BITS)
-    rounded = rounded.masked_fill(ranks.isnan(), _CANONICAL_NAN)
+    half = (1 << (DROPPED_MANTISSA_BITS - 1)) - 1
+    odd = (bits >> DROPPED_MANTISSA_BITS) & 1  # round half to even
+    rounded = (bits + half + odd) & -(1 << DROPPED_MANTISSA_BITS)
+    rounded = rounded.masked_fill(ranks.isnan(), CANONICAL_NAN)
     ordered = rounded ^ ((rounded >> 31) & 0x7FFFFFFF)  # negative floats order by falling magnitude
     return ordered.masked_fill((rounded & 0x7FFFFFFF) == 0, 0)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._triton import has_triton
 
+from dma_kernels.scores import ordered_bits
+
 # Of the 32 bits of an ordered rank, those that tell ranks apart: the low ones only repeat its sign.
 RANK_BITS = 25
 LOWEST_PRIORITY = -(1 << (RANK_BITS - 1))  # below that of every rank, -inf included
@@ -120,31 +122,40 @@ def top_w_deaths(keys: KeyOrder, window: int, segment_length: int = _SELECTION_S
     return torch.maximum(deaths, torch.arange(length, dtype=torch.int32, device=deaths.device))
 
 
+def key_priorities(ranks: Tensor, runs: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+    """What keys are ordered by: document first, then rank; arguments as `deaths_by_rank`.
+
+    Returns:
+        `[B, G, N]`, int32 of at most 25 bits with sign, or int64 with the number of the document above these. A padded
+        key has `LOWEST_PRIORITY`.
+    """
+    priority = ordered_bits(ranks) >> (32 - RANK_BITS)
+    if runs is not None:
+        priority = (runs[:, None].long() << RANK_BITS) + priority
+    return priority if padding is None else priority.masked_fill(padding[:, None], LOWEST_PRIORITY)
+
+
 @torch.library.custom_op("dma_kernels::top_w_deaths", mutates_args=())
-def deaths_by_priority(priority: Tensor, window: int) -> Tensor:
+def deaths_by_rank(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int) -> Tensor:
     """`top_w_deaths` of keys ordered by (priority, position); by Triton kernels on CUDA, opaque to torch.compile.
 
     Args:
-        priority: `[B, G, N]`, int32 of at most 25 bits with sign, or int64 with the number of the document above
-            these. A key that takes no part has `LOWEST_PRIORITY`: it counts for nothing, and its death means nothing.
+        ranks: `[B, G, N]`, any floating dtype; compared as `ordered_bits` says.
+        runs: number of the document of each position, integers `[B, N]`, ascending from 0 or more.
+        padding: bool `[B, N]`; True takes no part: it counts for nothing, and its death means nothing.
         window: W.
 
     Returns:
         int32 `[B, G, N]`.
     """
-    if not priority.is_cuda or not has_triton():
-        return top_w_deaths(KeyOrder.of(priority), window).contiguous()
+    if not ranks.is_cuda or not has_triton():
+        return top_w_deaths(KeyOrder.of(key_priorities(ranks, runs, padding)), window).contiguous()
     from dma_kernels.triton_selection import launch_top_w_deaths
 
-    with torch.cuda.device_of(priority):  # Triton launches on the current device
-        return launch_top_w_deaths(priority, window, priority_bits(priority))
+    with torch.cuda.device_of(ranks):  # Triton launches on the current device
+        return launch_top_w_deaths(ranks, runs, padding, window)
 
 
-@deaths_by_priority.register_fake
-def _(priority: Tensor, window: int) -> Tensor:
-    return priority.new_empty(priority.shape, dtype=torch.int32)
-
-
-def priority_bits(priority: Tensor) -> int:
-    """Bits that a priority may take, its sign included."""
-    return RANK_BITS if priority.dtype == torch.int32 else RANK_BITS + 1 + max(7, priority.shape[-1].bit_length())
+@deaths_by_rank.register_fake
+def _(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int) -> Tensor:
+    return ranks.new_empty(ranks.shape, dtype=torch.int32)

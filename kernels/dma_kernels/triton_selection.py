@@ -1,4 +1,4 @@
-"""Triton kernels behind `selection.py`: deaths of the causal top-w, in four launches after one sort.
+"""Triton kernels behind `selection.py`: deaths of the causal top-w, by one sort and five launches around it.
 
 Let `key[x]` be the position of the key of order x. The key of order x dies where the W-th better one stands,
 
@@ -20,7 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dma_kernels.scores import CANONICAL_NAN, DROPPED_MANTISSA_BITS
+from dma_kernels.selection import LOWEST_PRIORITY, RANK_BITS
+
 _TABLE = (128, 32)  # blocks and bins that are summed up at once
+_KEYS = 1024  # keys of a program that makes sort keys
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,37 @@ class Tiling:
         """At most 1024 bins, and at most 4 N numbers in the table."""
         block = 128 if length <= 1 << 18 else 256
         return cls(block, max(128, triton.next_power_of_2(triton.cdiv(length, 4 * block))), 1024)
+
+
+@triton.jit
+def _ordered_bits(b_rank, DROPPED: tl.constexpr, NAN: tl.constexpr):
+    """`ordered_bits` of float32."""
+    b_bits = b_rank.to(tl.int32, bitcast=True)
+    b_bits = tl.where((b_bits & 0x7FFFFFFF) > 0x7F800000, NAN, b_bits)
+    b_odd = (b_bits >> DROPPED) & 1  # round half to even
+    b_bits = (b_bits + ((1 << (DROPPED - 1)) - 1) + b_odd) & -(1 << DROPPED)
+    b_ordered = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
+    return tl.where((b_bits & 0x7FFFFFFF) == 0, 0, b_ordered)
+
+
+@triton.jit
+def _sort_keys_kernel(
+    p_rank, p_run, p_padding, p_key, length, heads, rows, stride_b, stride_g, stride_n, run_b, run_n, padding_b,
+    padding_n, bits, BITS: tl.constexpr, LOWEST: tl.constexpr, DROPPED: tl.constexpr, NAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What keys are sorted by: row, document, rank."""
+    chunks = tl.cdiv(length, BLOCK)
+    i_row, o_n = tl.program_id(0) // chunks, tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
+    i_b, i_g, m_n = (i_row // heads).to(tl.int64), i_row % heads, o_n < length
+    b_rank = tl.load(p_rank + i_b * stride_b + i_g * stride_g + o_n.to(tl.int64) * stride_n, mask=m_n, other=0.0)
+    b_key = (_ordered_bits(b_rank.to(tl.float32), DROPPED, NAN) >> (32 - BITS)).to(p_key.dtype.element_ty)
+    if p_run is not None:
+        b_key += tl.load(p_run + i_b * run_b + o_n * run_n, mask=m_n, other=0).to(tl.int64) << BITS
+    if p_padding is not None:
+        b_key = tl.where(tl.load(p_padding + i_b * padding_b + o_n * padding_n, mask=m_n, other=0), LOWEST, b_key)
+    b_key += (i_row - rows // 2).to(b_key.dtype) << bits
+    tl.store(p_key + i_row.to(tl.int64) * length + o_n, b_key, mask=m_n)
 
 
 @triton.jit
@@ -133,15 +168,17 @@ def _deaths_kernel(
     tl.store(p_death + i_row * length + b_key, tl.maximum(b_death, b_key), mask=m_x)
 
 
-def launch_top_w_deaths(priority: Tensor, window: int, priority_bits: int, tiling: Tiling | None = None) -> Tensor:
-    """`deaths_by_priority` of `priority` [B, G, N], integers of `priority_bits` bits with sign."""
-    length, device = priority.shape[-1], priority.device
-    if window >= length or not priority.numel():
-        return torch.full(priority.shape, length, dtype=torch.int32, device=device)
-    index = _sorted_index(priority.reshape(-1, length), priority_bits)
+def launch_top_w_deaths(
+    ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int, tiling: Tiling | None = None
+) -> Tensor:
+    """`deaths_by_rank` of ranks `[B, G, N]`."""
+    length, device = ranks.shape[-1], ranks.device
+    if window >= length or not ranks.numel():
+        return torch.full(ranks.shape, length, dtype=torch.int32, device=device)
+    index = launch_sort_keys(ranks, runs, padding).sort(stable=True).indices  # of equal keys the later is the larger
     tiling = tiling or Tiling.of(length)
     rows, blocks, bins = index.numel() // length, triton.cdiv(length, tiling.block), triton.cdiv(length, tiling.bin)
-    order, death = (torch.empty(priority.shape, dtype=torch.int32, device=device) for _ in range(2))
+    order, death = (torch.empty(ranks.shape, dtype=torch.int32, device=device) for _ in range(2))
     candidate = torch.empty(rows, blocks, tiling.block, dtype=torch.int32, device=device)
     count = torch.zeros(rows, blocks, bins, dtype=torch.int32, device=device)
     grid, warps = (rows * blocks,), 8 if tiling.block > 128 else 4
@@ -158,11 +195,18 @@ def launch_top_w_deaths(priority: Tensor, window: int, priority_bits: int, tilin
     return death
 
 
-def _sorted_index(priority: Tensor, bits: int) -> Tensor:
-    """Flat index of the keys `[R, N]`, row after row, ascending in priority; of equal ones the later is the larger."""
-    # One sort of all rows: those of single rows cost as much each. Of 32 bits if these suffice: half the passes.
-    rows = priority.shape[0]
-    dtype = torch.int32 if (rows + 1) << bits <= 1 << 32 else torch.int64
+def launch_sort_keys(ranks: Tensor, runs: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+    """`key_priorities` below the number of the row, `[B * G * N]`: one sort for all rows, each costs as much alone."""
+    batch, heads, length = ranks.shape
+    rows = batch * heads
+    # The number of the document stands above the rank; -1 of padding takes no bit of its own.
+    bits = RANK_BITS if runs is None else RANK_BITS + 1 + max(7, length.bit_length())
     assert (rows + 1) << bits <= 1 << 64, f"{rows} rows of {bits} bits do not fit into 64"
-    row = torch.arange(-(rows // 2), rows - rows // 2, dtype=dtype, device=priority.device)
-    return torch.add(priority.to(dtype), row[:, None], alpha=1 << bits).flatten().sort(stable=True).indices
+    dtype = torch.int32 if runs is None and (rows + 1) << bits <= 1 << 32 else torch.int64  # 32 bits: half the passes
+    key = torch.empty(rows * length, dtype=dtype, device=ranks.device)
+    _sort_keys_kernel[(rows * triton.cdiv(length, _KEYS),)](
+        ranks, runs, padding, key, length, heads, rows, *ranks.stride(),
+        *((0, 0) if runs is None else runs.stride()), *((0, 0) if padding is None else padding.stride()), bits,
+        BITS=RANK_BITS, LOWEST=LOWEST_PRIORITY, DROPPED=DROPPED_MANTISSA_BITS, NAN=CANONICAL_NAN, BLOCK=_KEYS,
+    )  # fmt: skip
+    return key
