@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dma_kernels.kernel_configs import KernelConfig, kernel_config
 from dma_kernels.triton_common import (
     SIZES,
     aligned,
@@ -90,7 +91,7 @@ def launch_forward(
     death: Tensor,
     segment_length: int,
     scale: float,
-    config: tuple[int, int, int, int] | None = None,
+    config: KernelConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, H, N, D]` and log-sum-exp in base 2, `[B, H, N]` in float32, for float32, bfloat16 and float16.
 
@@ -103,13 +104,13 @@ def launch_forward(
         death: first later query that no longer does, same shape; snapshot slots in falling order.
         segment_length: S.
         scale: factor of q·k.
-        config: rows and slots of a tile, warps and pipeline stages.
+        config: by default that of `kernel_config`.
     """
     (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
     q, block_d = aligned(q), padded_head_dim(head_dim)
     out = torch.empty((batch, length, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
-    block_m, block_k, warps, stages = config or forward_config(q.dtype, block_d)
+    block_m, block_k, warps, stages = config or kernel_config("forward", q, block_d)
     group, snapshot = heads // kv_heads, keys - segment_length
     block_k = slot_block(block_k, keys, snapshot)
     _forward_kernel[(triton.cdiv(segment_length * group, block_m) * z * kv_heads,)](
@@ -120,14 +121,3 @@ def launch_forward(
         PRECISION=float32_precision(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
-
-
-# Of 16-bit inputs, by padded head dim: rows and slots of a tile, warps, stages (64, 128: tune_kernels.py).
-_CONFIGS = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 4, 2)}
-
-
-def forward_config(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
-    """Rows and slots of a tile, warps and pipeline stages."""
-    if dtype == torch.float32:
-        return (64, 32, 4, 2) if block_d <= 128 else (32, 16, 4, 1)
-    return _CONFIGS[max(64, block_d)]

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dma_kernels.kernel_configs import KernelConfig, kernel_config
 from dma_kernels.triton_common import (
     LOG2_E,
     SIZES,
@@ -116,12 +117,11 @@ def launch_key_gradients(
     grad_out: Tensor,
     scale: float,
     segment_length: int | None = None,
-    config: tuple[int, int, int, int] | None = None,
+    config: KernelConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`key_gradients` for float32, bfloat16 and float16; `q` may be `[B, H, N, D]`, cut into segments of S positions.
 
-    `lse` is in base 2. By default a sequence is one segment; `config` is slots and queries of a tile, warps and
-    pipeline stages.
+    `lse` is in base 2. By default a sequence is one segment, and `config` that of `kernel_config`.
 
     Raises:
         ValueError: for another dtype.
@@ -142,7 +142,7 @@ def launch_key_gradients(
     if not dbias.numel():
         return dk, dv, dbias
     block_d = padded_head_dim(head_dim)
-    block_k, block_s, warps, stages = config or key_gradients_config(q.dtype, block_d)
+    block_k, block_s, warps, stages = config or kernel_config("key gradients", q, block_d)
     block_k = slot_block(block_k, keys)
     # One axis: the others take no more than 65,535 programs.
     _key_gradients_kernel[(keys // block_k * z * kv_heads,)](
@@ -153,14 +153,3 @@ def launch_key_gradients(
         PRECISION=float32_precision(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return dk, dv, dbias
-
-
-# Of 16-bit inputs, by padded head dim: slots and queries of a tile, warps, stages (64, 128: tune_kernels.py).
-_CONFIGS = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2)}
-
-
-def key_gradients_config(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
-    """Slots and queries of a tile, warps and pipeline stages."""
-    if dtype == torch.float32:
-        return (32, 32, 4, 1) if block_d <= 128 else (16, 16, 4, 1)
-    return _CONFIGS[max(64, block_d)]

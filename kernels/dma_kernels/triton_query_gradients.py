@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dma_kernels.kernel_configs import KernelConfig, kernel_config
 from dma_kernels.triton_common import (
     SIZES,
     aligned,
@@ -97,7 +98,7 @@ def launch_query_gradients(
     grad_out: Tensor,
     segment_length: int,
     scale: float,
-    config: tuple[int, int, int, int] | None = None,
+    config: KernelConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of q, `[B, H, N, D]` in its dtype, and rowsum(dO · O), float32 `[B, H, N]`.
 
@@ -107,7 +108,7 @@ def launch_query_gradients(
     q, out, grad_out = (aligned(x) for x in (q, out, grad_out))
     dq = torch.empty((batch, length, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
     delta, block_d = torch.empty_like(lse), padded_head_dim(head_dim)
-    block_m, block_k, warps, stages = config or query_gradients_config(q.dtype, block_d)
+    block_m, block_k, warps, stages = config or kernel_config("query gradients", q, block_d)
     group, snapshot = heads // kv_heads, keys - segment_length
     block_k = slot_block(block_k, keys, snapshot)
     _query_gradients_kernel[(triton.cdiv(segment_length * group, block_m) * z * kv_heads,)](
@@ -118,14 +119,3 @@ def launch_query_gradients(
         PRECISION=float32_precision(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return dq, delta
-
-
-# Of 16-bit inputs, by padded head dim: rows and slots of a tile, warps, stages (64, 128: tune_kernels.py).
-_CONFIGS = {64: (64, 32, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 4, 2)}
-
-
-def query_gradients_config(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
-    """Rows and slots of a tile, warps and pipeline stages."""
-    if dtype == torch.float32:
-        return (32, 32, 4, 1) if block_d <= 128 else (16, 16, 4, 1)
-    return _CONFIGS[max(64, block_d)]

@@ -33,7 +33,7 @@ def _large_tiles_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes milliseconds per operation, whatever the size of a tile."""
     if not ON_GPU:
         for kernel in ("forward", "query_gradients", "key_gradients"):
-            monkeypatch.setattr(f"dma_kernels.triton_{kernel}.{kernel}_config", lambda *_: (128, 128, 4, 1))
+            monkeypatch.setattr(f"dma_kernels.triton_{kernel}.kernel_config", lambda *_: (128, 128, 4, 1))
         monkeypatch.setattr("dma_kernels.triton_gather._TILE", 1 << 17)
 
 
@@ -275,6 +275,26 @@ def test_a_cuda_graph_captures_selection_forward_and_backward() -> None:
     graph.replay()
     for name, x, y in zip(NAMES, captured, step(), strict=True):
         assert torch.equal(x, y), name
+
+
+@needs_gpu
+@pytest.mark.skipif(ON_GPU and torch.cuda.mem_get_info()[1] < 60 << 30, reason="needs 60 GiB")
+def test_more_than_2_to_the_31_elements(device: str) -> None:
+    """The last of 1.1 million positions are what they are without all before: a window reaches 128 back."""
+    length, window, tail = 1_100_000, 128, 600
+    qkv = [torch.randn(1, length, h, 128, device=device, dtype=torch.bfloat16).transpose(1, 2) for h in (16, 2, 2)]
+    inputs = [x.requires_grad_() for x in (*qkv, torch.randn(1, 2, length, device=device))]
+    out = fused_attention(*inputs, Lifetimes.sliding_window(length, window, device))
+    grad = torch.randn_like(out[:, :, -tail:])
+    gradients = torch.autograd.grad(out[:, :, -tail:], inputs, grad)
+    ends = [x.detach()[:, :, -2 * tail :].requires_grad_() for x in inputs]
+    expected = segment_attention(*ends, Lifetimes.sliding_window(2 * tail, window, device))[:, :, -tail:]
+    expected_gradients = torch.autograd.grad(expected, ends, grad)
+    error = (out[:, :, -tail:] - expected).float().norm() / expected.float().norm()
+    assert error < 2**-7  # both round to bfloat16
+    for x, y in zip(gradients, expected_gradients, strict=True):
+        assert (x[:, :, -2 * tail :] - y).float().norm() / y.float().norm() < 2**-6
+        assert not x[:, :, : -2 * tail].any()
 
 
 def test_gradients_that_are_expanded(device: str) -> None:

@@ -1,0 +1,109 @@
+"""Tiles, warps and pipeline stages of the attention kernels.
+
+Which configuration is fastest depends on the GPU, the size of an element and the head dim, hardly on anything else.
+None is measured while training: that would delay the first step, fail inside a CUDA graph, and give other bits in the
+next run. A table of one GPU is here; `python -m dma_kernels.tune` measures that of another and keeps it in a file that
+every later process on such a GPU finds. The environment variable `DMA_KERNEL_CONFIGS` names a file to use instead, or
+is `builtin` for the table here.
+"""
+
+import functools
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+
+Kernel = Literal["forward", "query gradients", "key gradients"]
+
+
+class KernelConfig(NamedTuple):
+    """How a kernel is cut; powers of two from 16.
+
+    Attributes:
+        rows: of a tile that stays in registers: queries, or keys for the key gradients.
+        columns: of a tile that passes by: slots, or queries for the key gradients.
+        warps: of a program.
+        stages: of the pipeline that loads tiles.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+Table = dict[tuple[Kernel, int, int], KernelConfig]  # by kernel, bytes of an element, padded head dim
+
+# Measured on an NVIDIA H200 (benchmarks/results/tune_kernels.json).
+BUILTIN: Table = {
+    ("forward", 2, 64): KernelConfig(64, 64, 4, 3),
+    ("forward", 2, 128): KernelConfig(64, 64, 4, 2),
+    ("forward", 2, 256): KernelConfig(64, 32, 4, 2),
+    ("forward", 4, 64): KernelConfig(64, 32, 4, 2),
+    ("forward", 4, 128): KernelConfig(64, 32, 4, 2),
+    ("forward", 4, 256): KernelConfig(32, 16, 4, 1),
+    ("query gradients", 2, 64): KernelConfig(64, 32, 4, 3),
+    ("query gradients", 2, 128): KernelConfig(64, 64, 4, 2),
+    ("query gradients", 2, 256): KernelConfig(64, 32, 4, 2),
+    ("query gradients", 4, 64): KernelConfig(32, 32, 4, 1),
+    ("query gradients", 4, 128): KernelConfig(32, 32, 4, 1),
+    ("query gradients", 4, 256): KernelConfig(16, 16, 4, 1),
+    ("key gradients", 2, 64): KernelConfig(64, 64, 4, 3),
+    ("key gradients", 2, 128): KernelConfig(64, 64, 4, 2),
+    ("key gradients", 2, 256): KernelConfig(32, 32, 4, 2),
+    ("key gradients", 4, 64): KernelConfig(32, 32, 4, 1),
+    ("key gradients", 4, 128): KernelConfig(32, 32, 4, 1),
+    ("key gradients", 4, 256): KernelConfig(16, 16, 4, 1),
+}
+
+
+def kernel_config(kernel: Kernel, x: torch.Tensor, block_d: int) -> KernelConfig:
+    """The configuration of a kernel for tensors like `x` with head dims up to `block_d`, a power of two."""
+    return _table(x.device)[kernel, x.element_size(), max(64, block_d)]
+
+
+@functools.cache
+def _table(device: torch.device) -> Table:
+    """The table of a device, with what its file leaves out taken from the built-in one."""
+    pinned = os.environ.get("DMA_KERNEL_CONFIGS")
+    if pinned == "builtin" or device.type != "cuda":
+        return BUILTIN
+    path = Path(pinned) if pinned else tuned_file(torch.cuda.get_device_name(device))
+    if not pinned and not path.exists():
+        return BUILTIN
+    return BUILTIN | read_table(path)
+
+
+def tuned_file(gpu: str) -> Path:
+    """Where the measured table of a GPU is kept."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "dma_kernels" / f"{re.sub(r'[^A-Za-z0-9]+', '_', gpu)}.json"
+
+
+def read_table(path: Path) -> Table:
+    """The fastest configurations of a file that `dma_kernels.tune` wrote.
+
+    Raises:
+        ValueError: if the file is missing or says something else.
+    """
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        return dict(_entry(row) for row in rows if row.get("fastest"))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected a table of kernel configurations, got {type(error).__name__}: {error}; "
+            f"write one by `python -m dma_kernels.tune --out {path}`, or set DMA_KERNEL_CONFIGS=builtin"
+        ) from error
+
+
+def _entry(row: dict[str, Any]) -> tuple[tuple[Kernel, int, int], KernelConfig]:
+    """One row of a file, checked."""
+    where, config = (row["kernel"], row["element_bytes"], row["head_dim"]), KernelConfig(*row["config"])
+    if where not in BUILTIN:
+        raise ValueError(f"expected a kernel of {list(get_args(Kernel))}, 2 or 4 bytes, head dim 64, 128 or 256: {row}")
+    if any(not isinstance(x, int) or x < 1 or x & (x - 1) for x in config[:3]) or min(config[:2]) < 16:
+        raise ValueError(f"expected powers of two, tiles from 16: {row}")
+    return where, config

@@ -1,0 +1,154 @@
+"""Measure the attention kernels by tile, warps and pipeline stages, and keep the fastest for this kind of GPU.
+
+    python -m dma_kernels.tune      a minute or two; later processes on such a GPU find the file
+
+16 query and 4 KV heads, N = 32k (8k in float32), w = 1024, random ranks. Kernels are compiled by several processes
+first. See `kernel_configs.py` for where the file is kept, and how to pin another.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from dma_kernels.kernel_configs import Kernel, KernelConfig, tuned_file
+from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.segment_slots import SegmentSlots
+from dma_kernels.triton_forward import launch_forward
+from dma_kernels.triton_gather import launch_gather_rows
+from dma_kernels.triton_key_gradients import launch_key_gradients
+from dma_kernels.triton_query_gradients import launch_query_gradients
+
+_WINDOW = 1024
+_CONFIGS = {  # by bytes of an element
+    2: [
+        (64, 32, 4, 2),
+        (64, 32, 4, 3),
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (128, 64, 8, 2),
+        (64, 64, 8, 2),
+        (32, 32, 4, 2),
+    ],
+    4: [(64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 4, 1), (16, 16, 4, 1)],
+}
+_REGISTERS = 200  # of a thread's 255, for the accumulators
+
+
+class Case(NamedTuple):
+    """One kernel with one configuration, for one size of elements and head dim."""
+
+    kernel: Kernel
+    element_bytes: int
+    head_dim: int
+    config: KernelConfig
+
+
+def cases() -> list[Case]:
+    """All that are measured: those whose sums fit into registers."""
+    every = (
+        Case(kernel, size, head_dim, KernelConfig(*config))
+        for size, configs in _CONFIGS.items()
+        for head_dim in (64, 128, 256)
+        for kernel in get_args(Kernel)
+        for config in configs
+    )
+    return [case for case in every if _accumulators(case) <= _REGISTERS]
+
+
+def _accumulators(case: Case) -> float:
+    """Registers of a thread that hold sums over all columns."""
+    sums = 2 if case.kernel == "key gradients" else 1
+    return sums * case.config.rows * case.head_dim / (32 * case.config.warps)
+
+
+def make_arguments(element_bytes: int, head_dim: int) -> dict[str, Tensor]:
+    """Queries, keys in segment order, and where these live."""
+    torch.manual_seed(0)
+    dtype, length = (torch.bfloat16, 32768) if element_bytes == 2 else (torch.float32, 8192)
+    q, k, v = (
+        torch.randn(1, length, heads, head_dim, device="cuda", dtype=dtype).transpose(1, 2) for heads in (16, 4, 4)
+    )
+    ranks = torch.randn(1, 4, length, device="cuda")
+    slots = SegmentSlots.of(Lifetimes.top_w(ranks, _WINDOW), 1, 4)
+    k, v, bias = (launch_gather_rows(x, slots.copies.row, slots.filled_length) for x in (k, v, ranks[..., None]))
+    return {"q": q, "k": k, "v": v, "bias": bias.squeeze(-1), "birth": slots.birth, "death": slots.death}
+
+
+def launcher(case: Case, arguments: dict[str, Tensor]) -> Callable[[], object]:
+    """The launch of a case; its time does not depend on the numbers."""
+    rest: dict[str, Any] = {"segment_length": _WINDOW, "scale": case.head_dim**-0.5, "config": case.config}
+    grad, lse = torch.randn_like(arguments["q"]), torch.full(arguments["q"].shape[:3], 12.0, device="cuda")
+    if case.kernel == "forward":
+        return lambda: launch_forward(**arguments, **rest)
+    if case.kernel == "query gradients":
+        return lambda: launch_query_gradients(**arguments, lse=lse, out=grad, grad_out=grad, **rest)
+    return lambda: launch_key_gradients(**arguments, lse=lse, delta=lse, grad_out=grad, **rest)
+
+
+def compile_case(case: Case) -> str | None:
+    """Fill Triton's cache on disk; what went wrong, if a configuration does not fit the GPU."""
+    try:
+        launcher(case, make_arguments(case.element_bytes, case.head_dim))()
+    except OutOfResources as error:
+        return str(error)
+    return None
+
+
+def measure(case: Case, error: str | None) -> dict[str, Any]:
+    """Median of a case in milliseconds, or why there is none."""
+    row: dict[str, Any] = case._asdict()
+    if error:
+        return row | {"error": error}
+    launch = launcher(case, make_arguments(case.element_bytes, case.head_dim))
+    return row | {"ms": triton.testing.do_bench(launch, return_mode="median")}
+
+
+def mark_fastest(rows: list[dict[str, Any]]) -> None:
+    """Mark the fastest row of each kernel, size of elements and head dim."""
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in (row for row in rows if "ms" in row):
+        where = row["kernel"], row["element_bytes"], row["head_dim"]
+        best[where] = min(best.get(where, row), row, key=lambda x: x["ms"])
+    for row in best.values():
+        row["fastest"] = True
+
+
+def main() -> None:
+    """Compile, measure, print, and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="another file, to be named by DMA_KERNEL_CONFIGS")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("expected a GPU to measure on, found none")
+    todo = cases()
+    workers = min(8, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        errors = list(pool.map(compile_case, todo))
+    rows = []
+    for case, error in zip(todo, errors, strict=True):
+        rows.append(measure(case, error))
+        print(rows[-1], flush=True)
+    mark_fastest(rows)
+    gpu = torch.cuda.get_device_name()
+    out = args.out or tuned_file(gpu)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    result = {"gpu": gpu, "torch": torch.__version__, "triton": version("triton"), "rows": rows}
+    partial = out.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(out)
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Kernel configurations: the fastest of a file are used, and nothing is measured on the way."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dma_kernels import kernel_configs
+from dma_kernels.kernel_configs import BUILTIN, KernelConfig, kernel_config, read_table, tuned_file
+
+pytest.importorskip("triton")
+from dma_kernels.tune import cases, mark_fastest
+
+GPU = torch.device("cuda", 0)
+ROWS = [
+    {"kernel": "forward", "element_bytes": 2, "head_dim": 128, "config": [64, 32, 4, 3], "ms": 2.0},
+    {"kernel": "forward", "element_bytes": 2, "head_dim": 128, "config": [32, 32, 8, 2], "ms": 1.0},
+    {"kernel": "forward", "element_bytes": 2, "head_dim": 128, "config": [128, 64, 8, 3], "error": "does not fit"},
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_table_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kernel_configs, "_table", kernel_configs._table.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU-1 (80 GB)")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("DMA_KERNEL_CONFIGS", raising=False)
+
+
+def write(path: Path) -> Path:
+    rows = [dict(row) for row in ROWS]
+    mark_fastest(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"gpu": "Some GPU", "rows": rows}))
+    return path
+
+
+def test_every_kernel_has_a_configuration() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for block_d in (16, 32, 64, 128, 256):
+            for kernel in ("forward", "query gradients", "key gradients"):
+                assert isinstance(kernel_config(kernel, torch.empty(1, dtype=dtype), block_d), KernelConfig)
+
+
+def test_few_are_measured_and_the_built_in_ones_are_among_them() -> None:
+    tried = {(case.kernel, case.element_bytes, case.head_dim): [] for case in cases()}
+    for case in cases():
+        tried[case[:3]].append(case.config)
+    assert tried.keys() == BUILTIN.keys()
+    for where, configs in tried.items():
+        assert 2 <= len(configs) <= 8
+        assert BUILTIN[where] in configs
+
+
+def test_the_table_of_this_kind_of_gpu_is_found() -> None:
+    assert kernel_configs._table(GPU) == BUILTIN
+    path = write(tuned_file("Some GPU-1 (80 GB)"))
+    assert path.name == "Some_GPU_1_80_GB_.json"
+    fastest = {("forward", 2, 128): KernelConfig(32, 32, 8, 2)}
+    assert kernel_configs._table(GPU) == BUILTIN | fastest
+    assert kernel_configs._table(torch.device("cpu")) == BUILTIN
+
+
+def test_a_table_can_be_pinned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write(tuned_file("Some GPU-1 (80 GB)"))
+    monkeypatch.setenv("DMA_KERNEL_CONFIGS", "builtin")
+    assert kernel_configs._table(GPU) == BUILTIN
+    monkeypatch.setenv("DMA_KERNEL_CONFIGS", str(write(tmp_path / "pinned.json")))
+    assert kernel_configs._table(GPU)["forward", 2, 128] == KernelConfig(32, 32, 8, 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        '{"rows": 3}',
+        '{"rows": [{"fastest": true}]}',
+        '{"rows": [{"kernel": "forward", "element_bytes": 2, "head_dim": 99, "config": [64, 64, 4, 2], "fastest": 1}]}',
+        '{"rows": [{"kernel": "forward", "element_bytes": 2, "head_dim": 64, "config": [65, 64, 4, 2], "fastest": 1}]}',
+        None,
+    ],
+)
+def test_a_broken_table_is_an_error_that_says_what_to_do(text: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=r"table\.json: expected a table of kernel configurations.*dma_kernels\.tune"):
+        read_table(path)

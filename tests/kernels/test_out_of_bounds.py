@@ -1,0 +1,52 @@
+"""No kernel touches memory that is not its own: small attention, forward and backward, under compute-sanitizer."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ATTENTION = """
+import torch
+from dma_kernels import Lifetimes, fused_attention
+
+torch.manual_seed(0)
+for length, window, group, head_dim in ((300, 40, 2, 64), (257, 1000, 1, 40), (1, 1, 4, 128)):
+    shapes = [(2, length, 2 * group, head_dim), *[(2, length, 2, head_dim)] * 2]
+    qkv = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for shape in shapes]
+    inputs = [x.requires_grad_() for x in (*qkv, torch.randn(2, length, 2, device="cuda").transpose(1, 2))]
+    documents = torch.arange(length, device="cuda").expand(2, -1) // 100
+    padding = torch.rand(2, length, device="cuda") < 0.1
+    mask = Lifetimes.top_w(inputs[3], window, documents=documents, padding=padding, keep_last=2, sinks=1)
+    out = fused_attention(*inputs, mask)
+    torch.autograd.grad(out, inputs, torch.ones_like(out))
+    torch.cuda.synchronize()
+print("finished")
+"""
+PLANTED = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def write(p_x):
+    tl.store(p_x + (1 << 30), 1)
+
+write[(1,)](torch.zeros(4, dtype=torch.int32, device="cuda"))
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer")
+@pytest.mark.parametrize("planted", [False, True])
+def test_out_of_bounds(planted: bool, tmp_path: os.PathLike) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(PLANTED if planted else ATTENTION)  # a file: Triton reads the source of kernels
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(script)]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    if "Device not supported" in ran.stdout + ran.stderr:
+        pytest.skip("compute-sanitizer does not support this machine")
+    assert (ran.returncode == 9) == planted, (ran.stdout + ran.stderr)[-4000:]
+    assert ("finished" in ran.stdout) == (not planted)
