@@ -116,7 +116,9 @@ def measure_parts(heads: int, kv_heads: int, length: int, window: int, head_dim:
     _, delta = launch_query_gradients(q, *by_slot, *where, lse, out, grad, slots.segment_length, scale)
     parts = {
         "selection": lambda: Lifetimes.top_w(ranks, window),
+        "selection, CUDA graph": captured(lambda: Lifetimes.top_w(ranks, window)),
         "plan": lambda: SegmentSlots.of(mask, 1, kv_heads),
+        "plan, CUDA graph": captured(lambda: SegmentSlots.of(mask, 1, kv_heads)),
         "gather of k": lambda: launch_gather_rows(k, copies.row, slots.filled_length),
         "forward kernel": lambda: launch_forward(q, *by_slot, *where, slots.segment_length, scale),
         "query gradients": lambda: launch_query_gradients(
@@ -138,14 +140,17 @@ def measure_parts(heads: int, kv_heads: int, length: int, window: int, head_dim:
 
 
 def measure_length(length: int) -> dict[str, Any]:
-    """Time and peak memory of forward and backward at 16 query and 4 KV heads, w = 1024; selection and plan beside."""
+    """Time and peak memory of forward and backward at 16 query and 4 KV heads, w = 1024; selection and plan beside, eagerly and as graphs."""
     inputs = make_inputs(16, 4, length)
     grad = torch.randn_like(inputs[0])
     run = partial(step, partial(dynamic, fused_attention, 1024), inputs, grad)
     row = {"length": length, "train_gib": peak_gib(run), "ms": time_ms(run)}
     mask = Lifetimes.top_w(inputs[3], 1024)
-    row["selection"] = time_ms(lambda: Lifetimes.top_w(inputs[3], 1024))
-    row["plan"] = time_ms(lambda: SegmentSlots.of(mask, 1, 4))
+    for name, part in (
+        ("selection", lambda: Lifetimes.top_w(inputs[3], 1024)),
+        ("plan", lambda: SegmentSlots.of(mask, 1, 4)),
+    ):
+        row[name], row[f"{name}, CUDA graph"] = time_ms(part), time_ms(captured(part))
     return row
 
 
