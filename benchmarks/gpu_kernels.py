@@ -140,7 +140,7 @@ def measure_parts(heads: int, kv_heads: int, length: int, window: int, head_dim:
 
 
 def measure_length(length: int) -> dict[str, Any]:
-    """Time and peak memory of forward and backward at 16 query and 4 KV heads, w = 1024; selection and plan beside, eagerly and as graphs."""
+    """Time and peak memory of forward and backward at 16 query and 4 KV heads, w = 1024; selection and plan beside."""
     inputs = make_inputs(16, 4, length)
     grad = torch.randn_like(inputs[0])
     run = partial(step, partial(dynamic, fused_attention, 1024), inputs, grad)

@@ -119,9 +119,11 @@ def process_lines() -> list[str]:
 
 def length_lines() -> list[str]:
     """Milliseconds and memory by length."""
-    lines = ["| N | forward + backward ms | selection ms | plan ms | peak GiB |", "| --- |" + " ---: |" * 4]
+    lines = ["| N | forward + backward ms | selection ms | as a CUDA graph | plan ms | as a CUDA graph | peak GiB |"]
+    lines.append("| --- |" + " ---: |" * 6)
+    names = ("ms", "selection", "selection, CUDA graph", "plan", "plan, CUDA graph")
     for row in load("gpu_kernels")["lengths"]:
-        cells = " | ".join(spread(row[name]) for name in ("ms", "selection", "plan"))
+        cells = " | ".join(spread(row[name]) for name in names)
         lines.append(f"| {row['length'] // 1024}k | {cells} | {row['train_gib']:.2f} |")
     return lines
 
@@ -165,7 +167,7 @@ def figures() -> str:
     parts = [
         "**`python benchmarks/gpu_kernels.py`**: milliseconds of forward and backward together, selection, plan, "
         "gathers and the gradient of the scores included, scores given; bfloat16, batch 1, head dim 128, random ranks; "
-        f"median [min - max] of 3 ({kernels}; the last two lines of `benchmarks/NOTES.md` came after it).",
+        f"median [min - max] of 3 ({kernels}).",
         "\n".join(kernel_lines()),
         "The parts by themselves (one gather or sum of three):",
         "\n".join(part_lines()),

@@ -1,0 +1,68 @@
+"""Forward and backward beside flash-sparse-attn's compact Triton kernel, in one run on one GPU.
+
+    python benchmarks/gpu_peer.py CHECKOUT      a checkout of github.com/flash-algo/flash-sparse-attention at v1.2.3
+
+Not the same mask: that kernel takes one set of w keys per head for the whole sequence, which looks into the future, so
+the first queries see almost no key. It is here as a measure of speed: both visit at most w keys per query. Selection
+(there `topk`) is included on both sides. bfloat16, batch 1, 16 query and 4 KV heads, head dim 128.
+"""
+
+import argparse
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import describe, write_tables
+from gpu_attention import time_ms
+from gpu_kernels import dynamic, make_inputs, step
+from torch import Tensor
+
+from dma_kernels import fused_attention
+
+SHAPES = [(8192, 1024), (32768, 1024), (32768, 2048), (131072, 2048)]
+
+
+def load_peer(checkout: Path) -> Callable[..., Tensor]:
+    """The attention function of one file of the checkout."""
+    path = checkout / "flash_sparse_attn" / "flash_dmattn_triton.py"
+    spec = importlib.util.spec_from_file_location("flash_dmattn_triton", path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise SystemExit(f"{path}: not found; expected a checkout of flash-sparse-attention at v1.2.3")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.triton_dmattn_func
+
+
+def compact(attend: Callable[..., Tensor], window: int, q: Tensor, k: Tensor, v: Tensor, ranks: Tensor) -> Tensor:
+    """One top-w per head over the whole sequence, `[B, H, N, D]`."""
+    kept = ranks.detach().topk(window, dim=-1).indices.sort(dim=-1).values
+    return attend(q, k, v, ranks.to(q.dtype), kept, is_causal=True)
+
+
+def measure(attend: Callable[..., Tensor]) -> Iterator[dict[str, Any]]:
+    """One row by shape."""
+    for length, window in SHAPES:
+        inputs = make_inputs(16, 4, length)
+        grad = torch.randn_like(inputs[0])
+        ways = {"triton": partial(dynamic, fused_attention, window), "compact": partial(compact, attend, window)}
+        row: dict[str, Any] = {"length": length, "window": window}
+        for name, way in ways.items():
+            row[f"{name}, forward"] = time_ms(partial(way, *inputs))
+            row[name] = time_ms(partial(step, way, inputs, grad))
+        yield row
+
+
+def main() -> None:
+    """Measure, print, and write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_peer.json")
+    args = parser.parse_args()
+    write_tables(args.out, {"environment": describe()}, {"peer": measure(load_peer(args.checkout))})
+
+
+if __name__ == "__main__":
+    main()
