@@ -128,6 +128,17 @@ def length_lines() -> list[str]:
     return lines
 
 
+def peer_lines() -> list[str]:
+    """Milliseconds beside flash-sparse-attn's compact kernel."""
+    lines = ["| N, w | | `triton` | flash-sparse-attn, compact | |", "| --- | --- | ---: | ---: | ---: |"]
+    for row in load("gpu_peer")["peer"]:
+        for part, end in (("forward", ", forward"), ("forward + backward", "")):
+            ours, theirs = row[f"triton{end}"], row[f"compact{end}"]
+            shape = f"{row['length'] // 1024}k, {row['window']}"
+            lines.append(f"| {shape} | {part} | {spread(ours)} | {spread(theirs)} | {theirs[1] / ours[1]:.1f}x |")
+    return lines
+
+
 def mask_lines() -> list[str]:
     """Milliseconds to build a block mask, by length."""
     names = ("block_mask, eager", "block_mask, compiled", "create_block_mask, compiled")
@@ -176,6 +187,10 @@ def figures() -> str:
         "By length, w = 1024, 16/4 heads:",
         "\n".join(length_lines()),
         "![Time by length](benchmarks/figures/speed.png)",
+        "**`python benchmarks/gpu_peer.py`**: beside the compact Triton kernel of flash-sparse-attn 1.2.3, which takes "
+        "one set of w keys per head for the whole sequence (and so looks into the future, and is another model); "
+        f"16/4 heads, selection included on both sides, milliseconds ({gpu_machine(load('gpu_peer'))}).",
+        "\n".join(peer_lines()),
         "**`python benchmarks/gpu_attention.py`**: milliseconds of forward and backward given selection and plan, "
         "gathers and the gradient of the scores included, and of these two beside (the last line of each shape counts "
         f"them in); cuDNN and FlashAttention-2 are PyTorch's dense causal attention; {gpu_shape}, "

@@ -18,6 +18,7 @@ from torch.utils._triton import has_triton
 
 from dma_flex import flex_segment_attention
 from dma_kernels import Lifetimes, fused_attention, reference_attention, reference_mask, segment_attention
+from dma_kernels.fused_attention import KERNEL_DTYPES, MAX_HEAD_DIM
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def resolve_backend(name: str, device: str, index: int | None, dtype: torch.dtyp
 @cache
 def _auto_backend(device: str, index: int | None, dtype: torch.dtype, head_dim: int) -> str:
     chosen = "torch"
-    if device == "cuda" and dtype != torch.float64 and head_dim <= 256:
+    if device == "cuda" and dtype in KERNEL_DTYPES and head_dim <= MAX_HEAD_DIM:
         if torch.cuda.get_device_capability(index)[0] in _TRITON_FAMILIES and has_triton():
             chosen = "triton"
         elif head_dim >= 16:

@@ -17,7 +17,9 @@ from dma_kernels.attention_inputs import check_attention_inputs, check_lifetimes
 from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.segment_slots import SegmentSlots
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What the kernels can do.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
 
 
 def fused_attention(
@@ -73,13 +75,13 @@ def fused_attention(
 
 def check_kernels_can(dtype: torch.dtype, head_dim: int) -> None:
     """Raise `ValueError` for what the kernels cannot do, naming a backend that can."""
-    if dtype not in _DTYPES:
+    if dtype not in KERNEL_DTYPES:
         raise ValueError(
             f"backend 'triton' computes in float32, bfloat16 or float16, got {dtype}; use backend 'torch' for it"
         )
-    if head_dim > 256:
+    if head_dim > MAX_HEAD_DIM:
         raise ValueError(
-            f"backend 'triton' takes head dims up to 256, got {head_dim}; use backend 'torch' for larger ones"
+            f"backend 'triton' takes head dims up to {MAX_HEAD_DIM}, got {head_dim}; use backend 'torch' for others"
         )
 
 
