@@ -6,8 +6,8 @@ B batch, N length, C hidden size, H query heads, G KV heads, D head dim.
 import torch
 from torch import Tensor, nn
 
-from dma_kernels import ScoreForm, key_ranks, key_scores
-from dma_lightning.backends import BACKENDS, Backend, Selection, check_backend, resolve_backend
+from dma_kernels import DynamicMaskCache, FullCache, KeyCache, ScoreForm, key_ranks, key_scores
+from dma_lightning.backends import ATTENTIONS, Backend, Selection, attend, check_backend, resolve_backend
 from dma_lightning.rotary import apply_rotary
 
 
@@ -28,6 +28,7 @@ class DynamicMaskAttention(nn.Module):
         sinks: first keys of each document that stay visible besides.
         score_form: what is added to the logits, `exp(rank)` or the rank itself (`linear`).
         rope_theta: base of the rotary embedding.
+        rope_scaling: positions are divided by it before the rotary embedding.
         rms_norm_eps: epsilon of the RMSNorm on queries and keys.
         backend: `triton`, `flex`, `torch` or `reference`; `auto` is `triton` on CUDA where its tests have passed
             (Hopper GPUs), else `flex`, else `torch` (on a CPU, in float64, for head dims above 256).
@@ -49,6 +50,7 @@ class DynamicMaskAttention(nn.Module):
         sinks: int = 0,
         score_form: ScoreForm = "exp",
         rope_theta: float = 10_000.0,
+        rope_scaling: float = 1.0,
         rms_norm_eps: float = 1e-6,
         backend: Backend = "auto",
     ) -> None:
@@ -70,7 +72,7 @@ class DynamicMaskAttention(nn.Module):
             )
         self.hidden_size, self.head_dim = hidden_size, head_dim
         self.keep_window_size, self.keep_last, self.sinks = keep_window_size, keep_last, sinks
-        self.score_form, self.rope_theta = score_form, rope_theta
+        self.score_form, self.rope_theta, self.rope_scaling = score_form, rope_theta, rope_scaling
         check_backend(backend)
         self.backend = backend
 
@@ -84,13 +86,20 @@ class DynamicMaskAttention(nn.Module):
         self.dt_proj = nn.Linear(num_kv_heads * head_dim, num_kv_heads, bias=False)  # Δ
         key_scores(self.A.detach(), score_form)  # an unknown form is an error now, not in the first step
 
-    def forward(self, x: Tensor, documents: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
-        """Attend within each sequence.
+    def forward(
+        self,
+        x: Tensor,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
+        cache: KeyCache | None = None,
+    ) -> Tensor:
+        """Attend within each sequence, and to what its cache has read before.
 
         Args:
             x: `[B, N, C]`.
             documents: integer document ids `[B, N]`; a document is a run of equal ids and sees itself alone.
             padding: bool `[B, N]`, True at padded positions, which nobody sees.
+            cache: of `new_cache`; x goes on where it ends, and is added to it. For inference.
 
         Returns:
             `[B, N, C]`.
@@ -106,19 +115,40 @@ class DynamicMaskAttention(nn.Module):
                 f"expected x {weight.dtype} on {weight.device} as the weights, got {x.dtype} on {x.device}; "
                 "convert or move x or the module, or use autocast"
             )
-        q, k, v = self._project(x)
+        q, k, v = self._project(x, cache)
         ranks = key_ranks(v, self.A, self.dt_proj.weight)  # [B, G, N]
         scores = key_scores(ranks, self.score_form)
-        selection = Selection(self.keep_window_size, self.keep_last, self.sinks, documents, padding)
         backend = resolve_backend(self.backend, q.device.type, q.device.index, q.dtype, self.head_dim)
-        out = BACKENDS[backend](q, k, v, scores, ranks, selection)  # [B, H, N, D]
+        if cache is None:
+            selection = Selection(self.keep_window_size, self.keep_last, self.sinks, documents, padding)
+            out = attend(backend, q, k, v, scores, ranks, selection)  # [B, H, N, D]
+        else:
+            out = cache.attend(q, k, v, scores, ranks, documents, padding, ATTENTIONS[backend])
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> KeyCache:
+        """An empty cache for `batch` sequences on the module's device.
+
+        Args:
+            batch: B.
+            full: keep every key, for comparison or to change `keep_window_size` of the cache later.
+            dtype: of keys and values, if not that of the weights (under autocast, its dtype).
+        """
+        weight, kv_heads = self.k_proj.weight, self.A.numel()
+        selection = (self.keep_window_size, self.keep_last, self.sinks)
+        if full:
+            return FullCache(batch, *selection, device=weight.device)
+        return DynamicMaskCache(batch, kv_heads, self.head_dim, *selection, dtype or weight.dtype, weight.device)
+
+    def _project(self, x: Tensor, cache: KeyCache | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised, rotated queries `[B, H, N, D]` and keys, and values `[B, G, N, D]`, in one dtype."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q).to(v.dtype).transpose(1, 2), self.k_norm(k).to(v.dtype).transpose(1, 2)
-        return apply_rotary(q, self.rope_theta), apply_rotary(k, self.rope_theta), v.transpose(1, 2)
+        positions = None
+        if cache is not None:
+            positions = cache.length[:, None] + torch.arange(x.shape[1], device=x.device)
+        q, k = (apply_rotary(y, self.rope_theta, positions, self.rope_scaling) for y in (q, k))
+        return q, k, v.transpose(1, 2)
 
 
 def _autocasts(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The attention backends by name.
 
-A backend takes q, k, v, the keys' scores and ranks, and the selection, and returns the output of dynamic mask
-attention. None falls back to another: it runs as asked, or raises.
+A backend attends from q, k, v and the keys' scores over the lifetimes of the keys. None falls back to another: it runs
+as asked, or raises.
 
 B batch, H query heads, G KV heads, N length, D head dim.
 """
@@ -49,9 +49,6 @@ class Selection:
         }
 
 
-AttentionBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Selection], Tensor]
-
-
 def check_backend(name: str) -> None:
     """Raise `ValueError` for an unknown backend."""
     if name not in get_args(Backend):
@@ -76,29 +73,24 @@ def _auto_backend(device: str, index: int | None, dtype: torch.dtype, head_dim: 
     return chosen
 
 
-def _triton_backend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, ranks: Tensor, selection: Selection) -> Tensor:
-    """Triton kernels over segments: trains and infers on CUDA, the same bits in every run."""
-    return fused_attention(q, k, v, scores, Lifetimes.top_w(ranks, **selection.arguments()))
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, lifetimes: Lifetimes) -> Tensor:
+    """The O(N²) definition over lifetimes."""
+    return reference_attention(q, k, v, scores, lifetimes.to_dense())
 
 
-def _flex_backend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, ranks: Tensor, selection: Selection) -> Tensor:
-    """FlexAttention over segments, compiled: trains on CUDA, infers on CPU too."""
-    return flex_segment_attention(q, k, v, scores, Lifetimes.top_w(ranks, **selection.arguments()))
-
-
-def _torch_backend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, ranks: Tensor, selection: Selection) -> Tensor:
-    """Dense matmuls per segment: linear in N, any device, trains anywhere."""
-    return segment_attention(q, k, v, scores, Lifetimes.top_w(ranks, **selection.arguments()))
-
-
-def _reference_backend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, ranks: Tensor, selection: Selection) -> Tensor:
-    """The O(N²) definition, for tests."""
-    return reference_attention(q, k, v, scores, reference_mask(ranks, **selection.arguments()))
-
-
-BACKENDS: dict[str, AttentionBackend] = {
-    "triton": _triton_backend,
-    "flex": _flex_backend,
-    "torch": _torch_backend,
-    "reference": _reference_backend,
+# Attention over lifetimes, of q, k, v and scores.
+ATTENTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Lifetimes], Tensor]] = {
+    "triton": fused_attention,
+    "flex": flex_segment_attention,
+    "torch": segment_attention,
+    "reference": dense_attention,
 }
+
+
+def attend(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, scores: Tensor, ranks: Tensor, selection: Selection
+) -> Tensor:
+    """Dynamic mask attention by a backend, `[B, H, N, D]`."""
+    if backend == "reference":  # with a mask of its own, in which nothing is shared with the others
+        return reference_attention(q, k, v, scores, reference_mask(ranks, **selection.arguments()))
+    return ATTENTIONS[backend](q, k, v, scores, Lifetimes.top_w(ranks, **selection.arguments()))

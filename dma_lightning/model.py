@@ -3,13 +3,14 @@
 B batch, N length, C hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dma_kernels import ScoreForm
+from dma_kernels import KeyCache, ScoreForm
 from dma_lightning.attention import DynamicMaskAttention
 from dma_lightning.backends import Backend
 
@@ -21,7 +22,7 @@ class ModelConfig:
     vocab_size: int = 256
     """Number of different tokens."""
     max_position_embeddings: int = 256
-    """Longest sequence that the model takes, in tokens."""
+    """Longest sequence that the model takes at once, in tokens; generation goes on beyond it."""
     hidden_size: int = 128
     """Width of the residual stream."""
     intermediate_size: int = 384
@@ -44,6 +45,8 @@ class ModelConfig:
     """Bias that a key's rank adds to its logits: exp(rank), or the rank itself (linear)."""
     rope_theta: float = 10_000.0
     """Base of the rotary position embedding."""
+    rope_scaling: float = 1.0
+    """Positions are divided by it before the rotary embedding (position interpolation); 1 leaves them as they are."""
     rms_norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
     hidden_dropout: float = 0.0
@@ -60,7 +63,7 @@ class ModelConfig:
         for name in ("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+        for name in ("rope_theta", "rope_scaling", "rms_norm_eps", "initializer_range"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         if not 0 <= self.hidden_dropout < 1:
@@ -97,6 +100,7 @@ class DogeLayer(nn.Module):
             sinks=config.sinks,
             score_form=config.score_form,
             rope_theta=config.rope_theta,
+            rope_scaling=config.rope_scaling,
             rms_norm_eps=config.rms_norm_eps,
             backend=config.backend,
         )
@@ -105,8 +109,14 @@ class DogeLayer(nn.Module):
         self.mlp = DogeMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x: Tensor, documents: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), documents, padding)
+    def forward(
+        self,
+        x: Tensor,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
+        cache: KeyCache | None = None,
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), documents, padding, cache)
         x = self.input_residual * x + self.dropout(attended)
         return self.post_attention_residual * x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
@@ -128,13 +138,22 @@ class DogeForCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, documents: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
+        cache: Sequence[KeyCache] | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
         """Logits of the next token at every position.
 
         Args:
-            input_ids: int64 `[B, N]`, N at most `max_position_embeddings`.
+            input_ids: int64 `[B, N]`, N at most `max_position_embeddings` without a cache.
             documents: integer document ids `[B, N]`, see `DynamicMaskAttention.forward`.
             padding: bool `[B, N]`, True at padded positions.
+            cache: of `new_cache`, one for each layer; the tokens go on where it ends, and are added to it.
+            last_only: only the logits of the last position, `[B, 1, V]`.
 
         Returns:
             `[B, N, V]`.
@@ -150,15 +169,19 @@ class DogeForCausalLM(nn.Module):
                 f"input_ids: expected on {self.embed_tokens.weight.device} as the model, got {input_ids.device}; "
                 "move one of them"
             )
-        if input_ids.shape[1] > longest:
+        if cache is None and input_ids.shape[1] > longest:
             raise ValueError(
                 f"input_ids: expected at most max_position_embeddings = {longest} tokens, got {input_ids.shape[1]}; "
                 "shorten the sequence or raise max_position_embeddings"
             )
         x = self.embed_tokens(input_ids)  # [B, N, C]
-        for layer in self.layers:
-            x = layer(x, documents, padding)
-        return self.lm_head(self.norm(x))
+        for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers), strict=True):
+            x = layer(x, documents, padding, layer_cache)
+        return self.lm_head(self.norm(x[:, -1:] if last_only else x))
+
+    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> list[KeyCache]:
+        """Empty caches of all layers; arguments as `DynamicMaskAttention.new_cache`."""
+        return [layer.self_attn.new_cache(batch, full, dtype) for layer in self.layers]
 
     @property
     def num_parameters(self) -> int:

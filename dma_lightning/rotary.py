@@ -1,21 +1,29 @@
 """Rotary position embedding, in the rotate-half layout.
 
-N length, D head dim.
+B batch, N length, D head dim.
 """
 
 import torch
 from torch import Tensor
 
 
-def apply_rotary(x: Tensor, theta: float) -> Tensor:
-    """Rotate the rows of `x` `[..., N, D]` by their positions 0 … N-1; D is even.
+def apply_rotary(x: Tensor, theta: float, positions: Tensor | None = None, scaling: float = 1.0) -> Tensor:
+    """Rotate the rows of `x` by their positions, divided by `scaling`.
 
-    Source: arXiv 2104.09864; halves rotated as in GPT-NeoX and Llama.
+    Args:
+        x: `[B, heads, N, D]`, D even.
+        theta: base of the frequencies.
+        positions: integers `[B, N]`, by default 0 … N-1.
+        scaling: positions are divided by it, which fits a longer text into the angles of training.
+
+    Source: arXiv 2104.09864; halves rotated as in GPT-NeoX and Llama; scaling as in arXiv 2306.15595.
     """
     length, dim = x.shape[-2:]
     dtype = torch.promote_types(x.dtype, torch.float32)
     frequency = theta ** -(torch.arange(0, dim, 2, device=x.device, dtype=dtype) / dim)
-    angle = torch.arange(length, device=x.device, dtype=dtype)[:, None] * frequency  # [N, D / 2]
+    if positions is None:
+        positions = torch.arange(length, device=x.device)[None]
+    angle = (positions.to(dtype) / scaling)[:, None, :, None] * frequency  # [B or 1, 1, N, D / 2]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
