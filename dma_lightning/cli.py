@@ -1,14 +1,16 @@
-"""The command line: `dma-lightning fit | validate | test | predict`."""
+"""The command line: `dma-lightning fit | validate | test | predict`, which are Lightning's, and `generate`."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import auto_cli, set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from dma_lightning.data import SequenceDataModule
+from dma_lightning.generate_command import generate
 from dma_lightning.language_model import LanguageModel
 
 # What the data dictates to the model: attribute of the data module, and argument of the model.
@@ -91,7 +93,10 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
-        parser_kwargs={"description": "Train and evaluate language models with dynamic mask attention."},
+        parser_kwargs={
+            "description": "Train and evaluate language models with dynamic mask attention. "
+            "`dma-lightning generate --help` tells how to make text."
+        },
         args=args,
         run=run,
     )
@@ -99,4 +104,10 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
 
 def main() -> None:
     """The console script."""
-    build_cli()
+    if sys.argv[1:2] != ["generate"]:
+        build_cli()
+        return
+    try:
+        auto_cli(generate, args=sys.argv[2:], as_positional=False, prog="dma-lightning generate")
+    except ValueError as error:
+        sys.exit(f"dma-lightning generate: {error}")

@@ -5,6 +5,7 @@ B batch, N length, C hidden size, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from dma_kernels import KeyCache, ScoreForm
 from dma_lightning.attention import DynamicMaskAttention
 from dma_lightning.backends import Backend
+from dma_lightning.generation import generate
+from dma_lightning.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,12 @@ class DogeForCausalLM(nn.Module):
     def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> list[KeyCache]:
         """Empty caches of all layers; arguments as `DynamicMaskAttention.new_cache`."""
         return [layer.self_attn.new_cache(batch, full, dtype) for layer in self.layers]
+
+    def generate(
+        self, input_ids: Tensor, max_new_tokens: int, sampling: Sampling | None = None, **options: Any
+    ) -> Tensor:
+        """Go on with prompts `[B, N]`, int64 `[B, at most max_new_tokens]`; see `stream_tokens` for the options."""
+        return generate(self, input_ids, max_new_tokens, sampling, **options)
 
     @property
     def num_parameters(self) -> int:

@@ -7,6 +7,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # processes whose threads wait for each other take ten times as long
 
 
 @pytest.fixture(autouse=True)

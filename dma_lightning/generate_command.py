@@ -1,0 +1,89 @@
+"""`dma-lightning generate`: text from a checkpoint, as it is made."""
+
+import pickle
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from dma_lightning.generation import ByteTokenizer, decode_until, pad_prompts, stream_tokens
+from dma_lightning.language_model import LanguageModel
+from dma_lightning.sampling import Sampling
+
+
+def generate(
+    ckpt_path: Path,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: list[str] | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    backend: str | None = None,
+    full_cache: bool = False,
+) -> None:
+    """Go on with a text, and print it as it is made; at the end, on stderr, how fast that was.
+
+    Args:
+        ckpt_path: a checkpoint of a model of bytes.
+        prompt: text to go on with.
+        max_new_tokens: how many tokens to make.
+        temperature: logits are divided by it before tokens are drawn; 0 takes the likeliest token.
+        top_k: draw from the k likeliest tokens.
+        top_p: draw from the likeliest tokens that together reach this probability.
+        min_p: draw from the tokens that are at least this share as likely as the likeliest.
+        repetition_penalty: above 1, makes tokens that occurred before less likely.
+        stop: strings before which the text ends.
+        seed: of the tokens that are drawn.
+        device: where to compute, such as cpu or cuda:1; by default the GPU if there is one.
+        backend: attention backend, if not the checkpoint's.
+        full_cache: keep all keys, for comparison; the text is the same.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
+    model, tokenizer = load_language_model(ckpt_path, device, backend).model, ByteTokenizer()
+    input_ids, _ = pad_prompts([tokenizer.encode(prompt)], device)
+    made = 0
+
+    def tokens() -> Iterator[int]:
+        nonlocal made
+        for token in stream_tokens(model, input_ids, max_new_tokens, sampling, seed=seed, full_cache=full_cache):
+            made += 1
+            yield token.item()
+
+    print(prompt, end="", flush=True)
+    start = time.perf_counter()
+    for piece in decode_until(tokenizer, tokens(), stop or ()):
+        print(piece, end="", flush=True)
+    seconds = time.perf_counter() - start
+    print(flush=True)
+    print(f"{made} tokens in {seconds:.2f} s, {made / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+def load_language_model(path: Path, device: str, backend: str | None = None) -> LanguageModel:
+    """The model of a checkpoint, if its tokens are bytes.
+
+    Raises:
+        ValueError: if there is no such file, it is damaged, or its tokens are no text.
+    """
+    if not path.is_file():
+        raise ValueError(f"ckpt_path: expected a checkpoint file, got {str(path)!r}; look under runs/")
+    changed = {} if backend is None else {"backend": backend}
+    try:
+        model = LanguageModel.load_from_checkpoint(path, map_location=device, weights_only=True, **changed)
+    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path}: expected a checkpoint of `dma-lightning fit`, got one that cannot be read: {error}"
+        ) from error
+    if model.model.config.vocab_size != ByteTokenizer.vocab_size or model.hparams.bytes_per_token != 1:
+        raise ValueError(
+            f"{path}: expected a model of text, byte by byte, got one of {model.model.config.vocab_size} tokens "
+            "trained on data that is no text"
+        )
+    return model.eval()

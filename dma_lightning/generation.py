@@ -1,0 +1,234 @@
+"""Tokens and text out of a trained model, at a constant cost per token.
+
+B batch, N prompt length, V vocabulary.
+"""
+
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dma_kernels import KeyCache
+from dma_lightning.sampling import Sampling
+
+
+class Decoder(Protocol):
+    """A model that reads on from a cache, such as `DogeForCausalLM`."""
+
+    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> list[KeyCache]:
+        """Empty caches of all layers."""
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
+        cache: Sequence[KeyCache] | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits."""
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back."""
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text."""
+
+    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
+        """One piece of text for each token, empty as long as a character is not whole; at last what is left over."""
+
+
+class ByteTokenizer:
+    """The bytes of UTF-8 as tokens; what is no UTF-8 decodes to U+FFFD."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> list[int]:
+        """One token per byte."""
+        return list(text.encode())
+
+    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Characters as soon as their last byte is there."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in tokens:
+            yield decoder.decode(bytes([token]))
+        yield decoder.decode(b"", final=True)
+
+
+@torch.no_grad()
+def stream_tokens(
+    model: Decoder,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    *,
+    padding: Tensor | None = None,
+    eos_token_id: int | None = None,
+    seed: int | None = None,
+    full_cache: bool = False,
+    chunk_size: int = 8192,
+) -> Iterator[Tensor]:
+    """Go on with sequences, token by token.
+
+    Dropout and the like are off while tokens are made. A prompt may be longer than `max_position_embeddings`.
+
+    Args:
+        model: the decoder.
+        input_ids: the prompts, int64 `[B, N]`, N >= 1.
+        max_new_tokens: when to stop.
+        sampling: how tokens are chosen; by default the likeliest.
+        padding: bool `[B, N]`, True at the padded positions of shorter prompts, which are padded on the left.
+        eos_token_id: a sequence ends with it, and goes on as it until all have ended.
+        seed: of the tokens that are drawn; by default torch's global generator draws.
+        full_cache: keep all keys, for comparison; the tokens are the same.
+        chunk_size: the prompt is read in pieces of so many positions.
+
+    Yields:
+        int64 `[B]`, the next token of each sequence.
+
+    Raises:
+        ValueError: on a wrong shape or size, or padding that is not on the left.
+    """
+    sampling = sampling or Sampling()
+    _check_prompts(input_ids, padding, max_new_tokens, chunk_size)
+    generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+    cache = model.new_cache(input_ids.shape[0], full_cache)
+    ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    with _evaluating(model):
+        logits = _read_prompts(model, input_ids, padding, cache, chunk_size)
+        real = torch.ones_like(input_ids, dtype=torch.bool) if padding is None else ~padding
+        occurred = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
+        occurred = occurred.scatter_add_(1, input_ids.long(), real.int()) > 0
+    for i in range(max_new_tokens):
+        token = sampling.choose(logits, occurred, generator)
+        if eos_token_id is not None:
+            token = token.masked_fill(ended, eos_token_id)
+            ended = ended | (token == eos_token_id)
+        occurred.scatter_(1, token[:, None], True)
+        yield token
+        if i + 1 == max_new_tokens or (eos_token_id is not None and bool(ended.all())):
+            return
+        with _evaluating(model):
+            logits = model(token[:, None], cache=cache, last_only=True)[:, -1]
+
+
+def generate(model: Decoder, input_ids: Tensor, max_new_tokens: int, *args: object, **kwargs: object) -> Tensor:
+    """All tokens of `stream_tokens`, int64 `[B, at most max_new_tokens]`."""
+    tokens = list(stream_tokens(model, input_ids, max_new_tokens, *args, **kwargs))
+    return torch.stack(tokens, dim=1) if tokens else input_ids.new_empty(input_ids.shape[0], 0)
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """Prompts of different lengths side by side, padded on the left: int64 and bool `[B, N]`.
+
+    Raises:
+        ValueError: without prompts, or if one is empty.
+    """
+    if not prompts or not all(prompts):
+        raise ValueError(f"prompts: expected at least one, each with a token, got lengths {[len(x) for x in prompts]}")
+    longest = max(len(prompt) for prompt in prompts)
+    rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    padded = [[True] * (longest - len(prompt)) + [False] * len(prompt) for prompt in prompts]
+    return torch.tensor(rows, device=device), torch.tensor(padded, device=device)
+
+
+def stream_text(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    *,
+    stop: Sequence[str] = (),
+    device: torch.device | str | None = None,
+    **kwargs: object,
+) -> Iterator[str]:
+    """Go on with a text; pieces of it as they come.
+
+    Args:
+        model: the decoder.
+        tokenizer: of the model.
+        prompt: text to go on with, not empty.
+        max_new_tokens: when to stop.
+        sampling: how tokens are chosen; by default the likeliest.
+        stop: strings before which the text ends.
+        device: where the model is.
+        kwargs: further arguments of `stream_tokens`.
+
+    Raises:
+        ValueError: for an empty prompt or stop string, and as `stream_tokens`.
+    """
+    if not prompt:
+        raise ValueError("prompt: expected text, got an empty string")
+    input_ids, _ = pad_prompts([tokenizer.encode(prompt)], device)
+    tokens = (token.item() for token in stream_tokens(model, input_ids, max_new_tokens, sampling, **kwargs))
+    yield from decode_until(tokenizer, tokens, stop)
+
+
+def decode_until(tokenizer: Tokenizer, tokens: Iterable[int], stop: Sequence[str] = ()) -> Iterator[str]:
+    """Text of tokens as they come, up to the first of the stop strings, beyond which no token is taken.
+
+    Raises:
+        ValueError: for an empty stop string.
+    """
+    if not all(stop):
+        raise ValueError("stop: expected text, got an empty string")
+    return _until(tokenizer.decode_stream(tokens), stop)
+
+
+def _until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """Text up to the first of the stop strings; what may be the beginning of one is held back."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [held.find(text) for text in stop if text in held]
+        if found:
+            yield held[: min(found)]
+            return
+        back = max((n for text in stop for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
+        if len(held) > back:
+            yield held[: len(held) - back]
+            held = held[len(held) - back :]
+    if held:
+        yield held
+
+
+def _read_prompts(
+    model: Decoder, input_ids: Tensor, padding: Tensor | None, cache: Sequence[KeyCache], chunk_size: int
+) -> Tensor:
+    """Logits of the first new token, `[B, V]`."""
+    for start in range(0, input_ids.shape[1], chunk_size):
+        part = slice(start, start + chunk_size)
+        padded = None if padding is None else padding[:, part]
+        logits = model(input_ids[:, part], padding=padded, cache=cache, last_only=True)
+    return logits[:, -1]
+
+
+def _check_prompts(input_ids: Tensor, padding: Tensor | None, max_new_tokens: int, chunk_size: int) -> None:
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids: expected [B >= 1, N >= 1], got {list(input_ids.shape)}")
+    if max_new_tokens < 0 or chunk_size < 1:
+        raise ValueError(f"expected max_new_tokens >= 0 and chunk_size >= 1, got {max_new_tokens} and {chunk_size}")
+    if padding is None:
+        return
+    if padding.shape != input_ids.shape or padding.dtype != torch.bool:
+        raise ValueError(f"padding: expected bool {list(input_ids.shape)}, got {padding.dtype} {list(padding.shape)}")
+    if padding[:, -1].any() or (padding[:, 1:] & ~padding[:, :-1]).any():
+        raise ValueError("padding: expected True on the left of each row alone, and a real token at its end")
+
+
+@contextmanager
+def _evaluating(model: Decoder) -> Iterator[None]:
+    """Evaluation mode within, the mode before without."""
+    training = [x for x in model.modules() if x.training] if isinstance(model, nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

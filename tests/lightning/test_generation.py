@@ -1,0 +1,225 @@
+"""Decoding token by token is the full forward; sampling is that of Hugging Face; text ends where it should."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from dma_lightning import (
+    ByteTokenizer,
+    DogeForCausalLM,
+    ModelConfig,
+    Sampling,
+    generate,
+    pad_prompts,
+    stream_text,
+    stream_tokens,
+)
+from dma_lightning.generation import decode_until
+
+
+def make_model(**changed: object) -> DogeForCausalLM:
+    """A small model whose ranks differ."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 2100}
+    model = DogeForCausalLM(ModelConfig(**sizes | {"keep_window_size": 64} | changed))
+    for layer in model.layers:
+        torch.nn.init.normal_(layer.self_attn.A)
+        torch.nn.init.normal_(layer.self_attn.dt_proj.weight)
+    return model.eval()
+
+
+def decoded(model: DogeForCausalLM, tokens: Tensor, chunks: list[int], **options: Tensor) -> Tensor:
+    """Logits of all positions from a cache, read in chunks and then token by token."""
+    cache, logits, start = model.new_cache(tokens.shape[0]), [], 0
+    for size in [*chunks, *[1] * (tokens.shape[1] - sum(chunks))]:
+        part = slice(start, start + size)
+        logits.append(model(tokens[:, part], cache=cache, **{name: x[:, part] for name, x in options.items()}))
+        start += size
+    return torch.cat(logits, dim=1)
+
+
+@torch.no_grad()
+def test_2000_steps_equal_the_full_forward() -> None:
+    """With w = 64, so nearly all keys have been dropped."""
+    model, tokens = make_model(), torch.randint(256, (1, 2000))
+    torch.testing.assert_close(decoded(model, tokens, []), model(tokens), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("chunks", [[1], [37], [5, 101, 1, 77]])
+def test_chunks_padding_and_documents_equal_the_full_forward(chunks: list[int], full: bool) -> None:
+    model, tokens = make_model(keep_window_size=20, keep_last=3, sinks=2), torch.randint(256, (3, 250))
+    padding = torch.arange(250) < torch.tensor([[0], [30], [110]])
+    documents = torch.arange(250).expand(3, -1) // 120
+    expected = model(tokens, documents, padding)
+    found = decoded(model, tokens, chunks, documents=documents, padding=padding)
+    torch.testing.assert_close(found[~padding], expected[~padding], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_prompts_of_different_lengths_do_not_see_each_other() -> None:
+    model = make_model(keep_window_size=16)
+    prompts = [torch.randint(256, (n,)).tolist() for n in (3, 40, 17)]
+    input_ids, padding = pad_prompts(prompts)
+    together = generate(model, input_ids, 30, padding=padding)
+    for row, prompt in zip(together, prompts, strict=True):
+        assert torch.equal(row, model.generate(torch.tensor([prompt]), 30)[0])
+
+
+@torch.no_grad()
+def test_the_small_cache_makes_the_text_of_the_full_one() -> None:
+    model, prompt = make_model(), torch.randint(256, (2, 300))
+    tokens = model.generate(prompt, 100)
+    assert torch.equal(tokens, model.generate(prompt, 100, full_cache=True))
+    assert torch.equal(tokens, model.generate(prompt, 100, chunk_size=77))
+    sequence = prompt
+    for _ in range(20):  # and of no cache at all
+        sequence = torch.cat([sequence, model(sequence)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(tokens[:, :20], sequence[:, 300:])
+
+
+def test_a_prompt_may_be_longer_than_the_training_length() -> None:
+    model = make_model(max_position_embeddings=32, rope_scaling=4.0)
+    assert model.generate(torch.randint(256, (1, 100)), 5).shape == (1, 5)
+
+
+def test_generation_leaves_the_model_as_it_was() -> None:
+    model = make_model(hidden_dropout=0.5).train()
+    model.layers[0].eval()
+    prompt = torch.randint(256, (1, 9))
+    tokens = model.generate(prompt, 20)
+    assert model.training
+    assert not model.layers[0].training
+    assert torch.equal(tokens, model.eval().generate(prompt, 20))  # no dropout meanwhile
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.7),
+        Sampling(temperature=1.3, top_k=5),
+        Sampling(temperature=1.0, top_k=500),
+        Sampling(temperature=0.8, top_p=0.6),
+        Sampling(temperature=1.0, min_p=0.2),
+        Sampling(1.3, 0.9, 20, 0.9, 0.05),
+    ],
+    ids=str,
+)
+def test_filters_are_those_of_transformers(sampling: Sampling) -> None:
+    logits, tokens = 3 * torch.randn(8, 50), torch.randint(50, (8, 12))
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)])
+    processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k is not None:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p is not None:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p is not None:
+        processors.append(MinPLogitsWarper(sampling.min_p))
+    occurred = torch.zeros(8, 50, dtype=torch.bool).scatter_(1, tokens, True)
+    torch.testing.assert_close(sampling.filtered(logits, occurred), processors(tokens, logits.clone()))
+
+
+def test_tokens_are_drawn_in_proportion() -> None:
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(20_000, -1)
+    drawn = Sampling(temperature=1.0).choose(logits, torch.zeros(20_000, 4, dtype=torch.bool))
+    share = drawn.bincount(minlength=4) / 20_000
+    torch.testing.assert_close(share, torch.tensor([0.1, 0.2, 0.3, 0.4]), rtol=0, atol=5 * 0.5 / 20_000**0.5)
+
+
+def test_a_seed_makes_the_same_text() -> None:
+    model, prompt = make_model(), torch.randint(256, (2, 9))
+    draw = [model.generate(prompt, 30, Sampling(temperature=1.0), seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(draw[0], draw[1])
+    assert not torch.equal(draw[0], draw[2])
+
+
+def test_repetition_penalty_counts_prompt_and_new_tokens_but_no_padding() -> None:
+    """A penalty without end allows each token once."""
+    model = make_model()
+    input_ids, padding = pad_prompts([[5, 6, 7], [9]])
+    tokens = model.generate(input_ids, 40, Sampling(repetition_penalty=1e30), padding=padding)
+    for row, prompt in zip(tokens.tolist(), ([5, 6, 7], [9]), strict=True):
+        positive = len(set(row) | set(prompt)) == len(row) + len(prompt)
+        assert positive
+
+
+def test_sequences_end_with_eos() -> None:
+    model, prompt = make_model(), torch.randint(256, (2, 9))
+    free = model.generate(prompt, 50, Sampling(temperature=1.0), seed=3)
+    eos = free[0, 10].item()
+    tokens = model.generate(prompt, 50, Sampling(temperature=1.0), seed=3, eos_token_id=eos)
+    ends = [(row == eos).nonzero()[0].item() if (row == eos).any() else 50 for row in free]
+    assert tokens.shape[1] == min(max(ends) + 1, 50)
+    for row, expected, end in zip(tokens, free, ends, strict=True):
+        assert torch.equal(row[: end + 1], expected[: end + 1])
+        assert (row[end:] == eos).all()
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [([], "ab ENDc é"), (["END"], "ab "), (["ENDx"], "ab ENDc é"), (["é", "c "], "ab END"), (["zz", "b E"], "a")],
+)
+def test_text_ends_before_a_stop_string(stop: list[str], expected: str) -> None:
+    taken = []
+
+    def tokens():
+        for token in "ab ENDc é".encode():
+            taken.append(token)
+            yield token
+
+    assert "".join(decode_until(ByteTokenizer(), tokens(), stop)) == expected
+    if stop == ["END"]:
+        assert bytes(taken) == b"ab END"  # no token is made in vain
+
+
+def test_bytes_become_text_as_soon_as_a_character_is_whole() -> None:
+    tokenizer = ByteTokenizer()
+    text = "aé𝄞z"
+    assert list(tokenizer.decode_stream(tokenizer.encode(text))) == ["a", "", "é", "", "", "", "𝄞", "z", ""]
+    assert "".join(tokenizer.decode_stream([0xC3, 65, 0xF0])) == "\ufffdA\ufffd"
+
+
+def test_text_streams() -> None:
+    model = make_model()
+    pieces = list(stream_text(model, ByteTokenizer(), "abc", 30, Sampling(temperature=1.0), seed=0))
+    tokens = model.generate(torch.tensor([[97, 98, 99]]), 30, Sampling(temperature=1.0), seed=0)[0]
+    assert "".join(pieces) == bytes(tokens.tolist()).decode(errors="replace")
+    assert len(pieces) > 1
+
+
+def test_bad_input() -> None:
+    model, ids = make_model(), torch.randint(256, (2, 5))
+    for sampling, message in (
+        ({"temperature": -1.0}, "temperature >= 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty > 0"),
+        ({"top_k": 0}, "top_k: expected at least 1, got 0"),
+        ({"top_p": 1.5}, "top_p: expected 0 < top_p <= 1, got 1.5"),
+        ({"min_p": 0.0}, "min_p"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Sampling(**sampling)
+    with pytest.raises(ValueError, match=r"input_ids: expected \[B >= 1, N >= 1\], got \[2, 0\]"):
+        model.generate(ids[:, :0], 3)
+    with pytest.raises(ValueError, match="max_new_tokens >= 0"):
+        model.generate(ids, -1)
+    with pytest.raises(ValueError, match="padding: expected True on the left"):
+        model.generate(ids, 3, padding=torch.tensor([[False] * 4 + [True], [False] * 5]))
+    with pytest.raises(ValueError, match="padding: expected bool"):
+        model.generate(ids, 3, padding=torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="each with a token"):
+        pad_prompts([[1], []])
+    with pytest.raises(ValueError, match="prompt: expected text"):
+        next(stream_text(model, ByteTokenizer(), "", 3))
+    with pytest.raises(ValueError, match="stop: expected text"):
+        decode_until(ByteTokenizer(), [], [""])
+    assert model.generate(ids, 0).shape == (2, 0)
+    assert len(list(stream_tokens(model, ids, 4))) == 4
