@@ -2,22 +2,27 @@
 
 from dma_lightning.attention import DynamicMaskAttention
 from dma_lightning.data import MQARDataModule, TextDataModule
-from dma_lightning.generation import ByteTokenizer, generate, pad_prompts, stream_text, stream_tokens
+from dma_lightning.generation import generate, pad_prompts, stream_text, stream_tokens
+from dma_lightning.huggingface import load_doge, save_doge
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.model import DogeForCausalLM, ModelConfig
 from dma_lightning.sampling import Sampling
+from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer
 
 __all__ = [
     "ByteTokenizer",
     "DogeForCausalLM",
     "DynamicMaskAttention",
+    "FileTokenizer",
     "LanguageModel",
     "MQARDataModule",
     "ModelConfig",
     "Sampling",
     "TextDataModule",
     "generate",
+    "load_doge",
     "pad_prompts",
+    "save_doge",
     "stream_text",
     "stream_tokens",
 ]

@@ -30,6 +30,7 @@ class DynamicMaskAttention(nn.Module):
         rope_theta: base of the rotary embedding.
         rope_scaling: positions are divided by it before the rotary embedding.
         rms_norm_eps: epsilon of the RMSNorm on queries and keys.
+        bias: whether the projections and Δ have a bias.
         backend: `triton`, `flex`, `torch` or `reference`; `auto` is `triton` on CUDA where its tests have passed
             (Hopper GPUs), else `flex`, else `torch` (on a CPU, in float64, for head dims above 256).
 
@@ -52,6 +53,7 @@ class DynamicMaskAttention(nn.Module):
         rope_theta: float = 10_000.0,
         rope_scaling: float = 1.0,
         rms_norm_eps: float = 1e-6,
+        bias: bool = False,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -76,14 +78,14 @@ class DynamicMaskAttention(nn.Module):
         check_backend(backend)
         self.backend = backend
 
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
         self.q_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps)
         self.k_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps)
         self.A = nn.Parameter(torch.zeros(num_kv_heads))
-        self.dt_proj = nn.Linear(num_kv_heads * head_dim, num_kv_heads, bias=False)  # Δ
+        self.dt_proj = nn.Linear(num_kv_heads * head_dim, num_kv_heads, bias=bias)  # Δ
         key_scores(self.A.detach(), score_form)  # an unknown form is an error now, not in the first step
 
     def forward(
@@ -116,7 +118,7 @@ class DynamicMaskAttention(nn.Module):
                 "convert or move x or the module, or use autocast"
             )
         q, k, v = self._project(x, cache)
-        ranks = key_ranks(v, self.A, self.dt_proj.weight)  # [B, G, N]
+        ranks = key_ranks(v, self.A, self.dt_proj.weight, self.dt_proj.bias)  # [B, G, N]
         scores = key_scores(ranks, self.score_form)
         backend = resolve_backend(self.backend, q.device.type, q.device.index, q.dtype, self.head_dim)
         if cache is None:

@@ -1,4 +1,4 @@
-"""The command line: `dma-lightning fit | validate | test | predict`, which are Lightning's, and `generate`."""
+"""The command line: `dma-lightning fit | validate | test | predict`, which are Lightning's, and commands of our own."""
 
 import argparse
 import sys
@@ -11,6 +11,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from dma_lightning.data import SequenceDataModule
 from dma_lightning.generate_command import generate
+from dma_lightning.huggingface_commands import export_hf, import_hf
 from dma_lightning.language_model import LanguageModel
 
 # What the data dictates to the model: attribute of the data module, and argument of the model.
@@ -19,6 +20,8 @@ _LINKS = {
     "sequence_length": "max_position_embeddings",
     "bytes_per_token": "bytes_per_token",
 }
+
+_COMMANDS = {"generate": generate, "import-hf": import_hf, "export-hf": export_hf}
 
 _LIGHTNING_CHECKPOINTS = {"best", "last", "hpc", "registry"}
 
@@ -95,7 +98,7 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
         seed_everything_default=0,
         parser_kwargs={
             "description": "Train and evaluate language models with dynamic mask attention. "
-            "`dma-lightning generate --help` tells how to make text."
+            "Besides the subcommands below: " + ", ".join(f"`dma-lightning {name} --help`" for name in _COMMANDS) + "."
         },
         args=args,
         run=run,
@@ -104,10 +107,11 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
 
 def main() -> None:
     """The console script."""
-    if sys.argv[1:2] != ["generate"]:
+    name, *args = sys.argv[1:] or [""]
+    if name not in _COMMANDS:
         build_cli()
         return
     try:
-        auto_cli(generate, args=sys.argv[2:], as_positional=False, prog="dma-lightning generate")
+        auto_cli(_COMMANDS[name], args=args, as_positional=name != "generate", prog=f"dma-lightning {name}")
     except ValueError as error:
-        sys.exit(f"dma-lightning generate: {error}")
+        sys.exit(f"dma-lightning {name}: {error}")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from dma_lightning.generation import ByteTokenizer, decode_until, pad_prompts, stream_tokens
+from dma_lightning.generation import decode_until, pad_prompts, stream_tokens
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.sampling import Sampling
+from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 
 
 def generate(
@@ -23,6 +24,7 @@ def generate(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     stop: list[str] | None = None,
+    eos_token_id: int | None = None,
     seed: int = 0,
     device: str | None = None,
     backend: str | None = None,
@@ -31,7 +33,7 @@ def generate(
     """Go on with a text, and print it as it is made; at the end, on stderr, how fast that was.
 
     Args:
-        ckpt_path: a checkpoint of a model of bytes.
+        ckpt_path: a checkpoint; its tokens are bytes, or those of a tokenizer.json beside it.
         prompt: text to go on with.
         max_new_tokens: how many tokens to make.
         temperature: logits are divided by it before tokens are drawn; 0 takes the likeliest token.
@@ -40,6 +42,7 @@ def generate(
         min_p: draw from the tokens that are at least this share as likely as the likeliest.
         repetition_penalty: above 1, makes tokens that occurred before less likely.
         stop: strings before which the text ends.
+        eos_token_id: token with which the text ends; by default none.
         seed: of the tokens that are drawn.
         device: where to compute, such as cpu or cuda:1; by default the GPU if there is one.
         backend: attention backend, if not the checkpoint's.
@@ -47,13 +50,15 @@ def generate(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
-    model, tokenizer = load_language_model(ckpt_path, device, backend).model, ByteTokenizer()
+    module = load_checkpoint(ckpt_path, device, backend)
+    model, tokenizer = module.model, tokenizer_of(module, ckpt_path)
     input_ids, _ = pad_prompts([tokenizer.encode(prompt)], device)
     made = 0
 
     def tokens() -> Iterator[int]:
         nonlocal made
-        for token in stream_tokens(model, input_ids, max_new_tokens, sampling, seed=seed, full_cache=full_cache):
+        options = {"seed": seed, "full_cache": full_cache, "eos_token_id": eos_token_id}
+        for token in stream_tokens(model, input_ids, max_new_tokens, sampling, **options):
             made += 1
             yield token.item()
 
@@ -66,24 +71,40 @@ def generate(
     print(f"{made} tokens in {seconds:.2f} s, {made / seconds:.0f} tokens/s", file=sys.stderr)
 
 
-def load_language_model(path: Path, device: str, backend: str | None = None) -> LanguageModel:
-    """The model of a checkpoint, if its tokens are bytes.
+def load_checkpoint(path: Path, device: str, backend: str | None = None) -> LanguageModel:
+    """The model of a checkpoint, to infer with.
 
     Raises:
-        ValueError: if there is no such file, it is damaged, or its tokens are no text.
+        ValueError: if there is no such file, or it is damaged.
     """
     if not path.is_file():
         raise ValueError(f"ckpt_path: expected a checkpoint file, got {str(path)!r}; look under runs/")
     changed = {} if backend is None else {"backend": backend}
     try:
-        model = LanguageModel.load_from_checkpoint(path, map_location=device, weights_only=True, **changed)
+        return LanguageModel.load_from_checkpoint(path, map_location=device, weights_only=True, **changed).eval()
     except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{path}: expected a checkpoint of `dma-lightning fit`, got one that cannot be read: {error}"
+            f"{path}: expected a checkpoint of `dma-lightning`, got one that cannot be read: {error}"
         ) from error
-    if model.model.config.vocab_size != ByteTokenizer.vocab_size or model.hparams.bytes_per_token != 1:
-        raise ValueError(
-            f"{path}: expected a model of text, byte by byte, got one of {model.model.config.vocab_size} tokens "
-            "trained on data that is no text"
-        )
-    return model.eval()
+
+
+def tokenizer_of(module: LanguageModel, path: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint: `tokenizer.json` beside it, or bytes.
+
+    Raises:
+        ValueError: if there is none that fits.
+    """
+    vocabulary, file = module.model.config.vocab_size, path.parent / "tokenizer.json"
+    if file.exists():
+        tokenizer = FileTokenizer(file)
+        if tokenizer.vocab_size > vocabulary:
+            raise ValueError(
+                f"{file}: expected at most the {vocabulary} tokens of the model, got {tokenizer.vocab_size}"
+            )
+        return tokenizer
+    if vocabulary == ByteTokenizer.vocab_size and module.hparams.bytes_per_token == 1:
+        return ByteTokenizer()
+    raise ValueError(
+        f"{path}: expected a model of text: one of bytes, or one with a tokenizer.json beside the checkpoint; "
+        f"got one of {vocabulary} tokens and no tokenizer"
+    )

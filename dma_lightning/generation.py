@@ -3,7 +3,6 @@
 B batch, N prompt length, V vocabulary.
 """
 
-import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from dma_kernels import KeyCache
 from dma_lightning.sampling import Sampling
+from dma_lightning.tokenizers import Tokenizer
 
 
 class Decoder(Protocol):
@@ -30,33 +30,6 @@ class Decoder(Protocol):
         last_only: bool = False,
     ) -> Tensor:
         """Logits."""
-
-
-class Tokenizer(Protocol):
-    """Text to tokens and back."""
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text."""
-
-    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """One piece of text for each token, empty as long as a character is not whole; at last what is left over."""
-
-
-class ByteTokenizer:
-    """The bytes of UTF-8 as tokens; what is no UTF-8 decodes to U+FFFD."""
-
-    vocab_size = 256
-
-    def encode(self, text: str) -> list[int]:
-        """One token per byte."""
-        return list(text.encode())
-
-    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Characters as soon as their last byte is there."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in tokens:
-            yield decoder.decode(bytes([token]))
-        yield decoder.decode(b"", final=True)
 
 
 @torch.no_grad()

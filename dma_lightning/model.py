@@ -52,6 +52,10 @@ class ModelConfig:
     """Positions are divided by it before the rotary embedding (position interpolation); 1 leaves them as they are."""
     rms_norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
+    attention_bias: bool = False
+    """Whether the projections of the attention, Δ included, have a bias."""
+    mlp_bias: bool = False
+    """Whether the projections of the feed-forward network have a bias."""
     hidden_dropout: float = 0.0
     """Dropout on the output of each attention and feed-forward network."""
     tie_word_embeddings: bool = True
@@ -78,9 +82,10 @@ class DogeMLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -105,6 +110,7 @@ class DogeLayer(nn.Module):
             rope_theta=config.rope_theta,
             rope_scaling=config.rope_scaling,
             rms_norm_eps=config.rms_norm_eps,
+            bias=config.attention_bias,
             backend=config.backend,
         )
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -220,3 +226,5 @@ class DogeForCausalLM(nn.Module):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -19,13 +19,14 @@ DROPPED_MANTISSA_BITS = 7
 CANONICAL_NAN = 0x7FC00000
 
 
-def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor) -> Tensor:
+def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor | None = None) -> Tensor:
     """Rank of every key, `A · softplus(Δ v)`: the learned number that selection compares.
 
     Args:
         values: un-rotated values of all KV heads, `[B, G, N, D]`, any floating dtype.
         A: one factor per KV head, `[G]`.
         dt_weight: the map Δ from the values of all KV heads to one number per KV head, `[G, G * D]`.
+        dt_bias: its bias, `[G]`; by default none.
 
     Returns:
         `[B, G, N]` in float32 (float64 if `values` are), whatever autocast says.
@@ -43,10 +44,12 @@ def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor) -> Tensor:
             f"expected A [{kv_heads}] and dt_weight [{kv_heads}, {kv_heads * head_dim}] for values "
             f"{list(values.shape)}, got A {list(A.shape)} and dt_weight {list(dt_weight.shape)}"
         )
+    if dt_bias is not None and dt_bias.shape != (kv_heads,):
+        raise ValueError(f"dt_bias: expected [{kv_heads}], got {list(dt_bias.shape)}")
     dtype = torch.promote_types(values.dtype, torch.float32)
     with without_autocast(values.device):
         v_cat = values.transpose(1, 2).flatten(2).to(dtype)  # [B, N, G * D]
-        u = F.linear(v_cat, dt_weight.to(dtype))
+        u = F.linear(v_cat, dt_weight.to(dtype), None if dt_bias is None else dt_bias.to(dtype))
         return (A.to(dtype) * F.softplus(u)).transpose(1, 2)  # [B, G, N]
 
 

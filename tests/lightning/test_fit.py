@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dma_lightning import LanguageModel
-from dma_lightning.cli import build_cli
+from dma_lightning.cli import build_cli, main
 
 ROOT = Path(__file__).parents[2]
 TINY = ["-c", "configs/model/tiny.yaml", "-c", "configs/data/pydoc.yaml", "-c", "configs/trainer/cpu.yaml"]
@@ -180,3 +181,68 @@ def test_an_exception_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Mo
         build_cli(small_run(tmp_path, "fit", "--trainer.max_steps=5"))
     (checkpoint,) = (file for file in tmp_path.rglob("*.ckpt") if not file.is_symlink())
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
+
+
+def generate(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+    """Run `dma-lightning generate`."""
+    monkeypatch.setattr("sys.argv", ["dma-lightning", "generate", *args])
+    main()
+
+
+def test_generate_streams_text_and_says_how_fast(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = f"--ckpt_path={run / 'checkpoints/last.ckpt'}"
+    texts = []
+    for options in (["--seed=1"], ["--seed=1"], ["--seed=2"], ["--seed=1", "--full_cache=true"]):
+        generate(monkeypatch, checkpoint, "--prompt=The ", "--max_new_tokens=40", *options)
+        printed = capsys.readouterr()
+        assert printed.out.startswith("The ")
+        assert re.fullmatch(r"40 tokens in [\d.]+ s, \d+ tokens/s\n", printed.err.splitlines(keepends=True)[-1])
+        texts.append(printed.out)
+    assert texts[0] == texts[1] == texts[3] != texts[2]
+    greedy = ["--temperature=0", "--backend=reference", "--device=cpu", "--max_new_tokens=9"]
+    generate(monkeypatch, checkpoint, "--prompt=The ", *greedy)
+    model = LanguageModel.load_from_checkpoint(run / "checkpoints/last.ckpt", weights_only=True).model
+    tokens = model.generate(torch.tensor([list(b"The ")]), 9)[0].tolist()
+    assert capsys.readouterr().out == "The " + bytes(tokens).decode(errors="replace") + "\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("missing", "ckpt_path: expected a checkpoint file"),
+        ("truncated", "got one that cannot be read"),
+        ("text", "got one that cannot be read"),
+        ("empty", "got one that cannot be read"),
+        ("not text", "expected a model of text: one of bytes, or one with a tokenizer.json"),
+    ],
+)
+def test_generate_tells_what_is_wrong_with_a_checkpoint(
+    damage: str, message: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, path = (run / "checkpoints/last.ckpt").read_bytes(), tmp_path / "some.ckpt"
+    content = {"truncated": whole[: len(whole) // 2], "text": b"no checkpoint", "empty": b""}
+    if damage in content:
+        path.write_bytes(content[damage])
+    elif damage == "not text":
+        saved = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+        saved["hyper_parameters"]["bytes_per_token"] = None
+        torch.save(saved, path)
+    with pytest.raises(SystemExit, match=f"dma-lightning generate: .*{message}"):
+        generate(monkeypatch, f"--ckpt_path={path}", "--prompt=a")
+
+
+def test_generate_refuses_a_typo(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = f"--ckpt_path={run / 'checkpoints/last.ckpt'}"
+    for options in (["--prompt=a", "--temprature=1"], ["--prompt=a", "--top_k=x"], []):
+        with pytest.raises(SystemExit):
+            generate(monkeypatch, checkpoint, *options)
+        error = capsys.readouterr().err
+        assert re.search(r"temprature|top_k|prompt", error)
+    with pytest.raises(SystemExit, match="prompt"):
+        generate(monkeypatch, checkpoint, "--prompt=")
+    with pytest.raises(SystemExit, match="top_p"):
+        generate(monkeypatch, checkpoint, "--prompt=a", "--top_p=2")

@@ -1,0 +1,47 @@
+"""`dma-lightning import-hf` and `export-hf`: checkpoints from and for Hugging Face Transformers."""
+
+import dataclasses
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+from dma_lightning.generate_command import load_checkpoint
+from dma_lightning.huggingface import copy_tokenizer, load_doge, new_folder, save_doge
+from dma_lightning.language_model import LanguageModel
+
+
+def import_hf(source: Path, target: Path) -> None:
+    """Make a checkpoint of a Doge model that Hugging Face Transformers saved; its tokenizer files are copied along.
+
+    Args:
+        source: folder with config.json and model.safetensors.
+        target: new folder, which gets model.ckpt.
+    """
+    model = load_doge(source)
+    with torch.device("meta"):
+        module = LanguageModel(**dataclasses.asdict(model.config))
+    checkpoint = {
+        "state_dict": {f"model.{name}": x for name, x in model.state_dict().items()},
+        module.CHECKPOINT_HYPER_PARAMS_KEY: dict(module.hparams),
+        "pytorch-lightning_version": pl.__version__,
+        "epoch": 0,
+        "global_step": 0,
+    }
+    with new_folder(target) as unfinished:
+        torch.save(checkpoint, unfinished / "model.ckpt")
+        copy_tokenizer(source, unfinished)
+    print(f"written to {target / 'model.ckpt'}")
+
+
+def export_hf(ckpt_path: Path, target: Path) -> None:
+    """Write a model as `DogeForCausalLM.from_pretrained` of Hugging Face Transformers reads it.
+
+    Tokenizer files that lie beside the checkpoint are copied along.
+
+    Args:
+        ckpt_path: a checkpoint.
+        target: new folder, which gets config.json and model.safetensors.
+    """
+    save_doge(load_checkpoint(ckpt_path, "cpu").model, target, tokenizer=ckpt_path.parent)
+    print(f"written to {target}")
