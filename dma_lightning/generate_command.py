@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dma_lightning.data import TextDataModule
 from dma_lightning.generation import decode_until, pad_prompts, stream_tokens
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.sampling import Sampling
@@ -33,7 +34,7 @@ def generate(
     """Go on with a text, and print it as it is made; at the end, on stderr, how fast that was.
 
     Args:
-        ckpt_path: a checkpoint; its tokens are bytes, or those of a tokenizer.json beside it.
+        ckpt_path: a checkpoint; its tokens are bytes, or those of the tokenizer in it or beside it.
         prompt: text to go on with.
         max_new_tokens: how many tokens to make.
         temperature: logits are divided by it before tokens are drawn; 0 takes the likeliest token.
@@ -89,22 +90,29 @@ def load_checkpoint(path: Path, device: str, backend: str | None = None) -> Lang
 
 
 def tokenizer_of(module: LanguageModel, path: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint: `tokenizer.json` beside it, or bytes.
+    """The tokenizer of a checkpoint: the one that it carries along, `tokenizer.json` beside it, or bytes.
 
     Raises:
         ValueError: if there is none that fits.
     """
     vocabulary, file = module.model.config.vocab_size, path.parent / "tokenizer.json"
-    if file.exists():
-        tokenizer = FileTokenizer(file)
-        if tokenizer.vocab_size > vocabulary:
-            raise ValueError(
-                f"{file}: expected at most the {vocabulary} tokens of the model, got {tokenizer.vocab_size}"
-            )
-        return tokenizer
-    if vocabulary == ByteTokenizer.vocab_size and module.hparams.bytes_per_token == 1:
-        return ByteTokenizer()
-    raise ValueError(
-        f"{path}: expected a model of text: one of bytes, or one with a tokenizer.json beside the checkpoint; "
-        f"got one of {vocabulary} tokens and no tokenizer"
-    )
+    carried = carried_tokenizer(path)
+    if carried is None and not file.exists():
+        if vocabulary == ByteTokenizer.vocab_size and module.hparams.bytes_per_token == 1:
+            return ByteTokenizer()
+        raise ValueError(
+            f"{path}: expected a model of text: one of bytes, or one with a tokenizer.json beside the checkpoint; "
+            f"got one of {vocabulary} tokens and no tokenizer"
+        )
+    tokenizer = FileTokenizer(file) if carried is None else FileTokenizer.of_json(carried)
+    if tokenizer.vocab_size > vocabulary:
+        raise ValueError(
+            f"tokenizer of {path}: expected at most the {vocabulary} tokens of the model, got {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def carried_tokenizer(path: Path) -> str | None:
+    """The `tokenizer.json` of the text that a checkpoint was trained on, if there was one."""
+    saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    return saved.get(TextDataModule.__qualname__, {}).get("tokenizer")

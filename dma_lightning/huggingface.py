@@ -68,7 +68,12 @@ def load_doge(folder: Path | str, **changed: Any) -> DogeForCausalLM:
     return model.requires_grad_(True)
 
 
-def save_doge(model: DogeForCausalLM, folder: Path | str, tokenizer: Path | str | None = None) -> None:
+def save_doge(
+    model: DogeForCausalLM,
+    folder: Path | str,
+    tokenizer_folder: Path | str | None = None,
+    tokenizer_json: str | None = None,
+) -> None:
     """Write a model that `DogeForCausalLM.from_pretrained` of Transformers reads.
 
     All is written into a temporary folder beside and moved into place, so `folder` is whole or not there.
@@ -76,7 +81,8 @@ def save_doge(model: DogeForCausalLM, folder: Path | str, tokenizer: Path | str 
     Args:
         model: what to write.
         folder: must not exist, or be empty.
-        tokenizer: a folder whose tokenizer files are copied along.
+        tokenizer_folder: a folder whose tokenizer files are copied along.
+        tokenizer_json: what `tokenizer.json` shall say, if not what that of the folder does.
 
     Raises:
         ValueError: if Doge cannot express the model, or the folder is not empty.
@@ -91,8 +97,10 @@ def save_doge(model: DogeForCausalLM, folder: Path | str, tokenizer: Path | str 
         (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         named = {name if name.startswith("lm_head.") else f"model.{name}": x for name, x in tensors.items()}
         save_file(named, unfinished / _WEIGHTS, metadata={"format": "pt"})
-        if tokenizer is not None:
-            copy_tokenizer(Path(tokenizer), unfinished)
+        if tokenizer_folder is not None:
+            copy_tokenizer(Path(tokenizer_folder), unfinished)
+        if tokenizer_json is not None:
+            (unfinished / "tokenizer.json").write_text(tokenizer_json)
 
 
 def config_from_doge(raw: dict[str, Any]) -> dict[str, Any]:

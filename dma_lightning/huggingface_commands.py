@@ -6,7 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from dma_lightning.generate_command import load_checkpoint
+from dma_lightning.generate_command import carried_tokenizer, load_checkpoint
 from dma_lightning.huggingface import copy_tokenizer, load_doge, new_folder, save_doge
 from dma_lightning.language_model import LanguageModel
 
@@ -37,11 +37,12 @@ def import_hf(source: Path, target: Path) -> None:
 def export_hf(ckpt_path: Path, target: Path) -> None:
     """Write a model as `DogeForCausalLM.from_pretrained` of Hugging Face Transformers reads it.
 
-    Tokenizer files that lie beside the checkpoint are copied along.
+    Tokenizer files that lie beside the checkpoint are copied along, and the tokenizer in it is.
 
     Args:
         ckpt_path: a checkpoint.
         target: new folder, which gets config.json and model.safetensors.
     """
-    save_doge(load_checkpoint(ckpt_path, "cpu").model, target, tokenizer=ckpt_path.parent)
+    model = load_checkpoint(ckpt_path, "cpu").model
+    save_doge(model, target, ckpt_path.parent, carried_tokenizer(ckpt_path))
     print(f"written to {target}")

@@ -42,16 +42,33 @@ class ByteTokenizer:
 class FileTokenizer:
     """A `tokenizer.json` of the library `tokenizers`. Special tokens are neither added nor shown.
 
+    Args:
+        path: the file.
+
     Raises:
         ValueError: if there is no such file, or it is damaged.
     """
 
     def __init__(self, path: Path | str) -> None:
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._load(Path(path).read_text())
         except Exception as error:  # the library raises no other
             raise ValueError(f"{path}: expected a tokenizer.json of the library tokenizers: {error}") from error
-        self.vocab_size = self.tokenizer.get_vocab_size()
+
+    @classmethod
+    def of_json(cls, text: str) -> "FileTokenizer":
+        """The tokenizer of what a file says."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._load(text)
+        return tokenizer
+
+    def _load(self, text: str) -> None:
+        self.tokenizer = tokenizers.Tokenizer.from_str(text)
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values(), default=0)
+
+    def to_json(self) -> str:
+        """What the file says."""
+        return self.tokenizer.to_str()
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text."""

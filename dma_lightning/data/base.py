@@ -34,7 +34,6 @@ class SequenceDataModule(pl.LightningDataModule):
     Args:
         vocab_size: number of different tokens, passed on to the model.
         sequence_length: tokens in a sequence, passed on to the model.
-        bytes_per_token: mean length of a token where the data is text, passed on to the model.
         batch_size: sequences in a batch of each process.
         num_workers: processes that load data beside each training process.
     """
@@ -43,11 +42,15 @@ class SequenceDataModule(pl.LightningDataModule):
     val_set: Dataset
     test_set: Dataset
 
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Mean length of a token where the data is text, passed on to the model."""
+        return None
+
     def __init__(
         self,
         vocab_size: int,
         sequence_length: int,
-        bytes_per_token: float | None,
         batch_size: int,
         num_workers: int,
     ) -> None:
@@ -59,7 +62,7 @@ class SequenceDataModule(pl.LightningDataModule):
         ):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
-        self.vocab_size, self.sequence_length, self.bytes_per_token = vocab_size, sequence_length, bytes_per_token
+        self.vocab_size, self.sequence_length = vocab_size, sequence_length
         self.batch_size, self.num_workers = batch_size, num_workers
 
     def train_dataloader(self) -> DataLoader:

@@ -124,7 +124,7 @@ class MQARDataModule(SequenceDataModule):
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(vocab_size, sequence_length, None, batch_size, num_workers)
+        super().__init__(vocab_size, sequence_length, batch_size, num_workers)
         self.save_hyperparameters()
         self.task = MQARTask(vocab_size, sequence_length, num_pairs, power, random_fillers)
         self.counts = (train_examples, val_examples, test_examples)

@@ -1,9 +1,9 @@
-"""Text as bytes, packed to sequences of one length."""
+"""Text as tokens, bytes or those of a tokenizer, packed to sequences of one length."""
 
 import glob
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -13,16 +13,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dma_lightning.data.base import SequenceDataModule
+from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer
 
 _CHUNK = 1 << 20
 _SEPARATOR = b"\n"
 
 
-class ByteWindows(Dataset):
-    """Consecutive windows of a byte array; the label of a byte is the byte after it.
+class TokenWindows(Dataset):
+    """Consecutive windows of an array of tokens; the label of a token is the token after it.
 
     Args:
-        data: uint8 `[bytes]`, may be memory-mapped.
+        data: unsigned integers `[tokens]`, may be memory-mapped.
         sequence_length: N, the length of a window.
     """
 
@@ -39,7 +40,7 @@ class ByteWindows(Dataset):
 
 
 class TextDataModule(SequenceDataModule):
-    """Language modelling on text files, byte by byte.
+    """Language modelling on text files, byte by byte or with a tokenizer.
 
     The text is written once into a memory-mapped array in a cache folder, under a name made from its content. Its
     first part is for training and its last for validation; `test` and `predict` use the validation part as well.
@@ -47,14 +48,16 @@ class TextDataModule(SequenceDataModule):
     Args:
         path: a file, a folder (all files below it that are not hidden) or a glob. Default: the English help topics
             that every Python carries (`pydoc_data.topics`).
-        sequence_length: bytes in a sequence.
+        sequence_length: tokens in a sequence.
         val_fraction: share of the text, at its end, that is kept for validation.
         batch_size: sequences in a batch of each process.
         num_workers: processes that load data beside each training process.
         cache_dir: where the array is kept. Default: `dma-lightning` in the user's cache folder.
+        tokenizer: a `tokenizer.json` of the library tokenizers, which checkpoints then carry along. Default: bytes.
 
     Raises:
-        ValueError: in `prepare_data` or `setup`, if the path holds no text or the text is too short.
+        ValueError: if the tokenizer cannot be read; in `prepare_data` or `setup`, if the path holds no text or the text
+            is too short.
     """
 
     def __init__(
@@ -65,13 +68,24 @@ class TextDataModule(SequenceDataModule):
         batch_size: int = 16,
         num_workers: int = 0,
         cache_dir: str | None = None,
+        tokenizer: str | None = None,
     ) -> None:
-        super().__init__(256, sequence_length, 1.0, batch_size, num_workers)
+        self.tokenizer = ByteTokenizer() if tokenizer is None else FileTokenizer(tokenizer)
+        super().__init__(self.tokenizer.vocab_size, sequence_length, batch_size, num_workers)
         self.save_hyperparameters()
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction: expected a share between 0 and 1, got {val_fraction}")
         self.path, self.val_fraction = path, val_fraction
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else _user_cache() / "dma-lightning"
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Mean length of a token; with a tokenizer, the text is read for it."""
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return 1.0
+        self.prepare_data()
+        tokens = self._cache_file.stat().st_size // self._dtype.itemsize
+        return self._content[1] / max(1, tokens)
 
     def prepare_data(self) -> None:
         """Write the array, unless it is there. Called on one process per node."""
@@ -79,28 +93,55 @@ class TextDataModule(SequenceDataModule):
             self.cache_dir.mkdir(parents=True, exist_ok=True)
             unfinished = self._cache_file.with_suffix(f".{os.getpid()}.tmp")
             with unfinished.open("wb") as file:
-                file.writelines(self._chunks())
+                file.writelines(self._tokens())
             unfinished.replace(self._cache_file)
 
     def setup(self, stage: str) -> None:
         """Map the array and split it."""
-        data = np.memmap(self._cache_file, dtype=np.uint8, mode="r")
+        data = np.memmap(self._cache_file, dtype=self._dtype, mode="r")
         train_size = len(data) - round(len(data) * self.val_fraction)
-        self.train_set = ByteWindows(data[:train_size], self.sequence_length)
-        self.val_set = self.test_set = ByteWindows(data[train_size:], self.sequence_length)
+        self.train_set = TokenWindows(data[:train_size], self.sequence_length)
+        self.val_set = self.test_set = TokenWindows(data[train_size:], self.sequence_length)
         if not (len(self.train_set) and len(self.val_set)):
             raise ValueError(
-                f"text of {len(data)} bytes: the training and validation parts ({train_size} and "
-                f"{len(data) - train_size} bytes) must each exceed sequence_length = {self.sequence_length}; "
+                f"text of {len(data)} tokens: the training and validation parts ({train_size} and "
+                f"{len(data) - train_size} tokens) must each exceed sequence_length = {self.sequence_length}; "
                 "give more text, shorten sequence_length or change val_fraction"
             )
 
+    def state_dict(self) -> dict[str, str]:
+        """What a checkpoint carries along: the tokenizer, unless tokens are bytes."""
+        return {} if isinstance(self.tokenizer, ByteTokenizer) else {"tokenizer": self.tokenizer.to_json()}
+
+    @property
+    def _dtype(self) -> np.dtype:
+        """The smallest that holds every token."""
+        return np.min_scalar_type(self.vocab_size - 1)
+
     @cached_property
-    def _cache_file(self) -> Path:
-        digest = hashlib.sha256()
+    def _content(self) -> tuple[str, int]:
+        """Digest and size in bytes of the whole text."""
+        digest, size = hashlib.sha256(), 0
         for chunk in self._chunks():
             digest.update(chunk)
-        return self.cache_dir / f"bytes-{digest.hexdigest()[:32]}.bin"
+            size += len(chunk)
+        return digest.hexdigest()[:32], size
+
+    @cached_property
+    def _cache_file(self) -> Path:
+        digest, _ = self._content
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return self.cache_dir / f"bytes-{digest}.bin"
+        tokenizer = hashlib.sha256(self.tokenizer.to_json().encode()).hexdigest()
+        return self.cache_dir / f"tokens-{digest}-{tokenizer[:16]}.bin"
+
+    def _tokens(self) -> Iterator[bytes]:
+        """The array, piece by piece."""
+        if isinstance(self.tokenizer, ByteTokenizer):
+            yield from self._chunks()
+            return
+        for text in _whole_lines(self._chunks()):
+            yield np.array(self.tokenizer.encode(text), dtype=self._dtype).tobytes()
 
     def _chunks(self) -> Iterator[bytes]:
         """The whole text, piece by piece."""
@@ -118,6 +159,19 @@ class TextDataModule(SequenceDataModule):
                 while chunk := stream.read(_CHUNK):
                     yield chunk
             yield _SEPARATOR
+
+
+def _whole_lines(chunks: Iterable[bytes]) -> Iterator[str]:
+    """The text in pieces that end with a line, since a tokenizer sees no further; what is no UTF-8 becomes U+FFFD."""
+    rest = b""
+    for chunk in chunks:
+        rest += chunk
+        end = rest.rfind(b"\n") + 1
+        if end:
+            yield rest[:end].decode(errors="replace")
+            rest = rest[end:]
+    if rest:
+        yield rest.decode(errors="replace")
 
 
 def text_files(path: str) -> list[Path]:

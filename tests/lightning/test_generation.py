@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from decode_live_sets import different_live_sets, text_tokens
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -223,3 +224,11 @@ def test_bad_input() -> None:
         decode_until(ByteTokenizer(), [], [""])
     assert model.generate(ids, 0).shape == (2, 0)
     assert len(list(stream_tokens(model, ids, 4))) == 4
+
+
+def test_live_sets_of_real_text_are_those_of_the_full_forward() -> None:
+    """Every byte that returns ties with itself in the first layer."""
+    model = make_model(keep_window_size=30, max_position_embeddings=600)
+    different, queries = different_live_sets(model, text_tokens(600))
+    assert queries.tolist() == [2 * 600] * 2
+    assert different.tolist() == [0, 0]

@@ -223,6 +223,7 @@ def test_a_checkpoint_without_a_fitting_tokenizer_makes_no_text(
 
 
 def test_an_imported_checkpoint_can_be_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     make_theirs(vocab_size=256).save_pretrained(tmp_path / "theirs")
     command(monkeypatch, "import-hf", tmp_path / "theirs", tmp_path / "ours")
     cli = build_cli(
@@ -249,3 +250,24 @@ def test_weights_are_named_as_theirs(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "True/model.safetensors")
     with pytest.raises(ValueError, match="a expected none, got"):
         load_doge(tmp_path / "True")
+
+
+def test_a_checkpoint_carries_the_tokenizer_of_its_text_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "a.txt").write_text("w1 w2 w3 w4 w5\n" * 200)
+    cli = build_cli(
+        ["fit", "--data=TextDataModule", f"--data.path={tmp_path / 'a.txt'}", "--data.sequence_length=16",
+         f"--data.tokenizer={tmp_path / 'tokenizer.json'}", f"--data.cache_dir={tmp_path}", "--model.hidden_size=32",
+         "--model.num_hidden_layers=1", "--model.keep_window_size=8", "--trainer.max_steps=3",
+         "--trainer.accelerator=cpu", "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    )  # fmt: skip
+    checkpoint = Path(cli.trainer.checkpoint_callback.best_model_path)
+    (tmp_path / "tokenizer.json").unlink()
+    capsys.readouterr()
+    command(monkeypatch, "generate", f"--ckpt_path={checkpoint}", "--prompt=w1 w2", "--max_new_tokens=4")
+    assert len(capsys.readouterr().out.split()) >= 2
+    command(monkeypatch, "export-hf", checkpoint, tmp_path / "out")
+    assert FileTokenizer(tmp_path / "out/tokenizer.json").encode("w1 w2") == [1, 2]
+    assert HFDogeForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 97

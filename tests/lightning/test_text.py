@@ -6,6 +6,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dma_lightning import TextDataModule
 
@@ -87,7 +88,7 @@ def test_loaders_shuffle_training_only(tmp_path: Path) -> None:
     [
         (None, {}, "path: expected a text file, a folder with files or a glob that matches, got"),
         ("", {}, "path: expected text, got only empty files at"),
-        ("x" * 40, {}, r"training and validation parts \(33 and 8 bytes\) must each exceed sequence_length = 10"),
+        ("x" * 40, {}, r"training and validation parts \(33 and 8 tokens\) must each exceed sequence_length = 10"),
     ],
 )
 def test_bad_text(tmp_path: Path, content: str | None, changed: dict[str, int], message: str) -> None:
@@ -116,3 +117,53 @@ def test_empty_folder(tmp_path: Path) -> None:
 def test_bad_arguments(tmp_path: Path, changed: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_data(tmp_path, None, **changed)
+
+
+def write_tokenizer(path: Path, vocab_size: int = 300) -> None:
+    """A byte-level BPE tokenizer of the help topics."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(list(topics.values())[:20], trainer)
+    tokenizer.save(str(path))
+
+
+def test_a_tokenizer_makes_the_tokens(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "tokenizer.json")
+    text = "Größe 𝄞, and words\n" * 50 + "no end of line"
+    (tmp_path / "a.txt").write_text(text)
+    data = make_data(tmp_path, tmp_path / "a.txt", tokenizer=str(tmp_path / "tokenizer.json"))
+    assert (data.vocab_size, data._dtype) == (300, np.uint16)
+    data.prepare_data()
+    tokens = np.fromfile(data._cache_file, dtype=data._dtype).tolist()
+    assert "".join(data.tokenizer.decode_stream(tokens)) == text + "\n"
+    assert data.bytes_per_token == len((text + "\n").encode()) / len(tokens) > 1
+    data.setup("fit")
+    item = data.train_set[0]
+    assert item["input_ids"].tolist() == tokens[:10]
+    assert torch.equal(item["input_ids"][1:], item["labels"][:-1])
+    assert make_data(tmp_path, tmp_path / "a.txt")._cache_file != data._cache_file
+    assert make_data(tmp_path, tmp_path / "a.txt").bytes_per_token == 1
+
+
+def test_pieces_of_text_end_with_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the text is cut for reading changes no token."""
+    write_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "a.txt").write_text("Größe 𝄞, and words\n" * 20)
+    found = []
+    for chunk in (7, 1 << 20):
+        monkeypatch.setattr("dma_lightning.data.text._CHUNK", chunk)
+        data = make_data(tmp_path, tmp_path / "a.txt", tokenizer=str(tmp_path / "tokenizer.json"))
+        found.append(b"".join(data._tokens()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "no json"])
+def test_a_damaged_tokenizer_is_told(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json: expected a tokenizer\.json of the library tokenizers"):
+        make_data(tmp_path, None, tokenizer=str(path))

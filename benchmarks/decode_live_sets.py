@@ -1,0 +1,74 @@
+"""How many queries see other keys when text is decoded token by token than in one forward pass.
+
+    python benchmarks/decode_live_sets.py CHECKPOINT      a checkpoint of bytes, such as `make train` leaves
+
+Ranks of one token tie exactly in the first layer, and matrix products of other shapes round in another way; ranks are
+compared in 16 mantissa bits, so that this does not show. The text is the beginning of Python's help topics.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from environment import describe
+from torch import Tensor
+
+import dma_lightning.attention
+from dma_kernels import Lifetimes
+from dma_lightning import DogeForCausalLM, LanguageModel
+
+
+@torch.no_grad()
+def different_live_sets(model: DogeForCausalLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries that see other keys, and of how many, int64 `[layers]`; tokens `[B, N]`, selection by rank alone."""
+    ranks: list[Tensor] = []
+    attend = dma_lightning.attention.attend
+
+    def recording(backend: str, *inputs: Tensor) -> Tensor:
+        ranks.append(inputs[4])
+        return attend(backend, *inputs)
+
+    dma_lightning.attention.attend = recording
+    try:
+        model(tokens)
+    finally:
+        dma_lightning.attention.attend = attend
+    window, length = model.config.keep_window_size, tokens.shape[1]
+    masks = [Lifetimes.top_w(x, window).to_dense() for x in ranks]  # [B, G, N, N]
+    different = torch.zeros(len(masks), dtype=torch.long)
+    cache = model.new_cache(tokens.shape[0])
+    for t in range(length):
+        model(tokens[:, t : t + 1], cache=cache, last_only=True)
+        for i, (layer, mask) in enumerate(zip(cache, masks, strict=True)):
+            seen = torch.zeros_like(mask[:, :, t], dtype=torch.long)
+            seen.scatter_add_(2, layer.position.clamp(min=0), layer.visible().long())
+            different[i] += (seen.bool() != mask[:, :, t]).any(-1).sum()
+    return different, torch.tensor([mask[..., 0].numel() for mask in masks])
+
+
+def text_tokens(length: int) -> Tensor:
+    """The first bytes of the default corpus, `[1, N]`."""
+    from pydoc_data.topics import topics
+
+    return torch.tensor([list("\n".join(topics.values()).encode()[:length])])
+
+
+def main() -> None:
+    """Count, print, and write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--length", type=int, default=2000)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "decode_live_sets.json")
+    args = parser.parse_args()
+    changed = {"max_position_embeddings": args.length}
+    model = LanguageModel.load_from_checkpoint(args.checkpoint, weights_only=True, **changed).model.eval()
+    different, queries = different_live_sets(model, text_tokens(args.length))
+    result = {"environment": describe(), "length": args.length, "window": model.config.keep_window_size}
+    result |= {"queries": queries.tolist(), "different": different.tolist()}
+    print(result)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
