@@ -1,7 +1,17 @@
 """Callbacks of our own; everything else in the configs is Lightning's."""
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+
+from dma_lightning.data.base import Batch
+from dma_lightning.generation import generate
+from dma_lightning.sampling import Sampling
+from dma_lightning.tokenizers import Tokenizer
 
 
 class FitReport(pl.Callback):
@@ -41,3 +51,80 @@ class FitReport(pl.Callback):
             print(f"checkpoint:  {path}")
         if log_dir is not None:
             print(f"TensorBoard: tensorboard --logdir {log_dir}")
+
+
+class ContinuationWriter(BasePredictionWriter):
+    """Goes on with the beginning of every sequence of `predict`, and writes what comes to a JSONL file.
+
+    A line has `index` (of the sequence), `prompt`, `continuation` and `expected` (what follows in the data): text where
+    the data has a tokenizer, else lists of tokens. Of several processes, each writes a file of its own.
+
+    Args:
+        path: of the file, which must not exist. Default: `continuations.jsonl` in the logger's folder.
+        prompt_length: tokens to go on from. Default: half of the sequence.
+        max_new_tokens: how many tokens to make. Default: as many as are left of the sequence.
+        sampling: how tokens are chosen; by default the likeliest.
+        seed: of the tokens that are drawn.
+
+    Raises:
+        ValueError: if the file exists, or a prompt is longer than the sequences.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        prompt_length: int | None = None,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(write_interval="batch")
+        for name, value in (("prompt_length", prompt_length), ("max_new_tokens", max_new_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.path, self.prompt_length, self.max_new_tokens = path, prompt_length, max_new_tokens
+        self.sampling, self.seed = sampling, seed
+        self.file: Path | None = None
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = trainer.log_dir or trainer.default_root_dir  # a collective call: every rank takes part
+        path = Path(self.path) if self.path else Path(folder) / "continuations.jsonl"
+        if trainer.world_size > 1:
+            path = path.with_stem(f"{path.stem}-rank{trainer.global_rank}")
+        if path.exists():
+            raise ValueError(f"{path}: expected no such file, since nothing is overwritten; name another by path")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        tokens = batch["input_ids"]
+        length = tokens.shape[1]
+        prompt_length = self.prompt_length or max(1, length // 2)
+        if prompt_length > length:
+            raise ValueError(f"prompt_length: expected at most the {length} tokens of a sequence, got {prompt_length}")
+        count = self.max_new_tokens or max(1, length - prompt_length)
+        new = generate(pl_module.model, tokens[:, :prompt_length], count, self.sampling, seed=self.seed + batch_idx)
+        parts = (tokens[:, :prompt_length], new, tokens[:, prompt_length : prompt_length + count])
+        rows = zip(batch_indices or range(len(tokens)), *(part.tolist() for part in parts), strict=True)
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)
+        with self.file.open("a") as file:
+            for index, *values in rows:
+                texts = values if tokenizer is None else [_text(tokenizer, value) for value in values]
+                line = dict(zip(("prompt", "continuation", "expected"), texts, strict=True))
+                file.write(json.dumps({"index": index, **line}, ensure_ascii=False) + "\n")
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        print(f"continuations: {self.file}")
+
+
+def _text(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    return "".join(tokenizer.decode_stream(tokens))

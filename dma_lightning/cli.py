@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from jsonargparse import auto_cli, set_parsing_settings
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from dma_lightning.callbacks import ContinuationWriter
 from dma_lightning.data import SequenceDataModule
 from dma_lightning.generate_command import generate
 from dma_lightning.huggingface_commands import export_hf, import_hf
@@ -46,6 +49,14 @@ class DMACLI(LightningCLI):
             for subparser in self._subcommand_parsers.values():
                 subparser.set_defaults(_saved_arguments(checkpoint))
         super().parse_arguments(parser, args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The trainer; for `predict` with a writer of continuations, if no other writer is there."""
+        trainer = super().instantiate_trainer(**kwargs)
+        writes = any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)
+        if self.subcommand == "predict" and not writes:
+            trainer.callbacks.append(ContinuationWriter())
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning's own would let the checkpoint's values win over the command line's."""

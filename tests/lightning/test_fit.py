@@ -13,6 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dma_lightning import LanguageModel
+from dma_lightning.callbacks import ContinuationWriter
 from dma_lightning.cli import build_cli, main
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +105,43 @@ def test_other_subcommands_run(run: Path, subcommand: str, monkeypatch: pytest.M
     cli = build_cli(small_run(run.parents[1], subcommand, checkpoint, f"--trainer.limit_{subcommand}_batches=2"))
     if subcommand == "test":
         assert math.isfinite(cli.trainer.callback_metrics["test/bits_per_byte"])
+
+
+def predict(run: Path, *args: str) -> list[dict]:
+    """The lines that `predict` writes."""
+    callbacks = ("--trainer.callbacks=dma_lightning.callbacks.ContinuationWriter", *args) if args else ()
+    checkpoint = f"--ckpt_path={run / 'checkpoints/last.ckpt'}"
+    trainer = ["--trainer.limit_predict_batches=2", "--trainer.accelerator=cpu"]
+    cli = build_cli(["predict", checkpoint, "--data.path=a.txt", "--data.cache_dir=cache", *trainer, *callbacks])
+    (writer,) = (x for x in cli.trainer.callbacks if isinstance(x, ContinuationWriter))
+    return [json.loads(line) for line in writer.file.read_text().splitlines()]
+
+
+def test_predict_writes_continuations(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(f"{i} squared is {i * i}.\n" for i in range(4000))
+    for folder in (tmp_path, tmp_path / "again"):
+        folder.mkdir(exist_ok=True)
+        (folder / "a.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    lines = predict(run)
+    assert [line["index"] for line in lines] == list(range(16))
+    for line in lines:
+        assert line["prompt"] + line["expected"] in text
+        assert len(line["prompt"].encode()) == 128
+    model = LanguageModel.load_from_checkpoint(run / "checkpoints/last.ckpt", weights_only=True).model
+    tokens = model.generate(torch.tensor([list(lines[9]["prompt"].encode())]), 128)[0].tolist()
+    assert lines[9]["continuation"] == bytes(tokens).decode(errors="replace")
+
+    options = ["path=some/out.jsonl", "prompt_length=10", "max_new_tokens=5", "sampling.temperature=1.0"]
+    chosen = [f"--trainer.callbacks.{option}" for option in options]
+    monkeypatch.chdir(tmp_path / "again")
+    lines = predict(run, *chosen)
+    assert {(len(line["prompt"]), len(line["expected"])) for line in lines} == {(10, 5)}
+    (tmp_path / "again/config.yaml").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"out\.jsonl: expected no such file"):
+        predict(run, *chosen)
+    with pytest.raises(ValueError, match="prompt_length: expected at most the 256 tokens"):
+        predict(run, "--trainer.callbacks.prompt_length=300", "--trainer.callbacks.path=other.jsonl")
 
 
 def test_checkpoint_loads_in_python(run: Path) -> None:
