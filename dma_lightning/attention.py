@@ -134,13 +134,17 @@ class DynamicMaskAttention(nn.Module):
         Args:
             batch: B.
             full: keep every key, for comparison or to change `keep_window_size` of the cache later.
-            dtype: of keys and values, if not that of the weights (under autocast, its dtype).
+            dtype: of keys and values in the small cache. Default: that of autocast, if it is on, or of the weights.
         """
         weight, kv_heads = self.k_proj.weight, self.A.numel()
         selection = (self.keep_window_size, self.keep_last, self.sinks)
         if full:
             return FullCache(batch, *selection, device=weight.device)
-        return DynamicMaskCache(batch, kv_heads, self.head_dim, *selection, dtype or weight.dtype, weight.device)
+        device = weight.device
+        if dtype is None:
+            autocasts = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocasts else weight.dtype
+        return DynamicMaskCache(batch, kv_heads, self.head_dim, *selection, dtype, device)
 
     def _project(self, x: Tensor, cache: KeyCache | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised, rotated queries `[B, H, N, D]` and keys, and values `[B, G, N, D]`, in one dtype."""

@@ -31,7 +31,7 @@ def generate(
     backend: str | None = None,
     full_cache: bool = False,
 ) -> None:
-    """Go on with a text, and print it as it is made; at the end, on stderr, how fast that was.
+    """Go on with a text, and print it as it is made; at the end, on stderr, how fast that was, prompt included.
 
     Args:
         ckpt_path: a checkpoint; its tokens are bytes, or those of the tokenizer in it or beside it.
@@ -53,7 +53,8 @@ def generate(
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     module = load_checkpoint(ckpt_path, device, backend)
     model, tokenizer = module.model, tokenizer_of(module, ckpt_path)
-    input_ids, _ = pad_prompts([tokenizer.encode(prompt)], device)
+    prompt_tokens = tokenizer.encode(prompt)
+    input_ids, _ = pad_prompts([prompt_tokens], device)
     made = 0
 
     def tokens() -> Iterator[int]:
@@ -65,7 +66,7 @@ def generate(
 
     print(prompt, end="", flush=True)
     start = time.perf_counter()
-    for piece in decode_until(tokenizer, tokens(), stop or ()):
+    for piece in decode_until(tokenizer, tokens(), stop or (), prompt_tokens):
         print(piece, end="", flush=True)
     seconds = time.perf_counter() - start
     print(flush=True)
@@ -90,16 +91,16 @@ def load_checkpoint(path: Path, device: str, backend: str | None = None) -> Lang
 
 
 def tokenizer_of(module: LanguageModel, path: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint: the one that it carries along, `tokenizer.json` beside it, or bytes.
+    """The tokenizer of a checkpoint: the one that it carries along, bytes, or `tokenizer.json` beside it.
 
     Raises:
         ValueError: if there is none that fits.
     """
     vocabulary, file = module.model.config.vocab_size, path.parent / "tokenizer.json"
     carried = carried_tokenizer(path)
+    if carried is None and vocabulary == ByteTokenizer.vocab_size and module.hparams.bytes_per_token == 1:
+        return ByteTokenizer()
     if carried is None and not file.exists():
-        if vocabulary == ByteTokenizer.vocab_size and module.hparams.bytes_per_token == 1:
-            return ByteTokenizer()
         raise ValueError(
             f"{path}: expected a model of text: one of bytes, or one with a tokenizer.json beside the checkpoint; "
             f"got one of {vocabulary} tokens and no tokenizer"

@@ -57,7 +57,7 @@ def stream_tokens(
         padding: bool `[B, N]`, True at the padded positions of shorter prompts, which are padded on the left.
         eos_token_id: a sequence ends with it, and goes on as it until all have ended.
         seed: of the tokens that are drawn; by default torch's global generator draws.
-        full_cache: keep all keys, for comparison; the tokens are the same.
+        full_cache: keep all keys, for comparison; but for rounding, the tokens are the same.
         chunk_size: the prompt is read in pieces of so many positions.
 
     Yields:
@@ -68,6 +68,8 @@ def stream_tokens(
     """
     sampling = sampling or Sampling()
     _check_prompts(input_ids, padding, max_new_tokens, chunk_size)
+    if max_new_tokens == 0:
+        return
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     cache = model.new_cache(input_ids.shape[0], full_cache)
     ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
@@ -137,20 +139,23 @@ def stream_text(
     """
     if not prompt:
         raise ValueError("prompt: expected text, got an empty string")
-    input_ids, _ = pad_prompts([tokenizer.encode(prompt)], device)
+    prompt_tokens = tokenizer.encode(prompt)
+    input_ids, _ = pad_prompts([prompt_tokens], device)
     tokens = (token.item() for token in stream_tokens(model, input_ids, max_new_tokens, sampling, **kwargs))
-    yield from decode_until(tokenizer, tokens, stop)
+    yield from decode_until(tokenizer, tokens, stop, prompt_tokens)
 
 
-def decode_until(tokenizer: Tokenizer, tokens: Iterable[int], stop: Sequence[str] = ()) -> Iterator[str]:
-    """Text of tokens as they come, up to the first of the stop strings, beyond which no token is taken.
+def decode_until(
+    tokenizer: Tokenizer, tokens: Iterable[int], stop: Sequence[str] = (), after: Sequence[int] = ()
+) -> Iterator[str]:
+    """Text of tokens as they come `after` others, up to the first of the stop strings; no token beyond it is taken.
 
     Raises:
-        ValueError: for an empty stop string.
+        ValueError: if `stop` is a string instead of several, or one is empty.
     """
-    if not all(stop):
-        raise ValueError("stop: expected text, got an empty string")
-    return _until(tokenizer.decode_stream(tokens), stop)
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop: expected several strings, none of them empty, got {stop!r}")
+    return _until(tokenizer.decode_stream(tokens, after), stop)
 
 
 def _until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:

@@ -183,6 +183,8 @@ class DogeForCausalLM(nn.Module):
                 f"input_ids: expected at most max_position_embeddings = {longest} tokens, got {input_ids.shape[1]}; "
                 "shorten the sequence or raise max_position_embeddings"
             )
+        if cache is not None and len(cache) != len(self.layers):
+            raise ValueError(f"cache: expected one for each of the {len(self.layers)} layers, got {len(cache)}")
         x = self.embed_tokens(input_ids)  # [B, N, C]
         for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers), strict=True):
             x = layer(x, documents, padding, layer_cache)

@@ -3,6 +3,7 @@
 B batch, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +32,9 @@ class Sampling:
     """Draw from the tokens that are at least this share as likely as the likeliest (arXiv 2407.01082)."""
 
     def __post_init__(self) -> None:
-        if not self.repetition_penalty > 0 or self.temperature < 0:
+        if not (0 < self.repetition_penalty < math.inf and 0 <= self.temperature < math.inf):
             raise ValueError(
-                "expected repetition_penalty > 0 and temperature >= 0, "
+                "expected finite repetition_penalty > 0 and temperature >= 0, "
                 f"got {self.repetition_penalty} and {self.temperature}"
             )
         if self.top_k is not None and self.top_k < 1:
@@ -57,7 +58,7 @@ class Sampling:
             logits = torch.where(occurred, penalised, logits)
         if self.temperature == 0:
             return logits
-        logits = logits / self.temperature
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # the largest is 0: no overflow
         if self.top_k is not None:
             least = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)

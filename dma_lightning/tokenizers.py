@@ -1,12 +1,15 @@
 """Text to tokens and back."""
 
 import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
+
+_NO_UTF8 = 0xFF  # a byte that stands in no UTF-8
+_CONTEXT = 8  # tokens before the new ones that are decoded with them
+_LONGEST = 64  # tokens after which what is no whole character is shown as it is
 
 
 class Tokenizer(Protocol):
@@ -18,12 +21,15 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Tokens of a text."""
 
-    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """One piece of text for each token, empty as long as a character is not whole; at last what is left over."""
+    def decode_stream(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
+        """The text of tokens that stand after others: a piece for each token, at last what is left over.
+
+        A piece is empty as long as its last character is not whole.
+        """
 
 
 class ByteTokenizer:
-    """The bytes of UTF-8 as tokens; what is no UTF-8 decodes to U+FFFD."""
+    """The bytes of UTF-8 as tokens; what is no UTF-8, or no byte, decodes to U+FFFD."""
 
     vocab_size = 256
 
@@ -31,11 +37,11 @@ class ByteTokenizer:
         """One token per byte."""
         return list(text.encode())
 
-    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
+    def decode_stream(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
         """Characters as soon as their last byte is there."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in tokens:
-            yield decoder.decode(bytes([token]))
+            yield decoder.decode(bytes([token if token < self.vocab_size else _NO_UTF8]))
         yield decoder.decode(b"", final=True)
 
 
@@ -51,7 +57,7 @@ class FileTokenizer:
 
     def __init__(self, path: Path | str) -> None:
         try:
-            self._load(Path(path).read_text())
+            self._load(Path(path).read_text(encoding="utf-8"))
         except Exception as error:  # the library raises no other
             raise ValueError(f"{path}: expected a tokenizer.json of the library tokenizers: {error}") from error
 
@@ -59,11 +65,16 @@ class FileTokenizer:
     def of_json(cls, text: str) -> "FileTokenizer":
         """The tokenizer of what a file says."""
         tokenizer = cls.__new__(cls)
-        tokenizer._load(text)
+        try:
+            tokenizer._load(text)
+        except Exception as error:  # the library raises no other
+            raise ValueError(f"expected what a tokenizer.json says, got something else: {error}") from error
         return tokenizer
 
     def _load(self, text: str) -> None:
         self.tokenizer = tokenizers.Tokenizer.from_str(text)
+        self.tokenizer.no_truncation()  # a file may ask for both, which would cut the text
+        self.tokenizer.no_padding()
         self.vocab_size = 1 + max(self.tokenizer.get_vocab().values(), default=0)
 
     def to_json(self) -> str:
@@ -74,8 +85,20 @@ class FileTokenizer:
         """Tokens of a text."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Pieces as soon as they are whole characters."""
-        stream = DecodeStream(skip_special_tokens=True)
+    def decode_stream(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
+        """Pieces as soon as they are whole characters, with the space that a token has only behind another."""
+        # Decoded anew from the token before the last piece on: a token's text depends on the one before it.
+        context, new = list(after)[-_CONTEXT:], []
         for token in tokens:
-            yield stream.step(self.tokenizer, token) or ""
+            new.append(token)
+            text = self._text_behind(context, new)
+            if text.endswith("\ufffd") and len(new) < _LONGEST:
+                yield ""
+                continue
+            yield text
+            context, new = (context + new)[-_CONTEXT:], []
+        yield self._text_behind(context, new)
+
+    def _text_behind(self, context: list[int], new: list[int]) -> str:
+        """What tokens add to the text of others."""
+        return self.tokenizer.decode(context + new)[len(self.tokenizer.decode(context)) :]

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dma_kernels.attention_inputs import check_attention_inputs
 from dma_kernels.decode_attention import decode_attention
 from dma_kernels.lifetimes import Lifetimes, check_documents, document_ends, document_runs
 from dma_kernels.scores import ordered_bits
@@ -26,7 +27,7 @@ from dma_kernels.selection import deaths_by_rank
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Lifetimes], Tensor]  # of q, k, v, scores
 
 _EMPTY = -1  # position of a slot that holds no key
-_FEW = 64  # up to so many positions are cheaper as rows of one dense product
+FEW = 64  # up to so many positions are cheaper as rows of one dense product
 
 
 class KeyCache(Protocol):
@@ -103,7 +104,7 @@ class DynamicMaskCache:
         batch: B.
         num_kv_heads: G.
         head_dim: D.
-        keep_window_size: w, keys that a query keeps.
+        keep_window_size: w, keys that a query keeps; memory for so many is taken at once.
         keep_last: r, positions that stay visible besides.
         sinks: s, first keys of each document that stay visible besides.
         dtype: of keys and values.
@@ -172,7 +173,7 @@ class DynamicMaskCache:
         """Attend from n new positions to the cache and themselves, and keep what later ones can see.
 
         One position costs O(C), a few O(n (C + n)), more go through `attention` over C + n keys. The result does not
-        depend on how a sequence is cut into calls.
+        depend on how a sequence is cut into calls, but for which queries show a NaN of v.
 
         Args:
             q: `[B, H, n, D]`, rotated by positions from `length` on.
@@ -191,7 +192,8 @@ class DynamicMaskCache:
         Raises:
             ValueError: if shapes, dtypes or devices do not belong together.
         """
-        self._check(k, v, scores, ranks, documents, padding)
+        self._check(q, k, v, scores, ranks, documents, padding)
+        self._pending = None
         if k.shape[2] == 1 and self._started:
             return self._step(q, k, v, scores, ranks, documents, padding)
         out = self.verify(q, k, v, scores, ranks, documents, padding, attention)
@@ -211,32 +213,42 @@ class DynamicMaskCache:
         attention: Attention = segment_attention,
     ) -> Tensor:
         """What `attend` returns, without keeping anything until `commit` says how many positions were right."""
-        self._check(k, v, scores, ranks, documents, padding)
-        chunk = self._pending = self._extended(k, v, scores, ranks, documents, padding)
+        self._check(q, k, v, scores, ranks, documents, padding)
+        self._pending = None
+        chunk = self._extended(k, v, scores, ranks, documents, padding)
         slots, keys = chunk.slots, chunk.death.shape[-1]
         past = keys - k.shape[2]
         birth = torch.arange(keys, dtype=torch.int32, device=k.device)
-        if self._started and k.shape[2] <= _FEW:
+        if self._started and k.shape[2] <= FEW:
             query = birth[past:, None]
             visible = (birth <= query) & (query < chunk.death[..., None, :])  # [B, G, n, M]
-            return decode_attention(q, slots.key, slots.value, slots.score, visible)
+            out = decode_attention(q, slots.key, slots.value, slots.score, visible)
+            self._pending = chunk
+            return out
         lifetimes = Lifetimes(
             birth.expand_as(chunk.death), chunk.death.int(), min(self.capacity, keys), born_at_position=True
         )
         q = F.pad(q, (0, 0, past, 0))  # nobody asks from the slots of the cache
-        return attention(q, slots.key, slots.value, slots.score, lifetimes)[:, :, past:]
+        out = attention(q, slots.key, slots.value, slots.score, lifetimes)[:, :, past:]
+        self._pending = chunk
+        return out
 
     @torch.no_grad()
     def commit(self, count: Tensor) -> None:
         """Keep the first `count` positions, int64 `[B]`, of what `verify` has seen last; of 0 nothing is changed.
 
+        A number below 0 counts as 0, and one above n as n.
+
         Raises:
-            ValueError: if `verify` was not called before.
+            ValueError: if `verify` was not called last, or `count` is something else.
         """
         chunk = self._pending
         if chunk is None:
             raise ValueError("commit: expected a call of verify before, got none")
+        if not isinstance(count, Tensor) or count.shape != self.length.shape or count.dtype != torch.int64:
+            raise ValueError(f"count: expected an int64 tensor {list(self.length.shape)}, got {count}")
         self._pending = None
+        count = count.clamp(0, chunk.real.shape[-1])
         keys = chunk.death.shape[-1]
         past = keys - chunk.real.shape[-1]
         index = torch.arange(keys, device=count.device)
@@ -261,29 +273,39 @@ class DynamicMaskCache:
         self._started = True
 
     def select(self, rows: Tensor) -> None:
-        """Keep these sequences, int64 `[B']`, in this order; a row may be named several times, as in beam search."""
-        for name, x in self.state_dict().items():
+        """Keep these sequences, int64 `[B']`, in this order; a row may be named several times, as in beam search.
+
+        The tensors are new ones, which a CUDA graph captured before does not know.
+        """
+        for name, x in self._tensors().items():
             setattr(self, name, x.index_select(0, rows))
         self._pending = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All tensors by name."""
-        names = (*_Slots.__dataclass_fields__, "length", "document", "seen")
-        return {name: getattr(self, name) for name in names}
+        """All tensors by name, and the sizes w, r and s; no copies: the next step changes them."""
+        sizes = torch.tensor([self.keep_window_size, self.keep_last, self.sinks])
+        return {**self._tensors(), "sizes": sizes}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy the tensors of another cache of the same shape.
 
         Raises:
-            ValueError: if names, shapes or dtypes differ; nothing is copied then.
+            ValueError: if names, shapes, dtypes or sizes differ; nothing is copied then.
         """
-        own = self.state_dict()
-        expected, found = ({name: (list(x.shape), x.dtype) for name, x in y.items()} for y in (own, state))
+        expected, found = (
+            {name: x.tolist() if name == "sizes" else (list(x.shape), x.dtype) for name, x in y.items()}
+            for y in (self.state_dict(), state)
+        )
         if expected != found:
             raise ValueError(f"expected the state of a cache with {expected}, got {found}")
-        for name, x in own.items():
+        for name, x in self._tensors().items():
             x.copy_(state[name])
         self._started, self._pending = True, None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What has a row for each sequence."""
+        names = (*_Slots.__dataclass_fields__, "length", "document", "seen")
+        return {name: getattr(self, name) for name in names}
 
     def visible(self) -> Tensor:
         """Which slots the last position sees, bool `[B, G, C]`."""
@@ -295,23 +317,25 @@ class DynamicMaskCache:
         return (self.position != _EMPTY) & (self.ranked | self.sink | recent)
 
     def _check(
-        self, k: Tensor, v: Tensor, scores: Tensor, ranks: Tensor, documents: Tensor | None, padding: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scores: Tensor,
+        ranks: Tensor,
+        documents: Tensor | None,
+        padding: Tensor | None,
     ) -> None:
         """Raise `ValueError` unless new keys fit the cache."""
+        check_new_keys(q, k, v, scores, ranks, documents, padding)
         batch, kv_heads, _, head_dim = self.key.shape
-        new = k.shape[2] if k.ndim == 4 else 0
-        expected = {"k": (k, (batch, kv_heads, new, head_dim)), "v": (v, (batch, kv_heads, new, head_dim))}
-        expected |= {"scores": (scores, (batch, kv_heads, new)), "ranks": (ranks, (batch, kv_heads, new))}
-        for name, (x, shape) in expected.items():
-            if new < 1 or x.shape != shape or x.device != self.key.device:
-                raise ValueError(
-                    f"{name}: expected {list(shape)} with at least one position on {self.key.device} for this cache, "
-                    f"got {list(x.shape)} on {x.device}"
-                )
-        for name, x in (("k", k), ("v", v)):
-            if x.dtype != self.key.dtype:
-                raise ValueError(f"{name}: expected {self.key.dtype} as the cache, got {x.dtype}")
-        check_documents(documents, padding, batch, ranks)
+        if (k.shape[0], k.shape[1], k.shape[3]) != (batch, kv_heads, head_dim) or k.device != self.key.device:
+            raise ValueError(
+                f"k: expected [{batch}, {kv_heads}, n, {head_dim}] on {self.key.device} for this cache, "
+                f"got {list(k.shape)} on {k.device}"
+            )
+        if k.dtype != self.key.dtype:
+            raise ValueError(f"k: expected {self.key.dtype} as the cache, got {k.dtype}; make the cache in that dtype")
 
     def _extended(
         self, k: Tensor, v: Tensor, scores: Tensor, ranks: Tensor, documents: Tensor | None, padding: Tensor | None
@@ -356,7 +380,7 @@ class DynamicMaskCache:
 
     def _runs(self, documents: Tensor, real: Tensor) -> Tensor:
         """Number of the document of each new position, `[B, n]`; 0 goes on with that of the cache."""
-        documents = torch.cat([self.document[:, None].to(documents.dtype), documents], dim=1)
+        documents = torch.cat([self.document[:, None], documents.long()], dim=1)
         padding = torch.cat([(self.seen == 0)[:, None], ~real], dim=1)
         return document_runs(documents, padding)[:, 1:].contiguous()
 
@@ -411,6 +435,27 @@ class DynamicMaskCache:
         out = decode_attention(q, self.key, self.value, self.score, self._visible(now))
         self.length += 1
         return out
+
+
+def check_new_keys(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    ranks: Tensor,
+    documents: Tensor | None,
+    padding: Tensor | None,
+) -> None:
+    """Raise `ValueError` unless what arrives at a cache belongs together and has at least one position."""
+    check_attention_inputs(q, k, v, scores)
+    if 0 in k.shape:
+        raise ValueError(f"k: expected at least one sequence and position, got {list(k.shape)}")
+    if ranks.shape != scores.shape or ranks.device != k.device or not ranks.is_floating_point():
+        raise ValueError(
+            f"ranks: expected floating {list(scores.shape)} on {k.device}, "
+            f"got {ranks.dtype} {list(ranks.shape)} on {ranks.device}"
+        )
+    check_documents(documents, padding, k.shape[0], ranks)
 
 
 def _number_in_document(real: Tensor, runs: Tensor | None, seen: Tensor) -> Tensor:

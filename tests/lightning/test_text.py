@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dma_lightning import TextDataModule
+from dma_lightning import FileTokenizer, TextDataModule
 
 
 def make_data(tmp_path: Path, path: Path | str | None, **changed: object) -> TextDataModule:
@@ -167,3 +167,30 @@ def test_a_damaged_tokenizer_is_told(content: str | None, tmp_path: Path) -> Non
         path.write_text(content)
     with pytest.raises(ValueError, match=r"tokenizer\.json: expected a tokenizer\.json of the library tokenizers"):
         make_data(tmp_path, None, tokenizer=str(path))
+
+
+def test_pieces_of_text_are_those_of_the_whole(tmp_path: Path) -> None:
+    """Also if a character is cut, or bytes are none; with the space that stands before a word."""
+    write_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = FileTokenizer(tmp_path / "tokenizer.json")
+    tokens = tokenizer.encode("Größe 𝄞 aé")
+    assert "".join(tokenizer.decode_stream(tokens)) == "Größe 𝄞 aé"
+    assert "".join(tokenizer.decode_stream(tokens[:-1])) == "Größe 𝄞 a\ufffd"
+    assert all("\ufffd" not in piece for piece in tokenizer.decode_stream(tokens))
+    for seed in range(20):
+        noise = torch.randint(300, (60,), generator=torch.Generator().manual_seed(seed)).tolist()
+        pieces = list(tokenizer.decode_stream(noise))
+        assert len(pieces) == 61
+        assert "".join(pieces).replace("\ufffd", "") == tokenizer.tokenizer.decode(noise).replace("\ufffd", "")
+
+    words = Tokenizer(models.WordLevel({"▁the": 0, "▁cat": 1, "?": 2}, unk_token="?"))
+    words.decoder = decoders.Metaspace()
+    words.enable_truncation(1)
+    words.enable_padding(length=5)
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = FileTokenizer.of_json(words.to_str())
+    assert tokenizer.encode("the cat the") == [0, 1, 0]
+    assert "".join(tokenizer.decode_stream([1, 0], after=[0])) == " cat the"
+    assert "".join(tokenizer.decode_stream([1, 0])) == "cat the"
+    with pytest.raises(ValueError, match=r"expected what a tokenizer\.json says"):
+        FileTokenizer.of_json("{}")
