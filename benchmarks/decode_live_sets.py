@@ -62,9 +62,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "decode_live_sets.json")
     args = parser.parse_args()
     changed = {"max_position_embeddings": args.length}
-    model = LanguageModel.load_from_checkpoint(args.checkpoint, weights_only=True, **changed).model.eval()
-    different, queries = different_live_sets(model, text_tokens(args.length))
-    result = {"environment": describe(), "length": args.length, "window": model.config.keep_window_size}
+    model = LanguageModel.load_from_checkpoint(args.checkpoint, map_location="cpu", weights_only=True, **changed)
+    model, tokens = model.model.eval(), text_tokens(args.length)
+    different, queries = different_live_sets(model, tokens)
+    result = {"environment": describe(), "length": tokens.shape[1], "window": model.config.keep_window_size}
     result |= {"queries": queries.tolist(), "different": different.tolist()}
     print(result)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -124,5 +124,5 @@ def main() -> None:
         return
     try:
         auto_cli(_COMMANDS[name], args=args, as_positional=name != "generate", prog=f"dma-lightning {name}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"dma-lightning {name}: {error}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dma_lightning.data import TextDataModule
+from dma_lightning.data.text import TOKENIZER_KEY
 from dma_lightning.generation import decode_until, pad_prompts, stream_tokens
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.sampling import Sampling
@@ -83,11 +83,16 @@ def load_checkpoint(path: Path, device: str, backend: str | None = None) -> Lang
         raise ValueError(f"ckpt_path: expected a checkpoint file, got {str(path)!r}; look under runs/")
     changed = {} if backend is None else {"backend": backend}
     try:
-        return LanguageModel.load_from_checkpoint(path, map_location=device, weights_only=True, **changed).eval()
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: expected one of this machine, got {device!r}: {error}") from error
+    try:
+        module = LanguageModel.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changed)
     except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path}: expected a checkpoint of `dma-lightning`, got one that cannot be read: {error}"
         ) from error
+    return module.to(device).eval()
 
 
 def tokenizer_of(module: LanguageModel, path: Path) -> Tokenizer:
@@ -96,7 +101,7 @@ def tokenizer_of(module: LanguageModel, path: Path) -> Tokenizer:
     Raises:
         ValueError: if there is none that fits.
     """
-    vocabulary, file = module.model.config.vocab_size, path.parent / "tokenizer.json"
+    vocabulary, file = module.model.config.vocab_size, path.resolve().parent / "tokenizer.json"
     carried = carried_tokenizer(path)
     if carried is None and vocabulary == ByteTokenizer.vocab_size and module.hparams.bytes_per_token == 1:
         return ByteTokenizer()
@@ -116,4 +121,5 @@ def tokenizer_of(module: LanguageModel, path: Path) -> Tokenizer:
 def carried_tokenizer(path: Path) -> str | None:
     """The `tokenizer.json` of the text that a checkpoint was trained on, if there was one."""
     saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    return saved.get(TextDataModule.__qualname__, {}).get("tokenizer")
+    states = (state for state in saved.values() if isinstance(state, dict))  # the data module's is under its name
+    return next((state[TOKENIZER_KEY] for state in states if TOKENIZER_KEY in state), None)

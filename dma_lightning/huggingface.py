@@ -4,8 +4,8 @@ Source: Hugging Face Transformers, `models/doge`.
 """
 
 import json
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +30,7 @@ _DEFAULTS = {
     "num_attention_heads": 8, "max_position_embeddings": 2048, "keep_window_size": 2048, "tie_word_embeddings": False,
 }  # fmt: skip
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = (
+_TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
@@ -38,6 +38,8 @@ TOKENIZER_FILES = (
 
 def load_doge(folder: Path | str, **changed: Any) -> DogeForCausalLM:
     """A model that `DogeForCausalLM.save_pretrained` of Transformers wrote, in the dtype of its weights.
+
+    Dynamic scaling of the rotary embedding, which changes nothing up to `max_position_embeddings`, is left out.
 
     Args:
         folder: holds `config.json` and `model.safetensors`, in one file or in several with an index.
@@ -48,20 +50,26 @@ def load_doge(folder: Path | str, **changed: Any) -> DogeForCausalLM:
     """
     folder = Path(folder)
     try:
-        raw = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: expected config.json of a Doge model: {error}") from error
-    config = ModelConfig(**config_from_doge(raw) | changed)
+        config = ModelConfig(**config_from_doge(json.loads((folder / "config.json").read_text())) | changed)
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: expected config.json of a Doge model: {type(error).__name__}: {error}") from error
     weights = _read_weights(folder)
     ours = {name.removeprefix("model."): x for name, x in weights.items()}
-    if config.tie_word_embeddings:
-        ours.setdefault("lm_head.weight", ours.get("embed_tokens.weight", torch.empty(0)))
+    if config.tie_word_embeddings and "embed_tokens.weight" in ours:
+        table = ours["embed_tokens.weight"]
+        if not torch.equal(ours.setdefault("lm_head.weight", table), table):
+            raise ValueError(
+                f"{folder}: tie_word_embeddings is set, but lm_head.weight is not the embedding; "
+                "set it to false in config.json if both are meant"
+            )
     with torch.device("meta"):
         model = DogeForCausalLM(config)
     expected = {name: list(x.shape) for name, x in model.state_dict().items()}
     found = {name: list(x.shape) for name, x in ours.items()}
     if expected != found:
         raise ValueError(f"{folder}: weights do not belong to config.json: {_difference(expected, found)}")
+    if wrong := sorted({str(x.dtype) for x in ours.values() if not x.is_floating_point()}):
+        raise ValueError(f"{folder}: expected weights in floating point, got {wrong}")
     model.load_state_dict(ours, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
@@ -97,6 +105,7 @@ def save_doge(
         (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         named = {name if name.startswith("lm_head.") else f"model.{name}": x for name, x in tensors.items()}
         save_file(named, unfinished / _WEIGHTS, metadata={"format": "pt"})
+        shutil.copymode(unfinished / "config.json", unfinished / _WEIGHTS)  # the library's is for the owner alone
         if tokenizer_folder is not None:
             copy_tokenizer(Path(tokenizer_folder), unfinished)
         if tokenizer_json is not None:
@@ -135,9 +144,10 @@ def _rope_fields(raw: dict[str, Any]) -> dict[str, float]:
     rope |= raw.get("rope_scaling") or {}
     rope |= raw.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear"):
-        raise ValueError(f"config.json: rope_type: expected 'default' or 'linear', got {kind!r}")
-    return {"rope_theta": float(rope["rope_theta"]), "rope_scaling": float(rope.get("factor", 1.0))}
+    if kind not in ("default", "dynamic", "linear"):
+        raise ValueError(f"config.json: rope_type: expected 'default', 'dynamic' or 'linear', got {kind!r}")
+    # "dynamic" is "default" up to max_position_embeddings.
+    return {"rope_theta": float(rope["rope_theta"]), "rope_scaling": float(rope["factor"]) if kind == "linear" else 1.0}
 
 
 def doge_config(config: ModelConfig) -> dict[str, Any]:
@@ -171,14 +181,14 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
     Raises:
         ValueError: if `folder` is there and not empty.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: expected a new or empty folder, got one with files; nothing is overwritten")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    unfinished = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
+    unfinished.mkdir()
     try:
         yield unfinished
-        unfinished.chmod(0o755)
         unfinished.replace(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -187,7 +197,7 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer files that there are."""
-    for name in TOKENIZER_FILES:
+    for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
@@ -199,7 +209,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         ValueError: if files are missing or damaged.
     """
     try:
-        if not (folder / _INDEX).exists():
+        if (folder / _WEIGHTS).exists() or not (folder / _INDEX).exists():
             return load_file(folder / _WEIGHTS)
         files = set(json.loads((folder / _INDEX).read_text())["weight_map"].values())
         if any(Path(name).name != name for name in files):

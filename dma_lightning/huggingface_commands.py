@@ -9,18 +9,23 @@ import torch
 from dma_lightning.generate_command import carried_tokenizer, load_checkpoint
 from dma_lightning.huggingface import copy_tokenizer, load_doge, new_folder, save_doge
 from dma_lightning.language_model import LanguageModel
+from dma_lightning.tokenizers import ByteTokenizer
 
 
 def import_hf(source: Path, target: Path) -> None:
     """Make a checkpoint of a Doge model that Hugging Face Transformers saved; its tokenizer files are copied along.
+
+    The checkpoint is for `generate` and Python; it holds no state of a training that `fit` could go on with. A model of
+    256 tokens without a tokenizer is taken for one of bytes.
 
     Args:
         source: folder with config.json and model.safetensors.
         target: new folder, which gets model.ckpt.
     """
     model = load_doge(source)
+    is_bytes = model.config.vocab_size == ByteTokenizer.vocab_size and not (source / "tokenizer.json").exists()
     with torch.device("meta"):
-        module = LanguageModel(**dataclasses.asdict(model.config))
+        module = LanguageModel(bytes_per_token=1.0 if is_bytes else None, **dataclasses.asdict(model.config))
     checkpoint = {
         "state_dict": {f"model.{name}": x for name, x in model.state_dict().items()},
         module.CHECKPOINT_HYPER_PARAMS_KEY: dict(module.hparams),
@@ -44,5 +49,5 @@ def export_hf(ckpt_path: Path, target: Path) -> None:
         target: new folder, which gets config.json and model.safetensors.
     """
     model = load_checkpoint(ckpt_path, "cpu").model
-    save_doge(model, target, ckpt_path.parent, carried_tokenizer(ckpt_path))
+    save_doge(model, target, ckpt_path.resolve().parent, carried_tokenizer(ckpt_path))
     print(f"written to {target}")

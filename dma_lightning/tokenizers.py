@@ -83,7 +83,10 @@ class FileTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises no other
+            raise ValueError(f"the tokenizer cannot encode {text[:40]!r}...: {error}") from error
 
     def decode_stream(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
         """Pieces as soon as they are whole characters, with the space that a token has only behind another."""

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,8 @@ from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer
 
 _CHUNK = 1 << 20
 _SEPARATOR = b"\n"
+_PIECE = 4 << 20  # bytes that a tokenizer takes at once, if no line ends before
+TOKENIZER_KEY = "tokenizer_json"  # in a checkpoint's state of the data
 
 
 class TokenWindows(Dataset):
@@ -57,7 +60,7 @@ class TextDataModule(SequenceDataModule):
 
     Raises:
         ValueError: if the tokenizer cannot be read; in `prepare_data` or `setup`, if the path holds no text or the text
-            is too short.
+            is too short (with a tokenizer, a model that is linked to the data asks for it at once).
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class TextDataModule(SequenceDataModule):
 
     @property
     def bytes_per_token(self) -> float:
-        """Mean length of a token; with a tokenizer, the text is read for it."""
+        """Mean length of a token; with a tokenizer, the array is written for it."""
         if isinstance(self.tokenizer, ByteTokenizer):
             return 1.0
         self.prepare_data()
@@ -91,14 +94,19 @@ class TextDataModule(SequenceDataModule):
         """Write the array, unless it is there. Called on one process per node."""
         if not self._cache_file.exists():
             self.cache_dir.mkdir(parents=True, exist_ok=True)
-            unfinished = self._cache_file.with_suffix(f".{os.getpid()}.tmp")
-            with unfinished.open("wb") as file:
-                file.writelines(self._tokens())
+            with tempfile.NamedTemporaryFile(dir=self.cache_dir, suffix=".tmp", delete=False) as file:
+                unfinished = Path(file.name)
+                try:
+                    file.writelines(self._tokens())
+                except BaseException:
+                    unfinished.unlink()
+                    raise
             unfinished.replace(self._cache_file)
 
     def setup(self, stage: str) -> None:
         """Map the array and split it."""
-        data = np.memmap(self._cache_file, dtype=self._dtype, mode="r")
+        empty = not self._cache_file.stat().st_size
+        data = np.empty(0, self._dtype) if empty else np.memmap(self._cache_file, dtype=self._dtype, mode="r")
         train_size = len(data) - round(len(data) * self.val_fraction)
         self.train_set = TokenWindows(data[:train_size], self.sequence_length)
         self.val_set = self.test_set = TokenWindows(data[train_size:], self.sequence_length)
@@ -111,7 +119,19 @@ class TextDataModule(SequenceDataModule):
 
     def state_dict(self) -> dict[str, str]:
         """What a checkpoint carries along: the tokenizer, unless tokens are bytes."""
-        return {} if isinstance(self.tokenizer, ByteTokenizer) else {"tokenizer": self.tokenizer.to_json()}
+        return {} if isinstance(self.tokenizer, ByteTokenizer) else {TOKENIZER_KEY: self.tokenizer.to_json()}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Check that the checkpoint's model has learned the tokens of this data.
+
+        Raises:
+            ValueError: if it was trained with another tokenizer.
+        """
+        if state.get(TOKENIZER_KEY) != self.state_dict().get(TOKENIZER_KEY):
+            raise ValueError(
+                "tokenizer: expected the one that the checkpoint was trained with, got another; "
+                "name its tokenizer.json, which `dma-lightning export-hf` writes out of the checkpoint"
+            )
 
     @property
     def _dtype(self) -> np.dtype:
@@ -140,7 +160,7 @@ class TextDataModule(SequenceDataModule):
         if isinstance(self.tokenizer, ByteTokenizer):
             yield from self._chunks()
             return
-        for text in _whole_lines(self._chunks()):
+        for text in _pieces(self._chunks()):
             yield np.array(self.tokenizer.encode(text), dtype=self._dtype).tobytes()
 
     def _chunks(self) -> Iterator[bytes]:
@@ -161,17 +181,33 @@ class TextDataModule(SequenceDataModule):
             yield _SEPARATOR
 
 
-def _whole_lines(chunks: Iterable[bytes]) -> Iterator[str]:
-    """The text in pieces that end with a line, since a tokenizer sees no further; what is no UTF-8 becomes U+FFFD."""
-    rest = b""
+def _pieces(chunks: Iterable[bytes]) -> Iterator[str]:
+    """The text in pieces of whole lines, or of whole words if lines are long; what is no UTF-8 becomes U+FFFD.
+
+    A tokenizer sees one piece at a time, so where two meet, a token may be another than in the whole.
+    """
+    rest: list[bytes] = []
+    size = 0
     for chunk in chunks:
-        rest += chunk
-        end = rest.rfind(b"\n") + 1
+        rest.append(chunk)
+        size += len(chunk)
+        if b"\n" not in chunk and size < _PIECE:
+            continue
+        text = b"".join(rest)
+        end = text.rfind(b"\n") + 1 or max(0, text.rfind(b" ")) or _character_end(text)
         if end:
-            yield rest[:end].decode(errors="replace")
-            rest = rest[end:]
-    if rest:
-        yield rest.decode(errors="replace")
+            yield text[:end].decode(errors="replace")
+        rest, size = [text[end:]], len(text) - end
+    if size:
+        yield b"".join(rest).decode(errors="replace")
+
+
+def _character_end(text: bytes) -> int:
+    """Where the last character begins, so that it is not cut."""
+    end = len(text) - 1
+    while end > 0 and text[end] & 0xC0 == 0x80:
+        end -= 1
+    return end
 
 
 def text_files(path: str) -> list[Path]:
@@ -196,4 +232,4 @@ def text_files(path: str) -> list[Path]:
 
 
 def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()

@@ -20,12 +20,12 @@ Kernel = Literal["forward", "query gradients", "key gradients"]
 
 
 class KernelConfig(NamedTuple):
-    """How a kernel is cut; powers of two from 16.
+    """How a kernel is cut.
 
     Attributes:
-        rows: of a tile that stays in registers: queries, or keys for the key gradients.
-        columns: of a tile that passes by: slots, or queries for the key gradients.
-        warps: of a program.
+        rows: of a tile that stays in registers: queries, or keys for the key gradients; a power of two from 16.
+        columns: of a tile that passes by: slots, or queries for the key gradients; a power of two from 16.
+        warps: of a program, a power of two.
         stages: of the pipeline that loads tiles.
     """
 
@@ -91,8 +91,11 @@ def read_table(path: Path) -> Table:
     """
     try:
         rows = json.loads(path.read_text())["rows"]
-        return dict(_entry(row) for row in rows if row.get("fastest"))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        table = dict(_entry(row) for row in rows if row.get("fastest"))
+        if not table:
+            raise ValueError("no row is marked as the fastest")
+        return table
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path}: expected a table of kernel configurations, got {type(error).__name__}: {error}; "
             f"write one by `python -m dma_kernels.tune --out {path}`, or set DMA_KERNEL_CONFIGS=builtin"
@@ -104,6 +107,8 @@ def _entry(row: dict[str, Any]) -> tuple[tuple[Kernel, int, int], KernelConfig]:
     where, config = (row["kernel"], row["element_bytes"], row["head_dim"]), KernelConfig(*row["config"])
     if where not in BUILTIN:
         raise ValueError(f"expected a kernel of {list(get_args(Kernel))}, 2 or 4 bytes, head dim 64, 128 or 256: {row}")
-    if any(not isinstance(x, int) or x < 1 or x & (x - 1) for x in config[:3]) or min(config[:2]) < 16:
-        raise ValueError(f"expected powers of two, tiles from 16: {row}")
+    tiles, warps = [1 << i for i in range(4, 11)], [1 << i for i in range(6)]
+    allowed = (tiles, tiles, warps, range(1, 9))
+    if not all(x in values for x, values in zip(config, allowed, strict=True)):
+        raise ValueError(f"expected tiles of 16 to 1024, up to 32 warps (powers of two) and up to 8 stages: {row}")
     return where, config

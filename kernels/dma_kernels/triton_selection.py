@@ -61,9 +61,9 @@ def _sort_keys_kernel(
 ):  # fmt: skip
     """What keys are sorted by: row, document, rank."""
     chunks = tl.cdiv(length, BLOCK)
-    i_row, o_n = tl.program_id(0) // chunks, tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
+    i_row, o_n = tl.program_id(0) // chunks, (tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     i_b, i_g, m_n = (i_row // heads).to(tl.int64), i_row % heads, o_n < length
-    b_rank = tl.load(p_rank + i_b * stride_b + i_g * stride_g + o_n.to(tl.int64) * stride_n, mask=m_n, other=0.0)
+    b_rank = tl.load(p_rank + i_b * stride_b + i_g * stride_g + o_n * stride_n, mask=m_n, other=0.0)
     b_key = (_ordered_bits(b_rank.to(tl.float32), DROPPED, NAN) >> (32 - BITS)).to(p_key.dtype.element_ty)
     if p_run is not None:
         b_key += tl.load(p_run + i_b * run_b + o_n * run_n, mask=m_n, other=0).to(tl.int64) << BITS

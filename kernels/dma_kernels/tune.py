@@ -100,7 +100,7 @@ def compile_case(case: Case) -> str | None:
     """Fill Triton's cache on disk; what went wrong, if a configuration does not fit the GPU."""
     try:
         launcher(case, make_arguments(case.element_bytes, case.head_dim))()
-    except OutOfResources as error:
+    except (OutOfResources, torch.OutOfMemoryError) as error:
         return str(error)
     return None
 

@@ -24,7 +24,7 @@ KINDS = [
     {"num_key_value_heads": 1, "mlp_bias": True, "head_dim": 24},
     {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
     {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "initializer_range": 0.05},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": 4.0}, "initializer_range": 0.05},
 ]
 
 
@@ -68,6 +68,8 @@ def test_their_models_load_here_and_ours_there(kind: dict, tmp_path: Path) -> No
     save_doge(ours, tmp_path / "ours")
     again = HFDogeForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
     assert_same_logits(ours, again)
+    kind = {name: x for name, x in kind.items() if name != "rope_parameters"}
+    assert ours.config.rope_theta == theirs.config.rope_parameters["rope_theta"]
     mine = {name: x for name, x in theirs.config.to_dict().items() if name in SHAPE or name in kind}
     assert mine == {name: x for name, x in again.config.to_dict().items() if name in mine}
     for (name, x), (_, y) in zip(theirs.state_dict().items(), again.state_dict().items(), strict=True):
@@ -84,6 +86,21 @@ def test_greedy_text_is_the_same(window: int, tmp_path: Path) -> None:
     count = 100 if window == 200 else 20
     expected = theirs.generate(prompt, max_new_tokens=count, do_sample=False, pad_token_id=0)[:, 40:]
     assert torch.equal(ours.generate(prompt, count), expected)
+
+
+def test_dynamic_scaling_is_none_within_the_training_length(tmp_path: Path) -> None:
+    theirs = make_theirs(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
+    theirs.save_pretrained(tmp_path / "model")
+    assert_same_logits(load_doge(tmp_path / "model").eval(), theirs)
+
+
+def test_a_model_of_bytes_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_doge(make_ours(vocab_size=256), tmp_path / "theirs")
+    command(monkeypatch, "import-hf", tmp_path / "theirs", tmp_path / "ours")
+    (tmp_path / "link.ckpt").symlink_to(tmp_path / "ours/model.ckpt")
+    command(monkeypatch, "generate", f"--ckpt_path={tmp_path / 'link.ckpt'}", "--prompt=a", "--max_new_tokens=3")
+    with pytest.raises(SystemExit, match="device: expected one of this machine, got 'foo'"):
+        command(monkeypatch, "generate", f"--ckpt_path={tmp_path / 'link.ckpt'}", "--prompt=a", "--device=foo")
 
 
 def test_bfloat16_stays(tmp_path: Path) -> None:
@@ -104,7 +121,11 @@ def test_bfloat16_stays(tmp_path: Path) -> None:
         ({"sliding_window": 5}, "sliding_window: expected None, got 5"),
         ({"attention_dropout": 0.1}, "attention_dropout: expected 0"),
         ({"model_type": "llama"}, "expected model_type 'doge', got 'llama'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_type: expected 'default' or 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_type: expected 'default', 'dynamic' or"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}}, "config.json of a Doge model: KeyError"),
+        ({"rope_theta": None, "rope_parameters": None}, "config.json of a Doge model: TypeError"),
+        ({"vocab_size": "97"}, "config.json of a Doge model: TypeError"),
+        ({"tie_word_embeddings": True}, "lm_head.weight is not the embedding"),
         ({"hidden_size": 32}, "weights do not belong to config.json: embed_tokens.weight expected"),
         ({"num_hidden_layers": 3}, "layers.2.*expected .*, got none"),
     ],
@@ -129,6 +150,7 @@ def test_damaged_files_are_told(damage: str, tmp_path: Path) -> None:
     elif damage == "config":
         config.write_text("{")
     elif damage == "index":
+        weights.unlink()
         (tmp_path / "model/model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret"}}')
     else:
         (config if damage == "no config" else weights).unlink()
@@ -264,7 +286,13 @@ def test_a_checkpoint_carries_the_tokenizer_of_its_text_along(
          "--trainer.accelerator=cpu", "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path / 'run'}"]
     )  # fmt: skip
     checkpoint = Path(cli.trainer.checkpoint_callback.best_model_path)
-    (tmp_path / "tokenizer.json").unlink()
+    tokenizer = tmp_path / "tokenizer.json"
+    saved, text = tokenizer.read_text(), ["validate", f"--ckpt_path={checkpoint}", "--trainer.logger=false"]
+    monkeypatch.chdir(tmp_path)
+    tokenizer.write_text(saved.replace('"w5": 5', '"w6": 5').replace('"w6": 6', '"w5": 6'))
+    with pytest.raises(ValueError, match="expected the one that the checkpoint was trained with"):
+        build_cli(text)
+    tokenizer.unlink()
     capsys.readouterr()
     command(monkeypatch, "generate", f"--ckpt_path={checkpoint}", "--prompt=w1 w2", "--max_new_tokens=4")
     assert len(capsys.readouterr().out.split()) >= 2

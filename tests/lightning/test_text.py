@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dma_lightning import FileTokenizer, TextDataModule
+from dma_lightning.data import text
 
 
 def make_data(tmp_path: Path, path: Path | str | None, **changed: object) -> TextDataModule:
@@ -148,8 +149,8 @@ def test_a_tokenizer_makes_the_tokens(tmp_path: Path) -> None:
     assert make_data(tmp_path, tmp_path / "a.txt").bytes_per_token == 1
 
 
-def test_pieces_of_text_end_with_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where the text is cut for reading changes no token."""
+def test_where_text_is_cut_for_reading_changes_no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of lines that a tokenizer does not look across."""
     write_tokenizer(tmp_path / "tokenizer.json")
     (tmp_path / "a.txt").write_text("Größe 𝄞, and words\n" * 20)
     found = []
@@ -194,3 +195,28 @@ def test_pieces_of_text_are_those_of_the_whole(tmp_path: Path) -> None:
     assert "".join(tokenizer.decode_stream([1, 0])) == "cat the"
     with pytest.raises(ValueError, match=r"expected what a tokenizer\.json says"):
         FileTokenizer.of_json("{}")
+
+
+def test_long_lines_are_cut_between_words_and_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "_PIECE", 10)
+    for whole in ("aé𝄞 bc " * 30, "é𝄞" * 50, "word " * 9 + "\n" + "é" * 40, "a\nb\n", "", " " * 33):
+        for size in (1, 7, 64):
+            chunks = [whole.encode()[i : i + size] for i in range(0, len(whole.encode()), size)]
+            pieces = list(text._pieces(chunks))
+            assert "".join(pieces) == whole
+            if size == 7:
+                assert all(len(piece.encode()) < 10 + 2 * size for piece in pieces)
+
+
+def test_a_tokenizer_that_makes_no_tokens_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text\n" * 9)
+    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    data = make_data(tmp_path, tmp_path / "a.txt", tokenizer=str(tmp_path / "tokenizer.json"))
+    data.prepare_data()
+    with pytest.raises(ValueError, match="text of 0 tokens"):
+        data.setup("fit")
+    Tokenizer(models.WordLevel({"a": 0})).save(str(tmp_path / "tokenizer.json"))
+    data = make_data(tmp_path, tmp_path / "a.txt", tokenizer=str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="the tokenizer cannot encode 'some text"):
+        data.prepare_data()
+    assert not list((tmp_path / "cache").glob("*.tmp"))
