@@ -139,6 +139,19 @@ def peer_lines() -> list[str]:
     return lines
 
 
+def decode_lines() -> list[str]:
+    """Milliseconds per token and megabytes by length and cache."""
+    lines = [
+        "| tokens read | small cache, ms per token | MB | full cache, ms per token | MB |",
+        "| ---: |" + " ---: |" * 4,
+    ]
+    rows = load("cpu_decode")["decode"]
+    for small, full in zip(rows[::2], rows[1::2], strict=True):
+        cells = " | ".join(f"{spread(row['ms'])} | {row['mb']:.2f}" for row in (small, full))
+        lines.append(f"| {small['length'] // 1024}k | {cells} |")
+    return lines
+
+
 def mask_lines() -> list[str]:
     """Milliseconds to build a block mask, by length."""
     names = ("block_mask, eager", "block_mask, compiled", "create_block_mask, compiled")
@@ -172,7 +185,7 @@ def figures() -> str:
     mqar, attention, text = load("train_mqar"), load("cpu_attention"), load("train_text_3.11")
     solved = sum(run["curve"][-1][1] >= 0.98 for run in mqar["runs"])
     shape, seconds = attention["shape"], [run["seconds"] for run in mqar["runs"]]
-    gpu = load("gpu_attention")
+    gpu, live = load("gpu_attention"), load("decode_live_sets")
     gpu_shape = f"bfloat16, batch {gpu['shape']['batch']}, head dim {gpu['shape']['head_dim']}"
     kernels = gpu_machine(load("gpu_kernels"))
     parts = [
@@ -214,6 +227,12 @@ def figures() -> str:
         f"{shape['kv_heads']} KV heads, head dim {shape['head_dim']}, w = {shape['window']}, selection included; "
         f"median [min - max] of separate processes ({machine(attention)}).",
         "\n".join(attention_lines()),
+        "**`python benchmarks/cpu_decode.py`**: decoding with the tiny model, w = 64, batch 1, float32; the full cache "
+        f"is for comparison, and selects anew at every token; median [min - max] ({machine(load('cpu_decode'))}).",
+        "\n".join(decode_lines()),
+        f"**`python benchmarks/decode_live_sets.py`**: of {sum(live['queries']):,} queries (layers, KV heads and "
+        f"{live['length']:,} bytes of text; the model of `make train`, w = {live['window']}), {sum(live['different'])} "
+        f"see other keys when decoded token by token than in one forward pass ({machine(live)}).",
     ]
     return "\n\n".join(parts)
 
