@@ -3,7 +3,7 @@
 import glob
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -94,13 +94,13 @@ class TextDataModule(SequenceDataModule):
         """Write the array, unless it is there. Called on one process per node."""
         if not self._cache_file.exists():
             self.cache_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.cache_dir, suffix=".tmp", delete=False) as file:
-                unfinished = Path(file.name)
-                try:
+            unfinished = self._cache_file.with_suffix(f".{secrets.token_hex(8)}.tmp")  # of this process on this host
+            try:
+                with unfinished.open("wb") as file:
                     file.writelines(self._tokens())
-                except BaseException:
-                    unfinished.unlink()
-                    raise
+            except BaseException:
+                unfinished.unlink(missing_ok=True)
+                raise
             unfinished.replace(self._cache_file)
 
     def setup(self, stage: str) -> None:
