@@ -47,7 +47,7 @@ def generate(
         seed: of the tokens that are drawn.
         device: where to compute, such as cpu or cuda:1; by default the GPU if there is one.
         backend: attention backend, if not the checkpoint's.
-        full_cache: keep all keys, for comparison; the text is the same.
+        full_cache: keep all keys, for comparison; but for rounding, the text is the same.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)

@@ -5,7 +5,7 @@ B batch, N prompt length, V vocabulary.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +91,11 @@ def stream_tokens(
             logits = model(token[:, None], cache=cache, last_only=True)[:, -1]
 
 
-def generate(model: Decoder, input_ids: Tensor, max_new_tokens: int, *args: object, **kwargs: object) -> Tensor:
-    """All tokens of `stream_tokens`, int64 `[B, at most max_new_tokens]`."""
-    tokens = list(stream_tokens(model, input_ids, max_new_tokens, *args, **kwargs))
+def generate(
+    model: Decoder, input_ids: Tensor, max_new_tokens: int, sampling: Sampling | None = None, **options: Any
+) -> Tensor:
+    """All tokens of `stream_tokens`, which takes the options, int64 `[B, at most max_new_tokens]`."""
+    tokens = list(stream_tokens(model, input_ids, max_new_tokens, sampling, **options))
     return torch.stack(tokens, dim=1) if tokens else input_ids.new_empty(input_ids.shape[0], 0)
 
 
@@ -120,7 +122,7 @@ def stream_text(
     *,
     stop: Sequence[str] = (),
     device: torch.device | str | None = None,
-    **kwargs: object,
+    **options: Any,
 ) -> Iterator[str]:
     """Go on with a text; pieces of it as they come.
 
@@ -132,7 +134,7 @@ def stream_text(
         sampling: how tokens are chosen; by default the likeliest.
         stop: strings before which the text ends.
         device: where the model is.
-        kwargs: further arguments of `stream_tokens`.
+        options: further arguments of `stream_tokens`.
 
     Raises:
         ValueError: for an empty prompt or stop string, and as `stream_tokens`.
@@ -141,7 +143,7 @@ def stream_text(
         raise ValueError("prompt: expected text, got an empty string")
     prompt_tokens = tokenizer.encode(prompt)
     input_ids, _ = pad_prompts([prompt_tokens], device)
-    tokens = (token.item() for token in stream_tokens(model, input_ids, max_new_tokens, sampling, **kwargs))
+    tokens = (token.item() for token in stream_tokens(model, input_ids, max_new_tokens, sampling, **options))
     yield from decode_until(tokenizer, tokens, stop, prompt_tokens)
 
 
