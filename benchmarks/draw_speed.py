@@ -1,28 +1,51 @@
-"""Draw the time per token by length from benchmarks/results/gpu_kernels.json: `python benchmarks/draw_speed.py`."""
+"""Draw times by length from the GPU result files: `python benchmarks/draw_speed.py`."""
+
+from typing import Any
 
 from matplotlib.figure import Figure
 from readme_figures import ROOT, load
 
 COLORS = {"triton": "#1b7837", "cuDNN": "#5e3c99", "FlashAttention-2": "#e08214"}
+Points = dict[str, list[tuple[int, float]]]
 
 
-def main() -> None:
+def training(result: dict[str, Any]) -> Points:
     """Microseconds per token of forward and backward, 16/4 heads: ours up to 1M, and dense attention where measured."""
-    result = load("gpu_kernels")
-    axes = Figure(figsize=(7, 3.6), layout="constrained").add_subplot()
-    points = {"triton": [(row["length"], row["ms"][1]) for row in result["lengths"]]}
+    points = {"triton": [(row["length"], 1e3 * row["ms"][1] / row["length"]) for row in result["lengths"]]}
     for name in ("cuDNN", "FlashAttention-2"):
         rows = [row for row in result["attention"] if row["heads"] == 16]
-        points[name] = [(row["length"], row[name][1]) for row in rows]
-    for name, pairs in points.items():
-        label = f"{name}, w = 1024" if name == "triton" else f"{name}, dense causal"
-        axes.plot([n for n, _ in pairs], [1e3 * ms / n for n, ms in pairs], "o-", color=COLORS[name], label=label)
-    axes.set(xscale="log", yscale="log", xlabel="N", ylabel="forward + backward, us per token")
-    axes.set_xticks([2**i for i in range(14, 21)], [f"{2**i // 1024}k" for i in range(14, 21)])
+        points[name] = [(row["length"], 1e3 * row[name][1] / row["length"]) for row in rows]
+    return points
+
+
+def decoding(result: dict[str, Any]) -> Points:
+    """Microseconds of a layer's step at batch 1."""
+    points = {"triton": [(row["length"], row["us"][1]) for row in result["contexts"]]}
+    for name in ("cuDNN", "FlashAttention-2"):
+        points[name] = [(row["length"], row[name][1]) for row in result["dense"] if row["batch"] == 1]
+    return points
+
+
+def draw(points: Points, dense: str, xlabel: str, ylabel: str, name: str) -> None:
+    """Lines over lengths, both axes logarithmic."""
+    axes = Figure(figsize=(7, 3.6), layout="constrained").add_subplot()
+    for key, pairs in points.items():
+        label = f"{key}, w = 1024" if key == "triton" else f"{key}, {dense}"
+        axes.plot(*zip(*pairs, strict=True), "o-", color=COLORS[key], label=label)
+    ticks = [length for length, _ in points["triton"]]
+    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+    axes.set_xticks(ticks, [f"{length // 1024}k" for length in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
-    axes.figure.savefig(ROOT / "benchmarks" / "figures" / "speed.png", dpi=110)
+    axes.figure.savefig(ROOT / "benchmarks" / "figures" / name, dpi=110)
+
+
+def main() -> None:
+    """Write both pictures."""
+    training_label = "forward + backward, us per token"
+    draw(training(load("gpu_kernels")), "dense causal", "N", training_label, "speed.png")
+    draw(decoding(load("gpu_decode")), "all keys", "tokens read", "a layer's step, us", "decode.png")
 
 
 if __name__ == "__main__":

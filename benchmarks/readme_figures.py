@@ -152,6 +152,38 @@ def decode_lines() -> list[str]:
     return lines
 
 
+def gpu_step_lines() -> list[str]:
+    """Microseconds of a step by batch, beside dense attention to a full cache."""
+    result = load("gpu_decode")
+    dense = {(row["batch"], row["length"]): row for row in result["dense"]}
+    lengths = sorted({length for _, length in dense})
+    lines = [
+        "| batch | `triton` | plain PyTorch | FlashAttention-2, w keys | "
+        + " | ".join(f"cuDNN, {length // 1024}k keys" for length in lengths)
+        + " |"
+    ]
+    lines.append("| ---: |" + " ---: |" * (3 + len(lengths)))
+    for row in result["steps"]:
+        names = ("triton", "torch", "FlashAttention-2, w keys")
+        cells = [spread(row[name]) for name in names]
+        for length in lengths:
+            full = dense.get((row["batch"], length))
+            cells.append("" if full is None else f"{full['cuDNN'][1]:.0f} ({full['cuDNN'][1] / row['triton'][1]:.0f}x)")
+        lines.append(f"| {row['batch']} | {' | '.join(cells)} |")
+    return lines
+
+
+def gpu_context_lines() -> list[str]:
+    """Time of a step, of a whole model's token, and memory, by the length of what has been read."""
+    result = load("gpu_decode")
+    lines = ["| tokens read | a layer's step, us | MiB | a token, eagerly, ms | as a CUDA graph, ms | MiB |"]
+    lines.append("| ---: |" + " ---: |" * 5)
+    for layer, model in zip(result["contexts"], result["model"], strict=True):
+        cells = (f"{layer['length'] // 1024}k", spread(layer["us"]), f"{layer['mib']:.2f}", spread(model["eager"]))
+        lines.append(f"| {' | '.join(cells)} | {spread(model['CUDA graph'])} | {model['mib']:.0f} |")
+    return lines
+
+
 def mask_lines() -> list[str]:
     """Milliseconds to build a block mask, by length."""
     names = ("block_mask, eager", "block_mask, compiled", "create_block_mask, compiled")
@@ -227,6 +259,17 @@ def figures() -> str:
         f"{shape['kv_heads']} KV heads, head dim {shape['head_dim']}, w = {shape['window']}, selection included; "
         f"median [min - max] of separate processes ({machine(attention)}).",
         "\n".join(attention_lines()),
+        "**`python benchmarks/gpu_decode.py`**: microseconds of a decoding step of one layer, replayed as a CUDA "
+        "graph: the new key enters the cache and its query attends. 32 query and 8 KV heads, head dim 128, w = 1024, "
+        "bfloat16. Beside it FlashAttention-2 over as many keys, without a cache to keep, and cuDNN's dense attention "
+        "over a full cache (how many times slower); both are PyTorch's. Median [min - max] of 3 "
+        f"({gpu_machine(load('gpu_decode'))}).",
+        "\n".join(gpu_step_lines()),
+        "Batch 1 by the length of what has been read: that step, and a token of a whole model "
+        f"({load('gpu_decode')['model'][0]['parameters'] / 1e9:.2f}B parameters, random weights, "
+        "`configs/model/1.7b.yaml`: 28 layers, w = 2048), with the memory of all its caches:",
+        "\n".join(gpu_context_lines()),
+        "![Time of a decoding step by context](benchmarks/figures/decode.png)",
         "**`python benchmarks/cpu_decode.py`**: decoding with the tiny model, w = 64, batch 1, float32; the full cache "
         f"is for comparison, and selects anew at every token; median [min - max] ({machine(load('cpu_decode'))}).",
         "\n".join(decode_lines()),

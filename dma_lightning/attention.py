@@ -135,6 +135,8 @@ class DynamicMaskAttention(nn.Module):
             batch: B.
             full: keep every key, for comparison or to change `keep_window_size` of the cache later.
             dtype: of keys and values in the small cache. Default: that of autocast, if it is on, or of the weights.
+
+        The small cache steps by a Triton kernel where the module's backend is `triton`, else by plain PyTorch.
         """
         weight, kv_heads = self.k_proj.weight, self.A.numel()
         selection = (self.keep_window_size, self.keep_last, self.sinks)
@@ -144,7 +146,9 @@ class DynamicMaskAttention(nn.Module):
         if dtype is None:
             autocasts = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocasts else weight.dtype
-        return DynamicMaskCache(batch, kv_heads, self.head_dim, *selection, dtype, device)
+        backend = resolve_backend(self.backend, device.type, device.index, dtype, self.head_dim)
+        step = "triton" if backend == "triton" else "torch"
+        return DynamicMaskCache(batch, kv_heads, self.head_dim, *selection, dtype, device, step)
 
     def _project(self, x: Tensor, cache: KeyCache | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised, rotated queries `[B, H, N, D]` and keys, and values `[B, G, N, D]`, in one dtype."""

@@ -11,7 +11,7 @@ Source: the interval of a key, arXiv 2508.02124v6, equation 4: the w-th best sco
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,15 @@ from torch import Tensor
 
 from dma_kernels.attention_inputs import check_attention_inputs
 from dma_kernels.decode_attention import decode_attention
+from dma_kernels.decode_step import decode_step
+from dma_kernels.fused_attention import check_kernels_can, check_machine
 from dma_kernels.lifetimes import Lifetimes, check_documents, document_ends, document_runs
 from dma_kernels.scores import ordered_bits
 from dma_kernels.segment_attention import segment_attention
 from dma_kernels.selection import deaths_by_rank
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Lifetimes], Tensor]  # of q, k, v, scores
+StepBackend = Literal["torch", "triton"]
 
 _EMPTY = -1  # position of a slot that holds no key
 FEW = 64  # up to so many positions are cheaper as rows of one dense product
@@ -109,6 +112,7 @@ class DynamicMaskCache:
         sinks: s, first keys of each document that stay visible besides.
         dtype: of keys and values.
         device: where the cache is.
+        backend: of steps of one position: `triton` is one kernel, for CUDA and what `fused_attention` takes.
 
     Attributes:
         key: after the rotary embedding, `[B, G, C, D]`.
@@ -118,12 +122,10 @@ class DynamicMaskCache:
         position: int64 `[B, G, C]`; -1 in an empty slot.
         ranked: whether a key is among the w best so far, bool `[B, G, C]`.
         sink: whether a key is among the first of its document, bool `[B, G, C]`.
-        length: positions read so far, padding included, int64 `[B]`.
         document: id of the last real position, int64 `[B]`.
-        seen: real positions of that document so far, int64 `[B]`.
 
     Raises:
-        ValueError: if a size is out of range.
+        ValueError: if a size is out of range, or the backend is unknown or cannot do what is asked.
     """
 
     def __init__(
@@ -136,12 +138,15 @@ class DynamicMaskCache:
         sinks: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        backend: StepBackend = "torch",
     ) -> None:
         if min(batch, num_kv_heads, head_dim, keep_window_size) < 1 or min(keep_last, sinks) < 0:
             raise ValueError(
                 "expected batch, num_kv_heads, head_dim and keep_window_size >= 1, keep_last and sinks >= 0, "
                 f"got {batch}, {num_kv_heads}, {head_dim}, {keep_window_size}, {keep_last} and {sinks}"
             )
+        if backend not in get_args(StepBackend):
+            raise ValueError(f"backend: expected one of {list(get_args(StepBackend))}, got {backend!r}")
         self.keep_window_size, self.keep_last, self.sinks = keep_window_size, keep_last, sinks
         shape = (batch, num_kv_heads, keep_window_size + keep_last + sinks)
         wide = torch.promote_types(dtype, torch.float32)
@@ -149,7 +154,14 @@ class DynamicMaskCache:
         self.score, self.rank = (torch.zeros(shape, dtype=wide, device=device) for _ in range(2))
         self.position = torch.full(shape, _EMPTY, dtype=torch.int64, device=device)
         self.ranked, self.sink = (torch.zeros(shape, dtype=torch.bool, device=device) for _ in range(2))
-        self.length, self.document, self.seen = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(3))
+        self.document = torch.zeros(batch, dtype=torch.int64, device=device)
+        # Each KV head counts for itself, since the programs of a kernel that serve different ones do not wait.
+        self._lengths, self._seen = (torch.zeros(shape[:2], dtype=torch.int64, device=device) for _ in range(2))
+        if backend == "triton":
+            check_kernels_can(dtype, head_dim)
+            check_machine(self.key.device)
+        self.backend = backend
+        self._arrivals = torch.zeros(shape[:2], dtype=torch.int32, device=device)
         self._started = False  # whether any slot can hold a key; known without looking at the device
         self._pending: _Chunk | None = None
 
@@ -157,6 +169,16 @@ class DynamicMaskCache:
     def capacity(self) -> int:
         """C, the slots per KV head."""
         return self.position.shape[-1]
+
+    @property
+    def length(self) -> Tensor:
+        """Positions read so far, padding included, int64 `[B]`."""
+        return self._lengths[:, 0]
+
+    @property
+    def seen(self) -> Tensor:
+        """Real positions of the last document so far, int64 `[B]`."""
+        return self._seen[:, 0]
 
     @torch.no_grad()
     def attend(
@@ -267,9 +289,10 @@ class DynamicMaskCache:
         place = torch.arange(1, chunk.real.shape[-1] + 1, device=count.device)
         latest = torch.where(chunk.real & (place <= count[:, None]), place, 0).amax(-1)  # the last real one, from 1
         at = (latest - 1).clamp(min=0)[:, None]
-        for old, x in ((self.document, chunk.document), (self.seen, chunk.number)):
-            old.copy_(torch.where(latest > 0, x.gather(1, at).squeeze(1), old))
-        self.length += count
+        document, number = (x.gather(1, at) for x in (chunk.document, chunk.number))
+        self.document.copy_(torch.where(latest > 0, document.squeeze(1), self.document))
+        self._seen.copy_(torch.where((latest > 0)[:, None], number, self._seen))
+        self._lengths += count[:, None]
         self._started = True
 
     def select(self, rows: Tensor) -> None:
@@ -277,14 +300,15 @@ class DynamicMaskCache:
 
         The tensors are new ones, which a CUDA graph captured before does not know.
         """
-        for name, x in self._tensors().items():
-            setattr(self, name, x.index_select(0, rows))
+        for name in (*_Slots.__dataclass_fields__, "document", "_lengths", "_seen", "_arrivals"):
+            setattr(self, name, getattr(self, name).index_select(0, rows))
         self._pending = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors by name, and the sizes w, r and s; no copies: the next step changes them."""
+        names = (*_Slots.__dataclass_fields__, "document", "length", "seen")
         sizes = torch.tensor([self.keep_window_size, self.keep_last, self.sinks])
-        return {**self._tensors(), "sizes": sizes}
+        return {**{name: getattr(self, name) for name in names}, "sizes": sizes}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy the tensors of another cache of the same shape.
@@ -298,14 +322,11 @@ class DynamicMaskCache:
         )
         if expected != found:
             raise ValueError(f"expected the state of a cache with {expected}, got {found}")
-        for name, x in self._tensors().items():
-            x.copy_(state[name])
+        for name in (*_Slots.__dataclass_fields__, "document"):
+            getattr(self, name).copy_(state[name])
+        self._lengths.copy_(state["length"][:, None])
+        self._seen.copy_(state["seen"][:, None])
         self._started, self._pending = True, None
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """What has a row for each sequence."""
-        names = (*_Slots.__dataclass_fields__, "length", "document", "seen")
-        return {name: getattr(self, name) for name in names}
 
     def visible(self) -> Tensor:
         """Which slots the last position sees, bool `[B, G, C]`."""
@@ -401,16 +422,33 @@ class DynamicMaskCache:
         padding: Tensor | None,
     ) -> Tensor:
         """`attend` of one position, in place."""
-        now = self.length
-        real = torch.ones_like(now, dtype=torch.bool) if padding is None else ~padding[:, 0]
+        real = None if padding is None else ~padding[:, 0]
         if documents is not None:
-            start = real & (documents[:, 0] != self.document)
-            self.position.masked_fill_(start[:, None, None], _EMPTY)
-            self.ranked.masked_fill_(start[:, None, None], False)
-            self.sink.masked_fill_(start[:, None, None], False)
-            self.seen.masked_fill_(start, 0)
-            self.document.copy_(torch.where(real, documents[:, 0], self.document))
-        self.seen += real
+            self._start_documents(documents[:, 0].long(), real)
+        if self.backend == "torch":
+            return self._plain_step(q, k, v, scores, ranks, torch.ones_like(self.seen).bool() if real is None else real)
+        slots = (getattr(self, name) for name in _Slots.__dataclass_fields__)
+        window, keep_last, sinks = self.keep_window_size, self.keep_last, self.sinks
+        return decode_step(
+            q, k, v, scores, ranks, real, *slots, self._lengths, self._seen, self._arrivals, window, keep_last, sinks
+        )
+
+    def _start_documents(self, documents: Tensor, real: Tensor | None) -> None:
+        """Forget the keys of sequences in which a document starts; ids `[B]` of one position."""
+        start = documents != self.document
+        if real is not None:
+            start = start & real
+        self.position.masked_fill_(start[:, None, None], _EMPTY)
+        self.ranked.masked_fill_(start[:, None, None], False)
+        self.sink.masked_fill_(start[:, None, None], False)
+        self.value.masked_fill_(start[:, None, None, None], 0)  # a weight of 0 would not stop a NaN
+        self._seen.masked_fill_(start[:, None], 0)
+        self.document.copy_(torch.where(start, documents, self.document))
+
+    def _plain_step(self, q: Tensor, k: Tensor, v: Tensor, scores: Tensor, ranks: Tensor, real: Tensor) -> Tensor:
+        """`_step` within a document."""
+        now = self.length
+        self._seen += real[:, None]
         sink = (real & (self.seen <= self.sinks))[:, None]  # [B, 1]
 
         # The later of two equal ranks wins, so a new key beats its equal.
@@ -433,7 +471,7 @@ class DynamicMaskCache:
             keep = kept.view(*kept.shape, *[1] * (x.ndim - 2))
             field.scatter_(2, at, torch.where(keep, x.to(field.dtype), field.gather(2, at)))
         out = decode_attention(q, self.key, self.value, self.score, self._visible(now))
-        self.length += 1
+        self._lengths += 1
         return out
 
 

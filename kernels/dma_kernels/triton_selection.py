@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dma_kernels.scores import CANONICAL_NAN, DROPPED_MANTISSA_BITS
 from dma_kernels.selection import LOWEST_PRIORITY, RANK_BITS
+from dma_kernels.triton_scores import ordered_bits
 
 _TABLE = (128, 32)  # blocks and bins that are summed up at once
 _KEYS = 1024  # keys of a program that makes sort keys
@@ -43,28 +43,16 @@ class Tiling:
 
 
 @triton.jit
-def _ordered_bits(b_rank, DROPPED: tl.constexpr, NAN: tl.constexpr):
-    """`ordered_bits` of float32."""
-    b_bits = b_rank.to(tl.int32, bitcast=True)
-    b_bits = tl.where((b_bits & 0x7FFFFFFF) > 0x7F800000, NAN, b_bits)
-    b_odd = (b_bits >> DROPPED) & 1  # round half to even
-    b_bits = (b_bits + ((1 << (DROPPED - 1)) - 1) + b_odd) & -(1 << DROPPED)
-    b_ordered = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
-    return tl.where((b_bits & 0x7FFFFFFF) == 0, 0, b_ordered)
-
-
-@triton.jit
 def _sort_keys_kernel(
     p_rank, p_run, p_padding, p_key, length, heads, rows, stride_b, stride_g, stride_n, run_b, run_n, padding_b,
-    padding_n, bits, BITS: tl.constexpr, LOWEST: tl.constexpr, DROPPED: tl.constexpr, NAN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    padding_n, bits, BITS: tl.constexpr, LOWEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What keys are sorted by: row, document, rank."""
     chunks = tl.cdiv(length, BLOCK)
     i_row, o_n = tl.program_id(0) // chunks, (tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     i_b, i_g, m_n = (i_row // heads).to(tl.int64), i_row % heads, o_n < length
     b_rank = tl.load(p_rank + i_b * stride_b + i_g * stride_g + o_n * stride_n, mask=m_n, other=0.0)
-    b_key = (_ordered_bits(b_rank.to(tl.float32), DROPPED, NAN) >> (32 - BITS)).to(p_key.dtype.element_ty)
+    b_key = (ordered_bits(b_rank.to(tl.float32)) >> (32 - BITS)).to(p_key.dtype.element_ty)
     if p_run is not None:
         b_key += tl.load(p_run + i_b * run_b + o_n * run_n, mask=m_n, other=0).to(tl.int64) << BITS
     if p_padding is not None:
@@ -207,6 +195,6 @@ def launch_sort_keys(ranks: Tensor, runs: Tensor | None = None, padding: Tensor 
     _sort_keys_kernel[(rows * triton.cdiv(length, _KEYS),)](
         ranks, runs, padding, key, length, heads, rows, *ranks.stride(),
         *((0, 0) if runs is None else runs.stride()), *((0, 0) if padding is None else padding.stride()), bits,
-        BITS=RANK_BITS, LOWEST=LOWEST_PRIORITY, DROPPED=DROPPED_MANTISSA_BITS, NAN=CANONICAL_NAN, BLOCK=_KEYS,
+        BITS=RANK_BITS, LOWEST=LOWEST_PRIORITY, BLOCK=_KEYS,
     )  # fmt: skip
     return key
