@@ -43,7 +43,7 @@ def generate(
         min_p: draw from the tokens that are at least this share as likely as the likeliest.
         repetition_penalty: above 1, makes tokens that occurred before less likely.
         stop: strings before which the text ends.
-        eos_token_id: token with which the text ends; by default none.
+        eos_token_id: token with which the text ends; by default the model's, -1 for none.
         seed: of the tokens that are drawn.
         device: where to compute, such as cpu or cuda:1; by default the GPU if there is one.
         backend: attention backend, if not the checkpoint's.
@@ -59,7 +59,8 @@ def generate(
 
     def tokens() -> Iterator[int]:
         nonlocal made
-        options = {"seed": seed, "full_cache": full_cache, "eos_token_id": eos_token_id}
+        eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
+        options = {"seed": seed, "full_cache": full_cache, "eos_token_id": eos}
         for token in stream_tokens(model, input_ids, max_new_tokens, sampling, **options):
             made += 1
             yield token.item()

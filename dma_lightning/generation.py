@@ -40,7 +40,7 @@ def stream_tokens(
     sampling: Sampling | None = None,
     *,
     padding: Tensor | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     seed: int | None = None,
     full_cache: bool = False,
     chunk_size: int = 8192,
@@ -55,7 +55,7 @@ def stream_tokens(
         max_new_tokens: when to stop.
         sampling: how tokens are chosen; by default the likeliest.
         padding: bool `[B, N]`, True at the padded positions of shorter prompts, which are padded on the left.
-        eos_token_id: a sequence ends with it, and goes on as it until all have ended.
+        eos_token_id: a sequence ends with it, or with one of several, and goes on as the first until all have ended.
         seed: of the tokens that are drawn; by default torch's global generator draws.
         full_cache: keep all keys, for comparison; but for rounding, the tokens are the same.
         chunk_size: the prompt is read in pieces of so many positions.
@@ -70,6 +70,9 @@ def stream_tokens(
     _check_prompts(input_ids, padding, max_new_tokens, chunk_size)
     if max_new_tokens == 0:
         return
+    eos = torch.tensor([] if eos_token_id is None else eos_token_id, dtype=torch.int64, device=input_ids.device).view(
+        -1
+    )
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     cache = model.new_cache(input_ids.shape[0], full_cache)
     ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
@@ -80,12 +83,12 @@ def stream_tokens(
         occurred = occurred.scatter_add_(1, input_ids.long(), real.int()) > 0
     for i in range(max_new_tokens):
         token = sampling.choose(logits, occurred, generator)
-        if eos_token_id is not None:
-            token = token.masked_fill(ended, eos_token_id)
-            ended = ended | (token == eos_token_id)
+        if len(eos):
+            token = torch.where(ended, eos[0], token)
+            ended = ended | torch.isin(token, eos)
         occurred.scatter_(1, token[:, None], True)
         yield token
-        if i + 1 == max_new_tokens or (eos_token_id is not None and bool(ended.all())):
+        if i + 1 == max_new_tokens or (len(eos) and bool(ended.all())):
             return
         with _evaluating(model):
             logits = model(token[:, None], cache=cache, last_only=True)[:, -1]

@@ -22,7 +22,7 @@ from dma_lightning.model import DogeForCausalLM, ModelConfig
 _SHARED = (
     "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "keep_window_size", "rms_norm_eps", "attention_bias", "mlp_bias",
-    "hidden_dropout", "tie_word_embeddings", "initializer_range",
+    "hidden_dropout", "tie_word_embeddings", "initializer_range", "bos_token_id", "eos_token_id",
 )  # fmt: skip
 # What Transformers takes a missing field for, where it is not what we take it for.
 _DEFAULTS = {

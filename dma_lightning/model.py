@@ -62,6 +62,10 @@ class ModelConfig:
     """Use the embedding matrix as output head too."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
+    bos_token_id: int | None = None
+    """Token with which texts begin, if they do; for Hugging Face, nothing here puts it there."""
+    eos_token_id: int | list[int] | None = None
+    """Token with which a generated text ends, or several; none by default."""
     backend: Backend = "auto"
     """Attention backend: auto (the fastest that can), triton (CUDA), flex (compiled FlexAttention; trains on CUDA
     only), torch (any device), or reference (O(N²), for tests)."""
@@ -197,7 +201,11 @@ class DogeForCausalLM(nn.Module):
     def generate(
         self, input_ids: Tensor, max_new_tokens: int, sampling: Sampling | None = None, **options: Any
     ) -> Tensor:
-        """Go on with prompts `[B, N]`, int64 `[B, at most max_new_tokens]`; see `stream_tokens` for the options."""
+        """Go on with prompts `[B, N]`, int64 `[B, at most max_new_tokens]`; see `stream_tokens` for the options.
+
+        `eos_token_id` is by default that of the configuration.
+        """
+        options.setdefault("eos_token_id", self.config.eos_token_id)
         return generate(self, input_ids, max_new_tokens, sampling, **options)
 
     @property

@@ -295,6 +295,10 @@ class DynamicMaskCache:
         self._lengths += count[:, None]
         self._started = True
 
+    def guessing(self) -> KeyCache:
+        """What to give a layer that reads guessed tokens: its `attend` is `verify` of this cache; `commit` is here."""
+        return _Guessing(self)
+
     def select(self, rows: Tensor) -> None:
         """Keep these sequences, int64 `[B']`, in this order; a row may be named several times, as in beam search.
 
@@ -473,6 +477,17 @@ class DynamicMaskCache:
         out = decode_attention(q, self.key, self.value, self.score, self._visible(now))
         self._lengths += 1
         return out
+
+
+class _Guessing:
+    """A cache that keeps nothing of what it attends from."""
+
+    def __init__(self, cache: DynamicMaskCache) -> None:
+        self.attend, self.select, self._cache = cache.verify, cache.select, cache
+
+    @property
+    def length(self) -> Tensor:
+        return self._cache.length
 
 
 def check_new_keys(

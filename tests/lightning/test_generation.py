@@ -1,5 +1,7 @@
 """Decoding token by token is the full forward; sampling is that of Hugging Face; text ends where it should."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from decode_live_sets import different_live_sets, text_tokens
@@ -163,6 +165,39 @@ def test_sequences_end_with_eos() -> None:
     for row, expected, end in zip(tokens, free, ends, strict=True):
         assert torch.equal(row[: end + 1], expected[: end + 1])
         assert (row[end:] == eos).all()
+
+
+def test_a_model_ends_with_its_own_eos_tokens() -> None:
+    model = make_model()
+    free = model.generate(torch.arange(9)[None], 50, Sampling(temperature=1.0), seed=3)[0].tolist()
+    eos = [free[20], free[10]]
+    model.config = replace(model.config, eos_token_id=eos)
+    tokens = model.generate(torch.arange(9)[None], 50, Sampling(temperature=1.0), seed=3)[0].tolist()
+    assert tokens == free[: min(free.index(token) for token in eos) + 1]
+    assert len(model.generate(torch.arange(9)[None], 50, eos_token_id=None)[0]) == 50
+
+
+def test_guessed_tokens_are_verified_through_the_whole_model() -> None:
+    """Of four guesses the first few are right; the text is that of one token at a time."""
+    model = make_model()
+    prompt = torch.randint(256, (1, 30))
+    expected = model.generate(prompt, 40)[0].tolist()
+    cache, text = model.new_cache(1), []
+    with torch.no_grad():
+        token = model(prompt, cache=cache, last_only=True)[0, -1].argmax().item()
+        while len(text) < 36:
+            right = len(text) % 4  # of the three guesses behind the token that is known
+            guess = [token, *expected[len(text) + 1 : len(text) + 1 + right], *[0, 0, 0][right:]]
+            chosen = model(torch.tensor([guess]), cache=[layer.guessing() for layer in cache])[0].argmax(-1).tolist()
+            accepted = 1
+            while accepted < 4 and guess[accepted] == chosen[accepted - 1]:
+                accepted += 1
+            assert accepted > right
+            for layer in cache:
+                layer.commit(torch.tensor([accepted]))
+            text += guess[:accepted]
+            token = chosen[accepted - 1]
+    assert text == expected[: len(text)]
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,15 @@ def test_their_models_load_here_and_ours_there(kind: dict, tmp_path: Path) -> No
     assert ours.config.tie_word_embeddings == (ours.lm_head.weight is ours.embed_tokens.weight)
 
 
+@pytest.mark.parametrize("eos", [7, [7, 9], None])
+def test_texts_end_with_the_same_tokens(eos: int | list[int] | None, tmp_path: Path) -> None:
+    make_theirs(eos_token_id=eos, bos_token_id=1).save_pretrained(tmp_path / "theirs")
+    ours = load_doge(tmp_path / "theirs")
+    assert (ours.config.bos_token_id, ours.config.eos_token_id) == (1, eos)
+    save_doge(ours, tmp_path / "ours")
+    assert DogeConfig.from_pretrained(tmp_path / "ours").eos_token_id == eos
+
+
 @pytest.mark.parametrize("window", [13, 200])
 def test_greedy_text_is_the_same(window: int, tmp_path: Path) -> None:
     """Theirs keeps all keys; repeated tokens tie in the first layer, so within a window logits may part there."""
