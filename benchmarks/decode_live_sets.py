@@ -14,26 +14,26 @@ import torch
 from environment import describe
 from torch import Tensor
 
-import dma_lightning.attention
 from dma_kernels import Lifetimes
 from dma_lightning import DogeForCausalLM, LanguageModel
+from dma_lightning.mixers import dynamic_mask
 
 
 @torch.no_grad()
 def different_live_sets(model: DogeForCausalLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Queries that see other keys, and of how many, int64 `[layers]`; tokens `[B, N]`, selection by rank alone."""
     ranks: list[Tensor] = []
-    attend = dma_lightning.attention.attend
+    attend = dynamic_mask.attend
 
     def recording(backend: str, *inputs: Tensor) -> Tensor:
         ranks.append(inputs[4])
         return attend(backend, *inputs)
 
-    dma_lightning.attention.attend = recording
+    dynamic_mask.attend = recording
     try:
         model(tokens)
     finally:
-        dma_lightning.attention.attend = attend
+        dynamic_mask.attend = attend
     window, length = model.config.keep_window_size, tokens.shape[1]
     masks = [Lifetimes.top_w(x, window).to_dense() for x in ranks]  # [B, G, N, N]
     different = torch.zeros(len(masks), dtype=torch.long)

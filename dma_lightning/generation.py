@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dma_kernels import KeyCache
+from dma_lightning.mixers.base import MixerCache
 from dma_lightning.sampling import Sampling
 from dma_lightning.tokenizers import Tokenizer
 
@@ -18,7 +18,7 @@ from dma_lightning.tokenizers import Tokenizer
 class Decoder(Protocol):
     """A model that reads on from a cache, such as `DogeForCausalLM`."""
 
-    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> list[KeyCache]:
+    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> list[MixerCache]:
         """Empty caches of all layers."""
 
     def __call__(
@@ -26,7 +26,7 @@ class Decoder(Protocol):
         input_ids: Tensor,
         documents: Tensor | None = None,
         padding: Tensor | None = None,
-        cache: Sequence[KeyCache] | None = None,
+        cache: Sequence[MixerCache] | None = None,
         last_only: bool = False,
     ) -> Tensor:
         """Logits."""
@@ -181,7 +181,7 @@ def _until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
 
 
 def _read_prompts(
-    model: Decoder, input_ids: Tensor, padding: Tensor | None, cache: Sequence[KeyCache], chunk_size: int
+    model: Decoder, input_ids: Tensor, padding: Tensor | None, cache: Sequence[MixerCache], chunk_size: int
 ) -> Tensor:
     """Logits of the first new token, `[B, V]`."""
     for start in range(0, input_ids.shape[1], chunk_size):

@@ -68,11 +68,8 @@ class LanguageModel(pl.LightningModule):
     def on_fit_start(self) -> None:
         config = self.model.config
         length = getattr(self.trainer.datamodule, "sequence_length", config.max_position_embeddings)
-        if config.keep_window_size >= length:
-            rank_zero_warn(
-                f"keep_window_size {config.keep_window_size} >= sequence length {length}: "
-                "no key is ever dropped, so the selection is never exercised; lower keep_window_size to train it"
-            )
+        if reason := self.model.layers[0].self_attn.unused_at(length):
+            rank_zero_warn(reason)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, _ = self._loss(batch)

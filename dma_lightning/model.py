@@ -4,17 +4,17 @@ B batch, N length, C hidden size, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dma_kernels import KeyCache, ScoreForm
-from dma_lightning.attention import DynamicMaskAttention
+from dma_kernels import ScoreForm
 from dma_lightning.backends import Backend
 from dma_lightning.generation import generate
+from dma_lightning.mixers import MIXERS, MixerCache
 from dma_lightning.sampling import Sampling
 
 
@@ -38,14 +38,43 @@ class ModelConfig:
     """Number of key and value heads; the query heads must be a multiple of it."""
     head_dim: int | None = None
     """Width of a head, even; by default hidden_size / num_attention_heads."""
+    attention: str = "dma"
+    """What mixes the tokens in every layer: dma (dynamic mask attention), mha (all of the past), swa (a sliding
+    window), mla (latent attention), nsa (native sparse attention), or another name in `dma_lightning.mixers.MIXERS`."""
     keep_window_size: int = 64
-    """Number of best-scored past keys that a query attends to."""
+    """dma: number of best-scored past keys that a query attends to."""
     keep_last: int = 0
-    """Number of last positions that stay visible besides, whatever their score."""
+    """dma: number of last positions that stay visible besides, whatever their score."""
     sinks: int = 0
-    """Number of first keys of each document that stay visible besides."""
+    """dma: number of first keys of each document that stay visible besides."""
     score_form: ScoreForm = "exp"
-    """Bias that a key's rank adds to its logits: exp(rank), or the rank itself (linear)."""
+    """dma: bias that a key's rank adds to its logits: exp(rank), or the rank itself (linear)."""
+    sliding_window: int = 64
+    """swa: number of last positions that a query attends to, its own included."""
+    kv_lora_rank: int = 32
+    """mla: numbers of the latent vector of a token."""
+    qk_rope_head_dim: int = 16
+    """mla: channels of a query and key that are rotated, even."""
+    qk_nope_head_dim: int = 16
+    """mla: channels of a query and key that are not rotated."""
+    v_head_dim: int = 32
+    """mla: channels of a value."""
+    nsa_compress_block: int = 16
+    """nsa: tokens of a compressed block."""
+    nsa_compress_stride: int = 8
+    """nsa: tokens from one compressed block to the next; both kinds of blocks are multiples of it."""
+    nsa_compress_hidden: int = 32
+    """nsa: hidden width of the network that compresses a block."""
+    nsa_select_block: int = 16
+    """nsa: tokens of a block that is selected as a whole."""
+    nsa_select_count: int = 4
+    """nsa: number of blocks that a query attends to: the first, its own, the one before, and the best of the others."""
+    nsa_window: int = 32
+    """nsa: number of last positions that a query attends to besides, its own included."""
+    nsa_separate_kv: bool = True
+    """nsa: whether each of the three branches has keys and values of its own."""
+    attention_args: dict[str, Any] = field(default_factory=dict)
+    """Whatever a mixer of yours takes besides."""
     rope_theta: float = 10_000.0
     """Base of the rotary position embedding."""
     rope_scaling: float = 1.0
@@ -71,6 +100,8 @@ class ModelConfig:
     only), torch (any device), or reference (O(N²), for tests)."""
 
     def __post_init__(self) -> None:
+        if self.attention not in MIXERS:
+            raise ValueError(f"attention: expected one of {list(MIXERS)}, got {self.attention!r}")
         for name in ("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -102,21 +133,7 @@ class DogeLayer(nn.Module):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.input_residual = nn.Parameter(torch.ones(config.hidden_size))
-        self.self_attn = DynamicMaskAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            head_dim=config.head_dim,
-            keep_window_size=config.keep_window_size,
-            keep_last=config.keep_last,
-            sinks=config.sinks,
-            score_form=config.score_form,
-            rope_theta=config.rope_theta,
-            rope_scaling=config.rope_scaling,
-            rms_norm_eps=config.rms_norm_eps,
-            bias=config.attention_bias,
-            backend=config.backend,
-        )
+        self.self_attn = MIXERS[config.attention].of_config(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size))
         self.mlp = DogeMLP(config)
@@ -127,7 +144,7 @@ class DogeLayer(nn.Module):
         x: Tensor,
         documents: Tensor | None = None,
         padding: Tensor | None = None,
-        cache: KeyCache | None = None,
+        cache: MixerCache | None = None,
     ) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), documents, padding, cache)
         x = self.input_residual * x + self.dropout(attended)
@@ -135,7 +152,9 @@ class DogeLayer(nn.Module):
 
 
 class DogeForCausalLM(nn.Module):
-    """The Doge decoder without experts; parameter names are those of Hugging Face's `DogeForCausalLM`, less `model.`.
+    """The Doge decoder without experts, around any of the token mixers.
+
+    With dynamic mask attention, parameter names are those of Hugging Face's `DogeForCausalLM`, less `model.`.
 
     Source: arXiv 2508.02124v6; block structure as in Hugging Face Transformers, `models/doge`.
     """
@@ -156,14 +175,14 @@ class DogeForCausalLM(nn.Module):
         input_ids: Tensor,
         documents: Tensor | None = None,
         padding: Tensor | None = None,
-        cache: Sequence[KeyCache] | None = None,
+        cache: Sequence[MixerCache] | None = None,
         last_only: bool = False,
     ) -> Tensor:
         """Logits of the next token at every position.
 
         Args:
             input_ids: int64 `[B, N]`, N at most `max_position_embeddings` without a cache.
-            documents: integer document ids `[B, N]`, see `DynamicMaskAttention.forward`.
+            documents: integer document ids `[B, N]`, see `TokenMixer.forward`.
             padding: bool `[B, N]`, True at padded positions.
             cache: of `new_cache`, one for each layer; the tokens go on where it ends, and are added to it.
             last_only: only the logits of the last position, `[B, 1, V]`.
@@ -194,8 +213,8 @@ class DogeForCausalLM(nn.Module):
             x = layer(x, documents, padding, layer_cache)
         return self.lm_head(self.norm(x[:, -1:] if last_only else x))
 
-    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> list[KeyCache]:
-        """Empty caches of all layers; arguments as `DynamicMaskAttention.new_cache`."""
+    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> list[MixerCache]:
+        """Empty caches of all layers; arguments as `TokenMixer.new_cache`."""
         return [layer.self_attn.new_cache(batch, full, dtype) for layer in self.layers]
 
     def generate(
@@ -223,15 +242,11 @@ class DogeForCausalLM(nn.Module):
     def flops_per_token(self) -> float:
         """FLOPs to train on one token (forward and backward) in sequences of `max_position_embeddings` tokens.
 
-        Matrix products only: 6 per weight, and 12 per head channel and visible key for QKᵀ and PV.
+        Matrix products only: 6 per weight, and three times what the mixers count for a forward pass.
         """
-        config, attention = self.config, self.layers[0].self_attn
-        length = config.max_position_embeddings
-        window = min(config.keep_window_size + config.keep_last + config.sinks, length)
-        mean_keys = window - window * (window - 1) / (2 * length)  # mean of min(window, t + 1)
-        channels = config.num_hidden_layers * config.num_attention_heads * attention.head_dim
-        weights = self.num_non_embedding_parameters + self.lm_head.weight.numel()
-        return 6 * weights + 12 * channels * mean_keys
+        length = self.config.max_position_embeddings
+        mixing = sum(layer.self_attn.mixing_flops(length) for layer in self.layers)
+        return 6 * (self.num_non_embedding_parameters + self.lm_head.weight.numel()) + 3 * mixing
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):

@@ -1,0 +1,205 @@
+"""What a decoder asks of the part of a layer that mixes tokens, and what those with heads have in common.
+
+B batch, N length, C hidden size, H query heads, G KV heads, D head dim.
+"""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from dma_lightning.rotary import apply_rotary
+
+if TYPE_CHECKING:
+    from dma_lightning.model import ModelConfig
+
+
+class MixerCache(Protocol):
+    """What a token mixer keeps of the tokens that it has read."""
+
+    length: Tensor
+    """Positions read so far, int64 `[B]`."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences, in this order; a row may be named several times."""
+
+
+class TokenMixer(nn.Module, ABC):
+    """Mixes the tokens of a sequence causally; all that a decoder knows of an attention.
+
+    A subclass is made from a `ModelConfig`, and found by the name under which `MIXERS` holds it.
+    """
+
+    @classmethod
+    @abstractmethod
+    def of_config(cls, config: "ModelConfig") -> Self:
+        """The mixer of one layer."""
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
+        cache: MixerCache | None = None,
+    ) -> Tensor:
+        """Mix within each sequence, and with what its cache has read before.
+
+        Args:
+            x: `[B, N, C]`.
+            documents: integer document ids `[B, N]`; a document is a run of equal ids and sees itself alone.
+            padding: bool `[B, N]`, True at padded positions, which nobody sees.
+            cache: of `new_cache`; x goes on where it ends, and is added to it. For inference.
+
+        Returns:
+            `[B, N, C]`.
+
+        Raises:
+            ValueError: on a wrong shape, dtype or device.
+        """
+
+    @abstractmethod
+    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> MixerCache:
+        """An empty cache for `batch` sequences on the module's device.
+
+        Args:
+            batch: B.
+            full: keep every position, for comparison, also where fewer are enough.
+            dtype: of what is kept, where memory is taken beforehand. Default: that of autocast, if it is on, or of the
+                weights.
+        """
+
+    @abstractmethod
+    def mixing_flops(self, length: int) -> float:
+        """FLOPs of a token's forward pass besides the products with weights, the mean over `length` positions.
+
+        A multiplication and an addition are two.
+        """
+
+    @abstractmethod
+    def cache_elements(self, length: int) -> int:
+        """Numbers that the cache of a sequence holds after `length` positions."""
+
+    def unused_at(self, length: int) -> str | None:
+        """Why sequences of this length do not train all of the mixer, or None if they do."""
+        return None
+
+
+class GroupedQueryMixer(TokenMixer):
+    """Query heads in groups that share a KV head, QK-norm before the rotary embedding, and an output projection.
+
+    Args:
+        hidden_size: C, width of input and output.
+        num_heads: H, query heads.
+        num_kv_heads: G, key and value heads; H must be a multiple of it. Default: H.
+        head_dim: D, even. Default: C / H.
+        rope_theta: base of the rotary embedding.
+        rope_scaling: positions are divided by it before the rotary embedding.
+        rms_norm_eps: epsilon of the RMSNorm on queries and keys.
+        bias: whether the projections have a bias.
+
+    Raises:
+        ValueError: if the sizes do not belong together.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope_theta: float = 10_000.0,
+        rope_scaling: float = 1.0,
+        rms_norm_eps: float = 1e-6,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
+        if head_dim is None and hidden_size % num_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_heads, got {hidden_size} and {num_heads}; or set head_dim"
+            )
+        head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        check_even("head_dim", head_dim)
+        self.hidden_size, self.head_dim = hidden_size, head_dim
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
+
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.q_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps)
+        self.k_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps)
+
+    @staticmethod
+    def shape_of(config: "ModelConfig") -> dict[str, int | float | bool | None]:
+        """The arguments above of a model's configuration."""
+        return {
+            "hidden_size": config.hidden_size,
+            "num_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "rope_theta": config.rope_theta,
+            "rope_scaling": config.rope_scaling,
+            "rms_norm_eps": config.rms_norm_eps,
+            "bias": config.attention_bias,
+        }
+
+    def heads(self, x: Tensor, projection: nn.Linear, norm: nn.RMSNorm | None = None) -> Tensor:
+        """Projected, and normalised, `[B, heads, N, D]`."""
+        y = projection(x).unflatten(-1, (-1, self.head_dim))
+        return (y if norm is None else norm(y).to(y.dtype)).transpose(1, 2)
+
+    def rotated(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """`x` [B, heads, N, D] after the rotary embedding."""
+        return apply_rotary(x, self.rope_theta, positions, self.rope_scaling)
+
+    def joined(self, out: Tensor) -> Tensor:
+        """The output projection of `[B, H, N, D]`, `[B, N, C]`."""
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def positions_of(x: Tensor, cache: MixerCache | None) -> Tensor | None:
+    """Positions of x `[B, N, C]`, int64 `[B, N]`; None if they are 0 … N-1."""
+    return None if cache is None else cache.length[:, None] + torch.arange(x.shape[1], device=x.device)
+
+
+def check_mixer_input(x: Tensor, weight: Tensor) -> None:
+    """Raise `ValueError` unless x is `[B, N >= 1, C]` and fits the first weight `[..., C]`."""
+    if x.ndim != 3 or x.shape[-1] != weight.shape[-1] or x.shape[1] == 0:
+        raise ValueError(f"expected x [B, N >= 1, {weight.shape[-1]}], got {list(x.shape)}")
+    if x.device != weight.device or (x.dtype != weight.dtype and not _autocasts(x)):
+        raise ValueError(
+            f"expected x {weight.dtype} on {weight.device} as the weights, got {x.dtype} on {x.device}; "
+            "convert or move x or the module, or use autocast"
+        )
+
+
+def check_even(name: str, size: int) -> None:
+    """Raise `ValueError` unless a size can be rotated."""
+    if size < 2 or size % 2:
+        raise ValueError(f"{name}: rotary embedding needs an even number >= 2, got {size}")
+
+
+def computing_dtype(weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """`dtype`, or by default that of autocast, if it is on, or of a weight."""
+    if dtype is not None:
+        return dtype
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def mean_keys(length: int, window: int | None = None) -> float:
+    """How many keys a query sees, on average over `length` positions, if it sees the last `window` or all."""
+    window = length if window is None else min(window, length)
+    return window - window * (window - 1) / (2 * length)
+
+
+def _autocasts(x: Tensor) -> bool:
+    """Whether a linear layer would convert `x` by itself."""
+    device = x.device.type
+    return x.is_floating_point() and device != "meta" and torch.is_autocast_enabled(device)

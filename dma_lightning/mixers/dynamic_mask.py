@@ -1,0 +1,152 @@
+"""Dynamic mask attention as a module.
+
+B batch, N length, C hidden size, H query heads, G KV heads, D head dim.
+"""
+
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor, nn
+
+from dma_kernels import DynamicMaskCache, FullCache, KeyCache, ScoreForm, key_ranks, key_scores
+from dma_lightning.backends import ATTENTIONS, Backend, Selection, attend, check_backend, resolve_backend
+from dma_lightning.mixers.base import (
+    GroupedQueryMixer,
+    check_mixer_input,
+    computing_dtype,
+    mean_keys,
+    positions_of,
+)
+
+if TYPE_CHECKING:
+    from dma_lightning.model import ModelConfig
+
+
+class DynamicMaskAttention(GroupedQueryMixer):
+    """Causal self-attention in which every query keeps the `keep_window_size` best-scored keys of its past.
+
+    The score of a key comes from the values at its position, selects the key, and is added to its logits, so the
+    selection is trained. With `A = 0`, as initialised, this is exactly sliding-window attention (plus the sinks and
+    last positions that are asked for).
+
+    Args:
+        hidden_size: C, width of input and output.
+        num_heads: H, query heads.
+        num_kv_heads: G, key and value heads; H must be a multiple of it. Default: H.
+        head_dim: D, even. Default: C / H.
+        keep_window_size: keys that a query keeps.
+        keep_last: positions that stay visible besides, whatever their rank.
+        sinks: first keys of each document that stay visible besides.
+        score_form: what is added to the logits, `exp(rank)` or the rank itself (`linear`).
+        rope_theta: base of the rotary embedding.
+        rope_scaling: positions are divided by it before the rotary embedding.
+        rms_norm_eps: epsilon of the RMSNorm on queries and keys.
+        bias: whether the projections and Δ have a bias.
+        backend: `triton`, `flex`, `torch` or `reference`; `auto` is `triton` on CUDA where its tests have passed
+            (Hopper GPUs), else `flex`, else `torch` (on a CPU, in float64, for head dims above 256).
+
+    Raises:
+        ValueError: if the sizes do not belong together, or for an unknown backend or score form.
+
+    Source: arXiv 2508.02124v6, section 3; details as in the Doge model of Hugging Face Transformers.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        keep_window_size: int = 1024,
+        keep_last: int = 0,
+        sinks: int = 0,
+        score_form: ScoreForm = "exp",
+        rope_theta: float = 10_000.0,
+        rope_scaling: float = 1.0,
+        rms_norm_eps: float = 1e-6,
+        bias: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(
+            hidden_size, num_heads, num_kv_heads, head_dim, rope_theta, rope_scaling, rms_norm_eps, bias
+        )  # fmt: skip
+        if keep_window_size < 1 or keep_last < 0 or sinks < 0:
+            raise ValueError(
+                "expected keep_window_size >= 1, keep_last >= 0 and sinks >= 0, "
+                f"got {keep_window_size}, {keep_last} and {sinks}"
+            )
+        check_backend(backend)
+        self.keep_window_size, self.keep_last, self.sinks = keep_window_size, keep_last, sinks
+        self.score_form, self.backend = score_form, backend
+        self.A = nn.Parameter(torch.zeros(self.num_kv_heads))
+        self.dt_proj = nn.Linear(self.num_kv_heads * self.head_dim, self.num_kv_heads, bias=bias)  # Δ
+        key_scores(self.A.detach(), score_form)  # an unknown form is an error now, not in the first step
+
+    @classmethod
+    def of_config(cls, config: "ModelConfig") -> Self:
+        return cls(
+            **cls.shape_of(config),
+            keep_window_size=config.keep_window_size,
+            keep_last=config.keep_last,
+            sinks=config.sinks,
+            score_form=config.score_form,
+            backend=config.backend,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
+        cache: KeyCache | None = None,
+    ) -> Tensor:
+        check_mixer_input(x, self.q_proj.weight)
+        positions = positions_of(x, cache)
+        q = self.rotated(self.heads(x, self.q_proj, self.q_norm), positions)  # [B, H, N, D]
+        k = self.rotated(self.heads(x, self.k_proj, self.k_norm), positions)  # [B, G, N, D]
+        v = self.heads(x, self.v_proj)
+        ranks = key_ranks(v, self.A, self.dt_proj.weight, self.dt_proj.bias)  # [B, G, N]
+        scores = key_scores(ranks, self.score_form)
+        backend = resolve_backend(self.backend, q.device.type, q.device.index, q.dtype, self.head_dim)
+        if cache is None:
+            selection = Selection(self.keep_window_size, self.keep_last, self.sinks, documents, padding)
+            return self.joined(attend(backend, q, k, v, scores, ranks, selection))
+        return self.joined(cache.attend(q, k, v, scores, ranks, documents, padding, ATTENTIONS[backend]))
+
+    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> KeyCache:
+        """An empty cache for `batch` sequences on the module's device.
+
+        Args:
+            batch: B.
+            full: keep every key, for comparison or to change `keep_window_size` of the cache later.
+            dtype: of keys and values in the small cache. Default: that of autocast, if it is on, or of the weights.
+
+        The small cache steps by a Triton kernel where the module's backend is `triton`, else by plain PyTorch.
+        """
+        weight = self.k_proj.weight
+        selection = (self.keep_window_size, self.keep_last, self.sinks)
+        if full:
+            return FullCache(batch, *selection, device=weight.device)
+        device, dtype = weight.device, computing_dtype(weight, dtype)
+        backend = resolve_backend(self.backend, device.type, device.index, dtype, self.head_dim)
+        step = "triton" if backend == "triton" else "torch"
+        return DynamicMaskCache(batch, self.num_kv_heads, self.head_dim, *selection, dtype, device, step)
+
+    def mixing_flops(self, length: int) -> float:
+        return 4 * self.num_heads * self.head_dim * mean_keys(length, self._capacity)
+
+    def cache_elements(self, length: int) -> int:
+        """Keys, values and scores; besides these, the rank and position of each key are kept."""
+        return min(length, self._capacity) * self.num_kv_heads * (2 * self.head_dim + 1)
+
+    def unused_at(self, length: int) -> str | None:
+        if self.keep_window_size < length:
+            return None
+        return (
+            f"keep_window_size {self.keep_window_size} >= sequence length {length}: "
+            "no key is ever dropped, so the selection is never exercised; lower keep_window_size to train it"
+        )
+
+    @property
+    def _capacity(self) -> int:
+        return self.keep_window_size + self.keep_last + self.sinks

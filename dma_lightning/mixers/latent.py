@@ -1,0 +1,159 @@
+"""Multi-head latent attention: keys and values of all heads from one small vector per token.
+
+B batch, N length, C hidden size, H heads, L latent rank, R rotated dim, P plain dim, V value dim.
+"""
+
+from typing import TYPE_CHECKING, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dma_kernels import Lifetimes
+from dma_lightning.mixers.base import TokenMixer, check_even, check_mixer_input, mean_keys, positions_of
+from dma_lightning.mixers.masked import attend_places, masked_attention
+from dma_lightning.mixers.position_cache import PositionCache
+from dma_lightning.rotary import apply_rotary
+
+if TYPE_CHECKING:
+    from dma_lightning.model import ModelConfig
+
+
+class LatentAttention(TokenMixer):
+    """Causal self-attention whose keys and values are made from a latent vector and one rotated key for all heads.
+
+    Trained in its expanded form, with keys and values of every head. Decoding is absorbed: the latent vectors serve as
+    keys and values themselves, and only they and the rotated keys are kept. Both give the same, up to rounding.
+
+    Args:
+        hidden_size: C, width of input and output.
+        num_heads: H.
+        kv_lora_rank: L, numbers of the latent vector.
+        qk_rope_head_dim: R, channels of a query and key that are rotated; even.
+        qk_nope_head_dim: P, channels that are not.
+        v_head_dim: V, channels of a value.
+        rope_theta: base of the rotary embedding.
+        rope_scaling: positions are divided by it before the rotary embedding.
+        rms_norm_eps: epsilon of the RMSNorm on the latent vector.
+        bias: whether the projections have a bias.
+
+    Raises:
+        ValueError: if a size is out of range.
+
+    Source: arXiv 2405.04434, section 2.1, without a latent vector of queries; parameter names as in the DeepSeek-V3
+        model of Hugging Face Transformers, halves rotated instead of pairs.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        kv_lora_rank: int,
+        qk_rope_head_dim: int = 64,
+        qk_nope_head_dim: int = 64,
+        v_head_dim: int = 128,
+        rope_theta: float = 10_000.0,
+        rope_scaling: float = 1.0,
+        rms_norm_eps: float = 1e-6,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if min(num_heads, kv_lora_rank, qk_nope_head_dim, v_head_dim) < 1:
+            raise ValueError(
+                "expected num_heads, kv_lora_rank, qk_nope_head_dim and v_head_dim >= 1, "
+                f"got {num_heads}, {kv_lora_rank}, {qk_nope_head_dim} and {v_head_dim}"
+            )
+        check_even("qk_rope_head_dim", qk_rope_head_dim)
+        self.num_heads, self.kv_lora_rank, self.v_head_dim = num_heads, kv_lora_rank, v_head_dim
+        self.qk_rope_head_dim, self.qk_nope_head_dim = qk_rope_head_dim, qk_nope_head_dim
+        self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
+        self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5
+
+        self.q_proj = nn.Linear(hidden_size, num_heads * (qk_nope_head_dim + qk_rope_head_dim), bias=bias)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=bias)
+        self.kv_a_layernorm = nn.RMSNorm(kv_lora_rank, eps=rms_norm_eps)
+        self.kv_b_proj = nn.Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
+        self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=bias)
+
+    @classmethod
+    def of_config(cls, config: "ModelConfig") -> Self:
+        return cls(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.kv_lora_rank,
+            config.qk_rope_head_dim,
+            config.qk_nope_head_dim,
+            config.v_head_dim,
+            config.rope_theta,
+            config.rope_scaling,
+            config.rms_norm_eps,
+            config.attention_bias,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
+        cache: PositionCache | None = None,
+    ) -> Tensor:
+        check_mixer_input(x, self.q_proj.weight)
+        positions = positions_of(x, cache)
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, P + R]
+        q_plain, q_rotated = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        latent, k_rotated = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        latent = self.kv_a_layernorm(latent).to(q.dtype)  # [B, N, L]
+        q_rotated = apply_rotary(q_rotated, self.rope_theta, positions, self.rope_scaling)
+        k_rotated = apply_rotary(k_rotated[:, None], self.rope_theta, positions, self.rope_scaling)  # [B, 1, N, R]
+        if cache is None:
+            out = self._expanded(q_plain, q_rotated, latent, k_rotated, documents, padding)
+        else:
+            fresh, places = not cache.count, cache.place(x.shape[1], documents, padding)
+            kept, keys = cache.extend(places, documents, latent=latent[:, None], key=k_rotated)
+            if fresh:
+                out = self._expanded(q_plain, q_rotated, latent, k_rotated, documents, padding)
+            else:
+                q, k = self._absorbed(q_plain, q_rotated, kept["latent"], kept["key"])
+                mixed = attend_places(q, k, kept["latent"], places, keys, scale=self.scale)  # [B, H, N, L]
+                out = torch.einsum("bhnl,hvl->bhnv", mixed, self._up()[1])
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> PositionCache:
+        return PositionCache(batch, device=self.q_proj.weight.device)
+
+    def mixing_flops(self, length: int) -> float:
+        """Of the expanded form."""
+        channels = self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim
+        return 2 * self.num_heads * channels * mean_keys(length)
+
+    def cache_elements(self, length: int) -> int:
+        return length * (self.kv_lora_rank + self.qk_rope_head_dim)
+
+    def _expanded(
+        self,
+        q_plain: Tensor,
+        q_rotated: Tensor,
+        latent: Tensor,
+        k_rotated: Tensor,
+        documents: Tensor | None,
+        padding: Tensor | None,
+    ) -> Tensor:
+        """Attention with keys and values of every head, `[B, H, N, V]`."""
+        kv = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k_plain, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        q = torch.cat([q_plain, q_rotated], dim=-1)
+        k = torch.cat([k_plain, k_rotated.expand(-1, self.num_heads, -1, -1)], dim=-1)
+        if documents is None and padding is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        mask = Lifetimes.causal(q.shape[2], q.device, documents=documents, padding=padding)
+        return masked_attention(q, k, v, mask.to_dense(), self.scale)
+
+    def _absorbed(self, q_plain: Tensor, q_rotated: Tensor, latent: Tensor, k_rotated: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries `[B, H, n, L + R]` and keys `[B, 1, M, L + R]` whose products are those of the expanded ones."""
+        q_latent = torch.einsum("bhnp,hpl->bhnl", q_plain, self._up()[0])
+        return torch.cat([q_latent, q_rotated], dim=-1), torch.cat([latent, k_rotated], dim=-1)
+
+    def _up(self) -> tuple[Tensor, ...]:
+        """The matrices that make plain keys `[H, P, L]` and values `[H, V, L]` of a latent vector."""
+        weight = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
+        return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)

@@ -1,0 +1,48 @@
+"""Dense attention under a mask, by PyTorch's own kernels.
+
+B batch, H query heads, G KV heads, n queries, M keys, D head dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dma_lightning.mixers.position_cache import Places
+
+_ROWS = 1024  # queries whose mask is in memory at once
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """Softmax attention over the keys of a dense mask; a query without any key gives 0, and no gradient.
+
+    Args:
+        q: `[B, H, n, D]`.
+        k: `[B, G, M, D]`.
+        v: `[B, G, M, Dv]`.
+        mask: bool `[B or 1, H or 1, n, M]`, True where a query sees a key.
+        scale: factor of q·k, by default `1 / sqrt(D)`.
+
+    Returns:
+        `[B, H, n, Dv]`.
+    """
+    alive = mask.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~alive, scale=scale, enable_gqa=True)
+    return out.masked_fill(~alive, 0)
+
+
+def attend_places(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Places,
+    keys: Places,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`masked_attention` of queries to the past of their documents, a few queries at a time."""
+    parts = []
+    for start in range(0, q.shape[2], _ROWS):
+        end = min(start + _ROWS, q.shape[2])
+        mask = queries.rows(start, end).sees(keys, window)
+        parts.append(masked_attention(q[:, :, start:end], k, v, mask, scale))
+    return torch.cat(parts, dim=2)

@@ -1,0 +1,266 @@
+"""Native sparse attention: compressed blocks, selected blocks and a window, mixed by gates.
+
+B batch, N length, C hidden size, H query heads, G KV heads, D head dim, Nc compressed blocks.
+"""
+
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dma_lightning.backends import Backend, check_backend
+from dma_lightning.mixers.base import GroupedQueryMixer, check_mixer_input, mean_keys, positions_of
+from dma_lightning.mixers.block_selection import BlockGrid, selected_attention
+from dma_lightning.mixers.masked import attend_places, masked_attention
+from dma_lightning.mixers.position_cache import Places, PositionCache
+from dma_lightning.mixers.softmax import window_attention
+
+if TYPE_CHECKING:
+    from dma_lightning.model import ModelConfig
+
+_GATHERED = 1 << 25  # elements of gathered keys that are in memory at once
+
+
+class NativeSparseAttention(GroupedQueryMixer):
+    """Causal self-attention by three branches, each weighted by a sigmoid gate per query head.
+
+    Blocks of keys and values are compressed to one each by a network; what a group's heads give to them chooses, for
+    every query, `nsa_select_count` blocks of tokens (always the first, the own and the one before); and the last
+    `nsa_window` positions are seen besides. The choice itself has no gradient.
+
+    Blocks lie on one grid over the row, also with documents: a compressed block counts only within one document, and
+    the first block of a document is the one that it begins in. So a document that begins between two multiples of the
+    block sizes is seen a little differently than alone.
+
+    Args:
+        nsa_compress_block: l, tokens of a compressed block.
+        nsa_compress_stride: s, tokens from one to the next; l and the selection block are multiples.
+        nsa_compress_hidden: hidden width of the network that compresses.
+        nsa_select_block: tokens of a selection block.
+        nsa_select_count: blocks that a query attends to.
+        nsa_window: positions of the window, the query's own included.
+        nsa_separate_kv: keys and values of its own for each branch, as in the paper; else one of all.
+        backend: of the window branch.
+        shape: the arguments of `GroupedQueryMixer`.
+
+    Raises:
+        ValueError: if the sizes do not belong together, or for an unknown backend.
+
+    Source: arXiv 2502.11089, section 3; where it is silent: compressed keys are made of keys before the rotary
+        embedding, and rotated by the position of their first token; of equal blocks the later is chosen.
+    """
+
+    def __init__(
+        self,
+        *,
+        nsa_compress_block: int = 32,
+        nsa_compress_stride: int = 16,
+        nsa_compress_hidden: int = 192,
+        nsa_select_block: int = 64,
+        nsa_select_count: int = 16,
+        nsa_window: int = 512,
+        nsa_separate_kv: bool = True,
+        backend: Backend = "auto",
+        **shape: Any,
+    ) -> None:
+        super().__init__(**shape)
+        check_backend(backend)
+        if nsa_window < 1 or nsa_compress_hidden < 1:
+            raise ValueError(
+                f"expected nsa_window and nsa_compress_hidden >= 1, got {nsa_window} and {nsa_compress_hidden}"
+            )
+        self.grid = BlockGrid(nsa_compress_block, nsa_compress_stride, nsa_select_block, nsa_select_count)
+        self.window, self.backend = nsa_window, backend
+        kv_bias, eps = self.k_proj.bias is not None, self.k_norm.eps
+        kinds = ("compress", "window") if nsa_separate_kv else ()
+        self.extra_k_proj, self.extra_v_proj, self.extra_k_norm = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        for kind in kinds:
+            for projections in (self.extra_k_proj, self.extra_v_proj):
+                projections[kind] = nn.Linear(self.hidden_size, self.num_kv_heads * self.head_dim, bias=kv_bias)
+            self.extra_k_norm[kind] = nn.RMSNorm(self.head_dim, eps=eps)
+        self.compress_k = BlockCompression(self.grid, self.head_dim, nsa_compress_hidden)
+        self.compress_v = BlockCompression(self.grid, self.head_dim, nsa_compress_hidden)
+        self.gate_proj = nn.Linear(self.hidden_size, 3 * self.num_heads, bias=False)
+
+    @classmethod
+    def of_config(cls, config: "ModelConfig") -> Self:
+        sizes = {name: x for name, x in vars(config).items() if name.startswith("nsa_")}
+        return cls(**cls.shape_of(config), **sizes, backend=config.backend)
+
+    def forward(
+        self,
+        x: Tensor,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
+        cache: "NativeSparseCache | None" = None,
+    ) -> Tensor:
+        check_mixer_input(x, self.q_proj.weight)
+        positions = positions_of(x, cache)
+        q = self.rotated(self.heads(x, self.q_proj, self.q_norm), positions)  # [B, H, N, D]
+        plain, values = self._keys(x), self._values(x)
+        keys = {kind: self.rotated(k, positions) for kind, k in plain.items() if kind != "compress"}
+        tokens = PositionCache(x.shape[0], device=x.device) if cache is None else cache.tokens
+        fresh, queries = not tokens.count, tokens.place(x.shape[1], documents, padding)
+
+        if cache is None:
+            k, v, places = keys["select"], values["select"], queries
+            compressed = self.compressed(plain["compress"], values["compress"], 0)
+        else:
+            kept, places = tokens.extend(queries, documents, key=keys["select"], value=values["select"])
+            k, v = kept["key"], kept["value"]
+            compressed = cache.extend_compressed(self, plain["compress"], values["compress"])
+        out_compressed, out_selected = self._blocks(q, *compressed, k, v, queries, places)
+
+        if fresh:
+            out_window = window_attention(
+                q, keys["window"], values["window"], self.window, self.backend, documents, padding
+            )  # fmt: skip
+        elif len(self.extra_k_proj) == 0:  # the window's keys are the last of all
+            last = slice(-(self.window + x.shape[1] - 1), None)
+            near = Places(places.position[last], places.run[:, last], places.padding[:, last])
+            out_window = attend_places(q, k[:, :, last], v[:, :, last], queries, near, self.window)
+        if cache is not None and len(self.extra_k_proj):
+            kept, near = cache.window.extend(queries, documents, key=keys["window"], value=values["window"])
+            if not fresh:
+                out_window = attend_places(q, kept["key"], kept["value"], queries, near, self.window)
+        gates = self.gate_proj(x).sigmoid().unflatten(-1, (3, -1)).transpose(1, 3)[..., None]  # [B, H, 3, N, 1]
+        branches = torch.stack([out_compressed, out_selected, out_window], dim=2)  # [B, H, 3, N, D]
+        return self.joined((gates * branches).sum(2))
+
+    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> "NativeSparseCache":
+        return NativeSparseCache(batch, None if full else self.window, self.grid, self.q_proj.weight.device)
+
+    def mixing_flops(self, length: int) -> float:
+        """With the network that compresses, whose weights are used for each block instead of each token."""
+        grid, position = self.grid, torch.arange(length)
+        blocks = ((position + 1 - grid.compress_block).div(grid.compress_stride, rounding_mode="floor") + 1).clamp(0)
+        own = position // grid.select_block
+        selected = own.clamp(max=grid.select_count - 1) * grid.select_block + position - own * grid.select_block + 1
+        keys = blocks.double().mean().item() + selected.double().mean().item() + mean_keys(length, self.window)
+        network = sum(p.numel() for module in (self.compress_k, self.compress_v) for p in module.network.parameters())
+        per_token = self.num_kv_heads * grid.compressed(length) / length
+        return 4 * self.num_heads * self.head_dim * keys + 2 * network * (per_token - 1)
+
+    def cache_elements(self, length: int) -> int:
+        blocks = self.grid.compressed(length)
+        waiting = length - blocks * self.grid.compress_stride  # for their block
+        separate = min(length, self.window) if len(self.extra_k_proj) else 0
+        return 2 * self.num_kv_heads * self.head_dim * (length + blocks + waiting + separate)
+
+    def compressed(self, k: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole blocks `[B, G, Nc, D]`, from block number `first` on; k is not rotated yet."""
+        k, v = self.compress_k(k), self.compress_v(v)
+        position = (first + torch.arange(k.shape[2], device=k.device)) * self.grid.compress_stride
+        return self.rotated(k, position[None]), v
+
+    def _keys(self, x: Tensor) -> dict[str, Tensor]:
+        """Keys of each branch before the rotary embedding, `[B, G, N, D]`."""
+        k = self.heads(x, self.k_proj, self.k_norm)
+        extra = {kind: self.heads(x, proj, self.extra_k_norm[kind]) for kind, proj in self.extra_k_proj.items()}
+        return dict.fromkeys(("compress", "select", "window"), k) | extra
+
+    def _values(self, x: Tensor) -> dict[str, Tensor]:
+        """Values of each branch, `[B, G, N, D]`."""
+        extra = {kind: self.heads(x, proj) for kind, proj in self.extra_v_proj.items()}
+        return dict.fromkeys(("compress", "select", "window"), self.heads(x, self.v_proj)) | extra
+
+    def _blocks(
+        self,
+        q: Tensor,
+        compressed_k: Tensor,
+        compressed_v: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: Places,
+        keys: Places,
+    ) -> tuple[Tensor, Tensor]:
+        """What the compressed and the selected branch give, `[B, H, n, D]`; some queries at a time."""
+        grid, length = self.grid, q.shape[2]
+        gathered = k.shape[0] * self.num_kv_heads * grid.select_count * grid.select_block * self.head_dim
+        rows = max(16, min(1024, _GATHERED // gathered))
+        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for start in range(0, length, rows):
+            part, places = q[:, :, start : start + rows], queries.rows(start, start + rows)
+            visible = grid.sees_compressed(places, keys)
+            seen = masked_attention(part, compressed_k, compressed_v, visible) if visible.shape[-1] else part * 0
+            parts[0].append(seen)
+            blocks = grid.choose(part.detach(), compressed_k.detach(), places, keys)
+            arguments = (part, k, v, blocks, places, keys, grid.select_block)
+            if length > rows and torch.is_grad_enabled():  # gathered keys are gathered again for the backward
+                parts[1].append(checkpoint(selected_attention, *arguments, use_reentrant=False))
+            else:
+                parts[1].append(selected_attention(*arguments))
+        return torch.cat(parts[0], dim=2), torch.cat(parts[1], dim=2)
+
+
+class BlockCompression(nn.Module):
+    """One vector for each block of tokens of a KV head, by a network over its tokens and their places in it.
+
+    Args:
+        grid: sizes of blocks.
+        head_dim: D.
+        hidden: width of the network's hidden layer.
+    """
+
+    def __init__(self, grid: BlockGrid, head_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.places = nn.Parameter(torch.randn(grid.compress_block, head_dim) * 0.02)
+        self.network = nn.Sequential(
+            nn.Linear(grid.compress_block * head_dim, hidden, bias=False),
+            nn.SiLU(),
+            nn.Linear(hidden, head_dim, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, G, N, D]` to `[B, G, Nc, D]`, Nc the blocks that are whole."""
+        if x.shape[2] < self.grid.compress_block:
+            return x[:, :, :0]
+        blocks = x.unfold(2, self.grid.compress_block, self.grid.compress_stride)  # [B, G, Nc, D, l]
+        return self.network((blocks.transpose(-1, -2) + self.places).flatten(3))
+
+
+class NativeSparseCache:
+    """Keys and values of all tokens, of all whole blocks, of tokens that wait for theirs, and of the window.
+
+    Args:
+        batch: B.
+        window: positions to keep for the window; all if None.
+        grid: sizes of blocks.
+        device: where the cache is.
+    """
+
+    def __init__(self, batch: int, window: int | None, grid: BlockGrid, device: torch.device) -> None:
+        self.tokens, self.window = PositionCache(batch, device=device), PositionCache(batch, window, device)
+        self.grid, self._blocks = grid, 0
+        self._waiting: tuple[Tensor, Tensor] | None = None  # from the first token of the next block on
+        self._compressed: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def length(self) -> Tensor:
+        """Positions read so far, int64 `[B]`."""
+        return self.tokens.length
+
+    @torch.no_grad()
+    def extend_compressed(self, mixer: NativeSparseAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all blocks that are whole with new tokens `[B, G, n, D]`, before the rotary embedding."""
+        if self._waiting is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self._waiting, (k, v), strict=True))
+        new = mixer.compressed(k, v, self._blocks)
+        done = new[0].shape[2]
+        start = done * self.grid.compress_stride
+        self._waiting, self._blocks = (k[:, :, start:], v[:, :, start:]), self._blocks + done
+        if self._compressed is None:
+            self._compressed = new
+        elif done:
+            self._compressed = tuple(torch.cat(pair, dim=2) for pair in zip(self._compressed, new, strict=True))
+        return self._compressed
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences, int64 `[B']`, in this order; a row may be named several times."""
+        self.tokens.select(rows)
+        self.window.select(rows)
+        for name in ("_waiting", "_compressed"):
+            pair = getattr(self, name)
+            setattr(self, name, None if pair is None else tuple(x.index_select(0, rows) for x in pair))

@@ -1,0 +1,137 @@
+"""Attention to all of the past, or to a sliding window of it.
+
+B batch, N length, C hidden size, H query heads, G KV heads, D head dim.
+"""
+
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dma_kernels import Lifetimes
+from dma_lightning.backends import ATTENTIONS, Backend, check_backend, resolve_backend
+from dma_lightning.mixers.base import (
+    GroupedQueryMixer,
+    check_mixer_input,
+    mean_keys,
+    positions_of,
+)
+from dma_lightning.mixers.masked import attend_places, masked_attention
+from dma_lightning.mixers.position_cache import PositionCache
+
+if TYPE_CHECKING:
+    from dma_lightning.model import ModelConfig
+
+
+class MultiHeadAttention(GroupedQueryMixer):
+    """Causal self-attention to all of the past, by PyTorch's `scaled_dot_product_attention`.
+
+    With documents or padding the mask is one of lifetimes, and the backend attends.
+
+    Args:
+        backend: `triton`, `flex` or `torch`; `auto` as for `DynamicMaskAttention`.
+        shape: the arguments of `GroupedQueryMixer`.
+
+    Raises:
+        ValueError: if the sizes do not belong together, or for an unknown backend.
+    """
+
+    window: int | None = None
+    """How many positions a query sees, its own included; all of the past if None."""
+
+    def __init__(self, *, backend: Backend = "auto", **shape: Any) -> None:
+        super().__init__(**shape)
+        check_backend(backend)
+        self.backend = backend
+
+    @classmethod
+    def of_config(cls, config: "ModelConfig") -> Self:
+        return cls(**cls.shape_of(config), backend=config.backend)
+
+    def forward(
+        self,
+        x: Tensor,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
+        cache: PositionCache | None = None,
+    ) -> Tensor:
+        check_mixer_input(x, self.q_proj.weight)
+        positions = positions_of(x, cache)
+        q = self.rotated(self.heads(x, self.q_proj, self.q_norm), positions)  # [B, H, N, D]
+        k = self.rotated(self.heads(x, self.k_proj, self.k_norm), positions)  # [B, G, N, D]
+        v = self.heads(x, self.v_proj)
+        if cache is None:
+            return self.joined(window_attention(q, k, v, self.window, self.backend, documents, padding))
+        fresh, places = not cache.count, cache.place(x.shape[1], documents, padding)
+        kept, keys = cache.extend(places, documents, key=k, value=v)
+        if fresh:
+            return self.joined(window_attention(q, k, v, self.window, self.backend, documents, padding))
+        return self.joined(attend_places(q, kept["key"], kept["value"], places, keys, self.window))
+
+    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> PositionCache:
+        return PositionCache(batch, None if full else self.window, self.q_proj.weight.device)
+
+    def mixing_flops(self, length: int) -> float:
+        return 4 * self.num_heads * self.head_dim * mean_keys(length, self.window)
+
+    def cache_elements(self, length: int) -> int:
+        kept = length if self.window is None else min(length, self.window)
+        return kept * self.num_kv_heads * 2 * self.head_dim
+
+
+class SlidingWindowAttention(MultiHeadAttention):
+    """Causal self-attention to the last `sliding_window` positions, the query's own included.
+
+    Args:
+        sliding_window: w; the mask is one of lifetimes, and the cache a ring of so many positions.
+        backend: `triton`, `flex` or `torch`; `auto` as for `DynamicMaskAttention`.
+        shape: the arguments of `GroupedQueryMixer`.
+
+    Raises:
+        ValueError: if the sizes do not belong together, or for an unknown backend.
+    """
+
+    def __init__(self, *, sliding_window: int, backend: Backend = "auto", **shape: Any) -> None:
+        super().__init__(backend=backend, **shape)
+        if sliding_window < 1:
+            raise ValueError(f"sliding_window: expected at least 1, got {sliding_window}")
+        self.window = sliding_window
+
+    @classmethod
+    def of_config(cls, config: "ModelConfig") -> Self:
+        return cls(**cls.shape_of(config), sliding_window=config.sliding_window, backend=config.backend)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    backend: str,
+    documents: Tensor | None = None,
+    padding: Tensor | None = None,
+) -> Tensor:
+    """Attention of a whole sequence to its last `window` positions, or to all of its past; differentiable.
+
+    Args:
+        q: `[B, H, N, D]`.
+        k: `[B, G, N, D]`.
+        v: `[B, G, N, D]`.
+        window: positions that a query sees, its own included; all by default.
+        backend: name of an attention backend, or `auto`.
+        documents: `[B, N]`.
+        padding: bool `[B, N]`.
+
+    Returns:
+        `[B, H, N, D]`.
+    """
+    length, device = q.shape[2], q.device
+    if (window is None or window >= length) and documents is None and padding is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    mask = Lifetimes.sliding_window(length, window or length, device, documents=documents, padding=padding)
+    backend = resolve_backend(backend, device.type, device.index, q.dtype, q.shape[-1])
+    if backend == "reference" or (backend == "torch" and mask.capacity == length):
+        return masked_attention(q, k, v, mask.to_dense())  # dense anyway
+    bias = torch.zeros(k.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=device)
+    return ATTENTIONS[backend](q, k, v, bias, mask)
