@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from environment import describe, write_tables
 from gpu_attention import time_ms
 from torch import Tensor
@@ -23,7 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dma_kernels import DynamicMaskCache, KeyCache, fused_attention
 from dma_kernels.key_cache import StepBackend
-from dma_lightning import DogeForCausalLM, ModelConfig
+from dma_lightning import DogeForCausalLM
+from dma_lightning.sizes_command import read_config
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 32, 8, 128, 1024
 DENSE = {1: [1 << n for n in (16, 17, 18, 19)], 32: [1 << 16, 1 << 17]}  # lengths by batch
@@ -142,8 +142,7 @@ def next_token(model: DogeForCausalLM, token: Tensor, cache: Sequence[KeyCache])
 @torch.no_grad()
 def measure_model(path: Path) -> Iterator[dict[str, Any]]:
     """A token of a whole model with random weights: eagerly, as a CUDA graph, and the memory of all caches."""
-    options = yaml.safe_load(path.read_text())["model"]
-    config = ModelConfig(**{name: x for name, x in options.items() if name in ModelConfig.__dataclass_fields__})
+    config = read_config(path)
     with torch.device("cuda"):
         torch.set_default_dtype(torch.bfloat16)
         model = DogeForCausalLM(config).eval()

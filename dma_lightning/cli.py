@@ -16,6 +16,7 @@ from dma_lightning.data import SequenceDataModule
 from dma_lightning.generate_command import generate
 from dma_lightning.huggingface_commands import export_hf, import_hf
 from dma_lightning.language_model import LanguageModel
+from dma_lightning.sizes_command import sizes
 
 # What the data dictates to the model: attribute of the data module, and argument of the model.
 _LINKS = {
@@ -24,7 +25,7 @@ _LINKS = {
     "bytes_per_token": "bytes_per_token",
 }
 
-_COMMANDS = {"generate": generate, "import-hf": import_hf, "export-hf": export_hf}
+_COMMANDS = {"generate": generate, "sizes": sizes, "import-hf": import_hf, "export-hf": export_hf}
 
 _LIGHTNING_CHECKPOINTS = {"best", "last", "hpc", "registry"}
 
@@ -123,6 +124,7 @@ def main() -> None:
         build_cli()
         return
     try:
-        auto_cli(_COMMANDS[name], args=args, as_positional=name != "generate", prog=f"dma-lightning {name}")
+        options = {"as_positional": name != "generate", "prog": f"dma-lightning {name}", "allow_abbrev": False}
+        auto_cli(_COMMANDS[name], args=args, **options)
     except (ValueError, OSError) as error:
         sys.exit(f"dma-lightning {name}: {error}")

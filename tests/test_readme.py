@@ -2,9 +2,14 @@
 
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from readme_figures import updated
+from size_tables import PAGE
+from size_tables import updated as with_sizes
+
+from dma_lightning import MIXERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -14,16 +19,22 @@ def test_figures_are_those_of_the_result_files() -> None:
     assert updated(README) == README
 
 
+def test_sizes_are_those_of_the_configs() -> None:
+    assert with_sizes(PAGE.read_text()) == PAGE.read_text()
+
+
 def test_python_examples_run() -> None:
     examples = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(examples) >= 2
     names = {"ranks": torch.randn(2, 4, 500)}
-    for example in examples:
-        exec(example, names)
+    with patch.dict(MIXERS):
+        for example in examples:
+            exec(example, names)
+    assert names["tokens"].shape == (1, 5)
     assert names["y"].shape == (2, 2048, 512)
     assert names["mask"].death.shape == (2, 4, 500)
 
 
 def test_files_that_are_named_exist() -> None:
-    for path in re.findall(r"(?:configs|benchmarks|dma_lightning|flex|kernels|tests)/[\w./-]*\w", README):
+    for path in re.findall(r"(?:configs|benchmarks|dma_lightning|docs|flex|kernels|tests)/[\w./-]*\w", README):
         assert (ROOT / path).exists(), path

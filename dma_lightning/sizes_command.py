@@ -1,0 +1,64 @@
+"""`dma-lightning sizes`: what each attention costs in a model of one shape."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from dma_lightning.mixers import MIXERS
+from dma_lightning.model import DogeForCausalLM, ModelConfig
+
+
+def sizes(path: Path, sequence_length: int = 4096) -> None:
+    """Print parameters, cache and FLOPs of a model with each attention, as a Markdown table.
+
+    Parameters are those outside embeddings and output head; the cache is that of all layers after a sequence; FLOPs are
+    those of a forward pass per token, mean over the sequence, embeddings and output head left out.
+
+    Args:
+        path: a YAML file with `model:`, such as configs/model/80m.yaml.
+        sequence_length: tokens of the sequence.
+    """
+    print("\n".join(size_lines(path, sequence_length)))
+
+
+def size_lines(path: Path, sequence_length: int) -> list[str]:
+    """The lines of the table.
+
+    Raises:
+        ValueError: if the file is no YAML with `model:`, or the length is below 1.
+    """
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length: expected at least 1, got {sequence_length}")
+    lines = [
+        f"| `{path.stem}`, {sequence_length:,} tokens | parameters | of which attention | cache, numbers per token | "
+        "forward FLOPs per token |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    shape = read_config(path)
+    for name in MIXERS:
+        with torch.device("meta"):
+            model = DogeForCausalLM(replace(shape, attention=name))
+        mixers = [layer.self_attn for layer in model.layers]
+        own = sum(p.numel() for mixer in mixers for p in mixer.parameters())
+        cache = sum(mixer.cache_elements(sequence_length) for mixer in mixers) / sequence_length
+        total = model.num_non_embedding_parameters
+        flops = 2 * total + sum(mixer.mixing_flops(sequence_length) for mixer in mixers)
+        cells = (f"{total / 1e6:.2f}M", f"{own / 1e6:.2f}M", f"{cache:,.0f}", f"{flops / 1e9:.3f}G")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The shape in a YAML file of a model; what is of training is left out.
+
+    Raises:
+        ValueError: if the file is no YAML with `model:`.
+    """
+    try:
+        options = yaml.safe_load(path.read_text())["model"]
+        known = {field.name for field in fields(ModelConfig)}
+        return ModelConfig(**{name: value for name, value in options.items() if name in known})
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a YAML file with model:, got {type(error).__name__}: {error}") from error
