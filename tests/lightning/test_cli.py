@@ -61,7 +61,7 @@ def test_paper_shapes_have_the_published_sizes(name: str) -> None:
 
 
 def test_all_paper_shapes_are_shipped() -> None:
-    assert {f.stem for f in (CONFIGS / "model").iterdir()} == {*PAPER_SIZES, "tiny", "mqar"}
+    assert {f.stem for f in (CONFIGS / "model").iterdir()} == {*PAPER_SIZES, "tiny", "mqar", "1m", "5m", "20m"}
 
 
 def test_later_configs_and_flags_override() -> None:
@@ -86,6 +86,8 @@ def test_help_documents_every_field(subcommand: str, capsys: pytest.CaptureFixtu
     words = " ".join(capsys.readouterr().out.split())
     for option in words[words.index("--model CONFIG") : words.index("--data.help")].split("--model.")[1:]:
         text = option.split("(type:")[0].split(maxsplit=2)
+        if text[-1].endswith(","):
+            continue  # another form of the same option follows, and then the text
         assert len(text) == 3, f"--model.{option} has no documentation"
 
 
