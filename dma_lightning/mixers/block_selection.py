@@ -1,4 +1,4 @@
-"""The selected branch of native sparse attention: which blocks a query attends to, and attention to these.
+"""Blocks of native sparse attention: which a query sees compressed, and which it chooses to attend to.
 
 Blocks lie on one grid over the sequence. A compressed block i has the tokens i s … i s + l - 1, a selection block j the
 tokens j b … (j + 1) b - 1.
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dma_kernels.reference import masked_average
 from dma_kernels.scores import ordered_bits
 from dma_lightning.mixers.position_cache import Places
 
@@ -95,45 +94,6 @@ class BlockGrid:
         order = torch.where(forced[:, None], _FORCED + block, order).masked_fill(~candidate[:, None], _NO_BLOCK)
         chosen = order.topk(min(self.select_count, len(block)), dim=-1)
         return chosen.indices.masked_fill(chosen.values < 0, _NO_BLOCK)
-
-
-def selected_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, queries: Places, keys: Places, block_size: int
-) -> Tensor:
-    """Attention of each query to the tokens of its blocks up to itself, in its document; 0 without any.
-
-    Args:
-        q: `[B, H, n, D]`.
-        k: `[B, G, M, D]`.
-        v: `[B, G, M, D]`.
-        blocks: of `BlockGrid.choose`.
-        queries: where the queries stand.
-        keys: where the keys stand.
-        block_size: tokens of a block.
-
-    Returns:
-        `[B, H, n, D]`.
-    """
-    batch, kv_heads, count, dim = k.shape
-    token = (blocks[..., None] * block_size + torch.arange(block_size, device=q.device)).flatten(3)  # [B, G, n, K]
-    at = token.clamp(0, count - 1)
-    flat = at.flatten(1)
-
-    def of_keys(x: Tensor) -> Tensor:
-        return x.gather(1, flat).view_as(at)
-
-    visible = (token >= 0) & (token <= queries.position[:, None]) & ~of_keys(keys.padding)
-    visible = visible & (of_keys(keys.run) == queries.run[:, None, :, None])
-
-    def rows(x: Tensor) -> Tensor:
-        taken = x.gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, dim))
-        return taken.view(batch, kv_heads, *at.shape[2:], dim).to(wide)  # [B, G, n, K, D]
-
-    wide = torch.promote_types(q.dtype, torch.float32)
-    by_group = q.unflatten(1, (kv_heads, -1)).transpose(2, 3).to(wide) * dim**-0.5  # [B, G, n, R, D]
-    logits = by_group @ rows(k).transpose(-1, -2)
-    out = masked_average(logits, visible[:, :, :, None].expand_as(logits), rows(v))
-    return out.transpose(2, 3).flatten(1, 2).to(q.dtype)
 
 
 def _group_weights(q: Tensor, compressed_keys: Tensor, visible: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dma_kernels.block_attention import block_attention, block_attention_reference
 from dma_lightning.backends import Backend, check_backend
 from dma_lightning.mixers.base import GroupedQueryMixer, check_mixer_input, mean_keys, positions_of
-from dma_lightning.mixers.block_selection import BlockGrid, selected_attention
+from dma_lightning.mixers.block_selection import BlockGrid
 from dma_lightning.mixers.masked import attend_places, masked_attention
 from dma_lightning.mixers.position_cache import Places, PositionCache
 from dma_lightning.mixers.softmax import window_attention
@@ -41,7 +42,8 @@ class NativeSparseAttention(GroupedQueryMixer):
         nsa_select_count: blocks that a query attends to.
         nsa_window: positions of the window, the query's own included.
         nsa_separate_kv: keys and values of its own for each branch, as in the paper; else one of all.
-        backend: of the window branch.
+        backend: of the window branch. `triton` also has kernels for the selected one; `auto` leaves them out until their
+            tests have passed on a GPU, and gathers the keys of a few queries at a time in plain PyTorch.
         shape: the arguments of `GroupedQueryMixer`.
 
     Raises:
@@ -110,7 +112,8 @@ class NativeSparseAttention(GroupedQueryMixer):
             kept, places = tokens.extend(queries, documents, key=keys["select"], value=values["select"])
             k, v = kept["key"], kept["value"]
             compressed = cache.extend_compressed(self, plain["compress"], values["compress"])
-        out_compressed, out_selected = self._blocks(q, *compressed, k, v, queries, places)
+        by_kernels = cache is None and self.backend == "triton"
+        out_compressed, out_selected = self._blocks(q, *compressed, k, v, queries, places, by_kernels)
 
         if fresh:
             out_window = window_attention(
@@ -174,24 +177,30 @@ class NativeSparseAttention(GroupedQueryMixer):
         v: Tensor,
         queries: Places,
         keys: Places,
+        by_kernels: bool,
     ) -> tuple[Tensor, Tensor]:
         """What the compressed and the selected branch give, `[B, H, n, D]`; some queries at a time."""
-        grid, length = self.grid, q.shape[2]
+        grid, length, first = self.grid, q.shape[2], queries.first_of(keys)
         gathered = k.shape[0] * self.num_kv_heads * grid.select_count * grid.select_block * self.head_dim
-        rows = max(16, min(1024, _GATHERED // gathered))
-        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        rows = 1024 if by_kernels else max(16, min(1024, _GATHERED // gathered))
+        compressed, selected, chosen = [], [], []
         for start in range(0, length, rows):
-            part, places = q[:, :, start : start + rows], queries.rows(start, start + rows)
+            here = slice(start, start + rows)
+            part, places = q[:, :, here], queries.rows(start, start + rows)
             visible = grid.sees_compressed(places, keys)
             seen = masked_attention(part, compressed_k, compressed_v, visible) if visible.shape[-1] else part * 0
-            parts[0].append(seen)
-            blocks = grid.choose(part.detach(), compressed_k.detach(), places, keys)
-            arguments = (part, k, v, blocks, places, keys, grid.select_block)
+            compressed.append(seen)
+            chosen.append(grid.choose(part.detach(), compressed_k.detach(), places, keys))
+            if by_kernels:
+                continue
+            arguments = (part, k, v, chosen[-1], places.position, first[:, here], keys.padding, grid.select_block)
             if length > rows and torch.is_grad_enabled():  # gathered keys are gathered again for the backward
-                parts[1].append(checkpoint(selected_attention, *arguments, use_reentrant=False))
+                selected.append(checkpoint(block_attention_reference, *arguments, use_reentrant=False))
             else:
-                parts[1].append(selected_attention(*arguments))
-        return torch.cat(parts[0], dim=2), torch.cat(parts[1], dim=2)
+                selected.append(block_attention_reference(*arguments))
+        if by_kernels:
+            selected = [block_attention(q, k, v, torch.cat(chosen, dim=2), first, keys.padding, grid.select_block)]
+        return torch.cat(compressed, dim=2), torch.cat(selected, dim=2)
 
 
 class BlockCompression(nn.Module):

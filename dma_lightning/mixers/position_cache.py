@@ -29,6 +29,10 @@ class Places:
         """Some of them, in order."""
         return Places(self.position[start:end], self.run[:, start:end], self.padding[:, start:end])
 
+    def first_of(self, keys: "Places") -> Tensor:
+        """First position of each query's document, int64 `[B, n]`, of keys from position 0 on."""
+        return torch.searchsorted(keys.run, self.run)
+
     def sees(self, keys: "Places", window: int | None = None) -> Tensor:
         """Which keys queries at these places see, bool `[B, 1, n, M]`."""
         distance = self.position[:, None] - keys.position

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dma_kernels.block_attention import block_attention_reference
 from dma_kernels.scores import ordered_bits
 from dma_lightning import NativeSparseAttention
 from dma_lightning.mixers import native_sparse
-from dma_lightning.mixers.block_selection import BlockGrid, selected_attention
+from dma_lightning.mixers.block_selection import BlockGrid
 from dma_lightning.mixers.masked import masked_attention
 from dma_lightning.mixers.position_cache import PositionCache
 from dma_lightning.rotary import apply_rotary
@@ -137,6 +138,23 @@ def test_gradients_do_not_depend_on_how_queries_are_cut(monkeypatch: pytest.Monk
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
+def test_kernels_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU under Triton's interpreter, with documents and padding."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = make_module((8, 4, 16, 3, 5, 70), True).float().to(device)
+    x = torch.randn(2, 70, 24, device=device)
+    documents = (torch.arange(70, device=device) >= 40).long().expand(2, -1)
+    padding = torch.zeros(2, 70, dtype=torch.bool, device=device)
+    padding[1, :9] = True
+    results = []
+    for backend in ("torch", "triton"):
+        module.backend = backend
+        out = module(x, documents, padding)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [*module.parameters()])])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(("block", "stride", "size"), [(32, 16, 64), (8, 4, 8), (8, 8, 8), (16, 4, 4), (4, 4, 12)])
 def test_importance_is_that_of_the_paper(block: int, stride: int, size: int) -> None:
     """Equation 9 of arXiv 2502.11089 with blocks counted from 0 instead of 1."""
@@ -184,7 +202,8 @@ def test_numbers_of_flash_linear_attention() -> None:
     places, grid = PositionCache(1).place(80, None, None), BlockGrid(8, 8, 8, 5)
     compressed = masked_attention(q, k_mean, v_mean, grid.sees_compressed(places, places))
     blocks = grid.choose(q, k_mean, places, places)
-    selected = selected_attention(q, k, v, blocks, places, places, 8)
+    arguments = (blocks, places.position, places.first_of(places), places.padding, 8)
+    selected = block_attention_reference(q, k, v, *arguments)
     assert blocks[0].sort(-1).values.transpose(0, 1).tolist() == golden["blocks"]
     for out, name in ((compressed, "compressed"), (selected, "selected")):
         found = out[0].transpose(0, 1)[golden["rows"]].float()

@@ -1,0 +1,144 @@
+"""Attention in which every query chooses blocks of keys of its own: the selected branch of native sparse attention.
+
+The plain function gathers the keys of each query. The Triton kernels behind `block_attention` gather nothing: queries
+that stand side by side are a tile, and a tile passes once over each block that any of them has chosen.
+
+B batch, H query heads, G KV heads, R = H / G group, n queries, M keys, m chosen blocks, D head dim.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from dma_kernels.fused_attention import check_kernels_can, check_machine
+from dma_kernels.reference import masked_average
+
+BLOCK_SIZES = (16, 32, 64, 128)  # that the kernels take
+
+
+def block_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    position: Tensor,
+    first: Tensor,
+    padding: Tensor,
+    block_size: int,
+) -> Tensor:
+    """Softmax attention of each query to the tokens of its blocks, from its first to itself; 0 without any.
+
+    Args:
+        q: `[B, H, n, D]`.
+        k: `[B, G, M, D]`.
+        v: `[B, G, M, D]`.
+        blocks: numbers of blocks, all different but for -1, which is none, int64 `[B, G, n, m]`.
+        position: of each query among the keys, int64 `[n]`.
+        first: first position that a query may see, int64 `[B, n]`.
+        padding: bool `[B, M]`, True for keys that nobody sees.
+        block_size: tokens of a block.
+
+    Returns:
+        `[B, H, n, D]`, in the dtype of q; computed in at least float32.
+    """
+    batch, kv_heads, count, dim = k.shape
+    token = (blocks[..., None] * block_size + torch.arange(block_size, device=q.device)).flatten(3)  # [B, G, n, K]
+    at = token.clamp(0, count - 1)
+    visible = (token >= first[:, None, :, None]) & (token <= position[:, None]) & (token >= 0)
+    visible = visible & ~padding.gather(1, at.flatten(1)).view_as(at)
+    wide = torch.promote_types(q.dtype, torch.float32)
+
+    def rows(x: Tensor) -> Tensor:
+        taken = x.gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, dim))
+        return taken.view(batch, kv_heads, *at.shape[2:], dim).to(wide)  # [B, G, n, K, D]
+
+    by_group = q.unflatten(1, (kv_heads, -1)).transpose(2, 3).to(wide) * dim**-0.5  # [B, G, n, R, D]
+    logits = by_group @ rows(k).transpose(-1, -2)
+    out = masked_average(logits, visible[:, :, :, None].expand_as(logits), rows(v))
+    return out.transpose(2, 3).flatten(1, 2).to(q.dtype)
+
+
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, first: Tensor, padding: Tensor | None, block_size: int
+) -> Tensor:
+    """`block_attention_reference` of a whole sequence by Triton kernels, differentiable in q, k and v.
+
+    The same bits in every run. Arguments as there, with N queries at positions 0 … N-1 of N keys.
+
+    Args:
+        q: `[B, H, N, D]`, float32, bfloat16 or float16.
+        k: `[B, G, N, D]`.
+        v: `[B, G, N, D]`.
+        blocks: int64 `[B, G, N, m]`.
+        first: int64 `[B, N]`.
+        padding: bool `[B, N]`, or None if no key is padded.
+        block_size: tokens of a block, one of `BLOCK_SIZES`.
+
+    Raises:
+        ValueError: if the kernels cannot do what is asked.
+    """
+    check_kernels_can(q.dtype, q.shape[-1])
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(
+            f"backend 'triton' takes blocks of {list(BLOCK_SIZES)} tokens, got {block_size}; "
+            "use backend 'torch' for others"
+        )
+    out, *_ = attend_blocks(q, k, v, blocks, first.int(), padding, block_size)
+    return out
+
+
+@torch.library.custom_op("dma_kernels::attend_blocks", mutates_args=())
+def attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, first: Tensor, padding: Tensor | None, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp in base 2 `[B, H, N]`."""
+    check_machine(q.device)  # here, since torch.compile cannot trace it
+    from dma_kernels.triton_block_attention import launch_attend_blocks
+
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return launch_attend_blocks(q, k, v, blocks, first, padding, block_size)
+
+
+@torch.library.custom_op("dma_kernels::attend_blocks_backward", mutates_args=())
+def attend_blocks_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    first: Tensor,
+    padding: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    from dma_kernels.triton_block_attention import launch_attend_blocks_backward
+
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return launch_attend_blocks_backward(grad_out, q, k, v, blocks, first, padding, out, lse, block_size)
+
+
+@attend_blocks.register_fake
+def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@attend_blocks_backward.register_fake
+def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def _save_for_backward(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.block_size = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: FunctionCtx, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 7
+    return *attend_blocks_backward(grad_out, *ctx.saved_tensors, ctx.block_size), None, None, None, None
+
+
+attend_blocks.register_autograd(_backward, setup_context=_save_for_backward)
