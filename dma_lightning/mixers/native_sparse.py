@@ -42,8 +42,8 @@ class NativeSparseAttention(GroupedQueryMixer):
         nsa_select_count: blocks that a query attends to.
         nsa_window: positions of the window, the query's own included.
         nsa_separate_kv: keys and values of its own for each branch, as in the paper; else one of all.
-        backend: of the window branch. `triton` also has kernels for the selected one; `auto` leaves them out until their
-            tests have passed on a GPU, and gathers the keys of a few queries at a time in plain PyTorch.
+        backend: of the window branch. `triton` also has kernels for the selected one; `auto` leaves these out until
+            their tests have passed on a GPU, and gathers the keys of a few queries at a time in plain PyTorch.
         shape: the arguments of `GroupedQueryMixer`.
 
     Raises:
