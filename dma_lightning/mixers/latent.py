@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dma_kernels import Lifetimes
 from dma_lightning.mixers.base import TokenMixer, check_even, check_mixer_input, mean_keys, positions_of
-from dma_lightning.mixers.masked import attend_places, masked_attention
+from dma_lightning.mixers.masked import attend_places, lifetime_attention
 from dma_lightning.mixers.position_cache import PositionCache
 from dma_lightning.rotary import apply_rotary
 
@@ -146,7 +146,7 @@ class LatentAttention(TokenMixer):
         if documents is None and padding is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         mask = Lifetimes.causal(q.shape[2], q.device, documents=documents, padding=padding)
-        return masked_attention(q, k, v, mask.to_dense(), self.scale)
+        return lifetime_attention(q, k, v, mask, self.scale)
 
     def _absorbed(self, q_plain: Tensor, q_rotated: Tensor, latent: Tensor, k_rotated: Tensor) -> tuple[Tensor, Tensor]:
         """Queries `[B, H, n, L + R]` and keys `[B, 1, M, L + R]` whose products are those of the expanded ones."""

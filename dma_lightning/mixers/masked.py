@@ -1,4 +1,4 @@
-"""Dense attention under a mask, by PyTorch's own kernels.
+"""Attention under masks that are no dynamic ones, by PyTorch's own kernels.
 
 B batch, H query heads, G KV heads, n queries, M keys, D head dim.
 """
@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dma_flex import flex_mask_attention
+from dma_kernels import Lifetimes
+from dma_kernels.fused_attention import KERNEL_DTYPES
 from dma_lightning.mixers.position_cache import Places
 
 _ROWS = 1024  # queries whose mask is in memory at once
@@ -28,6 +31,13 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     alive = mask.any(-1, keepdim=True)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~alive, scale=scale, enable_gqa=True)
     return out.masked_fill(~alive, 0)
+
+
+def lifetime_attention(q: Tensor, k: Tensor, v: Tensor, mask: Lifetimes, scale: float | None = None) -> Tensor:
+    """`masked_attention` over lifetimes: on CUDA by FlexAttention, which skips blocks that nobody sees."""
+    if q.is_cuda and q.dtype in KERNEL_DTYPES and min(q.shape[-1], v.shape[-1]) >= 16:
+        return flex_mask_attention(q, k, v, mask, scale)
+    return masked_attention(q, k, v, mask.to_dense(), scale)
 
 
 def attend_places(

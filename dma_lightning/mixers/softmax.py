@@ -17,7 +17,7 @@ from dma_lightning.mixers.base import (
     mean_keys,
     positions_of,
 )
-from dma_lightning.mixers.masked import attend_places, masked_attention
+from dma_lightning.mixers.masked import attend_places, lifetime_attention
 from dma_lightning.mixers.position_cache import PositionCache
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 class MultiHeadAttention(GroupedQueryMixer):
     """Causal self-attention to all of the past, by PyTorch's `scaled_dot_product_attention`.
 
-    With documents or padding the mask is one of lifetimes, and the backend attends.
+    With documents or padding the mask is one of lifetimes; on CUDA FlexAttention skips what nobody sees.
 
     Args:
-        backend: `triton`, `flex` or `torch`; `auto` as for `DynamicMaskAttention`.
+        backend: of windows that are shorter than the sequence, see `SlidingWindowAttention`.
         shape: the arguments of `GroupedQueryMixer`.
 
     Raises:
@@ -130,8 +130,8 @@ def window_attention(
     if (window is None or window >= length) and documents is None and padding is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     mask = Lifetimes.sliding_window(length, window or length, device, documents=documents, padding=padding)
+    if mask.capacity == length:
+        return lifetime_attention(q, k, v, mask)
     backend = resolve_backend(backend, device.type, device.index, q.dtype, q.shape[-1])
-    if backend == "reference" or (backend == "torch" and mask.capacity == length):
-        return masked_attention(q, k, v, mask.to_dense())  # dense anyway
     bias = torch.zeros(k.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=device)
     return ATTENTIONS[backend](q, k, v, bias, mask)

@@ -1,6 +1,7 @@
-"""Masks for FlexAttention: exact block masks and mods of lifetimes, and attention over segments. Needs torch only."""
+"""Masks for FlexAttention: exact block masks and mods of lifetimes, and attention over them. Needs torch only."""
 
 from dma_flex.block_masks import block_mask, interval_block_mask
+from dma_flex.mask_attention import flex_mask_attention
 from dma_flex.mods import key_bias_score_mod, lifetime_mask_mod
 from dma_flex.segment_attention import flex_segment_attention
 from dma_flex.segment_plan import SegmentPlan
@@ -10,6 +11,7 @@ __all__ = [
     "Lifetimes",
     "SegmentPlan",
     "block_mask",
+    "flex_mask_attention",
     "flex_segment_attention",
     "interval_block_mask",
     "key_bias_score_mod",
