@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dma_kernels.precision import without_autocast
 from dma_kernels.scores import ordered_bits
 from dma_lightning.mixers.position_cache import Places
 
@@ -81,8 +82,9 @@ class BlockGrid:
             queries: where the queries stand.
             keys: where all keys stand, from position 0 on.
         """
-        weights = _group_weights(q, compressed_keys, self.sees_compressed(queries, keys))
-        importance = weights @ self.overlaps(keys.position.shape[0], q.device)  # [B, G, n, Nb]
+        with without_autocast(q.device):
+            weights = _group_weights(q, compressed_keys, self.sees_compressed(queries, keys))
+            importance = weights @ self.overlaps(keys.position.shape[0], q.device)  # [B, G, n, Nb]
         block = torch.arange(importance.shape[-1], device=q.device)
         own = (queries.position // self.select_block)[:, None]
         first = (torch.searchsorted(keys.run, queries.run) // self.select_block)[

@@ -29,6 +29,12 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
         `[B, H, n, Dv]`.
     """
     alive = mask.any(-1, keepdim=True)
+    heads = q.shape[1]
+    if k.shape[1] == 1 < heads and mask.shape[1] == 1:  # as more queries of one head, or keys would be copied for each
+        rows, all_alive = q.flatten(1, 2)[:, None], alive.repeat(1, 1, heads, 1)
+        seen = (mask | ~alive).repeat(1, 1, heads, 1)
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale).masked_fill(~all_alive, 0)
+        return out.squeeze(1).unflatten(1, (heads, -1))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~alive, scale=scale, enable_gqa=True)
     return out.masked_fill(~alive, 0)
 

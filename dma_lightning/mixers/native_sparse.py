@@ -259,7 +259,7 @@ class NativeSparseCache:
         new = mixer.compressed(k, v, self._blocks)
         done = new[0].shape[2]
         start = done * self.grid.compress_stride
-        self._waiting, self._blocks = (k[:, :, start:], v[:, :, start:]), self._blocks + done
+        self._waiting, self._blocks = (k[:, :, start:].clone(), v[:, :, start:].clone()), self._blocks + done
         if self._compressed is None:
             self._compressed = new
         elif done:

@@ -83,7 +83,8 @@ class PositionCache:
         documents = self._document[:, None].expand(-1, new) if documents is None else documents.long()
         before = torch.cat([self._document[:, None], documents], dim=1)
         runs = document_runs(before, torch.cat([~self._started[:, None], padding], dim=1))[:, 1:]
-        return Places(position, self._last_run[:, None] + runs, padding)
+        begun = self._started[:, None] | ((~padding).cumsum(1) > 0)  # padding in front belongs to no document
+        return Places(position, torch.where(begun, self._last_run[:, None] + runs, -1), padding)
 
     @torch.no_grad()
     def extend(self, places: Places, documents: Tensor | None, **new: Tensor) -> tuple[dict[str, Tensor], Places]:

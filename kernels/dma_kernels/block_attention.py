@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from dma_kernels.fused_attention import check_kernels_can, check_machine
+from dma_kernels.precision import without_autocast
 from dma_kernels.reference import masked_average
 
 BLOCK_SIZES = (16, 32, 64, 128)  # that the kernels take
@@ -52,9 +53,10 @@ def block_attention_reference(
         taken = x.gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, dim))
         return taken.view(batch, kv_heads, *at.shape[2:], dim).to(wide)  # [B, G, n, K, D]
 
-    by_group = q.unflatten(1, (kv_heads, -1)).transpose(2, 3).to(wide) * dim**-0.5  # [B, G, n, R, D]
-    logits = by_group @ rows(k).transpose(-1, -2)
-    out = masked_average(logits, visible[:, :, :, None].expand_as(logits), rows(v))
+    with without_autocast(q.device):
+        by_group = q.unflatten(1, (kv_heads, -1)).transpose(2, 3).to(wide) * dim**-0.5  # [B, G, n, R, D]
+        logits = by_group @ rows(k).transpose(-1, -2)
+        out = masked_average(logits, visible[:, :, :, None].expand_as(logits), rows(v))
     return out.transpose(2, 3).flatten(1, 2).to(q.dtype)
 
 

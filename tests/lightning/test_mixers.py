@@ -130,6 +130,15 @@ def test_documents_are_apart_and_padding_is_not_seen(name: str) -> None:
 
 
 @each
+def test_padding_on_the_left_changes_nothing(name: str) -> None:
+    """By a multiple of every block, so that the grid of blocks stands as without; rotation is relative."""
+    mixer, x = make_mixer(name), torch.randn(1, LENGTH, 32, dtype=torch.float64)
+    padded = torch.cat([torch.randn(1, 32, 32, dtype=torch.float64), x], dim=1)
+    padding = torch.arange(LENGTH + 32)[None] < 32
+    torch.testing.assert_close(mixer(padded, padding=padding)[:, 32:], mixer(x), rtol=1e-9, atol=1e-9)
+
+
+@each
 def test_every_parameter_gets_a_finite_gradient(name: str) -> None:
     mixer = make_mixer(name)
     x = torch.randn(2, LENGTH, 32, dtype=torch.float64, requires_grad=True)
