@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from dma_kernels.attention_inputs import check_attention_inputs
 from dma_kernels.fused_attention import check_kernels_can, check_machine
 from dma_kernels.precision import without_autocast
 from dma_kernels.reference import masked_average
@@ -65,7 +66,8 @@ def block_attention(
 ) -> Tensor:
     """`block_attention_reference` of a whole sequence by Triton kernels, differentiable in q, k and v.
 
-    The same bits in every run. Arguments as there, with N queries at positions 0 … N-1 of N keys.
+    The same bits in every run; once differentiable. A NaN in v shows in all queries of a tile of which one has chosen
+    its block, also in earlier ones. Arguments as there, with N queries at positions 0 … N-1 of N keys.
 
     Args:
         q: `[B, H, N, D]`, float32, bfloat16 or float16.
@@ -77,8 +79,20 @@ def block_attention(
         block_size: tokens of a block, one of `BLOCK_SIZES`.
 
     Raises:
-        ValueError: if the kernels cannot do what is asked.
+        ValueError: if shapes, dtypes or devices do not belong together, or the kernels cannot do what is asked.
     """
+    check_attention_inputs(q, k, v, torch.empty(k.shape[:3], device=k.device))
+    expected = {
+        "blocks": (blocks, (*k.shape[:3], blocks.shape[-1] if blocks.ndim else 0), torch.int64),
+        "first": (first, (k.shape[0], k.shape[2]), torch.int64),
+        "padding": (padding, (k.shape[0], k.shape[2]), torch.bool),
+    }
+    for name, (x, shape, dtype) in expected.items():
+        if x is not None and (x.shape != shape or x.dtype != dtype or x.device != k.device):
+            raise ValueError(
+                f"{name}: expected {dtype} {list(shape)} on {k.device} for k {list(k.shape)}, "
+                f"got {x.dtype} {list(x.shape)} on {x.device}"
+            )
     check_kernels_can(q.dtype, q.shape[-1])
     if block_size not in BLOCK_SIZES:
         raise ValueError(

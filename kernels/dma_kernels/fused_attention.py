@@ -34,8 +34,8 @@ def fused_attention(
 ) -> Tensor:
     """Softmax attention over the live keys, with the scores as additive bias, by Triton kernels.
 
-    Differentiable in q, k, v and scores; the same bits in every run. A NaN or infinity in v, which also makes the rank
-    of its key NaN, shows in all queries of a segment that pass over the key's tile, also in earlier ones.
+    Differentiable in q, k, v and scores; the same bits in every run. A NaN in v, which also makes the rank of its key
+    NaN, or an infinity shows in all queries of a segment that pass over the key's tile, also in earlier ones.
 
     Args:
         q: `[B, H, N, D]`, float32, bfloat16 or float16; products are accumulated in float32.

@@ -195,7 +195,7 @@ class DynamicMaskCache:
         """Attend from n new positions to the cache and themselves, and keep what later ones can see.
 
         One position costs O(C), a few O(n (C + n)), more go through `attention` over C + n keys. The result does not
-        depend on how a sequence is cut into calls, but for which queries show a NaN of v.
+        depend on how a sequence is cut into calls, but for which queries show a NaN or infinity of v.
 
         Args:
             q: `[B, H, n, D]`, rotated by positions from `length` on.

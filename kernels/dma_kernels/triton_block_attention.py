@@ -49,13 +49,14 @@ def make_tiles(blocks: Tensor, group: int, number: int) -> Tiles:
     x = x.unflatten(1, (-1, queries)).flatten(2)  # [Z, T, E]
     key = torch.where(x < 0, number, x) * queries + query
     key = key.sort(dim=-1).values
+    again = torch.nn.functional.pad(key[..., 1:] == key[..., :-1], (1, 0))  # a block that a query names twice
     block, query = key // queries, key % queries
     new = torch.ones_like(block, dtype=torch.bool)
     new[..., 1:] = block[..., 1:] != block[..., :-1]
     entry = new.cumsum(-1) - 1
     real = block < number
     all_blocks = torch.full_like(block, number).scatter_(2, entry, block)
-    bits = torch.zeros_like(block).scatter_add_(2, entry, torch.where(real, 1 << query, 0))
+    bits = torch.zeros_like(block).scatter_add_(2, entry, torch.where(real & ~again, 1 << query, 0))
     return Tiles(queries, all_blocks.int(), bits.int(), (new & real).sum(-1, dtype=torch.int32))
 
 

@@ -37,7 +37,8 @@ class DecodeConfig(NamedTuple):
 # Arguments of which no value compiles the kernel anew.
 _SIZES = ("kv_heads", "group", "share", "parts", "window", "keep_last", "sinks")
 _RANKS = 1024  # slots whose ranks are looked at at once
-_PARTS = 8  # parts that are added up at once
+_PARTS = 8  # parts that are added up at once, at most
+_ADDED = 2**15  # numbers that are
 _NOBODY = tl.constexpr(-2)  # position of a key that is in no slot
 _FIRST, _LAST = tl.constexpr(-9223372036854775808), tl.constexpr(9223372036854775807)  # before and behind all orders
 
@@ -111,13 +112,17 @@ def _load_rows(p_x, o_c, m_c, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.
 
 
 @triton.jit
-def _attend_tile(b_out, b_max, b_sum, b_q, b_key, b_value, b_bias, scale, PRECISION: tl.constexpr):
+def _attend_tile(
+    b_out, b_max, b_sum, b_q, b_key, b_value, b_bias, scale, BESIDES: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """Add a tile of slots to the running softmax; biases in base 2, -inf where a slot is not seen."""
     b_logits = tl.dot(b_q, tl.trans(b_key), input_precision=PRECISION) * (scale * LOG2_E) + b_bias[None, :]
     b_logits = tl.where(b_bias[None, :] == -float("inf"), -float("inf"), b_logits)  # whatever the key is
     b_new = tl.maximum(b_max, tl.max(b_logits, axis=1))
     b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)  # nothing seen so far: 0, not NaN
     b_p, b_decay = tl.exp2(b_logits - b_shift[:, None]), tl.exp2(b_max - b_shift)
+    if BESIDES:  # what is no longer seen may stay in its slot for long, and a weight of 0 does not stop a NaN
+        b_value = tl.where((b_bias != -float("inf"))[:, None], b_value, 0.0)
     b_out = tl.dot(b_p.to(b_value.dtype), b_value, b_out * b_decay[:, None], input_precision=PRECISION)
     return b_out, b_new, b_sum * b_decay + tl.sum(b_p, axis=1)
 
@@ -227,14 +232,16 @@ def _decode_step_kernel(
     b_max, b_sum = tl.full([BLOCK_R], -float("inf"), tl.float32), tl.zeros([BLOCK_R], tl.float32)
     b_out = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     b_bias = tl.where(_seen(b_position, m_tile_ranked, m_sink, evicted, recent), b_bias * LOG2_E, -float("inf"))
-    b_out, b_max, b_sum = _attend_tile(b_out, b_max, b_sum, b_q, b_key, b_value, b_bias, scale, PRECISION)
+    b_out, b_max, b_sum = _attend_tile(b_out, b_max, b_sum, b_q, b_key, b_value, b_bias, scale, BESIDES, PRECISION)
     if not ONE_TILE:
         for i in range(first + BLOCK_C, end, BLOCK_C):
             o_c = i + tl.arange(0, BLOCK_C)
             b_key = _load_rows(p_key, o_c, o_c < end, D, BLOCK_D, WHOLE)
             b_value = _load_rows(p_value, o_c, o_c < end, D, BLOCK_D, WHOLE)
             b_bias = tl.load(p_seen_bias + o_c, mask=o_c < end, other=-float("inf"))
-            b_out, b_max, b_sum = _attend_tile(b_out, b_max, b_sum, b_q, b_key, b_value, b_bias, scale, PRECISION)
+            b_out, b_max, b_sum = _attend_tile(
+                b_out, b_max, b_sum, b_q, b_key, b_value, b_bias, scale, BESIDES, PRECISION
+            )
 
     arrived = 0
     if not ALONE:
@@ -301,10 +308,11 @@ def launch_decode_step(
     config: DecodeConfig | None = None,
 ) -> Tensor:
     """Output `[B, H, 1, D]`; the cache is changed in place. Arguments as `decode_step`."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v, scores, ranks = (_addressable(x) for x in (q, k, v, scores, ranks))
     (batch, kv_heads, slots, head_dim), group = key.shape, q.shape[1] // k.shape[1]
     tile, share, warps, stages = config or decode_config(key)
     parts, block_d = triton.cdiv(slots, share), padded_head_dim(head_dim)
+    few = triton.next_power_of_2(group)
     rows = batch * kv_heads * parts
     part = torch.empty(rows * group * (head_dim + 2), dtype=torch.float32, device=q.device)
     part, part_max, part_sum = part.split([rows * group * head_dim, rows * group, rows * group])
@@ -317,11 +325,18 @@ def launch_decode_step(
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *scores.stride()[:2], *ranks.stride()[:2],
         kv_heads, group, slots, share, parts, keep_window_size, keep_last, sinks, head_dim**-0.5,
         D=head_dim, BLOCK_D=block_d, BLOCK_R=max(16, triton.next_power_of_2(group)), BLOCK_C=tile,
-        FEW_R=triton.next_power_of_2(group), BESIDES=keep_last + sinks > 0, SINKS=sinks > 0,
+        FEW_R=few, BESIDES=keep_last + sinks > 0, SINKS=sinks > 0,
         WHOLE=slots % tile == 0 and head_dim == block_d, ONE_TILE=share == tile, ALONE=parts == 1,
-        RANKS=_RANKS, PARTS=_PARTS, PRECISION=float32_precision(), num_warps=warps, num_stages=stages,
+        RANKS=_RANKS, PARTS=max(1, min(_PARTS, _ADDED // (few * block_d))),
+        PRECISION=float32_precision(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """`x` [B, heads, 1, ...], or a copy if a row is not in steps of 1 or its heads lie too far apart for 32 bits."""
+    near = (x.shape[1] - 1) * x.stride(1) < 2**31
+    return x if near and (x.ndim < 4 or x.stride(-1) == 1) else x.clone(memory_format=torch.contiguous_format)
 
 
 def decode_config(key: Tensor) -> DecodeConfig:

@@ -70,7 +70,8 @@ def test_documents_padding_and_chunks(chunk: int, device: str, monkeypatch: pyte
     monkeypatch.setattr(triton_block_attention, "_CHUNK", chunk)
     blocks = choose(2, 2, 90, 16, 4, device)
     position = torch.arange(90, device=device)
-    first = torch.where(position < 37, 0, 37).expand(2, -1).contiguous()
+    border = torch.tensor([[37], [50]], device=device)  # another one in each row
+    first = torch.where(position < border, 0, border)
     padding = torch.rand(2, 90, device=device) < 0.3
     padding[1, :20] = True  # some queries see nothing
     check(make_inputs(90, 2, 16, torch.float32, device), blocks, first, padding, 16, 1e-5)
@@ -111,6 +112,20 @@ def test_what_the_kernels_cannot_do_is_an_error(device: str) -> None:
     first = torch.zeros(2, 20, dtype=torch.long, device=device)
     with pytest.raises(ValueError, match=r"blocks of .* tokens, got 8"):
         block_attention(*inputs, choose(2, 2, 20, 8, 2, device), first, None, 8)
+    blocks = choose(2, 2, 20, 16, 2, device)
+    for wrong, message in (
+        ((blocks[:, :1], first, None), r"blocks: expected torch.int64 \[2, 2, 20, 2\]"),
+        ((blocks[:, :, :9], first, None), "blocks: expected"),
+        ((blocks, first[:1], None), r"first: expected torch.int64 \[2, 20\]"),
+        ((blocks, first, first), r"padding: expected torch.bool \[2, 20\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            block_attention(*inputs, *wrong, 16)
+    with pytest.raises(ValueError, match="k: expected"):
+        block_attention(inputs[0][:, :, :9], *inputs[1:], blocks, first, None, 16)
+    twice = torch.cat([blocks[..., :1]] * 2, dim=-1)
+    once = block_attention(*inputs, blocks[..., :1], first, None, 16)
+    assert torch.equal(block_attention(*inputs, twice, first, None, 16), once)
     with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
         block_attention(*(x.double() for x in inputs), choose(2, 2, 20, 16, 2, device), first, None, 16)
 

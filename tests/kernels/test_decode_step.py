@@ -11,7 +11,7 @@ from torch import Tensor
 from dma_kernels import DynamicMaskCache
 
 pytest.importorskip("triton")
-from dma_kernels.triton_decode import DecodeConfig, launch_decode_step
+from dma_kernels.triton_decode import DecodeConfig, _addressable, launch_decode_step
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -115,15 +115,15 @@ def test_more_slots_than_are_looked_at_at_once(window: int) -> None:
 
 @pytest.mark.parametrize("config", [(16, 16, 1, 1), (16, 48, 4, 2), (32, 4096, 8, 3)])
 def test_the_configuration_changes_nothing(config: tuple[int, int, int, int]) -> None:
-    inputs = make_inputs(120, 4, 16, True, torch.float32)
-    plain, fused = caches(16, (90, 1, 1), torch.float32)
+    inputs = make_inputs(220, 4, 16, True, torch.float32)
+    plain, fused = caches(16, (190, 1, 1), torch.float32)
     for cache in (plain, fused):
-        cache.attend(**at(inputs, 0, 119))
-    expected = plain.attend(**at(inputs, 119))
-    new = [at(inputs, 119)[name] for name in ("q", "k", "v", "scores", "ranks")]
+        cache.attend(**at(inputs, 0, 219))
+    expected = plain.attend(**at(inputs, 219))
+    new = [at(inputs, 219)[name] for name in ("q", "k", "v", "scores", "ranks")]
     slots = [getattr(fused, name) for name in ("key", "value", "score", "rank", "position", "ranked", "sink")]
     state = (*slots, fused._lengths, fused._seen, fused._arrivals)
-    out = launch_decode_step(*new, None, *state, 90, 1, 1, config=DecodeConfig(*config))
+    out = launch_decode_step(*new, None, *state, 190, 1, 1, config=DecodeConfig(*config))
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     check_equal(plain, fused)
 
@@ -142,6 +142,26 @@ def test_a_nan_is_kept_and_ends_with_its_document() -> None:
         check_equal(plain, fused)
     assert all(outs[t][1][:, :2].isnan().all() == (12 <= t < 24) for t in range(30))
     assert all(out[:, 2:].isfinite().all() for _, out in outs)
+
+
+@pytest.mark.parametrize("sizes", [(4, 2, 0), (8, 8, 0), (4, 0, 2), (3, 2, 2)])
+def test_an_infinity_that_has_died_is_not_seen(sizes: tuple[int, int, int]) -> None:
+    inputs = make_inputs(60, 2, 16, False, torch.float32)
+    inputs["v"][:, :, 5, 0], inputs["ranks"][:, :, 5] = torch.inf, -9.0
+    plain, fused = caches(16, sizes, torch.float32)
+    for t in range(60):
+        outs = [cache.attend(**at(inputs, t)) for cache in (plain, fused)]
+        if t > 5 + sizes[1] + sizes[0]:
+            torch.testing.assert_close(*outs)
+            assert outs[1].isfinite().all()
+
+
+def test_heads_that_lie_far_apart_are_copied() -> None:
+    """Offsets are computed in 32 bits."""
+    x = _addressable(torch.empty(1, device="meta").as_strided((1, 4, 1, 16), (2**33, 2**30, 16, 1)))
+    assert x.stride(1) == 16
+    near = make_inputs(6, 2, 16, False, torch.float32)["q"][:, :, 5:6]
+    assert _addressable(near).data_ptr() == near.data_ptr()
 
 
 def test_select_and_chunks_between_steps() -> None:
