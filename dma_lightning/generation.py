@@ -18,7 +18,7 @@ from dma_lightning.tokenizers import Tokenizer
 class Decoder(Protocol):
     """A model that reads on from a cache, such as `DogeForCausalLM`."""
 
-    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> list[MixerCache]:
+    def new_cache(self, batch: int, full: bool = False) -> list[MixerCache]:
         """Empty caches of all layers."""
 
     def __call__(
@@ -70,9 +70,8 @@ def stream_tokens(
     _check_prompts(input_ids, padding, max_new_tokens, chunk_size)
     if max_new_tokens == 0:
         return
-    eos = torch.tensor([] if eos_token_id is None else eos_token_id, dtype=torch.int64, device=input_ids.device).view(
-        -1
-    )
+    eos = [] if eos_token_id is None else eos_token_id
+    eos = torch.atleast_1d(torch.tensor(eos, dtype=torch.int64, device=input_ids.device))
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     cache = model.new_cache(input_ids.shape[0], full_cache)
     ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

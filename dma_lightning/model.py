@@ -94,7 +94,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     """Token with which texts begin, if they do; for Hugging Face, nothing here puts it there."""
     eos_token_id: int | list[int] | None = None
-    """Token with which a generated text ends, or several; none by default."""
+    """Token or tokens with which a text of `DogeForCausalLM.generate` or `dma-lightning generate` ends, if any."""
     backend: Backend = "auto"
     """Attention backend: auto (the fastest that can), triton (CUDA), flex (compiled FlexAttention; trains on CUDA
     only), torch (any device), or reference (O(N²), for tests)."""
@@ -213,9 +213,9 @@ class DogeForCausalLM(nn.Module):
             x = layer(x, documents, padding, layer_cache)
         return self.lm_head(self.norm(x[:, -1:] if last_only else x))
 
-    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> list[MixerCache]:
+    def new_cache(self, batch: int, full: bool = False) -> list[MixerCache]:
         """Empty caches of all layers; arguments as `TokenMixer.new_cache`."""
-        return [layer.self_attn.new_cache(batch, full, dtype) for layer in self.layers]
+        return [layer.self_attn.new_cache(batch, full) for layer in self.layers]
 
     def generate(
         self, input_ids: Tensor, max_new_tokens: int, sampling: Sampling | None = None, **options: Any

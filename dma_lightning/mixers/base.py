@@ -34,7 +34,7 @@ class TokenMixer(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def of_config(cls, config: "ModelConfig") -> Self:
-        """The mixer of one layer."""
+        """The mixer of one layer. What it takes besides `config` are the `attention_args` of the configuration."""
 
     @abstractmethod
     def forward(
@@ -60,14 +60,12 @@ class TokenMixer(nn.Module, ABC):
         """
 
     @abstractmethod
-    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> MixerCache:
+    def new_cache(self, batch: int, full: bool = False) -> MixerCache:
         """An empty cache for `batch` sequences on the module's device.
 
         Args:
             batch: B.
             full: keep every position, for comparison, also where fewer are enough.
-            dtype: of what is kept, where memory is taken beforehand. Default: that of autocast, if it is on, or of the
-                weights.
         """
 
     @abstractmethod
@@ -154,6 +152,14 @@ class GroupedQueryMixer(TokenMixer):
         y = projection(x).unflatten(-1, (-1, self.head_dim))
         return (y if norm is None else norm(y).to(y.dtype)).transpose(1, 2)
 
+    def queries_keys_values(self, x: Tensor, cache: MixerCache | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised, rotated queries `[B, H, N, D]` and keys `[B, G, N, D]`, and values; checks x."""
+        check_mixer_input(x, self.q_proj.weight)
+        positions = positions_of(x, cache)
+        q = self.rotated(self.heads(x, self.q_proj, self.q_norm), positions)
+        k = self.rotated(self.heads(x, self.k_proj, self.k_norm), positions)
+        return q, k, self.heads(x, self.v_proj)
+
     def rotated(self, x: Tensor, positions: Tensor | None) -> Tensor:
         """`x` [B, heads, N, D] after the rotary embedding."""
         return apply_rotary(x, self.rope_theta, positions, self.rope_scaling)
@@ -164,8 +170,17 @@ class GroupedQueryMixer(TokenMixer):
 
 
 def positions_of(x: Tensor, cache: MixerCache | None) -> Tensor | None:
-    """Positions of x `[B, N, C]`, int64 `[B, N]`; None if they are 0 … N-1."""
-    return None if cache is None else cache.length[:, None] + torch.arange(x.shape[1], device=x.device)
+    """Positions of x `[B, N, C]`, int64 `[B, N]`; None if they are 0 … N-1.
+
+    Raises:
+        ValueError: if the cache is one of another number of sequences.
+    """
+    if cache is None:
+        return None
+    length = cache.length
+    if len(length) != len(x):
+        raise ValueError(f"x: expected {len(length)} sequences as in the cache, got {len(x)}; make a cache for as many")
+    return length[:, None] + torch.arange(x.shape[1], device=x.device)
 
 
 def check_mixer_input(x: Tensor, weight: Tensor) -> None:
@@ -183,14 +198,6 @@ def check_even(name: str, size: int) -> None:
     """Raise `ValueError` unless a size can be rotated."""
     if size < 2 or size % 2:
         raise ValueError(f"{name}: rotary embedding needs an even number >= 2, got {size}")
-
-
-def computing_dtype(weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """`dtype`, or by default that of autocast, if it is on, or of a weight."""
-    if dtype is not None:
-        return dtype
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def mean_keys(length: int, window: int | None = None) -> float:

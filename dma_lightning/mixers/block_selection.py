@@ -29,7 +29,8 @@ class BlockGrid:
         compress_block: l, tokens of a compressed block.
         compress_stride: s, from one compressed block to the next.
         select_block: b, tokens of a selection block.
-        select_count: blocks that a query chooses, the forced ones (first, own and the one before) included.
+        select_count: blocks that a query chooses, the forced ones (first, own and the one before) included; if it is
+            below 3, the latest of these.
 
     Raises:
         ValueError: if a size is below 1, or the stride divides not both kinds of blocks.
@@ -53,12 +54,19 @@ class BlockGrid:
         """Compressed blocks that are whole after so many tokens."""
         return max(0, (length - self.compress_block) // self.compress_stride + 1)
 
-    def overlaps(self, keys: int, device: torch.device) -> Tensor:
-        """Tokens that compressed and selection blocks share, in strides, float32 `[Nc, Nb]`."""
-        start = torch.arange(self.compressed(keys), device=device)[:, None] * self.compress_stride
-        first = torch.arange(-(-keys // self.select_block), device=device) * self.select_block
-        end = torch.minimum(start + self.compress_block, first + self.select_block)
-        return (end - torch.maximum(start, first)).clamp(min=0).float() / self.compress_stride
+    def importance(self, weights: Tensor, keys: int) -> Tensor:
+        """Weights of compressed blocks `[..., Nc]`, summed over selection blocks by shared tokens in strides.
+
+        Returns:
+            `[..., Nb]`, of the blocks of so many keys.
+        """
+        before, step = self.compress_block // self.compress_stride - 1, self.select_block // self.compress_stride
+        offset = torch.arange(-before, step, device=weights.device)  # from the first compressed block that begins there
+        shared = torch.minimum(offset + before + 1, torch.full_like(offset, step)) - offset.clamp(min=0)
+        blocks = -(-keys // self.select_block)
+        missing = (blocks - 1) * step + len(offset) - before - weights.shape[-1]
+        near = F.pad(weights, (before, max(0, missing))).unfold(-1, len(offset), step)[..., :blocks, :]
+        return (near * shared).sum(-1)
 
     def sees_compressed(self, queries: Places, keys: Places) -> Tensor:
         """Which compressed blocks queries see, bool `[B, 1, n, Nc]`: whole ones of real tokens of their document."""
@@ -70,7 +78,7 @@ class BlockGrid:
         return (seen & whole[:, None])[:, None]
 
     @torch.no_grad()
-    def choose(self, q: Tensor, compressed_keys: Tensor, queries: Places, keys: Places) -> Tensor:
+    def choose(self, q: Tensor, compressed_keys: Tensor, first: Tensor, queries: Places, keys: Places) -> Tensor:
         """The blocks of each query, int64 `[B, G, n, m]`, m at most `select_count`; -1 where there are fewer.
 
         The importance of a block is what the group's heads together give to the compressed blocks that overlap it, and
@@ -79,17 +87,15 @@ class BlockGrid:
         Args:
             q: `[B, H, n, D]`, rotated.
             compressed_keys: `[B, G, Nc, D]`.
+            first: first position of each query's document, int64 `[B, n]`.
             queries: where the queries stand.
             keys: where all keys stand, from position 0 on.
         """
-        with without_autocast(q.device):
-            weights = _group_weights(q, compressed_keys, self.sees_compressed(queries, keys))
-            importance = weights @ self.overlaps(keys.position.shape[0], q.device)  # [B, G, n, Nb]
+        weights = _group_weights(q, compressed_keys, self.sees_compressed(queries, keys))
+        importance = self.importance(weights, keys.position.shape[0])  # [B, G, n, Nb]
         block = torch.arange(importance.shape[-1], device=q.device)
         own = (queries.position // self.select_block)[:, None]
-        first = (torch.searchsorted(keys.run, queries.run) // self.select_block)[
-            :, :, None
-        ]  # of the document, [B, n, 1]
+        first = (first // self.select_block)[:, :, None]
         candidate = (block <= own) & (block >= first)
         forced = candidate & ((block == first) | (block >= own - 1))
         order = (ordered_bits(importance).long() << 32) + block
@@ -102,7 +108,8 @@ def _group_weights(q: Tensor, compressed_keys: Tensor, visible: Tensor) -> Tenso
     """Attention to compressed keys, summed over the heads of a group, float `[B, G, n, Nc]`."""
     wide = torch.promote_types(q.dtype, torch.float32)
     by_group = q.unflatten(1, (compressed_keys.shape[1], -1)).to(wide)  # [B, G, R, n, D]
-    logits = by_group @ compressed_keys[:, :, None].transpose(-1, -2).to(wide) * q.shape[-1] ** -0.5
+    with without_autocast(q.device):
+        logits = by_group @ compressed_keys[:, :, None].transpose(-1, -2).to(wide) * q.shape[-1] ** -0.5
     visible = visible[:, :, None]
     weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
     return weights.masked_fill(~visible.any(-1, keepdim=True), 0).sum(2).float()

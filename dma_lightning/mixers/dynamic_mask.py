@@ -10,13 +10,7 @@ from torch import Tensor, nn
 
 from dma_kernels import DynamicMaskCache, FullCache, KeyCache, ScoreForm, key_ranks, key_scores
 from dma_lightning.backends import ATTENTIONS, Backend, Selection, attend, check_backend, resolve_backend
-from dma_lightning.mixers.base import (
-    GroupedQueryMixer,
-    check_mixer_input,
-    computing_dtype,
-    mean_keys,
-    positions_of,
-)
+from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys
 
 if TYPE_CHECKING:
     from dma_lightning.model import ModelConfig
@@ -100,11 +94,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
         padding: Tensor | None = None,
         cache: KeyCache | None = None,
     ) -> Tensor:
-        check_mixer_input(x, self.q_proj.weight)
-        positions = positions_of(x, cache)
-        q = self.rotated(self.heads(x, self.q_proj, self.q_norm), positions)  # [B, H, N, D]
-        k = self.rotated(self.heads(x, self.k_proj, self.k_norm), positions)  # [B, G, N, D]
-        v = self.heads(x, self.v_proj)
+        q, k, v = self.queries_keys_values(x, cache)  # [B, H, N, D] and [B, G, N, D]
         ranks = key_ranks(v, self.A, self.dt_proj.weight, self.dt_proj.bias)  # [B, G, N]
         scores = key_scores(ranks, self.score_form)
         backend = resolve_backend(self.backend, q.device.type, q.device.index, q.dtype, self.head_dim)
@@ -113,21 +103,22 @@ class DynamicMaskAttention(GroupedQueryMixer):
             return self.joined(attend(backend, q, k, v, scores, ranks, selection))
         return self.joined(cache.attend(q, k, v, scores, ranks, documents, padding, ATTENTIONS[backend]))
 
-    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> KeyCache:
+    def new_cache(self, batch: int, full: bool = False) -> KeyCache:
         """An empty cache for `batch` sequences on the module's device.
 
         Args:
             batch: B.
             full: keep every key, for comparison or to change `keep_window_size` of the cache later.
-            dtype: of keys and values in the small cache. Default: that of autocast, if it is on, or of the weights.
 
-        The small cache steps by a Triton kernel where the module's backend is `triton`, else by plain PyTorch.
+        The small cache holds keys and values in the dtype of autocast, if it is on, or of the weights. It steps by a
+        Triton kernel where the module's backend is `triton`, else by plain PyTorch.
         """
         weight = self.k_proj.weight
         selection = (self.keep_window_size, self.keep_last, self.sinks)
         if full:
             return FullCache(batch, *selection, device=weight.device)
-        device, dtype = weight.device, computing_dtype(weight, dtype)
+        device, autocasts = weight.device, torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocasts else weight.dtype
         backend = resolve_backend(self.backend, device.type, device.index, dtype, self.head_dim)
         step = "triton" if backend == "triton" else "torch"
         return DynamicMaskCache(batch, self.num_kv_heads, self.head_dim, *selection, dtype, device, step)

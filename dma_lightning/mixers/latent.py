@@ -108,17 +108,19 @@ class LatentAttention(TokenMixer):
         if cache is None:
             out = self._expanded(q_plain, q_rotated, latent, k_rotated, documents, padding)
         else:
-            fresh, places = not cache.count, cache.place(x.shape[1], documents, padding)
-            kept, keys = cache.extend(places, documents, latent=latent[:, None], key=k_rotated)
+            fresh, key = not cache.count, torch.cat([latent[:, None], k_rotated], dim=-1)  # [B, 1, N, L + R]
+            kept, keys, queries = cache.extend(documents, padding, key=key)
             if fresh:
                 out = self._expanded(q_plain, q_rotated, latent, k_rotated, documents, padding)
             else:
-                q, k = self._absorbed(q_plain, q_rotated, kept["latent"], kept["key"])
-                mixed = attend_places(q, k, kept["latent"], places, keys, scale=self.scale)  # [B, H, N, L]
-                out = torch.einsum("bhnl,hvl->bhnv", mixed, self._up()[1])
+                up_keys, up_values = self._up()
+                q_latent = torch.einsum("bhnp,hpl->bhnl", q_plain, up_keys)
+                q, key = torch.cat([q_latent, q_rotated], dim=-1), kept["key"]
+                mixed = attend_places(q, key, key[..., : self.kv_lora_rank], queries, keys, scale=self.scale)
+                out = torch.einsum("bhnl,hvl->bhnv", mixed, up_values)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> PositionCache:
+    def new_cache(self, batch: int, full: bool = False) -> PositionCache:
         return PositionCache(batch, device=self.q_proj.weight.device)
 
     def mixing_flops(self, length: int) -> float:
@@ -147,11 +149,6 @@ class LatentAttention(TokenMixer):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         mask = Lifetimes.causal(q.shape[2], q.device, documents=documents, padding=padding)
         return lifetime_attention(q, k, v, mask, self.scale)
-
-    def _absorbed(self, q_plain: Tensor, q_rotated: Tensor, latent: Tensor, k_rotated: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries `[B, H, n, L + R]` and keys `[B, 1, M, L + R]` whose products are those of the expanded ones."""
-        q_latent = torch.einsum("bhnp,hpl->bhnl", q_plain, self._up()[0])
-        return torch.cat([q_latent, q_rotated], dim=-1), torch.cat([latent, k_rotated], dim=-1)
 
     def _up(self) -> tuple[Tensor, ...]:
         """The matrices that make plain keys `[H, P, L]` and values `[H, V, L]` of a latent vector."""

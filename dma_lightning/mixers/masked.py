@@ -12,7 +12,7 @@ from dma_kernels import Lifetimes
 from dma_kernels.fused_attention import KERNEL_DTYPES
 from dma_lightning.mixers.position_cache import Places
 
-_ROWS = 1024  # queries whose mask is in memory at once
+_ROWS = 256  # queries whose mask is in memory at once, for all heads of a group
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
@@ -29,12 +29,6 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
         `[B, H, n, Dv]`.
     """
     alive = mask.any(-1, keepdim=True)
-    heads = q.shape[1]
-    if k.shape[1] == 1 < heads and mask.shape[1] == 1:  # as more queries of one head, or keys would be copied for each
-        rows, all_alive = q.flatten(1, 2)[:, None], alive.repeat(1, 1, heads, 1)
-        seen = (mask | ~alive).repeat(1, 1, heads, 1)
-        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale).masked_fill(~all_alive, 0)
-        return out.squeeze(1).unflatten(1, (heads, -1))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~alive, scale=scale, enable_gqa=True)
     return out.masked_fill(~alive, 0)
 
@@ -55,10 +49,14 @@ def attend_places(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`masked_attention` of queries to the past of their documents, a few queries at a time."""
-    parts = []
-    for start in range(0, q.shape[2], _ROWS):
-        end = min(start + _ROWS, q.shape[2])
-        mask = queries.rows(start, end).sees(keys, window)
-        parts.append(masked_attention(q[:, :, start:end], k, v, mask, scale))
+    """`masked_attention` of queries to the past of their documents, a few queries at a time.
+
+    The heads of a group are more queries of their KV head, since PyTorch would copy the keys for each of them.
+    """
+    group, parts = q.shape[1] // k.shape[1], []
+    for part, start in zip(q.split(_ROWS, dim=2), range(0, q.shape[2], _ROWS), strict=True):
+        mask = queries.rows(start, start + _ROWS).sees(keys, window).repeat(1, 1, group, 1)
+        by_group = part.unflatten(1, (k.shape[1], group)).flatten(2, 3)  # [B, G, R * n, D]
+        out = masked_attention(by_group, k, v, mask, scale)
+        parts.append(out.unflatten(2, (group, -1)).flatten(1, 2))
     return torch.cat(parts, dim=2)

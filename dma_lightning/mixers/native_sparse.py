@@ -102,36 +102,32 @@ class NativeSparseAttention(GroupedQueryMixer):
         q = self.rotated(self.heads(x, self.q_proj, self.q_norm), positions)  # [B, H, N, D]
         plain, values = self._keys(x), self._values(x)
         keys = {kind: self.rotated(k, positions) for kind, k in plain.items() if kind != "compress"}
-        tokens = PositionCache(x.shape[0], device=x.device) if cache is None else cache.tokens
-        fresh, queries = not tokens.count, tokens.place(x.shape[1], documents, padding)
-
         if cache is None:
-            k, v, places = keys["select"], values["select"], queries
-            compressed = self.compressed(plain["compress"], values["compress"], 0)
+            k, v, compressed = (
+                keys["select"],
+                values["select"],
+                self.compressed(plain["compress"], values["compress"], 0),
+            )
+            places = queries = PositionCache(x.shape[0], device=x.device).place(x.shape[1], documents, padding)
         else:
-            kept, places = tokens.extend(queries, documents, key=keys["select"], value=values["select"])
+            kept, places, queries = cache.tokens.extend(documents, padding, key=keys["select"], value=values["select"])
             k, v = kept["key"], kept["value"]
             compressed = cache.extend_compressed(self, plain["compress"], values["compress"])
         by_kernels = cache is None and self.backend == "triton"
         out_compressed, out_selected = self._blocks(q, *compressed, k, v, queries, places, by_kernels)
 
-        if fresh:
-            out_window = window_attention(
-                q, keys["window"], values["window"], self.window, self.backend, documents, padding
-            )  # fmt: skip
-        elif len(self.extra_k_proj) == 0:  # the window's keys are the last of all
-            last = slice(-(self.window + x.shape[1] - 1), None)
-            near = Places(places.position[last], places.run[:, last], places.padding[:, last])
-            out_window = attend_places(q, k[:, :, last], v[:, :, last], queries, near, self.window)
-        if cache is not None and len(self.extra_k_proj):
-            kept, near = cache.window.extend(queries, documents, key=keys["window"], value=values["window"])
-            if not fresh:
-                out_window = attend_places(q, kept["key"], kept["value"], queries, near, self.window)
+        k, v, places = keys["window"], values["window"], queries
+        if cache is not None:
+            kept, places, _ = cache.window.extend(documents, padding, key=k, value=v)
+        if cache is None or cache.tokens.count == x.shape[1]:  # from the beginning
+            out_window = window_attention(q, k, v, self.window, self.backend, documents, padding)
+        else:
+            out_window = attend_places(q, kept["key"], kept["value"], queries, places, self.window)
         gates = self.gate_proj(x).sigmoid().unflatten(-1, (3, -1)).transpose(1, 3)[..., None]  # [B, H, 3, N, 1]
         branches = torch.stack([out_compressed, out_selected, out_window], dim=2)  # [B, H, 3, N, D]
         return self.joined((gates * branches).sum(2))
 
-    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> "NativeSparseCache":
+    def new_cache(self, batch: int, full: bool = False) -> "NativeSparseCache":
         return NativeSparseCache(batch, None if full else self.window, self.grid, self.q_proj.weight.device)
 
     def mixing_flops(self, length: int) -> float:
@@ -148,8 +144,7 @@ class NativeSparseAttention(GroupedQueryMixer):
     def cache_elements(self, length: int) -> int:
         blocks = self.grid.compressed(length)
         waiting = length - blocks * self.grid.compress_stride  # for their block
-        separate = min(length, self.window) if len(self.extra_k_proj) else 0
-        return 2 * self.num_kv_heads * self.head_dim * (length + blocks + waiting + separate)
+        return 2 * self.num_kv_heads * self.head_dim * (length + blocks + waiting + min(length, self.window))
 
     def compressed(self, k: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Keys and values of whole blocks `[B, G, Nc, D]`, from block number `first` on; k is not rotated yet."""
@@ -181,7 +176,7 @@ class NativeSparseAttention(GroupedQueryMixer):
     ) -> tuple[Tensor, Tensor]:
         """What the compressed and the selected branch give, `[B, H, n, D]`; some queries at a time."""
         grid, length, first = self.grid, q.shape[2], queries.first_of(keys)
-        gathered = k.shape[0] * self.num_kv_heads * grid.select_count * grid.select_block * self.head_dim
+        gathered = max(1, k.shape[0]) * self.num_kv_heads * grid.select_count * grid.select_block * self.head_dim
         rows = 1024 if by_kernels else max(16, min(1024, _GATHERED // gathered))
         compressed, selected, chosen = [], [], []
         for start in range(0, length, rows):
@@ -190,7 +185,7 @@ class NativeSparseAttention(GroupedQueryMixer):
             visible = grid.sees_compressed(places, keys)
             seen = masked_attention(part, compressed_k, compressed_v, visible) if visible.shape[-1] else part * 0
             compressed.append(seen)
-            chosen.append(grid.choose(part.detach(), compressed_k.detach(), places, keys))
+            chosen.append(grid.choose(part.detach(), compressed_k.detach(), first[:, here], places, keys))
             if by_kernels:
                 continue
             arguments = (part, k, v, chosen[-1], places.position, first[:, here], keys.padding, grid.select_block)
@@ -242,7 +237,7 @@ class NativeSparseCache:
 
     def __init__(self, batch: int, window: int | None, grid: BlockGrid, device: torch.device) -> None:
         self.tokens, self.window = PositionCache(batch, device=device), PositionCache(batch, window, device)
-        self.grid, self._blocks = grid, 0
+        self.grid = grid
         self._waiting: tuple[Tensor, Tensor] | None = None  # from the first token of the next block on
         self._compressed: tuple[Tensor, Tensor] | None = None
 
@@ -256,13 +251,12 @@ class NativeSparseCache:
         """Keys and values of all blocks that are whole with new tokens `[B, G, n, D]`, before the rotary embedding."""
         if self._waiting is not None:
             k, v = (torch.cat(pair, dim=2) for pair in zip(self._waiting, (k, v), strict=True))
-        new = mixer.compressed(k, v, self._blocks)
-        done = new[0].shape[2]
-        start = done * self.grid.compress_stride
-        self._waiting, self._blocks = (k[:, :, start:].clone(), v[:, :, start:].clone()), self._blocks + done
+        new = mixer.compressed(k, v, 0 if self._compressed is None else self._compressed[0].shape[2])
+        start = new[0].shape[2] * self.grid.compress_stride
+        self._waiting = k[:, :, start:].clone(), v[:, :, start:].clone()
         if self._compressed is None:
             self._compressed = new
-        elif done:
+        elif start:
             self._compressed = tuple(torch.cat(pair, dim=2) for pair in zip(self._compressed, new, strict=True))
         return self._compressed
 

@@ -31,7 +31,7 @@ class Places:
 
     def first_of(self, keys: "Places") -> Tensor:
         """First position of each query's document, int64 `[B, n]`, of keys from position 0 on."""
-        return torch.searchsorted(keys.run, self.run)
+        return torch.searchsorted(keys.run.contiguous(), self.run.contiguous())
 
     def sees(self, keys: "Places", window: int | None = None) -> Tensor:
         """Which keys queries at these places see, bool `[B, 1, n, M]`."""
@@ -55,8 +55,8 @@ class PositionCache:
     """
 
     def __init__(self, batch: int, window: int | None = None, device: torch.device | str | None = None) -> None:
-        if batch < 1 or (window is not None and window < 1):
-            raise ValueError(f"expected batch >= 1 and window >= 1 or None, got {batch} and {window}")
+        if batch < 0 or (window is not None and window < 1):
+            raise ValueError(f"expected batch >= 0 and window >= 1 or None, got {batch} and {window}")
         self.batch, self.window, self.device, self.count = batch, window, torch.device(device or "cpu"), 0
         self._kept: dict[str, Tensor] = {}  # [B, ..., memory, D] each
         self._position = torch.zeros(0, dtype=torch.int64, device=device)
@@ -87,21 +87,23 @@ class PositionCache:
         return Places(position, torch.where(begun, self._last_run[:, None] + runs, -1), padding)
 
     @torch.no_grad()
-    def extend(self, places: Places, documents: Tensor | None, **new: Tensor) -> tuple[dict[str, Tensor], Places]:
-        """Keep new positions, as `place` has placed them; what was kept and these, and where all stand.
+    def extend(
+        self, documents: Tensor | None, padding: Tensor | None, **new: Tensor
+    ) -> tuple[dict[str, Tensor], Places, Places]:
+        """Keep new positions; what was kept and these, where all of them stand, and where the new ones do.
 
         Args:
-            places: of `place`.
-            documents: as given to `place`.
-            new: tensors `[B, ..., n, D]` of one n.
+            documents: integer ids `[B, n]`.
+            padding: bool `[B, n]`.
+            new: tensors `[B, ..., n, D]`.
 
         Raises:
-            ValueError: if tensors are not like those that are kept.
+            ValueError: if documents or padding do not fit, or tensors are not like those that are kept.
         """
         self._check(new)
-        size = places.position.shape[0]
-        fits = self.window is not None and size == 1 and self._position.shape[0] == self.window
-        if fits:  # the oldest gives way
+        size = next(iter(new.values())).shape[-2]
+        places = self.place(size, documents, padding)
+        if self.window is not None and size == 1 and self._position.shape[0] == self.window:  # the oldest gives way
             self._write(places, new, self.count % self.window)
             kept, all_places = self._kept, Places(self._position, self._run, self._padding)
         elif self.window is None:
@@ -121,7 +123,7 @@ class PositionCache:
             self._last_run = torch.where(last > 0, places.run.gather(1, at)[:, 0], self._last_run)
         self._started = self._started | ~places.padding.all(-1)
         self.count += size
-        return kept, all_places
+        return kept, all_places, places
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences, int64 `[B']`, in this order; a row may be named several times."""

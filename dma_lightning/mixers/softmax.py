@@ -11,12 +11,7 @@ from torch import Tensor
 
 from dma_kernels import Lifetimes
 from dma_lightning.backends import ATTENTIONS, Backend, check_backend, resolve_backend
-from dma_lightning.mixers.base import (
-    GroupedQueryMixer,
-    check_mixer_input,
-    mean_keys,
-    positions_of,
-)
+from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys
 from dma_lightning.mixers.masked import attend_places, lifetime_attention
 from dma_lightning.mixers.position_cache import PositionCache
 
@@ -56,20 +51,16 @@ class MultiHeadAttention(GroupedQueryMixer):
         padding: Tensor | None = None,
         cache: PositionCache | None = None,
     ) -> Tensor:
-        check_mixer_input(x, self.q_proj.weight)
-        positions = positions_of(x, cache)
-        q = self.rotated(self.heads(x, self.q_proj, self.q_norm), positions)  # [B, H, N, D]
-        k = self.rotated(self.heads(x, self.k_proj, self.k_norm), positions)  # [B, G, N, D]
-        v = self.heads(x, self.v_proj)
+        q, k, v = self.queries_keys_values(x, cache)  # [B, H, N, D] and [B, G, N, D]
         if cache is None:
             return self.joined(window_attention(q, k, v, self.window, self.backend, documents, padding))
-        fresh, places = not cache.count, cache.place(x.shape[1], documents, padding)
-        kept, keys = cache.extend(places, documents, key=k, value=v)
+        fresh = not cache.count
+        kept, keys, queries = cache.extend(documents, padding, key=k, value=v)
         if fresh:
             return self.joined(window_attention(q, k, v, self.window, self.backend, documents, padding))
-        return self.joined(attend_places(q, kept["key"], kept["value"], places, keys, self.window))
+        return self.joined(attend_places(q, kept["key"], kept["value"], queries, keys, self.window))
 
-    def new_cache(self, batch: int, full: bool = False, dtype: torch.dtype | None = None) -> PositionCache:
+    def new_cache(self, batch: int, full: bool = False) -> PositionCache:
         return PositionCache(batch, None if full else self.window, self.q_proj.weight.device)
 
     def mixing_flops(self, length: int) -> float:
@@ -85,7 +76,8 @@ class SlidingWindowAttention(MultiHeadAttention):
 
     Args:
         sliding_window: w; the mask is one of lifetimes, and the cache a ring of so many positions.
-        backend: `triton`, `flex` or `torch`; `auto` as for `DynamicMaskAttention`.
+        backend: `triton`, `flex` or `torch`; `auto` as for `DynamicMaskAttention`. A window that holds the whole
+            sequence is `MultiHeadAttention`, whatever the backend.
         shape: the arguments of `GroupedQueryMixer`.
 
     Raises:

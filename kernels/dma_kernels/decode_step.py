@@ -6,8 +6,6 @@ B batch, H query heads, G KV heads, D head dim, C slots.
 import torch
 from torch import Tensor
 
-from dma_kernels.fused_attention import check_machine
-
 
 @torch.library.custom_op(
     "dma_kernels::decode_step",
@@ -34,7 +32,7 @@ def decode_step(
     keep_last: int,
     sinks: int,
 ) -> Tensor:
-    """Output `[B, H, 1, D]` of one position within its document; opaque to torch.compile.
+    """Output `[B, H, 1, D]` of one position within its document; opaque to torch.compile. For a cache made for it.
 
     Args:
         q: `[B, H, 1, D]`.
@@ -57,7 +55,6 @@ def decode_step(
         keep_last: r.
         sinks: s.
     """
-    check_machine(q.device)  # here, since torch.compile cannot trace it
     from dma_kernels.triton_decode import launch_decode_step
 
     with torch.cuda.device_of(q):  # Triton launches on the current device

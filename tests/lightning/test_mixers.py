@@ -166,9 +166,10 @@ def test_wrong_inputs(name: str) -> None:
         mixer(x, padding=torch.zeros(2, 5))
     with pytest.raises(ValueError, match="documents: expected"):
         mixer(x, documents=torch.zeros(2, 4, dtype=torch.long))
+    assert mixer(x[:0]).shape == (0, 5, 32)
     cache = mixer.new_cache(2)
     mixer(x, cache=cache)
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match="x: expected 2 sequences as in the cache, got 1"):
         mixer(x[:1], cache=cache)
     with torch.no_grad():
         assert mixer(x, cache=cache).shape == x.shape  # and the cache goes on
@@ -292,10 +293,9 @@ def test_wrong_sizes(changed: dict[str, object], message: str) -> None:
 def test_a_ring_holds_the_last_positions() -> None:
     cache, values = PositionCache(1, window=4), torch.arange(11.0)
     for start, end in ((0, 2), (2, 3), (3, 7), (7, 8), (8, 9), (9, 11)):
-        places = cache.place(end - start, None, None)
-        kept, keys = cache.extend(places, None, x=values[start:end].view(1, 1, -1, 1))
+        kept, keys, _ = cache.extend(None, None, x=values[start:end].view(1, 1, -1, 1))
         assert {*range(max(0, end - 4), end)} <= {*keys.position.tolist()}
         assert kept["x"].flatten().tolist() == keys.position.tolist()
         assert sorted(cache._position.tolist()) == [*range(max(0, end - 4), end)]
-    with pytest.raises(ValueError, match="expected batch >= 1 and window >= 1"):
+    with pytest.raises(ValueError, match="expected batch >= 0 and window >= 1"):
         PositionCache(1, window=0)

@@ -159,7 +159,7 @@ def test_kernels_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_importance_is_that_of_the_paper(block: int, stride: int, size: int) -> None:
     """Equation 9 of arXiv 2502.11089 with blocks counted from 0 instead of 1."""
     grid = BlockGrid(block, stride, size, 4)
-    weights = grid.overlaps(10 * size, torch.device("cpu"))
+    weights = grid.importance(torch.eye(grid.compressed(10 * size)), 10 * size)
     expected = torch.zeros_like(weights)
     for j in range(weights.shape[1]):
         for m in range(size // stride):
@@ -174,14 +174,14 @@ def test_importance_is_that_of_the_paper(block: int, stride: int, size: int) -> 
 
 
 def test_without_overlap_importance_is_the_attention_itself() -> None:
-    assert torch.equal(BlockGrid(8, 8, 8, 4).overlaps(40, torch.device("cpu")), torch.eye(5))
+    assert torch.equal(BlockGrid(8, 8, 8, 4).importance(torch.eye(5), 40), torch.eye(5))
 
 
 def test_equal_blocks_are_chosen_from_the_end() -> None:
     """Keys of zeros make all blocks equally important."""
     places = PositionCache(1).place(80, None, None)
     zeros = torch.zeros(1, HEADS, 80, HEAD_DIM)
-    blocks = BlockGrid(8, 8, 8, 5).choose(zeros, zeros[:, :KV_HEADS, :10], places, places)
+    blocks = BlockGrid(8, 8, 8, 5).choose(zeros, zeros[:, :KV_HEADS, :10], places.first_of(places), places, places)
     assert sorted(blocks[0, 0, 79].tolist()) == [0, 6, 7, 8, 9]
 
 
@@ -201,7 +201,7 @@ def test_numbers_of_flash_linear_attention() -> None:
     k_mean, v_mean = (x.unflatten(2, (10, 8)).mean(3) for x in (k, v))
     places, grid = PositionCache(1).place(80, None, None), BlockGrid(8, 8, 8, 5)
     compressed = masked_attention(q, k_mean, v_mean, grid.sees_compressed(places, places))
-    blocks = grid.choose(q, k_mean, places, places)
+    blocks = grid.choose(q, k_mean, places.first_of(places), places, places)
     arguments = (blocks, places.position, places.first_of(places), places.padding, 8)
     selected = block_attention_reference(q, k, v, *arguments)
     assert blocks[0].sort(-1).values.transpose(0, 1).tolist() == golden["blocks"]
