@@ -3,6 +3,7 @@
 B batch, N length, C hidden size, V vocabulary.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,7 +75,7 @@ class ModelConfig:
     nsa_separate_kv: bool = True
     """nsa: whether each of the three branches has keys and values of its own."""
     attention_args: dict[str, Any] = field(default_factory=dict)
-    """Whatever a mixer of yours takes besides."""
+    """What the attention takes besides, by name; those that are here take nothing."""
     rope_theta: float = 10_000.0
     """Base of the rotary position embedding."""
     rope_scaling: float = 1.0
@@ -102,6 +103,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.attention not in MIXERS:
             raise ValueError(f"attention: expected one of {list(MIXERS)}, got {self.attention!r}")
+        try:
+            inspect.signature(MIXERS[self.attention].of_config).bind(self, **self.attention_args)
+        except TypeError as error:
+            raise ValueError(
+                f"attention_args: expected what attention {self.attention!r} takes, got {self.attention_args}: {error}"
+            ) from error
         for name in ("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -133,7 +140,7 @@ class DogeLayer(nn.Module):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.input_residual = nn.Parameter(torch.ones(config.hidden_size))
-        self.self_attn = MIXERS[config.attention].of_config(config)
+        self.self_attn = MIXERS[config.attention].of_config(config, **config.attention_args)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size))
         self.mlp = DogeMLP(config)

@@ -4,8 +4,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-import yaml
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser
 
+from dma_lightning.language_model import LanguageModel
 from dma_lightning.mixers import MIXERS
 from dma_lightning.model import DogeForCausalLM, ModelConfig
 
@@ -27,7 +29,7 @@ def size_lines(path: Path, sequence_length: int) -> list[str]:
     """The lines of the table.
 
     Raises:
-        ValueError: if the file is no YAML with `model:`, or the length is below 1.
+        ValueError: if the file is no configuration of a model, or the length is below 1.
     """
     if sequence_length < 1:
         raise ValueError(f"sequence_length: expected at least 1, got {sequence_length}")
@@ -38,8 +40,9 @@ def size_lines(path: Path, sequence_length: int) -> list[str]:
     ]
     shape = read_config(path)
     for name in MIXERS:
+        arguments = shape.attention_args if name == shape.attention else {}
         with torch.device("meta"):
-            model = DogeForCausalLM(replace(shape, attention=name))
+            model = DogeForCausalLM(replace(shape, attention=name, attention_args=arguments))
         mixers = [layer.self_attn for layer in model.layers]
         own = sum(p.numel() for mixer in mixers for p in mixer.parameters())
         cache = sum(mixer.cache_elements(sequence_length) for mixer in mixers) / sequence_length
@@ -51,14 +54,15 @@ def size_lines(path: Path, sequence_length: int) -> list[str]:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The shape in a YAML file of a model; what is of training is left out.
+    """The shape in a YAML file of a model, read as `fit` reads it.
 
     Raises:
-        ValueError: if the file is no YAML with `model:`.
+        ValueError: if the file is missing or is no such configuration.
     """
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(LanguageModel, "model")
     try:
-        options = yaml.safe_load(path.read_text())["model"]
-        known = {field.name for field in fields(ModelConfig)}
-        return ModelConfig(**{name: value for name, value in options.items() if name in known})
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: expected a YAML file with model:, got {type(error).__name__}: {error}") from error
+        options = parser.parse_path(str(path)).model
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"{path}: expected a YAML file with model: as in configs/model: {error}") from error
+    return ModelConfig(**{field.name: options[field.name] for field in fields(ModelConfig)})

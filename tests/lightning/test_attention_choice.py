@@ -88,7 +88,9 @@ def test_a_mistyped_attention_lists_the_known(capfd: pytest.CaptureFixture) -> N
     assert "attention: expected one of ['dma', 'mha', 'swa', 'mla', 'nsa'], got 'nsaa'" in text
 
 
-def test_sizes_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_command(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    typo = tmp_path / "typo.yaml"
+    typo.write_text("model:\n  keep_windw_size: 3\n")
     monkeypatch.setattr("sys.argv", ["", "sizes", str(ROOT / "configs/model/80m.yaml"), "--sequence_length", "1024"])
     main()
     lines = capsys.readouterr().out.splitlines()
@@ -97,6 +99,8 @@ def test_sizes_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.Monkey
     assert lines[3] == "| mha | 84.98M | 21.24M | 9,216 | 0.189G |"
     for arguments, message in (
         ([str(ROOT / "configs/trainer/cpu.yaml")], "expected a YAML file with model:"),
+        ([str(tmp_path / "missing.yaml")], "expected a YAML file with model:"),
+        ([str(typo)], "does not accept option 'keep_windw_size'"),
         ([str(ROOT / "configs/model/80m.yaml"), "--sequence_length", "0"], "sequence_length: expected at least 1"),
     ):
         monkeypatch.setattr("sys.argv", ["", "sizes", *arguments])

@@ -266,6 +266,11 @@ def test_text_of_a_model_is_that_of_its_full_forward(name: str) -> None:
     assert model.flops_per_token > 6 * model.num_non_embedding_parameters
 
 
+def test_arguments_that_an_attention_does_not_take() -> None:
+    with pytest.raises(ValueError, match=r"attention_args: expected what attention 'swa' takes, got \{'window': 3\}"):
+        ModelConfig(attention="swa", attention_args={"window": 3})
+
+
 def test_an_unknown_attention_lists_the_known() -> None:
     with pytest.raises(
         ValueError, match=r"attention: expected one of \['dma', 'mha', 'swa', 'mla', 'nsa'\], got 'mla2'"
