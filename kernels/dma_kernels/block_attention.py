@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from dma_kernels.attention_inputs import check_attention_inputs
+from dma_kernels.block_tiles import Tiles, make_tiles
 from dma_kernels.fused_attention import check_kernels_can, check_machine
 from dma_kernels.precision import without_autocast
 from dma_kernels.reference import masked_average
@@ -99,20 +100,30 @@ def block_attention(
             f"backend 'triton' takes blocks of {list(BLOCK_SIZES)} tokens, got {block_size}; "
             "use backend 'torch' for others"
         )
-    out, *_ = attend_blocks(q, k, v, blocks, first.int(), padding, block_size)
+    tiles = make_tiles(blocks, q.shape[1] // k.shape[1], -(-k.shape[2] // block_size))
+    out, _ = attend_blocks(q, k, v, *tiles, first.int(), padding, block_size)
     return out
 
 
 @torch.library.custom_op("dma_kernels::attend_blocks", mutates_args=())
 def attend_blocks(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, first: Tensor, padding: Tensor | None, block_size: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: int,
+    block: Tensor,
+    bits: Tensor,
+    count: Tensor,
+    first: Tensor,
+    padding: Tensor | None,
+    block_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp in base 2 `[B, H, N]`."""
+    """Output and log-sum-exp in base 2 `[B, H, N]`. Arguments as `block_attention` and `Tiles`."""
     check_machine(q.device)  # here, since torch.compile cannot trace it
     from dma_kernels.triton_block_attention import launch_attend_blocks
 
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        return launch_attend_blocks(q, k, v, blocks, first, padding, block_size)
+        return launch_attend_blocks(q, k, v, Tiles(queries, block, bits, count), first, padding, block_size)
 
 
 @torch.library.custom_op("dma_kernels::attend_blocks_backward", mutates_args=())
@@ -121,18 +132,22 @@ def attend_blocks_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    blocks: Tensor,
+    queries: int,
+    block: Tensor,
+    bits: Tensor,
+    count: Tensor,
     first: Tensor,
     padding: Tensor | None,
+    block_size: int,
     out: Tensor,
     lse: Tensor,
-    block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     from dma_kernels.triton_block_attention import launch_attend_blocks_backward
 
+    tiles = Tiles(queries, block, bits, count)
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        return launch_attend_blocks_backward(grad_out, q, k, v, blocks, first, padding, out, lse, block_size)
+        return launch_attend_blocks_backward(grad_out, q, k, v, tiles, first, padding, out, lse, block_size)
 
 
 @attend_blocks.register_fake
@@ -146,15 +161,17 @@ def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Te
 
 
 def _save_for_backward(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.block_size = inputs
-    ctx.save_for_backward(*tensors, *output)
+    q, k, v, ctx.queries, *tensors, ctx.block_size = inputs
+    ctx.save_for_backward(q, k, v, *tensors, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: FunctionCtx, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 7
-    return *attend_blocks_backward(grad_out, *ctx.saved_tensors, ctx.block_size), None, None, None, None
+        return (None,) * 10
+    q, k, v, *tensors, out, lse = ctx.saved_tensors
+    gradients = attend_blocks_backward(grad_out, q, k, v, ctx.queries, *tensors, ctx.block_size, out, lse)
+    return *gradients, *[None] * 7
 
 
 attend_blocks.register_autograd(_backward, setup_context=_save_for_backward)

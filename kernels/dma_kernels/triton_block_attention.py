@@ -1,104 +1,22 @@
 """Triton kernels behind `block_attention.py`.
 
-A tile is a few queries side by side, in all heads of a group: row r is query r // R of the tile, in head r % R. Its
-entries are the blocks that any of its queries has chosen, each with a bit for each query that has. The gradients of
-keys and values pass over the entries of a block instead; a block that many have chosen is cut into chunks, whose sums
-are added up afterwards, in order: no atomics, so the same bits in every run.
+Row r of a tile (see `block_tiles.py`) is query r // R of the tile, in head r % R. A tile passes over its entries. The
+gradients of keys and values pass over the entries of a block instead; a block that many have chosen is cut into
+chunks, whose sums are added up afterwards, in order: no atomics, so the same bits in every run.
 
 B batch, G KV heads, R query heads of a KV head, N length, D head dim, S tokens of a block, T tiles, E entries of a
 tile, Z = B * G.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dma_kernels.block_tiles import ROWS, Tiles, find_choosers
 from dma_kernels.triton_common import LOG2_E, float32_precision, padded_head_dim
 
-_ROWS = 16  # least rows of a tile
-_CHUNK = 256  # entries of a block that one program passes over
 _SIZES = ("kv_heads", "group", "length", "entries", "blocks", "chunks")
-
-
-class Tiles(NamedTuple):
-    """What tiles of queries attend to.
-
-    Attributes:
-        queries: queries of a tile.
-        block: number of the block of each entry, ascending, int32 `[Z, T, E]`; behind the last entry, the number of
-            blocks.
-        bits: bit i is set if query i of the tile has chosen the block, int32 `[Z, T, E]`.
-        count: entries of each tile, int32 `[Z, T]`.
-    """
-
-    queries: int
-    block: Tensor
-    bits: Tensor
-    count: Tensor
-
-
-def make_tiles(blocks: Tensor, group: int, number: int) -> Tiles:
-    """Tiles of the blocks that queries have chosen, `[B, G, N, m]` of `number` blocks."""
-    queries = max(1, _ROWS // triton.next_power_of_2(group))
-    x = blocks.flatten(0, 1)
-    x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % queries), value=-1)
-    query = torch.arange(queries, device=x.device).repeat_interleave(x.shape[2])
-    x = x.unflatten(1, (-1, queries)).flatten(2)  # [Z, T, E]
-    key = torch.where(x < 0, number, x) * queries + query
-    key = key.sort(dim=-1).values
-    again = torch.nn.functional.pad(key[..., 1:] == key[..., :-1], (1, 0))  # a block that a query names twice
-    block, query = key // queries, key % queries
-    new = torch.ones_like(block, dtype=torch.bool)
-    new[..., 1:] = block[..., 1:] != block[..., :-1]
-    entry = new.cumsum(-1) - 1
-    real = block < number
-    all_blocks = torch.full_like(block, number).scatter_(2, entry, block)
-    bits = torch.zeros_like(block).scatter_add_(2, entry, torch.where(real & ~again, 1 << query, 0))
-    return Tiles(queries, all_blocks.int(), bits.int(), (new & real).sum(-1, dtype=torch.int32))
-
-
-class Choosers(NamedTuple):
-    """Who has chosen a block: entries ordered by block, in chunks.
-
-    Attributes:
-        tile: tile of each entry, int32 `[Z, T * E]`.
-        bits: as in `Tiles`, same shape.
-        chunk_block: block of each chunk, int32 `[Z, chunks]`; behind the last, the number of blocks.
-        chunk_start: first entry of each chunk, int32 `[Z, chunks]`.
-        chunk_end: first entry behind it, same shape.
-        first_chunk: first chunk of each block and behind all, int32 `[Z, blocks + 1]`.
-    """
-
-    tile: Tensor
-    bits: Tensor
-    chunk_block: Tensor
-    chunk_start: Tensor
-    chunk_end: Tensor
-    first_chunk: Tensor
-
-
-def find_choosers(tiles: Tiles, number: int) -> Choosers:
-    """Entries of all tiles by block; each entry is one tile."""
-    rows, entries = tiles.block.shape[0], tiles.block.shape[2]
-    block, order = tiles.block.flatten(1).sort(dim=-1, stable=True)
-    edges = torch.arange(number + 1, dtype=torch.int32, device=block.device).expand(rows, -1).contiguous()
-    start = torch.searchsorted(block, edges)  # [Z, blocks + 1]
-    chunks = (start[:, 1:] - start[:, :-1] + _CHUNK - 1) // _CHUNK
-    first_chunk = torch.nn.functional.pad(chunks.cumsum(-1), (1, 0))
-    bound = number + block.shape[1] // _CHUNK  # of the number of chunks, known without looking
-    chunk = torch.arange(bound, device=block.device).expand(rows, -1).contiguous()
-    chunk_block = torch.searchsorted(first_chunk[:, 1:].contiguous(), chunk, right=True)
-    known = chunk_block.clamp(max=number - 1)
-    chunk_start = start.gather(1, known) + (chunk - first_chunk.gather(1, known)) * _CHUNK
-    chunk_end = torch.minimum(chunk_start + _CHUNK, start.gather(1, known + 1))
-    return Choosers(
-        (order // entries).int(),
-        tiles.bits.flatten(1).gather(1, order),
-        *(x.int() for x in (chunk_block, chunk_start, chunk_end, first_chunk)),
-    )
 
 
 @triton.jit
@@ -111,6 +29,24 @@ def _visible(b_bits, b_query, b_first, o_key, p_padding, length, QUERIES: tl.con
     return visible
 
 
+@triton.jit
+def _load_queries(
+    p_q, p_first, q_b, q_h, q_n, kv_heads, group, length,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Of this program: sequence, KV head, line of its entries; of its rows: line, query, first position, q, masks."""
+    i_tile, i_g, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    b_query, b_head = i_tile * QUERIES + o_m // group, i_g * group + o_m % group
+    m_m = (o_m < QUERIES * group) & (b_query < length)
+    m_q = m_m[:, None] & (o_d < D)[None, :]
+    o_q = (i_b * q_b + b_head.to(tl.int64) * q_h + b_query.to(tl.int64) * q_n)[:, None] + o_d[None, :]
+    b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)
+    b_first = tl.load(p_first + i_b * length + b_query, mask=m_m, other=0)
+    i_line = (i_b * kv_heads + i_g) * tl.num_programs(0) + i_tile
+    return i_b, i_g, i_line, (i_b * kv_heads * group + b_head) * length + b_query, b_query, b_first, b_q, m_m, m_q
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _forward_kernel(
     p_q, p_k, p_v, p_block, p_bits, p_count, p_first, p_padding, p_out, p_lse,
@@ -119,20 +55,14 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of one tile of queries."""
-    i_tile, i_g, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    i_z = i_b * kv_heads + i_g
-    o_m, o_d, o_s = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, S)
-    b_query, b_head = i_tile * QUERIES + o_m // group, i_g * group + o_m % group
-    m_m, m_d = (o_m < QUERIES * group) & (b_query < length), o_d < D
-    m_q = m_m[:, None] & m_d[None, :]
-    o_q = (i_b * q_b + b_head.to(tl.int64) * q_h + b_query.to(tl.int64) * q_n)[:, None] + o_d[None, :]
-    b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)
-    b_first = tl.load(p_first + i_b * length + b_query, mask=m_m, other=0)
+    i_b, i_g, i_line, o_line, b_query, b_first, b_q, m_m, m_q = _load_queries(
+        p_q, p_first, q_b, q_h, q_n, kv_heads, group, length, D, BLOCK_D, BLOCK_M, QUERIES
+    )  # fmt: skip
+    o_d, o_s, m_d = tl.arange(0, BLOCK_D), tl.arange(0, S), tl.arange(0, BLOCK_D) < D
     p_k, p_v = p_k + i_b * k_b + i_g.to(tl.int64) * k_g, p_v + i_b * v_b + i_g.to(tl.int64) * v_g
+    p_block, p_bits = p_block + i_line * entries, p_bits + i_line * entries
     if p_padding is not None:
         p_padding += i_b * length
-    i_line = i_z * tl.num_programs(0) + i_tile
-    p_block, p_bits = p_block + i_line * entries, p_bits + i_line * entries
 
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max, b_sum = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
@@ -151,7 +81,6 @@ def _forward_kernel(
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision=PRECISION)
         b_max = b_new
     b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-    o_line = (i_b * kv_heads * group + b_head) * length + b_query
     tl.store(p_out + o_line[:, None] * D + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_q)
     tl.store(p_lse + o_line, tl.where(b_sum == 0.0, -float("inf"), b_max + tl.log2(b_sum)), mask=m_m)
 
@@ -164,21 +93,14 @@ def _query_gradients_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of queries, and rowsum(dO · O)."""
-    i_tile, i_g, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    i_z = i_b * kv_heads + i_g
-    o_m, o_d, o_s = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, S)
-    b_query, b_head = i_tile * QUERIES + o_m // group, i_g * group + o_m % group
-    m_m, m_d = (o_m < QUERIES * group) & (b_query < length), o_d < D
-    m_q = m_m[:, None] & m_d[None, :]
-    o_q = (i_b * q_b + b_head.to(tl.int64) * q_h + b_query.to(tl.int64) * q_n)[:, None] + o_d[None, :]
-    b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)
-    b_first = tl.load(p_first + i_b * length + b_query, mask=m_m, other=0)
+    i_b, i_g, i_line, o_line, b_query, b_first, b_q, m_m, m_q = _load_queries(
+        p_q, p_first, q_b, q_h, q_n, kv_heads, group, length, D, BLOCK_D, BLOCK_M, QUERIES
+    )  # fmt: skip
+    o_d, o_s, m_d = tl.arange(0, BLOCK_D), tl.arange(0, S), tl.arange(0, BLOCK_D) < D
     p_k, p_v = p_k + i_b * k_b + i_g.to(tl.int64) * k_g, p_v + i_b * v_b + i_g.to(tl.int64) * v_g
+    p_block, p_bits = p_block + i_line * entries, p_bits + i_line * entries
     if p_padding is not None:
         p_padding += i_b * length
-    i_line = i_z * tl.num_programs(0) + i_tile
-    p_block, p_bits = p_block + i_line * entries, p_bits + i_line * entries
-    o_line = (i_b * kv_heads * group + b_head) * length + b_query
     b_grad = tl.load(p_grad + o_line[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
     b_out = tl.load(p_out + o_line[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
     b_delta = tl.sum(b_grad.to(tl.float32) * b_out.to(tl.float32), axis=1)
@@ -269,11 +191,10 @@ def _add_chunks_kernel(
 
 
 def launch_attend_blocks(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, first: Tensor, padding: Tensor | None, block_size: int
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, first: Tensor, padding: Tensor | None, block_size: int
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, H, N, D]` and log-sum-exp in base 2, float32 `[B, H, N]`. Arguments as `block_attention`."""
     q, k, v = (_lines(x) for x in (q, k, v))
-    tiles = make_tiles(blocks, q.shape[1] // k.shape[1], triton.cdiv(k.shape[2], block_size))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     _forward_kernel[_grid(tiles, k)](
@@ -288,7 +209,7 @@ def launch_attend_blocks_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    blocks: Tensor,
+    tiles: Tiles,
     first: Tensor,
     padding: Tensor | None,
     out: Tensor,
@@ -299,7 +220,6 @@ def launch_attend_blocks_backward(
     q, k, v = (_lines(x) for x in (q, k, v))
     grad_out, first, padding = grad_out.contiguous(), first.contiguous(), _bytes(padding)
     number = triton.cdiv(k.shape[2], block_size)
-    tiles = make_tiles(blocks, q.shape[1] // k.shape[1], number)
     numbers, constants = _numbers(q, k, v, tiles), _constants(q, k, tiles, block_size)
     dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(lse)
     _query_gradients_kernel[_grid(tiles, k)](
@@ -351,7 +271,7 @@ def _constants(q: Tensor, k: Tensor, tiles: Tiles, block_size: int) -> dict[str,
     return {
         "D": head_dim,
         "BLOCK_D": padded_head_dim(head_dim),
-        "BLOCK_M": max(_ROWS, triton.next_power_of_2(tiles.queries * group)),
+        "BLOCK_M": max(ROWS, triton.next_power_of_2(tiles.queries * group)),
         "S": block_size,
         "QUERIES": tiles.queries,
         "PRECISION": float32_precision(),

@@ -5,11 +5,11 @@ import torch
 from poison import poisoned_buffers
 from torch import Tensor
 
+from dma_kernels import block_tiles
 from dma_kernels.block_attention import block_attention, block_attention_reference
+from dma_kernels.block_tiles import find_choosers, make_tiles
 
 pytest.importorskip("triton")
-from dma_kernels import triton_block_attention
-from dma_kernels.triton_block_attention import find_choosers, make_tiles
 
 ON_GPU = torch.cuda.is_available()
 DTYPES, GROUPS = ([torch.float32, torch.bfloat16], [1, 2, 16]) if ON_GPU else ([torch.float32], [1, 2, 3])
@@ -67,7 +67,7 @@ def test_equals_the_reference(
 
 @pytest.mark.parametrize("chunk", [1, 3, 256])
 def test_documents_padding_and_chunks(chunk: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_block_attention, "_CHUNK", chunk)
+    monkeypatch.setattr(block_tiles, "_CHUNK", chunk)
     blocks = choose(2, 2, 90, 16, 4, device)
     position = torch.arange(90, device=device)
     border = torch.tensor([[37], [50]], device=device)  # another one in each row
@@ -80,7 +80,7 @@ def test_documents_padding_and_chunks(chunk: int, device: str, monkeypatch: pyte
 def test_tiles_and_choosers_hold_every_choice_once(device: str) -> None:
     blocks = choose(1, 2, 53, 16, 3, device)
     tiles = make_tiles(blocks, 2, 4)
-    choices = set()
+    choices = []
     for z, rows in enumerate(tiles.block.tolist()):
         for tile, row in enumerate(rows):
             count = tiles.count[z, tile].item()
@@ -88,23 +88,23 @@ def test_tiles_and_choosers_hold_every_choice_once(device: str) -> None:
             assert set(row[count:]) <= {4}
             for entry in range(count):
                 bits = tiles.bits[z, tile, entry].item()
-                choices |= {(z, tile * 8 + i, row[entry]) for i in range(8) if bits >> i & 1}
-    expected = {
+                choices += [(z, tile * 8 + i, row[entry]) for i in range(8) if bits >> i & 1]
+    expected = [
         (z, t, block)
         for z, rows in enumerate(blocks[0].tolist())
         for t, row in enumerate(rows)
         for block in row
         if block >= 0
-    }
-    assert choices == expected
+    ]
+    assert sorted(choices) == sorted(expected)
     choosers = find_choosers(tiles, 4)
-    again = set()
+    again = []
     for z in range(2):
         for block, start, end in zip(*(x[z].tolist() for x in choosers[2:5]), strict=True):
             if block < 4:
                 for tile, bits in zip(*(x[z, start:end].tolist() for x in choosers[:2]), strict=True):
-                    again |= {(z, tile * 8 + i, block) for i in range(8) if bits >> i & 1}
-    assert again == expected
+                    again += [(z, tile * 8 + i, block) for i in range(8) if bits >> i & 1]
+    assert sorted(again) == sorted(expected)
 
 
 def test_what_the_kernels_cannot_do_is_an_error(device: str) -> None:
