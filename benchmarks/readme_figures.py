@@ -212,6 +212,34 @@ def memory_lines() -> list[str]:
     return [f"| N | {' | '.join(names)} |", "| --- |" + " ---: |" * len(rows), f"| GiB | {' | '.join(cells)} |"]
 
 
+def step_lines() -> list[str]:
+    """Training steps of whole models by shape, length and attention."""
+    names = list(dict.fromkeys(row["attention"] for row in load("gpu_mixers")["steps"]))
+    lines = [f"| model, N | {' | '.join(f'`{name}`' for name in names)} |", "| --- |" + " ---: |" * len(names)]
+    cells: dict[str, list[str]] = {}
+    for row in load("gpu_mixers")["steps"]:
+        if "ms" in row:
+            low, middle, high = (f"{ms:,.0f}" for ms in row["ms"])
+            cell = f"{middle} [{low} - {high}], {row['peak_gib']:.0f} GiB"
+        else:
+            cell = "failed"
+        cells.setdefault(f"{row['shape']}, {row['length'] // 1024}k", []).append(cell)
+    return lines + [f"| {case} | {' | '.join(row)} |" for case, row in cells.items()]
+
+
+def block_lines() -> list[str]:
+    """NSA's selected branch by kernels."""
+    names = ("ours", "XL", "fla", "cuDNN", "FlashAttention-2")
+    lines = ["| heads, N | | ours | native-sparse-attention-triton | fla | cuDNN, dense | FlashAttention-2, dense |"]
+    lines.append("| --- | --- |" + " ---: |" * len(names))
+    for row in load("gpu_block_attention")["selected"]:
+        for part in ("forward", "backward"):
+            cells = ["refuses" if isinstance(row[name], str) else spread(row[name][part]) for name in names]
+            shape = f"{row['heads']}/{row['kv_heads']}, {row['length'] // 1024}k"
+            lines.append(f"| {shape} | {part} | {' | '.join(cells)} |")
+    return lines
+
+
 def figures() -> str:
     """The whole section."""
     mqar, attention, text = load("train_mqar"), load("cpu_attention"), load("train_text_3.11")
@@ -249,6 +277,17 @@ def figures() -> str:
         "Peak GPU memory of selection, plan, forward and backward at 16 query and 4 KV heads, w = 1024 (the same bytes "
         "in every run):",
         "\n".join(memory_lines()),
+        "**`python benchmarks/gpu_mixers.py`**: milliseconds of a training step of a whole model on 32,768 random "
+        "tokens in sequences of N, and its peak memory, with each attention; bf16-mixed, fused AdamW; layers of 80m "
+        "compiled, those of 1.7b not compiled and computed again for the backward; median [min - max] of 5 and 3 "
+        f"({gpu_machine(load('gpu_mixers'))}). The failures are an error of torch.compile, worked around since:",
+        "\n".join(step_lines()),
+        "**`python benchmarks/gpu_block_attention.py`**: milliseconds of NSA's selected branch, given the blocks of "
+        "each query (16 of 64 tokens, by random keys), bfloat16, batch 1, head dim 128, beside the Triton kernels of "
+        "XunhaoLai (9bea856) and of flash-linear-attention (bc3b101d, which takes groups of 16 heads or more) and "
+        "dense attention; ours makes its tiles in that time; median [min - max] of 3 "
+        f"({gpu_machine(load('gpu_block_attention'))}).",
+        "\n".join(block_lines()),
         f"**`make train`**: validation on the last tenth of the text ({machine(text)}; the corpora of the other Python "
         "versions were trained on with the same interpreter, on one thread each).",
         "\n".join(text_lines()),

@@ -17,7 +17,7 @@ from dma_kernels.precision import without_autocast
 from dma_kernels.scores import ordered_bits
 from dma_lightning.mixers.position_cache import Places
 
-_FORCED = 0x7FFFFFFF << 32  # above every importance, NaN included
+_FORCED = 0x7FFFFFFF  # above every importance, NaN included
 _NO_BLOCK = -1
 
 
@@ -98,8 +98,8 @@ class BlockGrid:
         first = (first // self.select_block)[:, :, None]
         candidate = (block <= own) & (block >= first)
         forced = candidate & ((block == first) | (block >= own - 1))
-        order = (ordered_bits(importance).long() << 32) + block
-        order = torch.where(forced[:, None], _FORCED + block, order).masked_fill(~candidate[:, None], _NO_BLOCK)
+        order = (torch.where(forced[:, None], _FORCED, ordered_bits(importance)).long() << 32) + block
+        order = order.masked_fill(~candidate[:, None], _NO_BLOCK)
         chosen = order.topk(min(self.select_count, len(block)), dim=-1)
         return chosen.indices.masked_fill(chosen.values < 0, _NO_BLOCK)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dma_kernels.block_attention import block_attention, block_attention_reference
-from dma_lightning.backends import Backend, check_backend
+from dma_kernels.block_attention import block_attention, block_attention_reference, kernels_take
+from dma_lightning.backends import Backend, check_backend, resolve_backend
 from dma_lightning.mixers.base import GroupedQueryMixer, check_mixer_input, mean_keys, positions_of
 from dma_lightning.mixers.block_selection import BlockGrid
 from dma_lightning.mixers.masked import attend_places, masked_attention
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dma_lightning.model import ModelConfig
 
 _GATHERED = 1 << 25  # elements of gathered keys that are in memory at once
+_WEIGHED = 1 << 26  # weights of compressed blocks that are
 
 
 class NativeSparseAttention(GroupedQueryMixer):
@@ -42,8 +43,8 @@ class NativeSparseAttention(GroupedQueryMixer):
         nsa_select_count: blocks that a query attends to.
         nsa_window: positions of the window, the query's own included.
         nsa_separate_kv: keys and values of its own for each branch, as in the paper; else one of all.
-        backend: of the window branch. `triton` also has kernels for the selected one; `auto` leaves these out until
-            their tests have passed on a GPU, and gathers the keys of a few queries at a time in plain PyTorch.
+        backend: of the window and the selected branch. The selected one has Triton kernels, which `auto` takes where it
+            takes `triton` and the blocks allow, and else gathers the keys of a few queries at a time.
         shape: the arguments of `GroupedQueryMixer`.
 
     Raises:
@@ -113,13 +114,14 @@ class NativeSparseAttention(GroupedQueryMixer):
             kept, places, queries = cache.tokens.extend(documents, padding, key=keys["select"], value=values["select"])
             k, v = kept["key"], kept["value"]
             compressed = cache.extend_compressed(self, plain["compress"], values["compress"])
-        by_kernels = cache is None and self.backend == "triton"
+        fresh = cache is None or cache.tokens.count == x.shape[1]  # from the beginning
+        by_kernels = fresh and self._by_kernels(q)
         out_compressed, out_selected = self._blocks(q, *compressed, k, v, queries, places, by_kernels)
 
         k, v, places = keys["window"], values["window"], queries
         if cache is not None:
             kept, places, _ = cache.window.extend(documents, padding, key=k, value=v)
-        if cache is None or cache.tokens.count == x.shape[1]:  # from the beginning
+        if fresh:
             out_window = window_attention(q, k, v, self.window, self.backend, documents, padding)
         else:
             out_window = attend_places(q, kept["key"], kept["value"], queries, places, self.window)
@@ -163,6 +165,13 @@ class NativeSparseAttention(GroupedQueryMixer):
         extra = {kind: self.heads(x, proj) for kind, proj in self.extra_v_proj.items()}
         return dict.fromkeys(("compress", "select", "window"), self.heads(x, self.v_proj)) | extra
 
+    def _by_kernels(self, q: Tensor) -> bool:
+        """Whether Triton kernels compute the selected branch of `q` [B, H, N, D]; by name also what they refuse."""
+        chosen = resolve_backend(self.backend, q.device.type, q.device.index, q.dtype, self.head_dim)
+        if self.backend == "auto" and chosen == "triton":
+            return kernels_take(self.grid.select_block, self.head_dim, q.dtype)
+        return chosen == "triton"
+
     def _blocks(
         self,
         q: Tensor,
@@ -177,7 +186,10 @@ class NativeSparseAttention(GroupedQueryMixer):
         """What the compressed and the selected branch give, `[B, H, n, D]`; some queries at a time."""
         grid, length, first = self.grid, q.shape[2], queries.first_of(keys)
         gathered = max(1, k.shape[0]) * self.num_kv_heads * grid.select_count * grid.select_block * self.head_dim
-        rows = 1024 if by_kernels else max(16, min(1024, _GATHERED // gathered))
+        weighed = max(1, q.shape[0] * q.shape[1] * grid.compressed(k.shape[2]))
+        rows = max(16, _WEIGHED // weighed)
+        if not by_kernels:
+            rows = max(16, min(rows, 1024, _GATHERED // gathered))
         compressed, selected, chosen = [], [], []
         for start in range(0, length, rows):
             here = slice(start, start + rows)

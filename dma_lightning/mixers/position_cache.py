@@ -30,8 +30,10 @@ class Places:
         return Places(self.position[start:end], self.run[:, start:end], self.padding[:, start:end])
 
     def first_of(self, keys: "Places") -> Tensor:
-        """First position of each query's document, int64 `[B, n]`, of keys from position 0 on."""
-        return torch.searchsorted(keys.run.contiguous(), self.run.contiguous())
+        """First position of each query's document, int64 `[B, n]`, of keys from position 0 on that hold the queries."""
+        none = torch.full((keys.run.shape[0], keys.run.shape[1] + 1), keys.run.shape[1], device=keys.run.device)
+        first = none.scatter_reduce(1, keys.run + 1, keys.position.expand_as(keys.run), "amin")
+        return first.gather(1, self.run + 1)  # runs count from -1
 
     def sees(self, keys: "Places", window: int | None = None) -> Tensor:
         """Which keys queries at these places see, bool `[B, 1, n, M]`."""
@@ -70,7 +72,6 @@ class PositionCache:
         """Positions read so far, int64 `[B]`."""
         return torch.full((self.batch,), self.count, device=self.device)
 
-    @torch.no_grad()
     def place(self, new: int, documents: Tensor | None, padding: Tensor | None) -> Places:
         """Where the next `new` positions stand; a document that goes on has the number that it had.
 
@@ -79,6 +80,9 @@ class PositionCache:
         """
         position = torch.arange(self.count, self.count + new, device=self.device)
         check_documents(documents, padding, self.batch, position)
+        if documents is None and padding is None:  # the document goes on
+            none = torch.zeros(self.batch, new, dtype=torch.bool, device=self.device)
+            return Places(position, self._last_run[:, None].expand(-1, new), none)
         padding = torch.zeros(self.batch, new, dtype=torch.bool, device=self.device) if padding is None else padding
         documents = self._document[:, None].expand(-1, new) if documents is None else documents.long()
         before = torch.cat([self._document[:, None], documents], dim=1)

@@ -18,6 +18,13 @@ from dma_kernels.reference import masked_average
 
 BLOCK_SIZES = (16, 32, 64, 128)  # that the kernels take
 
+_SHARED_BYTES = 128 * 128 * 4  # of a block of keys, at most; key gradients keep several in shared memory
+
+
+def kernels_take(block_size: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels take such blocks."""
+    return block_size in BLOCK_SIZES and block_size * head_dim * dtype.itemsize <= _SHARED_BYTES
+
 
 def block_attention_reference(
     q: Tensor,

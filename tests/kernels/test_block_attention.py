@@ -48,7 +48,7 @@ def check(
     expected = torch.autograd.grad(exact, exact_inputs, grad.double())
     for name, x, y in zip(("out", "dq", "dk", "dv"), (out, *found), (exact, *expected), strict=True):
         assert x.isfinite().all(), name
-        error = (x.double() - y).norm() / y.norm().clamp(min=1.0)  # of one key dq is 0
+        error = (x.double() - y).norm() / y.norm().clamp(min=0.5 * y.numel() ** 0.5)  # of one key dq and dk are 0
         assert error <= tolerance, f"{name}: {error}"
 
 

@@ -151,6 +151,15 @@ def test_every_parameter_gets_a_finite_gradient(name: str) -> None:
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("documents", [False, True])
+def test_compiles_to_one_graph(name: str, documents: bool) -> None:
+    mixer, x = make_mixer(name), torch.randn(2, LENGTH, 32, dtype=torch.float64)
+    ids = masks.make_documents(2, LENGTH) if documents else None
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, ids), mixer(x, ids), rtol=1e-12, atol=1e-12)
+
+
 @each
 def test_wrong_inputs(name: str) -> None:
     mixer = make_mixer(name)

@@ -1,0 +1,127 @@
+"""NSA's selected branch by our Triton kernels, by those of others and by dense attention, in one run on one GPU.
+
+    python benchmarks/gpu_block_attention.py [--xl CHECKOUT] [--fla CHECKOUT]
+
+The checkouts are of github.com/XunhaoLai/native-sparse-attention-triton and github.com/fla-org/flash-linear-attention.
+Given the blocks that each query has chosen: 16 of 64 tokens, by random keys, so that neighbours share few of them. Ours
+includes making the tiles. bfloat16, batch 1, head dim 128. Each figure is minimum, median and maximum in milliseconds.
+"""
+
+import argparse
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from environment import describe, write_tables
+from gpu_attention import time_ms
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dma_kernels.block_attention import block_attention
+from dma_lightning.mixers.block_selection import BlockGrid
+from dma_lightning.mixers.position_cache import PositionCache
+
+SHAPES = [(6, 3, 16384), (16, 8, 4096), (16, 8, 16384), (16, 8, 32768), (64, 4, 16384)]  # query and KV heads, N
+GRID, HEAD_DIM = BlockGrid(32, 16, 64, 16), 128
+DENSE = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION}
+
+
+def make_inputs(heads: int, kv_heads: int, length: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """q, k, v in bfloat16, the blocks that random compressed keys choose, and each query's first position."""
+    torch.manual_seed(0)
+    q = torch.randn(1, heads, length, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, kv_heads, length, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    keys = torch.randn(1, kv_heads, GRID.compressed(length), HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    places = PositionCache(1, device=q.device).place(length, None, None)
+    first = places.first_of(places)
+    parts = [slice(i, i + 1024) for i in range(0, length, 1024)]
+    blocks = [GRID.choose(q[:, :, x], keys, first[:, x], places.rows(x.start, x.stop), places) for x in parts]
+    return [x.requires_grad_() for x in (q, k, v)], torch.cat(blocks, dim=2), first
+
+
+def measure(peers: dict[str, Callable[..., Tensor]]) -> Iterator[dict[str, Any]]:
+    """One row by shape; what a kernel cannot do is left out, with its reason."""
+    for heads, kv_heads, length in SHAPES:
+        inputs, blocks, first = make_inputs(heads, kv_heads, length)
+        ways = {"ours": lambda q, k, v, blocks=blocks, first=first: block_attention(q, k, v, blocks, first, None, 64)}
+        ways |= {name: partial(peer, blocks=blocks) for name, peer in peers.items()}
+        row: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "length": length}
+        expected = None
+        for name, way in ways.items():
+            try:
+                out = way(*inputs)
+                gradients = torch.autograd.grad(out, inputs, torch.ones_like(out))
+            except Exception as error:
+                row[name] = f"{type(error).__name__}: {str(error)[-200:]}"
+                continue
+            expected = expected or [out, *gradients]
+            for x, y in zip([out, *gradients], expected, strict=True):
+                error = ((x - y).float().norm() / y.float().norm()).item()
+                assert error < 0.02, f"{name}: {error}"
+            row[name] = times(way, inputs)
+        for name, backend in DENSE.items():
+            with sdpa_kernel(backend):
+                row[name] = times(partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True), inputs)
+        yield row
+
+
+def times(way: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, list[float]]:
+    """Milliseconds of forward and backward."""
+    out = way(*inputs)
+    grad = torch.randn_like(out)
+    return {
+        "forward": time_ms(lambda: way(*inputs)),
+        "backward": time_ms(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)),
+    }
+
+
+def load_xl(checkout: Path) -> Callable[..., Tensor]:
+    """The selected branch of native-sparse-attention-triton, without its package, which needs flash-attn."""
+    for name in ("native_sparse_attention", "native_sparse_attention.ops", "native_sparse_attention.ops.triton"):
+        module = types.ModuleType(name)
+        module.__path__ = [str(checkout / name.replace(".", "/"))]
+        sys.modules[name] = module
+    attend = importlib.import_module("native_sparse_attention.ops.triton.topk_sparse_attention").topk_sparse_attention
+
+    def xl(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> Tensor:
+        ends = torch.tensor([0, q.shape[2]], dtype=torch.int32, device=q.device)
+        rows = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+        return attend(*rows, blocks[0].int(), GRID.select_block, ends).transpose(0, 1)[None]
+
+    return xl
+
+
+def load_fla(checkout: Path) -> Callable[..., Tensor]:
+    """The selected branch of flash-linear-attention."""
+    sys.path.insert(0, str(checkout))
+    attend = importlib.import_module("fla.ops.nsa.parallel").ParallelNSAFunction.apply
+
+    def fla(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> Tensor:
+        rows = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+        chosen = blocks.transpose(1, 2).contiguous()  # [B, N, G, m]
+        counts = (chosen >= 0).sum(-1)
+        return attend(*rows, chosen, counts, GRID.select_block, HEAD_DIM**-0.5, None).transpose(1, 2)
+
+    return fla
+
+
+def main() -> None:
+    """Measure, print, and write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--xl", type=Path, help="checkout of native-sparse-attention-triton")
+    parser.add_argument("--fla", type=Path, help="checkout of flash-linear-attention")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_block_attention.json")
+    args = parser.parse_args()
+    peers = {"XL": load_xl(args.xl)} if args.xl else {}
+    peers |= {"fla": load_fla(args.fla)} if args.fla else {}
+    write_tables(args.out, {"environment": describe()}, {"selected": measure(peers)})
+
+
+if __name__ == "__main__":
+    main()
