@@ -114,6 +114,27 @@ def preparing(folder: Path) -> Iterator[dict[str, Any]]:
             yield {"tokenizer": kind, "processes": processes, "bytes_per_second": spread(rates)}
 
 
+def table(result: dict[str, Any]) -> list[str]:
+    """The lines of the tables in docs/data.md."""
+
+    def cells(name: str, **wanted: object) -> str:
+        rows = (row for row in result[name] if wanted.items() <= row.items())
+        unit = {"loading": "tokens_per_second", "preparing": "bytes_per_second"}[name]
+        rates = (tuple(f"{rate / 1e6:.3g}" for rate in row[unit]) for row in rows)
+        return " | ".join(f"{median} [{least} - {greatest}]" for least, median, greatest in rates)
+
+    return [
+        "| million tokens per second | in the training process | 1 worker | 2 workers |",
+        "| --- | ---: | ---: | ---: |",
+        f"| with document borders | {cells('loading', separate_documents=True)} |",
+        f"| plain | {cells('loading', separate_documents=False)} |",
+        "",
+        "| `prepare`, million bytes per second | 1 process | 2 processes |",
+        "| --- | ---: | ---: |",
+        *(f"| {kind} | {cells('preparing', tokenizer=kind)} |" for kind in ("bytes", "BPE, 8000 tokens")),
+    ]
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

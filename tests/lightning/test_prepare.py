@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from cpu_loader import table
 from test_text import write_tokenizer
 from torch.utils.data import default_collate
 
@@ -337,6 +338,12 @@ def test_a_model_sees_each_document_by_itself(prepared: Path) -> None:
             mine = documents == document
             alone = module(batch["input_ids"][row, mine][None])
             torch.testing.assert_close(packed[row, mine], alone[0], rtol=0, atol=1e-10)
+
+
+def test_figures_of_the_page_are_those_of_the_result_file() -> None:
+    root = Path(__file__).parents[2]
+    result = json.loads((root / "benchmarks/results/cpu_loader.json").read_text())
+    assert "\n".join(table(result)) in (root / "docs/data.md").read_text()
 
 
 def test_the_command_prepares_and_fit_goes_on_mid_epoch(
