@@ -66,11 +66,13 @@ def prepare(
         ValueError: if a file or line is none of that, or output holds something else.
     """
     reader = ByteTokenizer() if tokenizer is None else FileTokenizer(tokenizer)
-    processes = processes or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
+    processes = _usable_cores() if processes is None else processes
     if min(shard_tokens, processes) < 1:
         raise ValueError(f"expected shard_tokens and processes of at least 1, got {shard_tokens} and {processes}")
     if eos_token_id is not None and not 0 <= eos_token_id < reader.vocab_size:
         raise ValueError(f"eos_token_id: expected one of the {reader.vocab_size} tokens, got {eos_token_id}")
+    if output.resolve().is_relative_to(source := Path(path).expanduser().resolve()):
+        raise ValueError(f"output: expected a folder outside {source}, whose files are read, got {output}")
     files = text_files(path)
     plan = _plan(files, reader, text_field, eos_token_id, shard_tokens)
     records = _begin(output, plan, reader)
@@ -85,6 +87,10 @@ def prepare(
         f"{output}: {sum(r.tokens for r in records):,} tokens, {sum(r.documents for r in records):,} documents, "
         f"{sum(r.bytes for r in records):,} bytes, {len(records)} shards"
     )
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _plan(

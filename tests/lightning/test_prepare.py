@@ -159,7 +159,7 @@ def test_zst_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"text"))
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
     with pytest.raises(ValueError, match=r"expected the library zstandard for \.zst files; pip install zstandard"):
-        prepare(str(tmp_path), tmp_path / "out", processes=1)
+        prepare(str(tmp_path / "*.zst"), tmp_path / "out", processes=1)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +167,7 @@ def test_zst_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         ({"eos_token_id": 256}, "eos_token_id: expected one of the 256 tokens, got 256"),
         ({"shard_tokens": 0}, "shard_tokens and processes of at least 1, got 0"),
+        ({"processes": 0}, "shard_tokens and processes of at least 1, got 100000000 and 0"),
         ({"path": "nowhere"}, "path: expected a text file, a folder"),
         ({"tokenizer": "nowhere.json"}, r"nowhere\.json: expected a tokenizer\.json"),
     ],
@@ -176,6 +177,17 @@ def test_bad_arguments(tmp_path: Path, changed: dict, message: str) -> None:
     arguments = {"path": str(tmp_path / "text"), "output": tmp_path / "out", "processes": 1}
     with pytest.raises(ValueError, match=message):
         prepare(**(arguments | changed))
+    with pytest.raises(ValueError, match="output: expected a folder outside"):
+        prepare(**(arguments | {"output": tmp_path / "text/out"}))
+
+
+def test_a_process_that_is_ended_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for its memory, by the system."""
+    write_corpus(tmp_path / "text")
+    monkeypatch.setattr(prepare_command, "_start_worker", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ValueError, match=r"a process that tokenises was ended, .* lower --processes"):
+        prepare(str(tmp_path / "text"), tmp_path / "out", processes=1)
+    assert not list((tmp_path / "out").glob("*.tmp"))
 
 
 def run_and_die(text: Path, out: Path, at: int) -> None:
