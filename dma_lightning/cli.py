@@ -16,6 +16,7 @@ from dma_lightning.data import SequenceDataModule
 from dma_lightning.generate_command import generate
 from dma_lightning.huggingface_commands import export_hf, import_hf
 from dma_lightning.language_model import LanguageModel
+from dma_lightning.prepare_command import prepare
 from dma_lightning.sizes_command import sizes
 
 # What the data dictates to the model: attribute of the data module, and argument of the model.
@@ -25,7 +26,13 @@ _LINKS = {
     "bytes_per_token": "bytes_per_token",
 }
 
-_COMMANDS = {"generate": generate, "sizes": sizes, "import-hf": import_hf, "export-hf": export_hf}
+_COMMANDS = {
+    "generate": generate,
+    "prepare": prepare,
+    "sizes": sizes,
+    "import-hf": import_hf,
+    "export-hf": export_hf,
+}
 
 _LIGHTNING_CHECKPOINTS = {"best", "last", "hpc", "registry"}
 
@@ -128,3 +135,5 @@ def main() -> None:
         auto_cli(_COMMANDS[name], args=args, **options)
     except (ValueError, OSError) as error:
         sys.exit(f"dma-lightning {name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"dma-lightning {name}: interrupted")
