@@ -1,0 +1,77 @@
+"""Commands that the README shows run as they are written, only shorter, on a CPU and with small models."""
+
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from dma_lightning.cli import main
+
+ROOT = Path(__file__).parents[2]
+SMALL = shlex.split(
+    "--model.hidden_size 32 --model.intermediate_size 32 --model.num_hidden_layers 1 --model.head_dim 16 "
+    "--data.sequence_length 64 --data.batch_size 2 --data.num_workers 0"
+)
+SHORT = shlex.split(
+    "--trainer.max_steps 2 --trainer.limit_val_batches 1 --trainer.num_sanity_val_steps 0 --trainer.accelerator cpu "
+    "--trainer.precision 32-true"
+)
+SHOWS = {"--help", "--print_config"}
+
+
+def commands(page: str) -> list[list[str]]:
+    """Arguments of every `dma-lightning` line of a page's shell examples."""
+    text = (ROOT / page).read_text()
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)).replace("\\\n", " ")
+    lines = (shlex.split(line, comments=True) for line in blocks.splitlines())
+    return [line[1:] for line in lines if line and line[0].endswith("dma-lightning")]
+
+
+def shortened(command: list[str]) -> list[str]:
+    """The command with fewer steps, on a CPU; models are small unless a checkpoint says what they are."""
+    if command[0] == "generate":
+        return [*command, "--max_new_tokens", "3"]
+    if command[0] == "validate":
+        return [*command, "--trainer.limit_val_batches", "1"]
+    if command[0] != "fit" or SHOWS & set(command):
+        return command
+    processes = ["--trainer.devices", "2" if "ddp" in command else "1"]
+    from_checkpoint = any(argument.endswith(".ckpt") for argument in command)
+    return [*command, *SHORT, *processes, *([] if from_checkpoint else SMALL)]
+
+
+@pytest.fixture
+def _new_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with the project's configs, some text and a tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("configs").symlink_to(ROOT / "configs")
+    text = "\n".join(f"w{i % 50} w{i % 7}" for i in range(10_000))
+    for folder in ("books", "corpus"):
+        Path(folder).mkdir()
+        Path(folder, "a.txt").write_text(text)
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(50)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save("tokenizer.json")
+
+
+@pytest.mark.usefixtures("_new_user")
+def test_commands_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [command for command in commands("README.md") if not command[0].endswith("-hf")]  # see test_huggingface.py
+    assert len(found) > 10
+    found.sort(key=lambda command: any(argument.endswith(".ckpt") for argument in command))  # once there are some
+    for command in found:
+        arguments = shortened(command)
+        if "ddp" in command:
+            done = subprocess.run([sys.executable, "-m", "dma_lightning", *arguments], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert "2/2" in done.stderr + done.stdout, done.stderr  # processes
+            continue
+        monkeypatch.setattr("sys.argv", ["dma-lightning", *arguments])
+        with pytest.raises(SystemExit, match="0") if SHOWS & set(command) else nullcontext():
+            main()
