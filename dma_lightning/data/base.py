@@ -3,14 +3,19 @@
 B batch, N length.
 """
 
-from typing import NotRequired, TypedDict
+import os
+import warnings
+from typing import Any, NotRequired, TypedDict
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dma_lightning.data.samplers import EvalSampler, FilledUp, TrainSampler
 
 IGNORE_INDEX = -100
+POSITION_KEY = "position"  # in a checkpoint's state of the data
 
 
 class Batch(TypedDict):
@@ -30,6 +35,10 @@ class SequenceDataModule(pl.LightningDataModule):
     """Data loaders over datasets of equally long token sequences.
 
     A subclass sets `train_set`, `val_set` and `test_set` in `setup`.
+
+    The order of training is decided by `seed_everything` and the epoch alone. Checkpoints carry the position in it, and
+    training goes on exactly there, whatever `num_workers` is. In validation and test every sequence counts once,
+    whatever the number of processes.
 
     Args:
         vocab_size: number of different tokens, passed on to the model.
@@ -64,25 +73,99 @@ class SequenceDataModule(pl.LightningDataModule):
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         self.vocab_size, self.sequence_length = vocab_size, sequence_length
         self.batch_size, self.num_workers = batch_size, num_workers
+        self._train_sampler: TrainSampler | None = None
+        self._saved: dict[str, int] = {}  # the position of a checkpoint
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_set, shuffle=True)
+        """Batches of this process, from the position on.
+
+        Raises:
+            ValueError: if a checkpoint was made within an epoch of other data or batches.
+        """
+        if not self._batches_trained:
+            self._saved = {}  # of a checkpoint that was looked at, not gone on from
+        seed = self._saved.get("seed", int(os.environ.get("PL_GLOBAL_SEED", 0)))
+        position = self._position if self.trainer is not None else None
+        sampler = TrainSampler(len(self.train_set), self.batch_size, *self._processes, seed, position)
+        if self._saved.get("batches"):
+            _check_same_batches(self._saved, sampler)
+        self._train_sampler = sampler
+        # Lightning asks loaders for their state, and does not see the data module's.
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
+        return self._loader(self.train_set, sampler)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self.val_set)
+        return self._eval_loader(self.val_set)
 
     def test_dataloader(self) -> DataLoader:
-        return self._loader(self.test_set)
+        return self._eval_loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader:
-        return self._loader(self.test_set)
+        return self._loader(self.test_set)  # Lightning divides it, and tells a writer which sequences are whose
 
-    def _loader(self, dataset: Dataset, shuffle: bool = False) -> DataLoader:
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint carries along: the position in the training data."""
+        sampler = self._train_sampler
+        if sampler is None or self.trainer is None:
+            return {POSITION_KEY: self._saved} if self._saved else {}
+        epoch, batches = self._position()
+        position = {"epoch": epoch, "batches": batches, "batches_trained": self._batches_trained}
+        order = {"seed": sampler.seed, "sequences": sampler.count}
+        return {POSITION_KEY: position | order | {"processes": sampler.num_replicas, "batch_size": sampler.batch_size}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the position of a checkpoint; those made before there was one are told by the trainer's count."""
+        self._saved = state.get(POSITION_KEY, {})
+
+    @property
+    def _processes(self) -> tuple[int, int]:
+        """Number of processes, and which of them this is."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    @property
+    def _batches_trained(self) -> int:
+        """In all epochs; loaders with workers are ahead of it."""
+        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    def _position(self) -> tuple[int, int]:
+        """Epoch, and how many of its batches were trained on."""
+        batches, limit = self._train_sampler.batches, self.trainer.limit_train_batches
+        per_epoch = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        done, saved = self._batches_trained, self._saved
+        if saved:  # epochs before may have had another number of batches
+            done += saved["epoch"] * per_epoch + saved["batches"] - saved["batches_trained"]
+        return divmod(done, max(1, per_epoch))
+
+    def _eval_loader(self, dataset: Dataset) -> DataLoader:
+        return self._loader(FilledUp(dataset, IGNORE_INDEX), EvalSampler(len(dataset), *self._processes))
+
+    def _loader(self, dataset: Dataset, sampler: Sampler | None = None) -> DataLoader:
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            shuffle=shuffle,
+            sampler=sampler,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # the global one is the model's alone
+        )
+
+
+def _check_same_batches(saved: dict[str, int], sampler: TrainSampler) -> None:
+    """That a position within an epoch means the same.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    processes, size = saved["processes"], saved["batch_size"]
+    if processes * size != sampler.global_batch:
+        raise ValueError(
+            f"the checkpoint was made within an epoch: expected as many sequences in a step as there, {processes} "
+            f"processes x batch_size {size}, got {sampler.num_replicas} x {sampler.batch_size}; change either so that "
+            f"the product is {processes * size}, or go on from a checkpoint of an epoch's end"
+        )
+    if saved["sequences"] != sampler.count:
+        raise ValueError(
+            f"the checkpoint was made within an epoch: expected its {saved['sequences']} training sequences, got "
+            f"{sampler.count}; give the same data, or go on from a checkpoint of an epoch's end"
         )

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,21 +118,18 @@ class TextDataModule(SequenceDataModule):
                 "give more text, shorten sequence_length or change val_fraction"
             )
 
-    def state_dict(self) -> dict[str, str]:
-        """What a checkpoint carries along: the tokenizer, unless tokens are bytes."""
-        return {} if isinstance(self.tokenizer, ByteTokenizer) else {TOKENIZER_KEY: self.tokenizer.to_json()}
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint carries along: position, and the tokenizer, unless tokens are bytes."""
+        return super().state_dict() | tokenizer_state(self.tokenizer)
 
-    def load_state_dict(self, state: dict[str, str]) -> None:
-        """Check that the checkpoint's model has learned the tokens of this data.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint whose model has learned the tokens of this data.
 
         Raises:
             ValueError: if it was trained with another tokenizer.
         """
-        if state.get(TOKENIZER_KEY) != self.state_dict().get(TOKENIZER_KEY):
-            raise ValueError(
-                "tokenizer: expected the one that the checkpoint was trained with, got another; "
-                "name its tokenizer.json, which `dma-lightning export-hf` writes out of the checkpoint"
-            )
+        check_tokenizer(state, self.tokenizer)
+        super().load_state_dict(state)
 
     @property
     def _dtype(self) -> np.dtype:
@@ -208,6 +206,24 @@ def _character_end(text: bytes) -> int:
     while end > 0 and text[end] & 0xC0 == 0x80:
         end -= 1
     return end
+
+
+def tokenizer_state(tokenizer: ByteTokenizer | FileTokenizer) -> dict[str, str]:
+    """What a checkpoint's state of the data says of the tokenizer: nothing if tokens are bytes."""
+    return {} if isinstance(tokenizer, ByteTokenizer) else {TOKENIZER_KEY: tokenizer.to_json()}
+
+
+def check_tokenizer(state: dict[str, Any], tokenizer: ByteTokenizer | FileTokenizer) -> None:
+    """That a checkpoint's model has learned these tokens.
+
+    Raises:
+        ValueError: if it was trained with another tokenizer.
+    """
+    if state.get(TOKENIZER_KEY) != tokenizer_state(tokenizer).get(TOKENIZER_KEY):
+        raise ValueError(
+            "tokenizer: expected the one that the checkpoint was trained with, got another; "
+            "name its tokenizer.json, which `dma-lightning export-hf` writes out of the checkpoint"
+        )
 
 
 def text_files(path: str) -> list[Path]:

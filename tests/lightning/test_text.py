@@ -77,8 +77,11 @@ def test_loaders_shuffle_training_only(tmp_path: Path) -> None:
     file.write_bytes(bytes(range(256)) * 4)
     data = make_data(tmp_path, file)
     read(data)
-    first = [batch["input_ids"][:, 0].tolist() for batch in data.train_dataloader()]
-    assert first != [batch["input_ids"][:, 0].tolist() for batch in data.train_dataloader()]
+    loader = data.train_dataloader()
+    first = [batch["input_ids"][:, 0].tolist() for batch in loader]
+    assert first == [batch["input_ids"][:, 0].tolist() for batch in data.train_dataloader()]
+    loader.sampler.set_epoch(1)
+    assert first != [batch["input_ids"][:, 0].tolist() for batch in loader]
     for loader in (data.val_dataloader, data.test_dataloader, data.predict_dataloader):
         rows = [row for batch in loader() for row in batch["input_ids"].tolist()]
         assert rows == [data.val_set[i]["input_ids"].tolist() for i in range(len(data.val_set))]
