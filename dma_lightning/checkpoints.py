@@ -157,7 +157,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         rng = self._whole.rng if self._rewind else _collect_rng_states()
         checkpoint[RNG_KEY] = _of_all_processes(_plain_rng(rng), trainer)
         if self._rewind:
-            _drop_unfinished_batch(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"])
+            checkpoint["loops"]["fit_loop"] = self._whole.loops
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -198,11 +198,14 @@ class _WholeStep(NamedTuple):
 
     step: int
     batches: int
+    loops: dict[str, Any]
     rng: dict[str, Any]
 
     @classmethod
     def now(cls, trainer: pl.Trainer) -> "_WholeStep":
-        return cls(trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.total.ready, _collect_rng_states())
+        loop = trainer.fit_loop
+        batches = loop.epoch_loop.batch_progress.total.processed
+        return cls(trainer.global_step, batches, loop.state_dict(), _collect_rng_states())
 
 
 def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
@@ -263,10 +266,3 @@ def _load_rng(states: list[dict[str, Any]], trainer: pl.Trainer) -> None:
             f"the checkpoint is of {len(states)} processes and this run of {trainer.world_size}: "
             "random numbers (of dropout) go on from the seed instead"
         )
-
-
-def _drop_unfinished_batch(progress: dict[str, Any]) -> None:
-    """Let counters of batches say what they said before the batch that an exception broke off."""
-    for counts in (progress["total"], progress["current"]):
-        counts["ready"] = counts["started"] = counts["processed"] = counts["completed"]
-    progress["is_last_batch"] = False

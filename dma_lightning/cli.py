@@ -10,7 +10,7 @@ from jsonargparse import Namespace, auto_cli, set_parsing_settings
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 
 from dma_lightning.callbacks import ContinuationWriter
 from dma_lightning.checkpoints import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
@@ -76,7 +76,7 @@ class DMACLI(LightningCLI):
         where = " or ".join(str(folder) for folder in folders)
         if found is None and self.config.subcommand != "fit":
             raise ValueError(f"ckpt_path: expected a checkpoint below {where}, found none to take as the last")
-        rank_zero_info(
+        rank_zero_only(print)(
             f"ckpt_path last: no checkpoint below {where}; training begins anew"
             if found is None
             else f"ckpt_path last: {found}"
