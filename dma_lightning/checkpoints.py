@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -139,6 +140,14 @@ class ResumableCheckpoint(ModelCheckpoint):
             self._save_now(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if trainer.world_size > 1 and not isinstance(exception, SystemExit):
+            print(
+                f"rank {trainer.global_rank}: ended at step {trainer.global_step} by {type(exception).__name__}; if "
+                "another process has ended before, that one's output says why, if it was not killed; `--ckpt_path "
+                "last` goes on from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
         if self._whole is None or isinstance(exception, UnstableTrainingError) or trainer.world_size > 1:
             return
         progress = trainer.fit_loop.epoch_loop.batch_progress.total

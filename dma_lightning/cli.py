@@ -19,6 +19,7 @@ from dma_lightning.generate_command import generate
 from dma_lightning.huggingface_commands import export_hf, import_hf
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.sizes_command import sizes
+from dma_lightning.strategies import end_with_first_process
 
 # What the data dictates to the model: attribute of the data module, and argument of the model.
 _LINKS = {
@@ -97,6 +98,7 @@ class DMACLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        end_with_first_process(trainer)
         writes = any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)
         if self.subcommand == "predict" and not writes:
             trainer.callbacks.append(ContinuationWriter())
