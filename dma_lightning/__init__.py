@@ -1,6 +1,6 @@
 """Trainable dynamic mask attention as PyTorch Lightning modules."""
 
-from dma_lightning.data import MQARDataModule, TextDataModule
+from dma_lightning.data import MQARDataModule, PreparedDataModule, TextDataModule
 from dma_lightning.generation import generate, pad_prompts, stream_text, stream_tokens
 from dma_lightning.huggingface import load_doge, save_doge
 from dma_lightning.language_model import LanguageModel
@@ -29,6 +29,7 @@ __all__ = [
     "ModelConfig",
     "MultiHeadAttention",
     "NativeSparseAttention",
+    "PreparedDataModule",
     "Sampling",
     "SlidingWindowAttention",
     "TextDataModule",

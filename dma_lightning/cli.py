@@ -18,6 +18,7 @@ from dma_lightning.data import SequenceDataModule
 from dma_lightning.generate_command import generate
 from dma_lightning.huggingface_commands import export_hf, import_hf
 from dma_lightning.language_model import LanguageModel
+from dma_lightning.prepare_command import prepare
 from dma_lightning.sizes_command import sizes
 from dma_lightning.strategies import end_with_first_process
 
@@ -28,7 +29,13 @@ _LINKS = {
     "bytes_per_token": "bytes_per_token",
 }
 
-_COMMANDS = {"generate": generate, "sizes": sizes, "import-hf": import_hf, "export-hf": export_hf}
+_COMMANDS = {
+    "generate": generate,
+    "prepare": prepare,
+    "sizes": sizes,
+    "import-hf": import_hf,
+    "export-hf": export_hf,
+}
 
 _LIGHTNING_CHECKPOINTS = {"best", "last", "hpc", "registry"}
 
@@ -207,3 +214,5 @@ def main() -> None:
         auto_cli(_COMMANDS[name], args=args, **options)
     except (ValueError, OSError) as error:
         sys.exit(f"dma-lightning {name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"dma-lightning {name}: interrupted")

@@ -119,8 +119,9 @@ class SequenceDataModule(pl.LightningDataModule):
 
     @property
     def _processes(self) -> tuple[int, int]:
-        """Number of processes, and which of them this is."""
-        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        """How many processes share the data, and which of them this is; those that share a model's tensors are one."""
+        sharing = self.trainer and self.trainer.distributed_sampler_kwargs
+        return (sharing["num_replicas"], sharing["rank"]) if sharing else (1, 0)
 
     @property
     def _batches_trained(self) -> int:

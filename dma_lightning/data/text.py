@@ -180,7 +180,12 @@ class TextDataModule(SequenceDataModule):
 
 
 def _pieces(chunks: Iterable[bytes]) -> Iterator[str]:
-    """The text in pieces of whole lines, or of whole words if lines are long; what is no UTF-8 becomes U+FFFD.
+    """The text in pieces that a tokenizer takes at once; what is no UTF-8 becomes U+FFFD."""
+    return (piece.decode(errors="replace") for piece in byte_pieces(chunks))
+
+
+def byte_pieces(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Text in pieces of whole lines, or of whole words if lines are long.
 
     A tokenizer sees one piece at a time, so where two meet, a token may be another than in the whole.
     """
@@ -194,10 +199,10 @@ def _pieces(chunks: Iterable[bytes]) -> Iterator[str]:
         text = b"".join(rest)
         end = text.rfind(b"\n") + 1 or max(0, text.rfind(b" ")) or _character_end(text)
         if end:
-            yield text[:end].decode(errors="replace")
+            yield text[:end]
         rest, size = [text[end:]], len(text) - end
     if size:
-        yield b"".join(rest).decode(errors="replace")
+        yield b"".join(rest)
 
 
 def _character_end(text: bytes) -> int:

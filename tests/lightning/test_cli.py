@@ -9,6 +9,7 @@ import yaml
 
 from dma_lightning import MQARDataModule
 from dma_lightning.cli import DMACLI, build_cli
+from dma_lightning.prepare_command import prepare
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -30,6 +31,10 @@ def companions(file: Path) -> list[str]:
     """Arguments that make a whole of one shipped config."""
     data = "mqar" if file.stem == "mqar" else "pydoc"
     args = [f"--config={file}"] + ([config(f"data/{data}")] if file.parent.name != "data" else [])
+    if file.stem == "prepared":
+        Path("a.txt").write_text("text")
+        prepare("a.txt", Path("prepared"), processes=1)
+        args.append("--data.path=prepared")
     # A config for GPUs is built here too, on the CPU.
     return [*args, "--trainer.accelerator=cpu", "--trainer.devices=1"] if file.parent.name == "trainer" else args
 
@@ -91,7 +96,7 @@ def test_help_documents_every_field(subcommand: str, capsys: pytest.CaptureFixtu
         assert len(text) == 3, f"--model.{option} has no documentation"
 
 
-@pytest.mark.parametrize("name", ["TextDataModule", "MQARDataModule"])
+@pytest.mark.parametrize("name", ["TextDataModule", "MQARDataModule", "PreparedDataModule"])
 def test_help_documents_the_data(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         build_cli(["fit", f"--data.help=dma_lightning.{name}"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torchmetrics import SumMetric
 
 from dma_lightning.data import IGNORE_INDEX, MQARDataModule, SequenceDataModule, TextDataModule
 from dma_lightning.data.samplers import EvalSampler, FilledUp, TrainSampler
@@ -229,6 +230,47 @@ def test_a_fit_of_its_own_starts_anew(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "some.ckpt")
     pl.Trainer(logger=False, accelerator="cpu").validate(fresh(), data, ckpt_path=tmp_path / "some.ckpt")
     assert fit(tmp_path, data, fresh())[0].seen == first.seen
+
+
+class CountingModel(SmallModel):
+    """In float64, and with what validation has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+        self.sequences, self.labels = SumMetric(), SumMetric()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        labelled = batch["labels"] != IGNORE_INDEX
+        self.sequences.update(labelled.any(1).sum())
+        self.labels.update(batch["labels"][labelled].sum())
+        self.log_dict({"val/sequences": self.sequences, "val/labels": self.labels})
+
+
+def test_two_processes_train_and_validate_as_one(tmp_path: Path) -> None:
+    """On the same sequences in every step, and on each once; one process goes on from what two have done."""
+
+    def counting() -> CountingModel:
+        torch.manual_seed(0)
+        return CountingModel()
+
+    make, validate = make_text, {"val_check_interval": 3}
+    one, trainer = fit(tmp_path, make(tmp_path, batch_size=6), counting(), max_steps=9, **validate)
+    assert trainer.callback_metrics["val/sequences"] % 2 == 1
+    data = make(tmp_path, batch_size=3)
+    saving = ModelCheckpoint(tmp_path / "two", filename="end", every_n_train_steps=6)
+    two, both = fit(
+        tmp_path, data, counting(), strategy="ddp_spawn", devices=2, max_steps=6, callbacks=saving, **validate
+    )
+    assert both.callback_metrics == trainer.callback_metrics
+    position = torch.load(tmp_path / "two/end.ckpt", weights_only=True)["TextDataModule"]["position"]
+    assert (position["epoch"], position["batches"], position["processes"]) == (0, 6, 2)
+    rest, _ = fit(
+        tmp_path, make(tmp_path, batch_size=6), counting(), tmp_path / "two/end.ckpt", max_steps=9, **validate
+    )
+    assert [seen for seen, _ in rest.seen] == [seen for seen, _ in one.seen[6:]]
+    assert torch.allclose(rest.embedding.weight, one.embedding.weight, rtol=0, atol=1e-10)
+    assert not torch.equal(two.embedding.weight, rest.embedding.weight)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

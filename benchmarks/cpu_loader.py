@@ -1,0 +1,154 @@
+"""Tokens per second that the data loader gives, and that `dma-lightning prepare` makes, on a CPU.
+
+    python benchmarks/cpu_loader.py      a JSON file under benchmarks/results/
+
+The text: 64 MB of random words in documents of 50 to 5,000 bytes, as JSONL. The loader draws sequences of 4,096 bytes
+in batches of 8 and random order from shards of 8 million tokens, in the page cache; it is checked first, against the
+text with its borders. `prepare` tokenises a quarter of the text. Median [min - max] of 3 passes.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from environment import describe, write_tables
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from dma_lightning import PreparedDataModule
+from dma_lightning.data import IGNORE_INDEX
+from dma_lightning.prepare_command import prepare
+
+LENGTH, BATCH, TEXT_BYTES, REPEATS = 4096, 8, 64 << 20, 3
+
+
+def write_text(folder: Path, size: int) -> None:
+    """Documents of random words, as JSONL."""
+    random = np.random.default_rng(0)
+    letters = np.array(list("etaoinshrdlucmfw"))
+    words = ["".join(random.choice(letters, random.integers(1, 11))) for _ in range(20_000)]
+    left, part = size, 0
+    while left > 0:
+        with (folder / f"{part:02d}.jsonl").open("w") as file:
+            for _ in range(2000):
+                length = int(np.exp(random.uniform(np.log(50), np.log(5000))))
+                text = " ".join(words[i] for i in random.zipf(1.2, length // 6 + 1) % len(words))[:length]
+                file.write(json.dumps({"text": text}) + "\n")
+                left -= len(text)
+        part += 1
+
+
+def spread(rates: list[float]) -> list[int]:
+    """Least, median and greatest."""
+    rates = sorted(rates)
+    return [round(rates[0]), round(rates[len(rates) // 2]), round(rates[-1])]
+
+
+def check(data: PreparedDataModule) -> None:
+    """That the first window is the text, with labels where the same document goes on.
+
+    Raises:
+        RuntimeError: if it is not.
+    """
+    item, shard = data.train_set[0], data.train_set.shards[0]
+    tokens = shard.tokens[: LENGTH + 1].astype(np.int64)
+    owner = np.searchsorted(shard.ends, np.arange(LENGTH + 1), side="right")
+    labels = tokens[1:].copy()
+    if data.separate_documents:
+        labels[owner[1:] != owner[:-1]] = IGNORE_INDEX
+    if not (np.array_equal(item["input_ids"], tokens[:-1]) and np.array_equal(item["labels"], labels)):
+        raise RuntimeError("the loader gives other tokens than were written")
+
+
+def loading(folder: Path) -> Iterator[dict[str, Any]]:
+    """One row by packing and number of workers."""
+    for separate in (True, False):
+        for workers in (0, 1, 2):
+            data = PreparedDataModule(str(folder), LENGTH, separate, batch_size=BATCH, num_workers=workers)
+            data.setup("fit")
+            check(data)
+            loader, rates = data.train_dataloader(), []
+            for _ in range(REPEATS + 1):  # the first starts workers
+                start, tokens = time.perf_counter(), 0
+                for batch in loader:
+                    tokens += batch["input_ids"].numel()
+                rates.append(tokens / (time.perf_counter() - start))
+            yield {"separate_documents": separate, "workers": workers, "tokens_per_second": spread(rates[1:])}
+
+
+def train_tokenizer(text: Path, path: Path) -> None:
+    """A byte-level BPE tokenizer of 8,000 tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=8000, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train([str(text)], trainer)
+    tokenizer.save(str(path))
+
+
+def preparing(folder: Path) -> Iterator[dict[str, Any]]:
+    """One row by tokenizer and number of processes, on the first quarter of the text."""
+    files = sorted((folder / "text").iterdir())
+    part = folder / "part"
+    part.mkdir()
+    for file in files[: max(1, len(files) // 4)]:
+        (part / file.name).symlink_to(file)
+    train_tokenizer(files[0], folder / "tokenizer.json")
+    for tokenizer in (None, str(folder / "tokenizer.json")):
+        for processes in (1, 2):
+            rates, output = [], folder / f"{tokenizer is None}-{processes}"
+            for repeat in range(REPEATS):
+                start = time.perf_counter()
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    prepare(str(part), output / str(repeat), tokenizer, processes=processes)
+                manifest = json.loads((output / str(repeat) / "manifest.json").read_text())
+                rates.append(manifest["bytes"] / (time.perf_counter() - start))
+            kind = "bytes" if tokenizer is None else "BPE, 8000 tokens"
+            yield {"tokenizer": kind, "processes": processes, "bytes_per_second": spread(rates)}
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The lines of the tables in docs/data.md."""
+
+    def cells(name: str, **wanted: object) -> str:
+        rows = (row for row in result[name] if wanted.items() <= row.items())
+        unit = {"loading": "tokens_per_second", "preparing": "bytes_per_second"}[name]
+        rates = (tuple(f"{rate / 1e6:.3g}" for rate in row[unit]) for row in rows)
+        return " | ".join(f"{median} [{least} - {greatest}]" for least, median, greatest in rates)
+
+    return [
+        "| million tokens per second | in the training process | 1 worker | 2 workers |",
+        "| --- | ---: | ---: | ---: |",
+        f"| with document borders | {cells('loading', separate_documents=True)} |",
+        f"| plain | {cells('loading', separate_documents=False)} |",
+        "",
+        "| `prepare`, million bytes per second | 1 process | 2 processes |",
+        "| --- | ---: | ---: |",
+        *(f"| {kind} | {cells('preparing', tokenizer=kind)} |" for kind in ("bytes", "BPE, 8000 tokens")),
+    ]
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/cpu_loader.json")
+    parser.add_argument("--text_bytes", type=int, default=TEXT_BYTES)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "text").mkdir()
+        write_text(folder / "text", args.text_bytes)
+        prepare(str(folder / "text"), folder / "tokens", shard_tokens=8_000_000)
+        result = describe() | {"text_bytes": args.text_bytes, "sequence_length": LENGTH, "batch_size": BATCH}
+        write_tables(args.out, result, {"loading": loading(folder / "tokens"), "preparing": preparing(folder)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Text that `dma-lightning prepare` has made into shards of tokens, packed to sequences of one length.
+
+N sequence length.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dma_lightning.data.base import IGNORE_INDEX, SequenceDataModule
+from dma_lightning.data.shards import TOKENIZER, Shard, read_manifest
+from dma_lightning.data.text import check_tokenizer, tokenizer_state
+from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
+
+
+class PackedWindows(Dataset):
+    """Consecutive windows of each shard; the label of a token is the token after it.
+
+    Args:
+        shards: parts of shards; what is left of one behind its last window is not read.
+        sequence_length: N, the length of a window.
+        separate_documents: number the documents of a window, from 0, for attention that stays within each; a token that
+            another document follows then has no label.
+    """
+
+    def __init__(self, shards: list[Shard], sequence_length: int, separate_documents: bool) -> None:
+        self.shards, self.sequence_length, self.separate_documents = shards, sequence_length, separate_documents
+        windows = [max(0, shard.stop - shard.start - 1) // sequence_length for shard in shards]
+        self.first = np.cumsum([0, *windows])  # window of each shard
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self.first, index, side="right")) - 1
+        shard, start = self.shards[number], (index - int(self.first[number])) * self.sequence_length
+        tokens = torch.from_numpy(shard.tokens[start : start + self.sequence_length + 1].astype(np.int64))
+        if not self.separate_documents:
+            return {"input_ids": tokens[:-1], "labels": tokens[1:]}
+        labels, documents = tokens[1:].clone(), torch.zeros(self.sequence_length, dtype=torch.int64)
+        # A document that ends at e has its last token at e - 1, and the next its first at e.
+        position = shard.start + start
+        span = np.searchsorted(shard.ends, (position + 1, position + self.sequence_length), side="left")
+        ends = torch.from_numpy(shard.ends[span[0] : span[1] + 1] - position)
+        labels[ends[ends <= self.sequence_length] - 1] = IGNORE_INDEX
+        documents[ends[ends < self.sequence_length]] = 1
+        return {"input_ids": tokens[:-1], "labels": labels, "documents": documents.cumsum(0)}
+
+
+class PreparedDataModule(SequenceDataModule):
+    """Language modelling on a folder of `dma-lightning prepare`, memory-mapped: no more is read than a batch needs.
+
+    Training draws windows of all shards in random order. `test` and `predict` use the validation part.
+
+    Args:
+        path: the folder.
+        sequence_length: tokens in a sequence.
+        separate_documents: let attention and labels stay within each document of a sequence; else a sequence is plain
+            text across documents.
+        val_path: another folder of the same tokenizer, for validation.
+        val_fraction: share of each shard, at its end, that is kept for validation, unless val_path is given.
+        batch_size: sequences in a batch of each process.
+        num_workers: processes that load data beside each training process.
+
+    Raises:
+        ValueError: if a folder is not finished or damaged, or has other tokens; in `setup`, if it is too short.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        sequence_length: int = 1024,
+        separate_documents: bool = True,
+        val_path: str | None = None,
+        val_fraction: float = 0.01,
+        batch_size: int = 16,
+        num_workers: int = 0,
+    ) -> None:
+        self.path = Path(path).expanduser()
+        self.manifest = read_manifest(self.path)
+        self.tokenizer = _tokenizer(self.path, self.manifest)
+        super().__init__(self.manifest["vocab_size"], sequence_length, batch_size, num_workers)
+        self.save_hyperparameters()
+        if val_path is None and not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction: expected a share between 0 and 1, got {val_fraction}")
+        self.separate_documents, self.val_fraction = separate_documents, val_fraction
+        self.val_path = None if val_path is None else Path(val_path).expanduser()
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Mean length of a token in the whole folder."""
+        return self.manifest["bytes"] / self.manifest["tokens"]
+
+    def setup(self, stage: str) -> None:
+        """Find the shards and split them."""
+        if self.val_path is None:
+            train, val = (_shards(self.path, self.manifest, part, self.val_fraction) for part in ("train", "val"))
+        else:
+            other = read_manifest(self.val_path)
+            if other["tokenizer_sha256"] != self.manifest["tokenizer_sha256"]:
+                raise ValueError(
+                    f"val_path: expected a folder with the tokenizer of {self.path}, got {self.val_path} with another; "
+                    "prepare it with the same"
+                )
+            train, val = _shards(self.path, self.manifest), _shards(self.val_path, other)
+        self.train_set = PackedWindows(train, self.sequence_length, self.separate_documents)
+        self.val_set = self.test_set = PackedWindows(val, self.sequence_length, self.separate_documents)
+        if not (len(self.train_set) and len(self.val_set)):
+            raise ValueError(
+                f"expected more than sequence_length = {self.sequence_length} tokens in the training and validation "
+                f"part of a shard, got {self.manifest['tokens']} tokens in {len(train)} shards at {self.path}; give "
+                "more text, fewer shards or a val_path, shorten sequence_length or change val_fraction"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint carries along: position, and the tokenizer, unless tokens are bytes."""
+        return super().state_dict() | tokenizer_state(self.tokenizer)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint whose model has learned the tokens of this data.
+
+        Raises:
+            ValueError: if it was trained with another tokenizer.
+        """
+        check_tokenizer(state, self.tokenizer)
+        super().load_state_dict(state)
+
+
+def _tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a prepared folder."""
+    return ByteTokenizer() if manifest["tokenizer_sha256"] is None else FileTokenizer(folder / TOKENIZER)
+
+
+def _shards(folder: Path, manifest: dict[str, Any], part: str = "all", val_fraction: float = 0.0) -> list[Shard]:
+    """All tokens of a folder, or the first or last of each shard."""
+    shards = []
+    for shard in manifest["shards"]:
+        tokens, border = shard["tokens"], shard["tokens"] - round(shard["tokens"] * val_fraction)
+        start, stop = {"all": (0, tokens), "train": (0, border), "val": (border, tokens)}[part]
+        files = str(folder / f"{shard['name']}.tokens"), str(folder / f"{shard['name']}.ends.npy")
+        shards.append(Shard(*files, manifest["dtype"], start, stop))
+    return shards

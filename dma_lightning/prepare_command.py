@@ -1,0 +1,245 @@
+"""`dma-lightning prepare`: folders of text into shards of tokens, once and for all."""
+
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dma_lightning.data.documents import Piece, read_documents
+from dma_lightning.data.shards import (
+    MANIFEST,
+    PLAN,
+    TOKENIZER,
+    VERSION,
+    ShardRecord,
+    ShardWriter,
+    read_json,
+    read_records,
+    write_json,
+    write_text,
+)
+from dma_lightning.data.text import text_files
+from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
+
+_TASK_BYTES = 1 << 20  # text that a process takes at once
+_TASKS_AHEAD = 3 * (os.cpu_count() or 1)
+
+_Place = tuple[int, int]  # number of a file, lines of it that are done
+
+
+def prepare(
+    path: str,
+    output: Path,
+    tokenizer: str | None = None,
+    text_field: str = "text",
+    eos_token_id: int | None = None,
+    shard_tokens: int = 100_000_000,
+    processes: int | None = None,
+) -> None:
+    """Write the tokens of text into memory-mapped shards with document borders, for `PreparedDataModule`.
+
+    May be interrupted at any moment; the same command goes on behind the last finished shard, and checks those that are
+    there. What is written does not depend on the number of processes.
+
+    Args:
+        path: a file, a folder (all files below it that are not hidden) or a glob. A line of .jsonl and .ndjson is a
+            document, any other file is one; both may be .gz or .zst.
+        output: folder to write to, new or of the same command.
+        tokenizer: a tokenizer.json of the library tokenizers, which is copied along; by default tokens are bytes.
+        text_field: which field of a JSONL line is the text.
+        eos_token_id: token to put behind each document; by default none.
+        shard_tokens: a shard ends with the document that reaches so many tokens.
+        processes: that tokenise; by default one per core.
+
+    Raises:
+        ValueError: if a file or line is none of that, or output holds something else.
+    """
+    reader = ByteTokenizer() if tokenizer is None else FileTokenizer(tokenizer)
+    processes = _usable_cores() if processes is None else processes
+    if min(shard_tokens, processes) < 1:
+        raise ValueError(f"expected shard_tokens and processes of at least 1, got {shard_tokens} and {processes}")
+    if eos_token_id is not None and not 0 <= eos_token_id < reader.vocab_size:
+        raise ValueError(f"eos_token_id: expected one of the {reader.vocab_size} tokens, got {eos_token_id}")
+    if output.resolve().is_relative_to(source := Path(path).expanduser().resolve()):
+        raise ValueError(f"output: expected a folder outside {source}, whose files are read, got {output}")
+    files = text_files(path)
+    plan = _plan(files, reader, text_field, eos_token_id, shard_tokens)
+    records = _begin(output, plan, reader)
+    if not (output / MANIFEST).exists():
+        pool = ProcessPoolExecutor(processes, initializer=_start_worker, initargs=(_carried(reader), os.getpid()))
+        try:
+            records += _write_shards(output, files, plan, records, pool)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        _finish(output, plan, records)
+    print(
+        f"{output}: {sum(r.tokens for r in records):,} tokens, {sum(r.documents for r in records):,} documents, "
+        f"{sum(r.bytes for r in records):,} bytes, {len(records)} shards"
+    )
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _plan(
+    files: list[Path], tokenizer: Tokenizer, text_field: str, eos_token_id: int | None, shard_tokens: int
+) -> dict[str, Any]:
+    """What decides every byte of the output, in plain values."""
+    carried = _carried(tokenizer)
+    return {
+        "version": VERSION,
+        "tokenizer_sha256": carried and hashlib.sha256(carried.encode()).hexdigest(),
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": np.min_scalar_type(tokenizer.vocab_size - 1).name,
+        "text_field": text_field,
+        "eos_token_id": eos_token_id,
+        "shard_tokens": shard_tokens,
+        "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+    }
+
+
+def _carried(tokenizer: Tokenizer) -> str | None:
+    """What the tokenizer's file says, unless tokens are bytes."""
+    return None if isinstance(tokenizer, ByteTokenizer) else tokenizer.to_json()
+
+
+def _begin(output: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> list[ShardRecord]:
+    """Take up a folder: the shards that are there, checked.
+
+    Raises:
+        ValueError: if the folder holds something else, or a damaged shard.
+    """
+    if (output / PLAN).exists():
+        begun = read_json(output / PLAN)
+        if changed := [name for name in plan if begun.get(name) != plan[name]]:
+            raise ValueError(
+                f"{output}: expected what it was begun with, got other {', '.join(changed)}; name another folder"
+            )
+    elif output.exists() and any(not file.name.endswith(".tmp") for file in output.iterdir()):
+        raise ValueError(f"{output}: expected no folder, an empty one, or one of this command; got other files there")
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / PLAN, plan)
+    if carried := _carried(tokenizer):
+        write_text(output / TOKENIZER, carried)
+    records = read_records(output)
+    for record in tqdm(records, desc="check", unit="shard", disable=not records):
+        record.verify(output)
+    return records
+
+
+def _write_shards(
+    output: Path, files: list[Path], plan: dict[str, Any], done: list[ShardRecord], pool: ProcessPoolExecutor
+) -> list[ShardRecord]:
+    """Write the shards behind those that are done."""
+    before = np.cumsum([0, *(size for _, size, _ in plan["files"])])
+    place = (done[-1].next_file, done[-1].next_line) if done else (0, 0)
+    eos = np.array([] if plan["eos_token_id"] is None else [plan["eos_token_id"]], plan["dtype"])
+    records: list[ShardRecord] = []
+    writer = ShardWriter(output, len(done), np.dtype(plan["dtype"]))
+    bar = tqdm(total=int(before[-1]), initial=int(before[place[0]]), desc="prepare", unit="B", unit_scale=True)
+    try:
+        for file, piece, tokens in _tokenised(pool, _pieces(files, place, plan["text_field"])):
+            writer.add(tokens, piece.bytes)
+            bar.update(int(before[file]) + piece.read - bar.n)
+            if piece.next_line == -1:
+                continue
+            writer.add(eos, 0)
+            writer.end_document()
+            place = (file + 1, 0) if piece.next_line is None else (file, piece.next_line)
+            if writer.tokens >= plan["shard_tokens"]:
+                records.append(writer.finish(*place))
+                writer = ShardWriter(output, len(done) + len(records), writer.dtype)
+        if writer.tokens:
+            records.append(writer.finish(*place))
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that tokenises was ended, perhaps for its memory; lower --processes and run the command again"
+        ) from error
+    finally:
+        writer.discard()
+        bar.close()
+    return records
+
+
+def _finish(output: Path, plan: dict[str, Any], records: list[ShardRecord]) -> None:
+    """Write the manifest."""
+    if not records:
+        raise ValueError(f"expected text, got {len(plan['files'])} files without any")
+    totals = {name: sum(getattr(record, name) for record in records) for name in ("tokens", "documents", "bytes")}
+    write_json(output / MANIFEST, totals | plan | {"shards": [asdict(record) for record in records]})
+
+
+def _pieces(files: list[Path], start: _Place, text_field: str) -> Iterator[tuple[int, Piece]]:
+    """The text from a place on, and the numbers of the files that it is in."""
+    for number in range(start[0], len(files)):
+        skip = start[1] if number == start[0] else 0
+        for piece in read_documents(files[number], text_field, skip):
+            yield number, piece
+
+
+def _tokenised(
+    pool: ProcessPoolExecutor, pieces: Iterable[tuple[int, Piece]]
+) -> Iterator[tuple[int, Piece, np.ndarray]]:
+    """Pieces with their tokens, in order; no more of the text is read than the processes need."""
+    waiting: deque[tuple[list[tuple[int, Piece]], Future]] = deque()
+
+    def first() -> Iterator[tuple[int, Piece, np.ndarray]]:
+        task, future = waiting.popleft()
+        for (file, piece), tokens in zip(task, future.result(), strict=True):
+            yield file, piece, tokens
+
+    for task in _tasks(pieces):
+        waiting.append((task, pool.submit(_encode, [piece.text for _, piece in task])))
+        if len(waiting) > _TASKS_AHEAD:
+            yield from first()
+    while waiting:
+        yield from first()
+
+
+def _tasks(pieces: Iterable[tuple[int, Piece]]) -> Iterator[list[tuple[int, Piece]]]:
+    """Pieces in lists of about as much text."""
+    task: list[tuple[int, Piece]] = []
+    size = 0
+    for item in pieces:
+        task.append(item)
+        size += item[1].bytes
+        if size >= _TASK_BYTES:
+            yield task
+            task, size = [], 0
+    if task:
+        yield task
+
+
+_tokenizer: Tokenizer  # of each process that tokenises
+
+
+def _start_worker(tokenizer: str | None, parent: int) -> None:
+    """Make a process ready, and let it end with the one that started it, however that ends."""
+    global _tokenizer
+    _tokenizer = ByteTokenizer() if tokenizer is None else FileTokenizer.of_json(tokenizer)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _encode(texts: list[str]) -> list[np.ndarray]:
+    if isinstance(_tokenizer, ByteTokenizer):  # without a list of them
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+    return [np.array(_tokenizer.encode(text), np.min_scalar_type(_tokenizer.vocab_size - 1)) for text in texts]
