@@ -130,16 +130,21 @@ def recorded(folder: Path) -> tuple[dict[tuple[str, int], set[str]], str]:
     return curve, (folder / "weights.txt").read_text()
 
 
-def killed_run(folder: Path, steps: int, most: int, random_: random.Random, longest: float) -> list[dict[str, object]]:
-    """Kill and resume a run until it has finished; at most so many kills, each within `longest` seconds."""
+def killed_run(folder: Path, steps: int, most: int, random_: random.Random, seconds: float) -> list[dict[str, object]]:
+    """Kill and resume a run until it has finished, at most so many times.
+
+    A kill comes within `seconds` of the start (one of four) or of the first batch that is new.
+    """
     kills: list[dict[str, object]] = []
     while len(kills) < most:
+        before, after = _batches(folder), random_.uniform(0, seconds)
         process = start(folder, steps)
-        after = random_.uniform(0, longest)
-        deadline = time.monotonic() + after
-        ended = 0
-        while not ended and time.monotonic() < deadline:
-            time.sleep(0.001)
+        begun = time.monotonic() if random_.random() < 0.25 else None
+        ended, status = 0, 0
+        while not ended and (begun is None or time.monotonic() < begun + after):
+            time.sleep(0.002)
+            if begun is None and _batches(folder) > before:
+                begun = time.monotonic()
             ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
             if status:
@@ -147,16 +152,16 @@ def killed_run(folder: Path, steps: int, most: int, random_: random.Random, long
             return kills
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-        kills.append({"after_s": round(after, 3), **_left_by_a_kill(folder)})
+        unfinished = len(list(folder.glob("runs/**/*.tmp")))
+        kills.append({"new_batches": _batches(folder) - before, "unfinished_files_so_far": unfinished})
     finish(folder, steps)
     return kills
 
 
-def _left_by_a_kill(folder: Path) -> dict[str, int]:
-    """Batches computed so far, replays included, and files that were being written."""
+def _batches(folder: Path) -> int:
+    """Computed so far, repeated ones included."""
     losses = folder / "losses.jsonl"
-    batches = losses.read_text().count('"loss"') if losses.exists() else 0
-    return {"batches": batches, "unfinished_files": len(list(folder.glob("runs/**/*.tmp")))}
+    return losses.read_text().count('"loss"') if losses.exists() else 0
 
 
 def compare(folder: Path, whole: Path) -> int:
@@ -182,16 +187,16 @@ def kill_runs(folder: Path, kills: int, steps: int, seed: int = 0) -> list[dict[
     """
     whole = folder / "whole"
     whole.mkdir(parents=True)
-    began = time.monotonic()
     finish(whole, steps)
-    seconds = time.monotonic() - began
+    created = (whole / "runs").stat().st_ctime  # before the first batch
+    seconds = (whole / "weights.txt").stat().st_mtime - created
+    seconds /= 3  # several kills a run
     runs: list[dict[str, object]] = []
     random_ = random.Random(seed)
     while (left := kills - sum(len(run["kills"]) for run in runs)) > 0:
         run = folder / f"run{len(runs)}"
         run.mkdir()
-        made = killed_run(run, steps, left, random_, longest=seconds)
-        seconds *= 1 if made else 0.7  # that it got through at once means that the first was slow
+        made = killed_run(run, steps, left, random_, seconds)
         runs.append({"kills": made, "numbers_compared": compare(run, whole)})
         print(f"run {len(runs)}: {len(made)} kills, {runs[-1]['numbers_compared']} numbers equal", flush=True)
         shutil.rmtree(run)
@@ -202,7 +207,7 @@ def main() -> None:
     """Kill, compare, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of a run")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of a run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kill_runs.json")
     args = parser.parse_args()
