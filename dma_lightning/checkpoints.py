@@ -182,7 +182,7 @@ class ResumableCheckpoint(ModelCheckpoint):
             if not self._should_skip_saving_checkpoint(trainer):
                 self._save_now(trainer)
             rank_zero_info(f"SIGTERM: step {trainer.global_step} is saved; `--ckpt_path last` goes on")
-            raise SIGTERMException
+            raise SIGTERMException(128 + signal.SIGTERM)  # the status by which it is told from a finished run
 
     def _save_now(self, trainer: pl.Trainer) -> None:
         candidates = self._monitor_candidates(trainer)

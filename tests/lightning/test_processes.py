@@ -13,6 +13,8 @@ import pytest
 import torch
 from two_processes import train
 
+from dma_lightning.strategies import _watch
+
 HERE = Path(__file__).parent
 
 
@@ -107,7 +109,7 @@ def test_one_goes_on_from_two(run: str, two: Outcome, tmp_path: Path) -> None:
 
 def test_sigterm_in_one_ends_both_after_the_same_step(two: Outcome) -> None:
     for rank in range(2):
-        assert json.loads((two.folder / f"terminated{rank}.json").read_text()) is None
+        assert json.loads((two.folder / f"terminated{rank}.json").read_text()) == 143
     (checkpoint,) = (file for file in (two.folder / "terminated").iterdir() if not file.is_symlink())
     assert checkpoint.name == "step=5.ckpt"
     assert len(torch.load(checkpoint, weights_only=True)["rng_states"]) == 2
@@ -127,3 +129,17 @@ def test_compiled_layers_of_one_process(tmp_path: Path, monkeypatch: pytest.Monk
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         train(tmp_path, compile_layers=True, activation_checkpointing=True)
     assert_same(torch.load(tmp_path / "step=20.ckpt", weights_only=True), load(two, "one-dma-1"))
+
+
+def test_a_started_process_ends_with_the_first(capfd: pytest.CaptureFixture[str]) -> None:
+    reading, writing = os.pipe()
+    first = os.fork()
+    if not first:  # the first process starts another and is no more
+        process = os.getpid()
+        if not os.fork():
+            _watch(process, rank=1, seconds=0.01)
+        os._exit(0)
+    os.waitpid(first, 0)
+    os.close(writing)  # the other has it open until it ends
+    assert os.read(reading, 1) == b""
+    assert "rank 1: the first process has ended, so this one does" in capfd.readouterr().err
