@@ -335,20 +335,27 @@ def test_too_little_text(prepared: Path) -> None:
         PreparedDataModule(str(prepared), 8, val_fraction=0)
 
 
-def test_a_model_sees_each_document_by_itself(prepared: Path) -> None:
-    """The loss of a packed sequence is that of its documents, one after the other."""
+@pytest.mark.parametrize("attention", ["dma", "mha", "swa", "mla", "nsa"])
+def test_a_model_sees_each_document_by_itself(prepared: Path, attention: str) -> None:
+    """What it says in a document depends on no other, and is what it says of the document alone.
+
+    The latter but for nsa, whose blocks lie on one grid.
+    """
     data = PreparedDataModule(str(prepared), 111, batch_size=2, val_fraction=0.3)
     data.setup("fit")
     batch = default_collate([data.train_set[i] for i in (0, 1)])
     assert batch["documents"].max() >= 2
     shape = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "vocab_size": data.vocab_size}
     torch.manual_seed(0)
-    module = LanguageModel(**shape, keep_window_size=16, backend="torch").double().eval()
+    module = LanguageModel(**shape, keep_window_size=16, attention=attention, backend="torch").double().eval()
     _, packed = module._loss(batch)
     for row, documents in enumerate(batch["documents"]):
         for document in documents.unique():
             mine = documents == document
-            alone = module(batch["input_ids"][row, mine][None])
+            if attention == "nsa":
+                alone = module(batch["input_ids"][row].where(mine, 0)[None], documents[None])[:, mine]
+            else:
+                alone = module(batch["input_ids"][row, mine][None])
             torch.testing.assert_close(packed[row, mine], alone[0], rtol=0, atol=1e-10)
 
 
