@@ -142,9 +142,9 @@ class ResumableCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if trainer.world_size > 1 and not isinstance(exception, SystemExit):
             print(
-                f"rank {trainer.global_rank}: ended at step {trainer.global_step} by {type(exception).__name__}; if "
-                "another process has ended before, that one's output says why, if it was not killed; `--ckpt_path "
-                "last` goes on from the last checkpoint",
+                f"rank {trainer.global_rank}: ended at step {trainer.global_step} by {type(exception).__name__}. If a "
+                "connection was lost, another process ended first: its output says why, or it was killed. "
+                "`--ckpt_path last` goes on from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
             )

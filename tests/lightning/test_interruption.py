@@ -142,8 +142,7 @@ def test_resumed_run_is_the_same_run(
         assert (tmp_path / "last.ckpt").resolve() == path.resolve()
     losses, weights = train(tmp_path, ckpt_path=path)
     assert before | losses == whole[0]
-    for name, expected in whole[1].items():
-        torch.testing.assert_close(weights[name], expected, rtol=0, atol=0)
+    torch.testing.assert_close(weights, whole[1], rtol=0, atol=0)
 
 
 def test_terminated_run_says_so_by_its_status(tmp_path: Path) -> None:
@@ -167,6 +166,27 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pyt
         AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(5)}, path)
     assert list(tmp_path.iterdir()) == [path]
     assert AtomicCheckpointIO().load_checkpoint(path)["x"].sum() == 5
+
+
+def test_run_whose_disk_fills_goes_on(whole: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves, real = [], torch.save
+
+    def disk_fills(value: object, file: object) -> None:
+        saves.append(value)
+        if len(saves) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(value, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", disk_fills)
+        with pytest.raises(OSError, match="make room"), pytest.warns(UserWarning, match="make room"):
+            train(tmp_path, every=1)
+    before = train.losses
+    path = newest_checkpoint([tmp_path])
+    assert path.name == "step=2.ckpt"
+    losses, weights = train(tmp_path, ckpt_path=path)
+    assert before | losses == whole[0]
+    torch.testing.assert_close(weights, whole[1], rtol=0, atol=0)
 
 
 def test_file_size_limit_is_met_by_the_real_writer(tmp_path: Path) -> None:

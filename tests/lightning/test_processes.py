@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,9 +117,8 @@ def test_sigterm_in_one_ends_both_after_the_same_step(two: Outcome) -> None:
 def test_a_killed_process_ends_the_other(two: Outcome) -> None:
     assert two.statuses[1] == -9
     assert two.statuses[0] not in (0, -9)
-    assert "rank 0: ended at step 6 by RuntimeError; if another process has ended before" in two.log
+    assert "rank 0: ended at step 6 by RuntimeError. If a connection was lost, another process ended first" in two.log
     assert not list((two.folder / "killed").glob("*"))
-    assert float((two.folder / "ended").read_text()) <= time.time()
 
 
 def test_compiled_layers_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two: Outcome) -> None:

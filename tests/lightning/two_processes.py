@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -82,7 +81,7 @@ def main(folder: Path) -> None:
     for attention in ("dma", "mha"):
         for accumulate in (1, 2):
             name = folder / f"ddp-{attention}-{accumulate}"
-            together(name, attention, accumulate, strategy=DDPStrategy(timeout=timedelta(seconds=30)))
+            together(name, attention, accumulate, strategy="ddp")
     together(folder / "ddp-resumed", strategy="ddp", ckpt_path=folder / "one-dma-1/step=10.ckpt")
     for accumulate in (1, 2):
         together(folder / f"fsdp-dma-{accumulate}", accumulate=accumulate, strategy=FullyShardedStrategy())
@@ -99,10 +98,7 @@ def main(folder: Path) -> None:
         (folder / f"terminated{rank}.json").write_text(json.dumps(stop.code))
 
     callbacks = (At(7, lambda: os.kill(os.getpid(), signal.SIGKILL)),) if rank == 1 else ()
-    try:
-        together(folder / "killed", strategy="ddp", callbacks=callbacks)
-    finally:
-        (folder / "ended").write_text(str(time.time()))
+    together(folder / "killed", strategy=DDPStrategy(timeout=timedelta(seconds=60)), callbacks=callbacks)
 
 
 if __name__ == "__main__":
