@@ -227,7 +227,8 @@ def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
         try:
             saved = read_checkpoint(path)
         except Exception as error:  # torch raises whatever the damage leads to
-            rank_zero_warn(f"{path}: left out, since it cannot be read ({str(error).splitlines()[0]})")
+            reason, *_ = f"{error}\n".splitlines()
+            rank_zero_warn(f"{path}: left out, since it cannot be read ({reason})")
             continue
         if "lr_schedulers" in saved:
             return path

@@ -1,6 +1,7 @@
 """Whatever interrupts a run, `ckpt_path last` goes on from the newest whole checkpoint, and the run is the same."""
 
 import errno
+import multiprocessing
 import os
 import pickle
 import signal
@@ -59,8 +60,22 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def terminate_all() -> None:
+    """As batch systems do: workers, too."""
+    workers = multiprocessing.active_children()
+    assert workers
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    terminate()
+
+
 def train(
-    folder: Path, *callbacks: pl.Callback, ckpt_path: Path | None = None, every: int = 100, **options: object
+    folder: Path,
+    *callbacks: pl.Callback,
+    ckpt_path: Path | None = None,
+    every: int = 100,
+    num_workers: int = 0,
+    **options: object,
 ) -> tuple[dict[int, float], dict[str, Tensor]]:
     """A run in this process of two batches a step, with dropout, a schedule, validations and 6 1/2 steps an epoch.
 
@@ -79,7 +94,7 @@ def train(
         keep_window_size=4,
         hidden_dropout=0.2,
     )
-    data = MQARDataModule(64, 16, 2, train_examples=52, val_examples=4, batch_size=4)
+    data = MQARDataModule(64, 16, 2, train_examples=52, val_examples=4, batch_size=4, num_workers=num_workers)
     losses = Interrupt()
     arguments = {
         "accelerator": "cpu",
@@ -150,6 +165,15 @@ def test_terminated_run_says_so_by_its_status(tmp_path: Path) -> None:
         train(tmp_path, Interrupt("on_before_backward", 5, terminate))
     assert stop.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_workers_outlive_sigterm(whole: tuple, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        train(tmp_path, Interrupt("on_before_backward", 5, terminate_all), num_workers=1)
+    before = train.losses
+    losses, _ = train(tmp_path, ckpt_path=newest_checkpoint([tmp_path]))
+    assert before | losses == whole[0]
+    assert max(before) == 6
 
 
 def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
