@@ -6,18 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from jsonargparse import auto_cli, set_parsing_settings
+from jsonargparse import Namespace, auto_cli, set_parsing_settings
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from dma_lightning.callbacks import ContinuationWriter
+from dma_lightning.checkpoints import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from dma_lightning.data import SequenceDataModule
 from dma_lightning.generate_command import generate
 from dma_lightning.huggingface_commands import export_hf, import_hf
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.prepare_command import prepare
 from dma_lightning.sizes_command import sizes
+from dma_lightning.strategies import end_with_first_process
 
 # What the data dictates to the model: attribute of the data module, and argument of the model.
 _LINKS = {
@@ -40,8 +43,11 @@ _LIGHTNING_CHECKPOINTS = {"best", "last", "hpc", "registry"}
 class DMACLI(LightningCLI):
     """LightningCLI whose model takes from the data what the data dictates, and whose checkpoints know both.
 
-    With `--ckpt_path`, what the checkpoint saved of model and data are the defaults; configs and flags win over them.
+    With `ckpt_path`, what the checkpoint saved of model and data are the defaults; configs and flags win over them.
+    `last` is the newest whole checkpoint of all versions of the run's folder; `fit` begins anew where there is none.
     """
+
+    checkpoint: Path | None = None  # what `ckpt_path` stands for, if it is a file or folder
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser that takes no abbreviated options, so that a typo is an error."""
@@ -52,15 +58,54 @@ class DMACLI(LightningCLI):
             parser.link_arguments(f"data.{source}", f"model.{target}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        checkpoint = _checkpoint_argument(args)
-        if checkpoint is not None:
-            for subparser in self._subcommand_parsers.values():
-                subparser.set_defaults(_saved_arguments(checkpoint))
+        self.checkpoint = _checkpoint_argument(args)
+        if self.checkpoint is None:  # then a config may name one, or `last` stands for one of this run
+            super().parse_arguments(parser, args)
+            self.checkpoint = self._configured_checkpoint()
+            if self.checkpoint is None:
+                return
+        saved = _saved_arguments(self.checkpoint)
+        for subparser in self._subcommand_parsers.values():
+            subparser.set_defaults(saved)
         super().parse_arguments(parser, args)
 
+    def _configured_checkpoint(self) -> Path | None:
+        """The checkpoint that the parsed configuration stands for.
+
+        Raises:
+            ValueError: if there is none, unless `fit` shall go on with the last.
+        """
+        config = self.config.get(self.config.get("subcommand") or "", Namespace())
+        path = config.get("ckpt_path")
+        if path != "last":
+            return _checkpoint_file(path)
+        folders = _run_folders(config.trainer)
+        found = newest_checkpoint(folders)
+        where = " or ".join(str(folder) for folder in folders)
+        if found is None and self.config.subcommand != "fit":
+            raise ValueError(f"ckpt_path: expected a checkpoint below {where}, found none to take as the last")
+        rank_zero_only(print)(
+            f"ckpt_path last: no checkpoint below {where}; training begins anew"
+            if found is None
+            else f"ckpt_path last: {found}"
+        )
+        return found
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if self.subcommand is not None:
+            config = self.config_init[self.subcommand]
+            if self.checkpoint is not None:
+                config.ckpt_path = str(self.checkpoint)
+            elif config.ckpt_path == "last":
+                config.ckpt_path = None
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The trainer; for `predict` with a writer of continuations, if no other writer is there."""
+        """The trainer, with atomic checkpoints; for `predict` with a writer of continuations, if no other is there."""
         trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        end_with_first_process(trainer)
         writes = any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)
         if self.subcommand == "predict" and not writes:
             trainer.callbacks.append(ContinuationWriter())
@@ -71,7 +116,7 @@ class DMACLI(LightningCLI):
 
 
 def _checkpoint_argument(args: ArgsType) -> Path | None:
-    """The checkpoint file that `--ckpt_path` names, unless it is a URL or one of Lightning's keywords.
+    """The checkpoint that the command line names, unless by a URL or one of Lightning's keywords.
 
     Raises:
         ValueError: if there is no such file.
@@ -80,17 +125,51 @@ def _checkpoint_argument(args: ArgsType) -> Path | None:
         return None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
-    path = parser.parse_known_args(args)[0].ckpt_path
+    return _checkpoint_file(parser.parse_known_args(args)[0].ckpt_path)
+
+
+def _checkpoint_file(path: str | None) -> Path | None:
+    """The file or folder of a `ckpt_path`, unless it is a URL or one of Lightning's keywords.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
     if not path or "://" in path or path.split(":")[0] in _LIGHTNING_CHECKPOINTS:
         return None
     if not Path(path).exists():
         raise ValueError(f"--ckpt_path: expected an existing checkpoint, got {path!r}; look under runs/")
-    return Path(path) if Path(path).is_file() else None  # a folder is a sharded checkpoint, which Lightning reads
+    return Path(path)
+
+
+def _run_folders(trainer: Namespace) -> list[Path]:
+    """Where a trainer puts its checkpoints: the folders of its `ModelCheckpoint`s, else that of its logger."""
+    callbacks = trainer.get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    chosen = {callback.get("init_args", {}).get("dirpath") for callback in callbacks} - {None}
+    if chosen:
+        return [Path(folder).expanduser() for folder in sorted(chosen)]
+    loggers = trainer.get("logger")
+    logger = loggers[0] if isinstance(loggers, list) and loggers else loggers
+    root = Path(trainer.get("default_root_dir") or ".")
+    if not isinstance(logger, Namespace):
+        return [root / ("checkpoints" if logger is False else "lightning_logs")]
+    options = logger.init_args
+    return [Path(options.get("save_dir") or root) / (options.get("name") or "")]
 
 
 def _saved_arguments(checkpoint: Path) -> dict[str, Any]:
-    """Arguments of model and data that a checkpoint was made with."""
-    saved = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+    """Arguments of model and data that a checkpoint was made with.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        saved = read_checkpoint(checkpoint)
+    except Exception as error:  # torch raises whatever the damage leads to
+        raise ValueError(
+            f"ckpt_path: expected a whole checkpoint, got {str(checkpoint)!r}, which cannot be read ({error}); "
+            "`last` takes the newest whole one"
+        ) from error
     model = saved.get(LanguageModel.CHECKPOINT_HYPER_PARAMS_KEY, {})
     data = saved.get(SequenceDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     dictated = {"_instantiator", *_LINKS.values()}

@@ -6,9 +6,12 @@ B batch, N length, V vocabulary.
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
+import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
@@ -32,6 +35,8 @@ class LanguageModel(pl.LightningModule):
         warmup_fraction: share of trainer.max_steps in which the learning rate rises linearly.
         decay_fraction: share of trainer.max_steps in which wsd falls linearly.
         bytes_per_token: mean length of a token, to report bits per byte; none for data that is no text.
+        compile_layers: compile every layer (torch.compile), when a trainer runs the model.
+        activation_checkpointing: keep no activations within layers, but compute them again in the backward pass.
         config: the fields of `ModelConfig`.
     """
 
@@ -44,6 +49,8 @@ class LanguageModel(pl.LightningModule):
         warmup_fraction: float = 0.1,
         decay_fraction: float = 0.2,
         bytes_per_token: float | None = None,
+        compile_layers: bool = False,
+        activation_checkpointing: bool = False,
         **config: Any,
     ) -> None:
         super().__init__()
@@ -58,12 +65,22 @@ class LanguageModel(pl.LightningModule):
             )
         self.save_hyperparameters()
         self.model = DogeForCausalLM(ModelConfig(**config))
+        self.model.activation_checkpointing = activation_checkpointing
         self.val_metrics = self._metrics()
         self.test_metrics = self._metrics()
 
     def forward(self, input_ids: Tensor, documents: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
         """Logits `[B, N, V]` of token ids `[B, N]`; see `DogeForCausalLM.forward`."""
         return self.model(input_ids, documents, padding)
+
+    def configure_model(self) -> None:
+        """Compile and shard (FSDP2, with `ModelParallelStrategy`) the layers in place; parameters keep their names."""
+        if self.hparams.compile_layers:
+            for layer in self.model.layers:
+                layer.compile()
+        if self.device_mesh is not None:
+            for module in (*self.model.layers, self.model):
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         config = self.model.config
@@ -92,8 +109,8 @@ class LanguageModel(pl.LightningModule):
         return {"tokens": logits.argmax(-1), "label_log_probs": -_token_losses(logits, batch["labels"])}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("grad_norm", nn.utils.get_total_norm(grads))
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with two groups, and the schedule per optimizer step.
@@ -106,16 +123,28 @@ class LanguageModel(pl.LightningModule):
             raise ValueError(f"schedule {hp.schedule!r} needs trainer.max_steps >= 1, got {max_steps}; set it")
         matrices = [p for p in self.parameters() if p.ndim >= 2]
         vectors = [p for p in self.parameters() if p.ndim < 2]  # norms, residual weights, A
-        groups = [{"params": matrices, "weight_decay": hp.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = AdamW(groups, lr=hp.lr, betas=tuple(hp.betas))
-
-        def factor(step: int) -> float:
-            return lr_factor(hp.schedule, step, max_steps, hp.warmup_fraction, hp.decay_fraction)
-
+        optimizer = AdamW([{"params": matrices}, {"params": vectors}], lr=hp.lr)
+        self._set_rates(optimizer, step=0)
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._lr_factor), "interval": "step"},
         }
+
+    def on_train_start(self) -> None:
+        """Let the arguments of this run win over what a checkpoint has restored of another's."""
+        scheduler = self.lr_schedulers()
+        self._set_rates(self.optimizers(use_pl_optimizer=False), scheduler.last_epoch)
+        scheduler.base_lrs = [self.hparams.lr] * len(scheduler.base_lrs)
+
+    def _set_rates(self, optimizer: Optimizer, step: int) -> None:
+        hp = self.hparams
+        for group, decay in zip(optimizer.param_groups, (hp.weight_decay, 0.0), strict=True):
+            rates = {"initial_lr": hp.lr, "lr": hp.lr * self._lr_factor(step)}
+            group.update(rates, weight_decay=decay, betas=tuple(hp.betas))
+
+    def _lr_factor(self, step: int) -> float:
+        hp = self.hparams
+        return lr_factor(hp.schedule, step, self.trainer.max_steps, hp.warmup_fraction, hp.decay_fraction)
 
     def _logits(self, batch: Batch) -> Tensor:
         return self.model(batch["input_ids"], batch.get("documents"), batch.get("padding"))
@@ -153,6 +182,7 @@ class LanguageModel(pl.LightningModule):
 
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy in nats at every position `[B, N]`; 0 where the label is ignored."""
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-    ).view_as(labels)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view_as(
+        labels
+    )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dma_kernels import ScoreForm
 from dma_lightning.backends import Backend
@@ -169,6 +170,8 @@ class DogeForCausalLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
+        """Whether layers keep no activations for the backward pass, but compute them again."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DogeLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -217,7 +220,10 @@ class DogeForCausalLM(nn.Module):
             raise ValueError(f"cache: expected one for each of the {len(self.layers)} layers, got {len(cache)}")
         x = self.embed_tokens(input_ids)  # [B, N, C]
         for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers), strict=True):
-            x = layer(x, documents, padding, layer_cache)
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
+                x = checkpoint(layer, x, documents, padding, use_reentrant=False)
+            else:
+                x = layer(x, documents, padding, layer_cache)
         return self.lm_head(self.norm(x[:, -1:] if last_only else x))
 
     def new_cache(self, batch: int, full: bool = False) -> list[MixerCache]:

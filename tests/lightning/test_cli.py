@@ -171,3 +171,11 @@ def test_window_beyond_the_sequence_trains_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="keep_window_size 64 >= sequence length 64: no key is ever dropped"):
         cli.trainer.fit(cli.model, cli.datamodule)
     assert cli.trainer.global_step == 1
+
+
+def test_plugin_of_the_slurm_recipe() -> None:
+    recipe = (CONFIGS.parent / "docs/training.md").read_text()
+    plugin = recipe.split("--trainer.plugins '")[1].split("'")[0]
+    cli = build(config("model/tiny"), config("data/pydoc"), f"--trainer.plugins={plugin}")
+    environment = cli.trainer._accelerator_connector.cluster_environment
+    assert not environment.auto_requeue

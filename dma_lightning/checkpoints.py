@@ -1,0 +1,278 @@
+"""Checkpoints that survive any interruption: written whole or not at all, found again, and exact to go on from."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from dma_lightning.stability import UnstableTrainingError
+
+RNG_KEY = "rng_states"  # in a checkpoint: of each process, in the order of their ranks
+_SHARDED = "meta.pt"  # what a sharded checkpoint, a folder, holds besides weights and optimizer states; written last
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, to the disk, and moves it there: a path holds a whole checkpoint or none.
+
+    (Lightning's own writes to the folder for temporary files, and copies from there if that is another file system.)
+    Loading refuses whatever is no tensor, number, text or container of them.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint; a URL as Lightning does.
+
+        Raises:
+            OSError: if it cannot be written; what was at `path` before is whole.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.tmp")
+        try:
+            with unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        except BaseException as error:
+            unfinished.unlink(missing_ok=True)
+            if isinstance(error, OSError | RuntimeError):  # on a full disk, torch's writer has an error of its own
+                cause = error.__context__ if isinstance(error.__context__, OSError) else error
+                raise OSError(
+                    f"{path}: cannot be written ({cause}); make room; earlier checkpoints are whole"
+                ) from error
+            raise
+        _sync_folder(path.parent)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Raises:
+            ValueError: if asked to read arbitrary objects, which runs whatever code the file holds.
+        """
+        if weights_only is False:
+            raise ValueError("weights_only: expected true, since other checkpoints can run any code; got false")
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+class ResumableCheckpoint(ModelCheckpoint):
+    """Saves between optimizer steps only, with all states of random numbers, so that a resumed run is the same run.
+
+    Saves every so many steps, after each validation, and at the end; on SIGTERM it saves after the step that is being
+    made (and the validation that follows, if one does) and ends the run; on an exception it saves what the last whole
+    step left, with one process. With several, one of them cannot save alone, and the last regular checkpoint stands.
+    When a validation follows a step, it is saved after the validation, so that resuming leaves no validation out.
+
+    Args:
+        every_n_train_steps: optimizer steps between two checkpoints.
+        filename: as of `ModelCheckpoint`.
+        save_last: as of `ModelCheckpoint`; by default a link to the newest, which is never missing.
+        save_on_exception: as of `ModelCheckpoint`.
+        **kwargs: what else `ModelCheckpoint` takes.
+    """
+
+    def __init__(
+        self,
+        every_n_train_steps: int = 500,
+        filename: str = "{step}",
+        save_last: bool | Literal["link"] | None = "link",
+        save_on_exception: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            every_n_train_steps=every_n_train_steps,
+            filename=filename,
+            save_last=save_last,
+            save_on_exception=save_on_exception,
+            **kwargs,
+        )
+        self._whole: _WholeStep | None = None
+        self._rewind = False  # whether what is saved is the last whole step, of which counters are ahead
+        self._rng_to_load: list[dict[str, Any]] | None = None
+        self._asked_to_stop = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self._rng_to_load is not None:
+            _load_rng(self._rng_to_load, trainer)
+            self._rng_to_load = None
+            self._last_global_step_saved = trainer.global_step
+        self._whole = _WholeStep.now(trainer)
+        self._asked_to_stop = False
+        if threading.current_thread() is threading.main_thread():
+            # Instead of Lightning's, which may end the processes at different steps. It puts back what was before.
+            signal.signal(signal.SIGTERM, self._ask_to_stop)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate():
+            return  # gradients are in no checkpoint
+        self._whole = _WholeStep.now(trainer)
+        if not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+            super().on_train_batch_end(trainer, pl_module, *args)
+            self._stop_if_asked(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        self._whole = _WholeStep.now(trainer)
+        self._defer_save_until_validation = True  # to this moment
+        super().on_validation_end(trainer, pl_module)
+        self._stop_if_asked(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._should_skip_saving_checkpoint(trainer) and not trainer.fit_loop.epoch_loop._should_accumulate():
+            self._save_now(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if trainer.world_size > 1 and not isinstance(exception, SystemExit):
+            print(
+                f"rank {trainer.global_rank}: ended at step {trainer.global_step} by {type(exception).__name__}. If a "
+                "connection was lost, another process ended first: its output says why, or it was killed. "
+                "`--ckpt_path last` goes on from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+        if self._whole is None or isinstance(exception, UnstableTrainingError) or trainer.world_size > 1:
+            return
+        progress = trainer.fit_loop.epoch_loop.batch_progress.total
+        stepped = trainer.global_step > self._whole.step and progress.processed == progress.ready
+        self._rewind = (trainer.global_step, progress.processed) == (self._whole.step, self._whole.batches)
+        if (stepped or self._rewind) and not trainer.validating:
+            try:
+                super().on_exception(trainer, pl_module, exception)
+            except OSError as error:
+                rank_zero_warn(str(error))
+        self._rewind = False
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        rng = self._whole.rng if self._rewind else _collect_rng_states()
+        checkpoint[RNG_KEY] = _of_all_processes(_plain_rng(rng), trainer)
+        if self._rewind:
+            checkpoint["loops"]["fit_loop"] = self._whole.loops
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._rng_to_load = checkpoint.get(RNG_KEY)
+
+    def _ask_to_stop(self, *_: Any) -> None:
+        self._asked_to_stop = True
+
+    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+        """End the run, in all processes after the same step, if one of them has got SIGTERM."""
+        if trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False):
+            if not self._should_skip_saving_checkpoint(trainer):
+                self._save_now(trainer)
+            rank_zero_info(f"SIGTERM: step {trainer.global_step} is saved; `--ckpt_path last` goes on")
+            raise SIGTERMException(128 + signal.SIGTERM)  # the status by which it is told from a finished run
+
+    def _save_now(self, trainer: pl.Trainer) -> None:
+        candidates = self._monitor_candidates(trainer)
+        self._save_topk_checkpoint(trainer, candidates)
+        if self._last_global_step_saved != trainer.global_step:  # not among the best
+            self._save_checkpoint(trainer, self._get_metric_interpolated_filepath_name(candidates, trainer))
+        self._save_last_checkpoint(trainer, candidates)
+
+    @staticmethod
+    def _link_checkpoint(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
+        """As Lightning's, but the old link stands until the new one does."""
+        if trainer.is_global_zero and Path(filepath).absolute() != Path(linkpath).absolute():
+            new = Path(f"{linkpath}.tmp")
+            new.unlink(missing_ok=True)
+            new.symlink_to(os.path.relpath(filepath, Path(linkpath).parent))
+            new.replace(linkpath)
+        trainer.strategy.barrier()
+
+
+class _WholeStep(NamedTuple):
+    """Where training was when it had just made a whole optimizer step."""
+
+    step: int
+    batches: int
+    loops: dict[str, Any]
+    rng: dict[str, Any]
+
+    @classmethod
+    def now(cls, trainer: pl.Trainer) -> "_WholeStep":
+        loop = trainer.fit_loop
+        batches = loop.epoch_loop.batch_progress.total.processed
+        return cls(trainer.global_step, batches, loop.state_dict(), _collect_rng_states())
+
+
+def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
+    """The checkpoint written last of those at any depth below some folders that training can go on from.
+
+    Those that cannot be read are told and left out.
+    """
+    found = {file.resolve() for folder in folders for file in folder.rglob("*.ckpt") if file.exists()}
+    for path in sorted(found, key=_time_written, reverse=True):
+        try:
+            saved = read_checkpoint(path)
+        except Exception as error:  # torch raises whatever the damage leads to
+            reason, *_ = f"{error}\n".splitlines()
+            rank_zero_warn(f"{path}: left out, since it cannot be read ({reason})")
+            continue
+        if "lr_schedulers" in saved:
+            return path
+    return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, without reading the tensors from the disk; of a folder, without weights."""
+    file = path / _SHARDED if path.is_dir() else path
+    return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+
+
+def _time_written(path: Path) -> int:
+    return (path / _SHARDED if (path / _SHARDED).exists() else path).stat().st_mtime_ns
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make names in a folder last beyond a loss of power, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _plain_rng(states: dict[str, Any]) -> dict[str, Any]:
+    """States of random numbers without arrays, which a safe load refuses."""
+    name, keys, *rest = states["numpy"]
+    return states | {"numpy": (name, keys.tolist(), *rest)}
+
+
+def _of_all_processes(value: Any, trainer: pl.Trainer) -> list[Any]:
+    values = [value] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _load_rng(states: list[dict[str, Any]], trainer: pl.Trainer) -> None:
+    if len(states) == trainer.world_size:
+        _set_rng_states(states[trainer.global_rank])
+    else:
+        rank_zero_warn(
+            f"the checkpoint is of {len(states)} processes and this run of {trainer.world_size}: "
+            "random numbers (of dropout) go on from the seed instead"
+        )

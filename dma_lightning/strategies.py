@@ -1,0 +1,105 @@
+"""Training of one model by several processes, as configurations name it."""
+
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class FullyShardedStrategy(ModelParallelStrategy):
+    """FSDP2: every process keeps a part of each layer's weights, gradients and moments, and gathers it when needed.
+
+    Args:
+        save_distributed_checkpoint: write a folder with a file of each process, instead of one file that is the same
+            as that of one process. Reading such a folder unpickles what it holds: take only your own.
+        process_group_backend: nccl or gloo. Default: as the device needs.
+        timeout: after which a process that waits for another gives up.
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state as one process saves it: parameters numbered as in the optimizer's groups.
+
+        (Lightning's own numbers them as in the model, which is another order where groups divide it.)
+        """
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        state = get_optimizer_state_dict(self.model, optimizer, options=_WHOLE)
+        numbers = {name: number for number, name in enumerate(self._names(optimizer))}
+        return _renamed(state, numbers) if self.is_global_zero else {}
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Give every process its part of what any number of processes have saved."""
+        path = Path(self.broadcast(checkpoint_path))
+        if path.is_dir():
+            return super().load_checkpoint(path, weights_only)
+        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=_WHOLE)
+        for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
+            named = _renamed(state, dict(enumerate(self._names(optimizer))))
+            set_optimizer_state_dict(self.model, optimizer, named, options=_WHOLE)
+        return checkpoint
+
+    def _names(self, optimizer: Optimizer) -> list[str]:
+        """Names of an optimizer's parameters, in the order of its groups."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
+    """A state of an optimizer with other keys for the parameters."""
+    groups = [group | {"params": [names[key] for key in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[key]: value for key, value in state["state"].items()}, "param_groups": groups}
+
+
+def end_with_first_process(trainer: pl.Trainer) -> None:
+    """In a process that Lightning has started beside the first of a machine: end when that one is no more.
+
+    The first sees to the others, but if it is killed, they may wait for it until a timeout of half an hour.
+    """
+    if (
+        isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
+        and trainer.local_rank > 0
+    ):
+        threading.Thread(target=_watch, args=(os.getppid(), trainer.local_rank), daemon=True).start()
+
+
+def _watch(parent: int, rank: int, seconds: float = 5.0) -> None:
+    while os.getppid() == parent:
+        time.sleep(seconds)
+    print(f"rank {rank}: the first process has ended, so this one does; `--ckpt_path last` goes on", file=sys.stderr)
+    os._exit(1)

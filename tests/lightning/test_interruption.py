@@ -1,0 +1,362 @@
+"""Whatever interrupts a run, `ckpt_path last` goes on from the newest whole checkpoint, and the run is the same."""
+
+import errno
+import multiprocessing
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from kill_runs import OPTIONS, kill_runs
+from torch import Tensor
+
+from dma_lightning import LanguageModel, MQARDataModule
+from dma_lightning.checkpoints import AtomicCheckpointIO, ResumableCheckpoint, newest_checkpoint
+from dma_lightning.cli import DMACLI, build_cli
+
+STEPS = 9
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Numbers this small are faster so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class OnPurposeError(Exception):
+    """What a test interrupts training with."""
+
+
+class Interrupt(pl.Callback):
+    """Do something once, in a hook, when so many batches have come; and collect the losses."""
+
+    def __init__(self, hook: str = "", batches: int = 0, action: Callable[[], None] | None = None) -> None:
+        self.losses: dict[int, float] = {}
+        if hook:
+            setattr(self, hook, lambda trainer, *_: self._maybe(trainer, batches, action))
+
+    @staticmethod
+    def _maybe(trainer: pl.Trainer, batches: int, action: Callable[[], None]) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == batches and not trainer.sanity_checking:
+            action()
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self.losses[trainer.fit_loop.epoch_loop.batch_progress.total.ready] = loss.item()
+
+
+def fail() -> None:
+    raise OnPurposeError
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminate_all() -> None:
+    """As batch systems do: workers, too."""
+    workers = multiprocessing.active_children()
+    assert workers
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    terminate()
+
+
+def train(
+    folder: Path,
+    *callbacks: pl.Callback,
+    ckpt_path: Path | None = None,
+    every: int = 100,
+    num_workers: int = 0,
+    **options: object,
+) -> tuple[dict[int, float], dict[str, Tensor]]:
+    """A run in this process of two batches a step, with dropout, a schedule, validations and 6 1/2 steps an epoch.
+
+    Returns:
+        The losses of all its batches, and the weights at the end.
+    """
+    pl.seed_everything(1, verbose=False)
+    model = LanguageModel(
+        vocab_size=64,
+        max_position_embeddings=16,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        keep_window_size=4,
+        hidden_dropout=0.2,
+    )
+    data = MQARDataModule(64, 16, 2, train_examples=52, val_examples=4, batch_size=4, num_workers=num_workers)
+    losses = Interrupt()
+    arguments = {
+        "accelerator": "cpu",
+        "max_steps": STEPS,
+        "accumulate_grad_batches": 2,
+        "val_check_interval": 4,
+        "check_val_every_n_epoch": None,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    saving = ResumableCheckpoint(every, dirpath=folder)
+    trainer = pl.Trainer(
+        **(arguments | options), callbacks=[saving, *callbacks, losses], plugins=[AtomicCheckpointIO()]
+    )
+    torch.manual_seed(123 if ckpt_path else 1)  # a resumed process begins with other random numbers
+    try:
+        trainer.fit(model, data, ckpt_path=ckpt_path)
+    finally:
+        train.losses = losses.losses
+    return losses.losses, model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float], dict[str, Tensor]]:
+    """The uninterrupted run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.filters", [("ignore", None, Warning, None, 0)])
+        return train(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize(
+    ("hook", "batches", "action", "saved_step"),
+    [
+        ("on_before_backward", 3, fail, 1),  # the first batch of step 2
+        ("on_before_backward", 4, fail, None),  # the second: its gradients are lost
+        ("on_before_optimizer_step", 2, fail, None),
+        ("on_train_batch_end", 6, fail, 3),  # stepped, and the checkpoint's own hook has not come
+        ("on_train_batch_end", 13, fail, 7),  # the last of an epoch
+        ("on_train_epoch_end", 13, fail, 7),
+        ("on_train_epoch_start", 13, fail, 7),
+        ("on_validation_start", 12, fail, 4),  # that after batch 8 was saved
+        ("on_before_backward", 14, fail, 7),  # the first of an epoch
+        ("on_before_backward", 5, terminate, 3),
+        ("on_train_batch_end", 6, terminate, 3),
+        ("on_validation_start", 8, terminate, 4),
+        ("on_train_epoch_end", 13, terminate, 8),
+    ],
+)
+def test_resumed_run_is_the_same_run(
+    hook: str, batches: int, action: Callable[[], None], saved_step: int | None, whole: tuple, tmp_path: Path
+) -> None:
+    with pytest.raises(OnPurposeError if action is fail else SystemExit):
+        train(tmp_path, Interrupt(hook, batches, action))
+    before = train.losses
+    path = newest_checkpoint([tmp_path])
+    assert (path is None) == (saved_step is None)
+    if path is not None:
+        assert torch.load(path, weights_only=True)["global_step"] == saved_step
+        assert (tmp_path / "last.ckpt").resolve() == path.resolve()
+    losses, weights = train(tmp_path, ckpt_path=path)
+    assert before | losses == whole[0]
+    torch.testing.assert_close(weights, whole[1], rtol=0, atol=0)
+
+
+def test_terminated_run_says_so_by_its_status(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, Interrupt("on_before_backward", 5, terminate))
+    assert stop.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_workers_outlive_sigterm(whole: tuple, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        train(tmp_path, Interrupt("on_before_backward", 5, terminate_all), num_workers=1)
+    before = train.losses
+    losses, _ = train(tmp_path, ckpt_path=newest_checkpoint([tmp_path]))
+    assert before | losses == whole[0]
+    assert max(before) == 6
+
+
+def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"x": torch.ones(5)}, path)
+    real = torch.save
+
+    def disk_fills(value: object, file: object) -> None:
+        real(torch.ones(3), file)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_fills)
+    with pytest.raises(OSError, match=r"a\.ckpt: cannot be written \(.*No space left on device\); make room"):
+        AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(5)}, path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert AtomicCheckpointIO().load_checkpoint(path)["x"].sum() == 5
+
+
+def test_run_whose_disk_fills_goes_on(whole: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves, real = [], torch.save
+
+    def disk_fills(value: object, file: object) -> None:
+        saves.append(value)
+        if len(saves) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(value, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", disk_fills)
+        with pytest.raises(OSError, match="make room"), pytest.warns(UserWarning, match="make room"):
+            train(tmp_path, every=1)
+    before = train.losses
+    path = newest_checkpoint([tmp_path])
+    assert path.name == "step=2.ckpt"
+    losses, weights = train(tmp_path, ckpt_path=path)
+    assert before | losses == whole[0]
+    torch.testing.assert_close(weights, whole[1], rtol=0, atol=0)
+
+
+def test_file_size_limit_is_met_by_the_real_writer(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "a.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"x": torch.ones(5)}, path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"a\.ckpt: cannot be written \(.*File too large\)"):
+            AtomicCheckpointIO().save_checkpoint({"x": torch.ones(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert list(tmp_path.iterdir()) == [path]
+    assert AtomicCheckpointIO().load_checkpoint(path)["x"].sum() == 5
+
+
+class Harmful:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("harm",)
+
+
+def test_loading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"lr_schedulers": [], "harm": Harmful()}, "runs.ckpt")
+    with pytest.raises(pickle.UnpicklingError):
+        AtomicCheckpointIO().load_checkpoint("runs.ckpt")
+    with pytest.raises(ValueError, match="weights_only: expected true"):
+        AtomicCheckpointIO().load_checkpoint("runs.ckpt", weights_only=False)
+    with pytest.warns(UserWarning, match=r"runs\.ckpt: left out"):
+        assert newest_checkpoint([tmp_path]) is None
+    with pytest.raises(ValueError, match="expected a whole checkpoint"):
+        build_cli(["fit", "--ckpt_path=runs.ckpt"])
+    assert not Path("harm").exists()
+
+
+def cli(*args: str) -> DMACLI:
+    """`fit` of the small model of the kill script."""
+    return build_cli(["fit", *OPTIONS[:-1], "--trainer.callbacks.init_args.every_n_train_steps=2", *args])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where a run of four steps and its continuation to step six have left two versions."""
+    folder = tmp_path_factory.mktemp("cli")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["dma-lightning"])
+        for steps in (4, 6):
+            done = cli("--ckpt_path=last", f"--trainer.max_steps={steps}", "--model.schedule=constant")
+            assert done.trainer.global_step == steps
+            done.trainer.strategy.teardown()
+    return folder
+
+
+def steps_of(folder: Path) -> list[str]:
+    return sorted(f"{file.parents[1].name}/{file.name}" for file in folder.rglob("*.ckpt") if not file.is_symlink())
+
+
+def copy(source: Path, target: Path) -> Path:
+    """A copy with the times of the files."""
+    import shutil
+
+    return Path(shutil.copytree(source, target, symlinks=True))
+
+
+@pytest.fixture
+def copied(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `runs` as the working folder."""
+    monkeypatch.chdir(copy(runs, tmp_path / "copy"))
+    return tmp_path / "copy"
+
+
+def resolved(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[DMACLI, str]:
+    """What `--ckpt_path last` stands for, with no step beyond; and what was printed."""
+    done = cli("--trainer.max_steps=4", *args)
+    return done, capsys.readouterr().out
+
+
+def test_last_looks_over_all_versions(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert steps_of(copied) == ["version_0/step=4.ckpt", "version_1/step=6.ckpt"]
+    newest = copied / "runs/killed/version_1/checkpoints/step=6.ckpt"
+    done, printed = resolved(capsys, "--ckpt_path=last")
+    assert done.checkpoint == newest
+    assert f"ckpt_path last: {newest}" in printed
+    saved = yaml.safe_load((copied / "runs/killed/version_2/config.yaml").read_text())
+    assert saved["ckpt_path"] == "last"  # so that the saved configuration goes on with the newest, too
+
+
+def test_last_needs_no_link(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for link in copied.rglob("last.ckpt"):
+        link.unlink()
+    assert resolved(capsys, "--ckpt_path=last")[0].checkpoint.name == "step=6.ckpt"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "weights only", "dangling"])
+def test_damaged_checkpoint_is_left_out(damage: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = copied / "runs/killed/version_1/checkpoints/step=6.ckpt"
+    content = newest.read_bytes()
+    if damage == "dangling":
+        newest.unlink()  # the link points nowhere
+    elif damage == "weights only":
+        torch.save({"state_dict": {}}, newest)
+    else:
+        newest.write_bytes(content[: len(content) // 2 if damage == "truncated" else 0])
+    if damage in ("truncated", "empty"):
+        with pytest.warns(UserWarning, match=r"step=6\.ckpt: left out, since it cannot be read"):
+            done, _ = resolved(capsys, "--ckpt_path=last")
+        with pytest.raises(ValueError, match=r"expected a whole checkpoint, got .*`last` takes the newest"):
+            cli(f"--ckpt_path={newest}")
+    else:
+        done, _ = resolved(capsys, "--ckpt_path=last")
+    assert done.checkpoint.name == "step=4.ckpt"
+
+
+def test_last_in_a_config(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("resume.yaml").write_text("ckpt_path: last\n")
+    done, _ = resolved(capsys, "--config=resume.yaml")
+    assert done.checkpoint.name == "step=6.ckpt"
+    # What the command line does not say comes from the checkpoint.
+    assert done.model.hparams.schedule == "constant"
+
+
+def test_command_line_wins_over_the_last(copied: Path) -> None:
+    flags = ["--model.lr=0.25", "--model.keep_window_size=3", "--model.backend=reference"]
+    done = cli("--ckpt_path=last", "--trainer.max_steps=7", *flags)
+    assert done.trainer.global_step == 7
+    assert (done.model.hparams.lr, done.model.hparams.schedule) == (0.25, "constant")
+    assert done.model.model.config.keep_window_size == 3
+    assert done.model.model.config.backend == "reference"
+    assert [group["lr"] for group in done.trainer.optimizers[0].param_groups] == [0.25, 0.25]
+
+
+def test_nothing_to_go_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="ckpt_path: expected a checkpoint below runs/killed, found none"):
+        build_cli(["validate", *OPTIONS[:-1], "--ckpt_path=last"])
+    done, printed = resolved(capsys, "--ckpt_path=last")
+    assert done.checkpoint is None
+    assert "ckpt_path last: no checkpoint below runs/killed; training begins anew" in printed
+
+
+def test_killed_runs_are_the_uninterrupted_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = kill_runs(tmp_path, kills=3, steps=20)
+    assert sum(len(run["kills"]) for run in runs) == 3

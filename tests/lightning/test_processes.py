@@ -1,0 +1,143 @@
+"""Two processes, sharded or not, are one with a batch of twice the size; and their checkpoints are interchangeable."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from two_processes import train
+
+from dma_lightning.strategies import _watch
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _double() -> Iterator[None]:
+    """`train` makes float64 the default."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float32)
+
+
+class Outcome:
+    """What two processes have left."""
+
+    def __init__(self, folder: Path) -> None:
+        for attention in ("dma", "mha"):
+            for accumulate in (1, 2):
+                train(folder / f"one-{attention}-{accumulate}", attention, accumulate)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        paths = os.pathsep.join([str(HERE), *sys.path])
+        self.folder = folder
+        processes = []
+        for rank in ("0", "1"):
+            environment = os.environ | common | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": paths}
+            with (folder / f"log{rank}.txt").open("w") as log:
+                command = [sys.executable, "-W", "ignore", str(HERE / "two_processes.py"), str(folder)]
+                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        try:
+            self.statuses = [process.wait(timeout=240) for process in reversed(processes)][::-1]
+        finally:
+            for process in processes:
+                process.kill()
+        self.log = (folder / "log0.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """All runs of two processes, and those of one to compare with."""
+    return Outcome(tmp_path_factory.mktemp("processes"))
+
+
+def load(two: Outcome, run: str, step: int = 20) -> dict:
+    """A checkpoint."""
+    path = two.folder / run / f"step={step}.ckpt"
+    assert path.is_file(), two.log[-3000:]
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    """Names, weights and moments, which are all float64."""
+    assert list(found["state_dict"]) == list(expected["state_dict"])
+    for name, weight in expected["state_dict"].items():
+        torch.testing.assert_close(found["state_dict"][name], weight, rtol=0, atol=1e-10)
+    states, wanted = (checkpoint["optimizer_states"][0] for checkpoint in (found, expected))
+    assert states["state"].keys() == wanted["state"].keys()
+    for key, moments in wanted["state"].items():
+        for name, moment in moments.items():
+            torch.testing.assert_close(states["state"][key][name], moment, rtol=0, atol=1e-10)
+    assert [group["params"] for group in states["param_groups"]] == [g["params"] for g in wanted["param_groups"]]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("run", ["ddp-dma", "ddp-mha", "fsdp-dma"])
+def test_two_processes_are_one_of_twice_the_batch(run: str, accumulate: int, two: Outcome) -> None:
+    for step in (10, 20):
+        expected = load(two, f"one-{run.split('-')[1]}-{accumulate}", step)
+        assert_same(load(two, f"{run}-{accumulate}", step), expected)
+    assert expected["state_dict"]["model.embed_tokens.weight"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("run", ["ddp-compiled", "fsdp-compiled"])
+def test_compiled_and_recomputed_layers_are_the_same(run: str, two: Outcome) -> None:
+    assert_same(load(two, run), load(two, "one-dma-1"))
+
+
+@pytest.mark.parametrize("run", ["ddp-resumed", "fsdp-resumed"])
+def test_two_go_on_from_one(run: str, two: Outcome) -> None:
+    assert_same(load(two, run), load(two, "one-dma-1"))
+
+
+@pytest.mark.parametrize("run", ["ddp-dma-1", "fsdp-dma-1"])
+def test_one_goes_on_from_two(run: str, two: Outcome, tmp_path: Path) -> None:
+    train(tmp_path, ckpt_path=two.folder / run / "step=10.ckpt")
+    assert_same(torch.load(tmp_path / "step=20.ckpt", weights_only=True), load(two, "one-dma-1"))
+
+
+def test_sigterm_in_one_ends_both_after_the_same_step(two: Outcome) -> None:
+    for rank in range(2):
+        assert json.loads((two.folder / f"terminated{rank}.json").read_text()) == 143
+    (checkpoint,) = (file for file in (two.folder / "terminated").iterdir() if not file.is_symlink())
+    assert checkpoint.name == "step=5.ckpt"
+    assert len(torch.load(checkpoint, weights_only=True)["rng_states"]) == 2
+
+
+def test_a_killed_process_ends_the_other(two: Outcome) -> None:
+    assert two.statuses[1] == -9
+    assert two.statuses[0] not in (0, -9)
+    assert "rank 0: ended at step 6 by RuntimeError. If a connection was lost, another process ended first" in two.log
+    assert not list((two.folder / "killed").glob("*"))
+
+
+def test_compiled_layers_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two: Outcome) -> None:
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: real(module, backend="eager"))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        train(tmp_path, compile_layers=True, activation_checkpointing=True)
+    assert_same(torch.load(tmp_path / "step=20.ckpt", weights_only=True), load(two, "one-dma-1"))
+
+
+def test_a_started_process_ends_with_the_first(capfd: pytest.CaptureFixture[str]) -> None:
+    reading, writing = os.pipe()
+    first = os.fork()
+    if not first:  # the first process starts another and is no more
+        process = os.getpid()
+        if not os.fork():
+            _watch(process, rank=1, seconds=0.01)
+        os._exit(0)
+    os.waitpid(first, 0)
+    os.close(writing)  # the other has it open until it ends
+    assert os.read(reading, 1) == b""
+    assert "rank 1: the first process has ended, so this one does" in capfd.readouterr().err

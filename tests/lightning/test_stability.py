@@ -1,0 +1,149 @@
+"""Steps with a NaN, an infinity or a jump of the loss end the run or are left out, and are named."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor
+
+from dma_lightning import LanguageModel, MQARDataModule
+from dma_lightning.checkpoints import ResumableCheckpoint
+from dma_lightning.stability import GradientGuard, UnstableTrainingError
+
+
+class Spoil(pl.Callback):
+    """Changes a gradient, or the loss, of some steps (counted from 1) and keeps the weights after every step."""
+
+    def __init__(self, steps: dict[int, float], parameter: str = "model.layers.1.mlp.up_proj.weight") -> None:
+        self.steps, self.parameter, self.weights = steps, parameter, []
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if (factor := self.steps.get(trainer.global_step + 1)) is not None:
+            pl_module.get_parameter(self.parameter).grad[0, 0] *= factor
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
+        self.weights.append(pl_module.model.embed_tokens.weight.detach().clone())
+
+
+class Jump(LanguageModel):
+    """A model whose loss is multiplied in some steps."""
+
+    jumps: dict[int, float]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * self.jumps.get(self.global_step + 1, 1.0)
+
+
+def train(*callbacks: pl.Callback, jumps: dict[int, float] | None = None, **options: object) -> pl.Trainer:
+    """Six steps of a small model, a batch each."""
+    torch.manual_seed(0)
+    model = Jump(
+        vocab_size=64,
+        max_position_embeddings=16,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        keep_window_size=4,
+    )
+    model.jumps = jumps or {}
+    arguments = {
+        "accelerator": "cpu",
+        "max_steps": 6,
+        "limit_val_batches": 0,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(callback, ResumableCheckpoint) for callback in callbacks),
+    }
+    trainer = pl.Trainer(**(arguments | options), callbacks=list(callbacks))
+    trainer.fit(model, MQARDataModule(64, 16, 2, train_examples=80, val_examples=4, batch_size=4))
+    return trainer
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_stops_at_the_first_layer_that_is_not_finite(value: float, tmp_path: Path) -> None:
+    with pytest.raises(
+        UnstableTrainingError,
+        match=r"step 3: the gradient of model\.layers\.1\.mlp\.up_proj\.weight is not finite, "
+        r"the first in the backward pass of 1 of \d+, and the loss is [\d.]+; stopped",
+    ):
+        train(Spoil({3: value}), GradientGuard(), ResumableCheckpoint(1, dirpath=tmp_path))
+    # What is saved is from before, although the gradients are read a step later.
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert all(weight.isfinite().all() for weight in checkpoint["state_dict"].values())
+
+
+def test_stops_where_the_loss_is_not_finite() -> None:
+    with pytest.raises(UnstableTrainingError, match=r"step 2: the gradient of model\.norm\.weight .* loss is nan"):
+        train(GradientGuard(), jumps={2: float("nan")})
+
+
+def test_last_step_is_read_too() -> None:
+    with pytest.raises(UnstableTrainingError, match="step 6: the gradient"):
+        train(Spoil({6: float("nan")}), GradientGuard())
+
+
+def test_skipped_step_changes_nothing() -> None:
+    spoil = Spoil({3: float("nan")})
+    with pytest.warns(UserWarning, match=r"step 3: the gradient of .* is left out"):
+        trainer = train(spoil, GradientGuard(not_finite="skip"))
+    assert trainer.global_step == 6
+    same = [bool((a == b).all()) for a, b in zip(spoil.weights, spoil.weights[1:], strict=False)]
+    assert same == [False, True, False, False, False]
+    assert spoil.weights[-1].isfinite().all()
+
+
+def test_skips_in_a_row_end() -> None:
+    guard = GradientGuard(not_finite="skip", max_skipped=2)
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(UnstableTrainingError, match=r"step 5: .* stopped after 2 skipped steps in a row"),
+    ):
+        train(Spoil({1: float("nan"), 3: float("nan"), 4: float("nan"), 5: float("nan")}), guard)
+
+
+def test_jump_of_the_loss() -> None:
+    message = r"step 4: the loss of [\d.]+ is more than 2\.0 times its mean of [\d.]+; the largest gradient, [\d.]+, "
+    with pytest.raises(UnstableTrainingError, match=message):
+        train(GradientGuard(spike="stop", window=3), jumps={4: 3.0})
+    with pytest.warns(UserWarning, match=message):
+        trainer = train(GradientGuard(spike="skip", window=3), jumps={4: 3.0})
+    assert trainer.global_step == 6
+    train(GradientGuard(spike="stop", window=4), jumps={4: 3.0})  # too early to tell
+    train(GradientGuard(window=3), jumps={4: 3.0})  # ignored
+
+
+def test_mean_of_the_loss_is_of_whole_steps_and_saved() -> None:
+    guard = GradientGuard()
+    trainer = train(guard, accumulate_grad_batches=3)
+    expected = trainer.callback_metrics["train/loss"].item()
+    assert guard.state_dict()["mean"] == pytest.approx(expected, rel=0.1)
+    assert guard.state_dict()["count"] == 6
+    again = GradientGuard()
+    again.load_state_dict(guard.state_dict())
+    assert again.state_dict() == guard.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"not_finite": "ignore"}, "expected not_finite of"),
+        ({"spike": "jump"}, "and spike of"),
+        ({"spike_factor": 1.0}, "expected spike_factor > 1"),
+        ({"window": 0}, "window >= 1"),
+        ({"max_skipped": -1}, "max_skipped >= 0"),
+    ],
+)
+def test_values_out_of_range(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GradientGuard(**arguments)
+
+
+def test_refuses_a_gradient_scaler() -> None:
+    trainer = type("Trainer", (), {"precision": "16-mixed"})()
+    with pytest.raises(ValueError, match="expected a precision other than 16-mixed"):
+        GradientGuard().on_fit_start(trainer, None)

@@ -1,0 +1,105 @@
+"""One of two processes that train together, started by `test_processes.py` with the variables that torchrun sets.
+
+    python two_processes.py FOLDER
+
+What comes out is written to the folder, and compared there with what one process does.
+"""
+
+import functools
+import json
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import nn
+
+from dma_lightning import LanguageModel, MQARDataModule
+from dma_lightning.checkpoints import AtomicCheckpointIO, ResumableCheckpoint
+from dma_lightning.strategies import FullyShardedStrategy
+
+STEPS = 20
+
+
+class At(pl.Callback):
+    """Does something before a step, counted from 1."""
+
+    def __init__(self, step: int, action: object) -> None:
+        self.step, self.action = step, action
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_step + 1 == self.step:
+            self.action()
+
+
+def train(
+    folder: Path,
+    attention: str = "dma",
+    accumulate: int = 1,
+    processes: int = 1,
+    strategy: str | Strategy = "auto",
+    ckpt_path: Path | None = None,
+    callbacks: tuple[pl.Callback, ...] = (),
+    **model_options: object,
+) -> LanguageModel:
+    """Train in float64 on 8 sequences a batch of all processes together, with checkpoints after steps 10 and 20."""
+    pl.seed_everything(0, verbose=False)
+    torch.set_default_dtype(torch.float64)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"vocab_size": 64, "max_position_embeddings": 16, "num_key_value_heads": 1, "keep_window_size": 4}
+    model = LanguageModel(attention=attention, **sizes, **tokens, **model_options)
+    data = MQARDataModule(64, 16, 2, train_examples=168, val_examples=3, batch_size=8 // processes)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy=strategy,
+        max_steps=STEPS,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=0.5,
+        val_check_interval=13 * accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*callbacks, ResumableCheckpoint(10, dirpath=folder, save_top_k=-1)],
+        plugins=[AtomicCheckpointIO()],
+    )
+    trainer.fit(model, data, ckpt_path=ckpt_path)
+    return model
+
+
+def main(folder: Path) -> None:
+    """All that two processes are tested for; the last test is their end."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    together = functools.partial(train, processes=2)
+    for attention in ("dma", "mha"):
+        for accumulate in (1, 2):
+            name = folder / f"ddp-{attention}-{accumulate}"
+            together(name, attention, accumulate, strategy="ddp")
+    together(folder / "ddp-resumed", strategy="ddp", ckpt_path=folder / "one-dma-1/step=10.ckpt")
+    for accumulate in (1, 2):
+        together(folder / f"fsdp-dma-{accumulate}", accumulate=accumulate, strategy=FullyShardedStrategy())
+    path = folder / "one-dma-1/step=10.ckpt"
+    together(folder / "fsdp-resumed", strategy=FullyShardedStrategy(), ckpt_path=path)
+    nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager")  # inductor would take a minute
+    together(folder / "ddp-compiled", strategy="ddp", compile_layers=True, activation_checkpointing=True)
+    together(folder / "fsdp-compiled", strategy=FullyShardedStrategy(), activation_checkpointing=True)
+
+    terminate = At(5 + rank, lambda: os.kill(os.getpid(), signal.SIGTERM))  # not at the same time
+    try:
+        together(folder / "terminated", strategy="ddp", callbacks=(terminate,))
+    except SystemExit as stop:
+        (folder / f"terminated{rank}.json").write_text(json.dumps(stop.code))
+
+    callbacks = (At(7, lambda: os.kill(os.getpid(), signal.SIGKILL)),) if rank == 1 else ()
+    together(folder / "killed", strategy=DDPStrategy(timeout=timedelta(seconds=60)), callbacks=callbacks)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
