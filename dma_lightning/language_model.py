@@ -76,8 +76,8 @@ class LanguageModel(pl.LightningModule):
         logs = {"train/perplexity": loss.detach().exp()}
         if self.hparams.bytes_per_token is not None:
             logs["train/bits_per_byte"] = bits_per_byte(loss.detach(), self.hparams.bytes_per_token)
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        self.log_dict(logs, sync_dist=True)
+        # Not for the progress bar, for which Lightning would wait for the device in every step.
+        self.log_dict({"train/loss": loss} | logs, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dma_kernels.block_attention import block_attention, block_attention_reference
-from dma_lightning.backends import Backend, check_backend
+from dma_lightning.backends import Backend, check_backend, explain_backend
 from dma_lightning.mixers.base import GroupedQueryMixer, check_mixer_input, mean_keys, positions_of
 from dma_lightning.mixers.block_selection import BlockGrid
 from dma_lightning.mixers.masked import attend_places, masked_attention
@@ -140,6 +140,10 @@ class NativeSparseAttention(GroupedQueryMixer):
         network = sum(p.numel() for module in (self.compress_k, self.compress_v) for p in module.network.parameters())
         per_token = self.num_kv_heads * grid.compressed(length) / length
         return 4 * self.num_heads * self.head_dim * keys + 2 * network * (per_token - 1)
+
+    def computed_by(self, device: torch.device, dtype: torch.dtype) -> str:
+        window = explain_backend(self.backend, device.type, device.index, dtype, self.head_dim)
+        return f"{window}; selected blocks by {'Triton kernels' if self.backend == 'triton' else 'plain PyTorch'}"
 
     def cache_elements(self, length: int) -> int:
         blocks = self.grid.compressed(length)
