@@ -1,7 +1,9 @@
-"""When callbacks log: at the steps at which Lightning writes to its loggers, and nowhere else."""
+"""When and where callbacks log: at the steps at which Lightning writes to its loggers, and nowhere else."""
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard import SummaryWriter
 
 
 def is_logging_step(trainer: pl.Trainer) -> bool:
@@ -18,3 +20,14 @@ def wait_for(device: torch.device) -> None:
     """Wait until a GPU has done what it was asked to; nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def logged_step(trainer: pl.Trainer) -> int:
+    """The step under which Lightning writes figures: of training in `on_train_batch_end`, else of a validation."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def tensorboard(trainer: pl.Trainer) -> SummaryWriter | None:
+    """What writes pictures, histograms and text; None without TensorBoard, and on other processes than the first."""
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return loggers[0].experiment if loggers and trainer.is_global_zero else None

@@ -22,6 +22,8 @@ LAYERS = [f"--config={ROOT}/configs/{name}.yaml" for name in ("model/tiny", "dat
 SMALL = ["--model.num_hidden_layers=2", "--model.hidden_size=32", "--model.intermediate_size=32"]
 SHORT = ["--data.sequence_length=64", "--model.keep_window_size=16", "--data.batch_size=2"]
 LIMITS = ["--trainer.limit_val_batches=2", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
+SHARED = ("Every attention", "Every attention, after validations", "Every attention, at the end")
+DYNAMIC = ("Dynamic mask attention, layer by layer", "Dynamic mask attention, after validations")
 STEPS, TOKENS = 3, 2 * 64  # optimizer steps of a run, and tokens of a batch
 
 
@@ -41,9 +43,10 @@ def events(folder: Path) -> EventAccumulator:
 
 
 def tags(read: EventAccumulator) -> set[str]:
-    """Names of everything in the event files, as TensorBoard shows them."""
+    """Names of everything in the event files, as TensorBoard shows them; layers are all called 0."""
     found = {tag for kind in ("scalars", "images", "histograms", "tensors") for tag in read.Tags()[kind]}
-    return {tag.removesuffix("/text_summary") for tag in found}
+    found |= set(read.PluginTagToContent("hparams"))
+    return {re.sub(r"layer_\d+", "layer_0", tag.removesuffix("/text_summary")) for tag in found}
 
 
 def documented(*sections: str) -> set[str]:
@@ -68,13 +71,13 @@ def dma(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
 
 
 def test_every_documented_tag_is_there_and_no_other(dma: EventAccumulator) -> None:
-    assert tags(dma) == documented("Every attention")
+    assert tags(dma) == documented(*SHARED, *DYNAMIC)
 
 
 @pytest.mark.parametrize("attention", ["mha", "nsa"])
 def test_other_attentions_show_what_all_share(attention: str, tmp_path: Path) -> None:
     fit(tmp_path, f"--model.attention={attention}")
-    assert tags(events(tmp_path)) == documented("Every attention")
+    assert tags(events(tmp_path)) == documented(*SHARED)
 
 
 def test_figures_stand_at_the_same_steps(dma: EventAccumulator) -> None:
