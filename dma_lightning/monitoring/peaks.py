@@ -39,7 +39,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 def _listed(name: str, dtype: torch.dtype) -> float | None:
     """FLOP/s of a GPU by its name as the driver says it."""
     for chip, teraflops in _DENSE.items():
-        if all(word in name.lower() for word in chip.split()):
+        if set(chip.split()) <= set(name.lower().split()):
             if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
                 return _TENSOR_FLOAT_32[chip] * 1e12
             return teraflops[dtype] * 1e12
@@ -48,7 +48,7 @@ def _listed(name: str, dtype: torch.dtype) -> float | None:
 
 @cache
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
-    size = 1024
+    size = 4096 if device.type == "cuda" else 1024
     x = torch.ones(size, size, device=device, dtype=dtype)  # no random numbers: a run draws the same with and without
     seconds = []
     for _ in range(4):
