@@ -1,15 +1,17 @@
 """What dynamic mask attention selects, layer by layer."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.tensorboard import SummaryWriter
 
 from dma_lightning.data.base import Batch
 from dma_lightning.monitoring.recording import dynamic_layers, first_sequence, record_masks
 from dma_lightning.monitoring.steps import is_logging_step, logged_step, tensorboard
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class DynamicMaskMonitor(pl.Callback):
@@ -52,7 +54,7 @@ class DynamicMaskMonitor(pl.Callback):
             _add_histogram(writer, f"dma/layer_{i}/scores", scores[real], logged_step(trainer))
 
 
-def _add_histogram(writer: SummaryWriter | None, tag: str, values: Tensor, step: int) -> None:
+def _add_histogram(writer: "SummaryWriter | None", tag: str, values: Tensor, step: int) -> None:
     """Of the finite ones, if there are any."""
     if isinstance(values, DTensor):
         values = values.full_tensor()  # of a sharded parameter: a collective call

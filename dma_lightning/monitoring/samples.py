@@ -5,12 +5,11 @@ G KV heads, N length.
 
 import html
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from dma_kernels import Lifetimes
 from dma_lightning.data.base import Batch
@@ -19,6 +18,9 @@ from dma_lightning.monitoring.recording import RecordedMask, dynamic_layers, fir
 from dma_lightning.monitoring.steps import logged_step, tensorboard
 from dma_lightning.sampling import Sampling
 from dma_lightning.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 _LIVE, _DEAD, _UNSEEN = (0.13, 0.40, 0.67), (0.87, 0.89, 0.92), (1.0, 1.0, 1.0)  # colours of pairs (query, key)
 _GAP = 8  # pixels between heads
@@ -95,7 +97,7 @@ class SampleMonitor(pl.Callback):
 
     def _show_masks(
         self,
-        writer: SummaryWriter | None,
+        writer: "SummaryWriter | None",
         step: int,
         recorded: dict[int, RecordedMask],
         sequence: Batch,
@@ -112,7 +114,7 @@ class SampleMonitor(pl.Callback):
 
     def _show_continuation(
         self,
-        writer: SummaryWriter | None,
+        writer: "SummaryWriter | None",
         step: int,
         pl_module: pl.LightningModule,
         sequence: Batch,

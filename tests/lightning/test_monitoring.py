@@ -170,6 +170,13 @@ def test_nothing_waits_for_the_device_between_logging_steps(tmp_path: Path, monk
     def sgd(groups: list[dict], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr)  # AdamW reads its step counters, but only on a CPU
 
+    synced, log = [], pl.LightningModule.log
+
+    def noted(module: pl.LightningModule, *args: object, sync_dist: bool = False, **options: object) -> None:
+        synced.extend([module.trainer.global_step] if sync_dist else [])
+        log(module, *args, sync_dist=sync_dist, **options)
+
+    monkeypatch.setattr(pl.LightningModule, "log", noted)
     monkeypatch.setattr("dma_lightning.language_model.AdamW", sgd)
     monkeypatch.setattr(pl.LightningModule, "on_train_start", lambda self: setattr(syncs, "trainer", self.trainer))
     options = ["--trainer.log_every_n_steps=10", "--trainer.limit_val_batches=0"]
@@ -180,7 +187,13 @@ def test_nothing_waits_for_the_device_between_logging_steps(tmp_path: Path, monk
     shown = cli.trainer.progress_bar_metrics
     assert set(shown) == {"loss", "mfu", "tokens/s"}
     assert all(syncs.steps.count(step) % len(shown) == 0 for step in range(12, 20))
+    assert set(synced) == {
+        9,
+        19,
+        24,
+    }  # before these steps; Lightning has a barrier for each figure of several processes
     assert [event.step for event in events(tmp_path).Scalars("speed/mfu")] == [9, 19, 24]
+    assert [event.step for event in events(tmp_path).Scalars("train/loss")] == [9, 19, 24]
 
 
 def test_summary_tells_the_run_and_how_long_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
