@@ -58,19 +58,35 @@ def check_backend(name: str) -> None:
 @torch.compiler.assume_constant_result
 def resolve_backend(name: str, device: str, index: int | None, dtype: torch.dtype, head_dim: int) -> str:
     """The backend that a name stands for with such tensors: itself, or what `auto` chooses (logged once)."""
-    return _auto_backend(device, index, dtype, head_dim) if name == "auto" else name
+    return _auto_backend(device, index, dtype, head_dim)[0] if name == "auto" else name
+
+
+def explain_backend(name: str, device: str, index: int | None, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend that a name stands for with such tensors, and why."""
+    if name != "auto":
+        return f"{name}, as asked for"
+    return "{}, chosen by auto: {}".format(*_auto_backend(device, index, dtype, head_dim))
 
 
 @cache
-def _auto_backend(device: str, index: int | None, dtype: torch.dtype, head_dim: int) -> str:
-    chosen = "torch"
-    if device == "cuda" and dtype in KERNEL_DTYPES and head_dim <= MAX_HEAD_DIM:
-        if torch.cuda.get_device_capability(index)[0] in _TRITON_FAMILIES and has_triton():
-            chosen = "triton"
+def _auto_backend(device: str, index: int | None, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """What `auto` chooses, and why."""
+    chosen, reason = "torch", "triton and flex train on CUDA alone"
+    if device == "cuda" and (dtype not in KERNEL_DTYPES or head_dim > MAX_HEAD_DIM):
+        reason = f"triton and flex take neither {torch.float64} nor head dims above {MAX_HEAD_DIM}"
+    elif device == "cuda":
+        capability = torch.cuda.get_device_capability(index)
+        if capability[0] in _TRITON_FAMILIES and has_triton():
+            chosen, reason = "triton", f"its tests have passed on compute capability {capability[0]}.x"
         elif head_dim >= 16:
             chosen = "flex"
+            reason = "no Triton here, or its kernels' tests have not passed on compute capability {}.{}".format(
+                *capability
+            )
+        else:
+            reason = f"flex takes no head dims below 16, got {head_dim}"
     logger.info("backend 'auto': using '%s' for head dim %d in %s on %s", chosen, head_dim, dtype, device)
-    return chosen
+    return chosen, reason
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, lifetimes: Lifetimes) -> Tensor:

@@ -75,7 +75,7 @@ def stream_tokens(
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     cache = model.new_cache(input_ids.shape[0], full_cache)
     ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    with _evaluating(model):
+    with evaluating(model):
         logits = _read_prompts(model, input_ids, padding, cache, chunk_size)
         real = torch.ones_like(input_ids, dtype=torch.bool) if padding is None else ~padding
         occurred = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
@@ -89,7 +89,7 @@ def stream_tokens(
         yield token
         if i + 1 == max_new_tokens or (len(eos) and bool(ended.all())):
             return
-        with _evaluating(model):
+        with evaluating(model):
             logits = model(token[:, None], cache=cache, last_only=True)[:, -1]
 
 
@@ -204,7 +204,7 @@ def _check_prompts(input_ids: Tensor, padding: Tensor | None, max_new_tokens: in
 
 
 @contextmanager
-def _evaluating(model: Decoder) -> Iterator[None]:
+def evaluating(model: Decoder) -> Iterator[None]:
     """Evaluation mode within, the mode before without."""
     training = [x for x in model.modules() if x.training] if isinstance(model, nn.Module) else []
     for module in training:

@@ -21,6 +21,7 @@ from torchmetrics.text import Perplexity
 from dma_lightning.data.base import IGNORE_INDEX, Batch
 from dma_lightning.metrics import BitsPerByte, bits_per_byte
 from dma_lightning.model import DogeForCausalLM, ModelConfig
+from dma_lightning.monitoring.steps import is_logging_step
 from dma_lightning.schedules import Schedule, lr_factor
 
 
@@ -90,11 +91,12 @@ class LanguageModel(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, _ = self._loss(batch)
-        logs = {"train/perplexity": loss.detach().exp()}
-        if self.hparams.bytes_per_token is not None:
-            logs["train/bits_per_byte"] = bits_per_byte(loss.detach(), self.hparams.bytes_per_token)
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        self.log_dict(logs, sync_dist=True)
+        if is_logging_step(self.trainer, before_step=True):  # Lightning's mean over processes waits for all of them
+            logs = {"train/loss": loss.detach(), "train/perplexity": loss.detach().exp()}
+            if self.hparams.bytes_per_token is not None:
+                logs["train/bits_per_byte"] = bits_per_byte(loss.detach(), self.hparams.bytes_per_token)
+            # SpeedMonitor puts the loss into the progress bar; Lightning would wait for the device in every step.
+            self.log_dict(logs, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -253,11 +253,14 @@ class DogeForCausalLM(nn.Module):
 
     @property
     def flops_per_token(self) -> float:
-        """FLOPs to train on one token (forward and backward) in sequences of `max_position_embeddings` tokens.
+        """`training_flops` in sequences of `max_position_embeddings` tokens."""
+        return self.training_flops(self.config.max_position_embeddings)
+
+    def training_flops(self, length: int) -> float:
+        """FLOPs to train on one token (forward and backward) in sequences of so many tokens.
 
         Matrix products only: 6 per weight, and three times what the mixers count for a forward pass.
         """
-        length = self.config.max_position_embeddings
         mixing = sum(layer.self_attn.mixing_flops(length) for layer in self.layers)
         return 6 * (self.num_non_embedding_parameters + self.lm_head.weight.numel()) + 3 * mixing
 

@@ -79,6 +79,10 @@ class TokenMixer(nn.Module, ABC):
     def cache_elements(self, length: int) -> int:
         """Numbers that the cache of a sequence holds after `length` positions."""
 
+    def computed_by(self, device: torch.device, dtype: torch.dtype) -> str:
+        """What computes the mixing of a whole sequence with such tensors and why, in words for a summary."""
+        return "PyTorch"
+
     def unused_at(self, length: int) -> str | None:
         """Why sequences of this length do not train all of the mixer, or None if they do."""
         return None

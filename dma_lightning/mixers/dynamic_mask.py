@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
-from dma_kernels import DynamicMaskCache, FullCache, KeyCache, ScoreForm, key_ranks, key_scores
-from dma_lightning.backends import ATTENTIONS, Backend, Selection, attend, check_backend, resolve_backend
+from dma_kernels import DynamicMaskCache, FullCache, KeyCache, Lifetimes, ScoreForm, key_ranks, key_scores
+from dma_lightning.backends import (
+    ATTENTIONS,
+    Backend,
+    Selection,
+    attend,
+    check_backend,
+    explain_backend,
+    resolve_backend,
+)
 from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys
 
 if TYPE_CHECKING:
@@ -103,6 +111,15 @@ class DynamicMaskAttention(GroupedQueryMixer):
             return self.joined(attend(backend, q, k, v, scores, ranks, selection))
         return self.joined(cache.attend(q, k, v, scores, ranks, documents, padding, ATTENTIONS[backend]))
 
+    def lifetimes(
+        self, x: Tensor, documents: Tensor | None = None, padding: Tensor | None = None
+    ) -> tuple[Lifetimes, Tensor]:
+        """The mask that a forward pass over x `[B, N, C]` selects, and the score of every key `[B, G, N]`."""
+        v = self.heads(x, self.v_proj)
+        ranks = key_ranks(v, self.A, self.dt_proj.weight, self.dt_proj.bias)
+        selection = Selection(self.keep_window_size, self.keep_last, self.sinks, documents, padding)
+        return Lifetimes.top_w(ranks, **selection.arguments()), key_scores(ranks, self.score_form)
+
     def new_cache(self, batch: int, full: bool = False) -> KeyCache:
         """An empty cache for `batch` sequences on the module's device.
 
@@ -129,6 +146,9 @@ class DynamicMaskAttention(GroupedQueryMixer):
     def cache_elements(self, length: int) -> int:
         """Keys, values and scores; besides these, the rank and position of each key are kept."""
         return min(length, self._capacity) * self.num_kv_heads * (2 * self.head_dim + 1)
+
+    def computed_by(self, device: torch.device, dtype: torch.dtype) -> str:
+        return explain_backend(self.backend, device.type, device.index, dtype, self.head_dim)
 
     def unused_at(self, length: int) -> str | None:
         if self.keep_window_size < length:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dma_kernels.block_attention import block_attention, block_attention_reference, kernels_take
-from dma_lightning.backends import Backend, check_backend, resolve_backend
+from dma_lightning.backends import Backend, check_backend, explain_backend, resolve_backend
 from dma_lightning.mixers.base import GroupedQueryMixer, check_mixer_input, mean_keys, positions_of
 from dma_lightning.mixers.block_selection import BlockGrid
 from dma_lightning.mixers.masked import attend_places, masked_attention
@@ -115,7 +115,7 @@ class NativeSparseAttention(GroupedQueryMixer):
             k, v = kept["key"], kept["value"]
             compressed = cache.extend_compressed(self, plain["compress"], values["compress"])
         fresh = cache is None or cache.tokens.count == x.shape[1]  # from the beginning
-        by_kernels = fresh and self._by_kernels(q)
+        by_kernels = fresh and self._by_kernels(q.device, q.dtype)
         out_compressed, out_selected = self._blocks(q, *compressed, k, v, queries, places, by_kernels)
 
         k, v, places = keys["window"], values["window"], queries
@@ -143,6 +143,12 @@ class NativeSparseAttention(GroupedQueryMixer):
         per_token = self.num_kv_heads * grid.compressed(length) / length
         return 4 * self.num_heads * self.head_dim * keys + 2 * network * (per_token - 1)
 
+    def computed_by(self, device: torch.device, dtype: torch.dtype) -> str:
+        window = explain_backend(self.backend, device.type, device.index, dtype, self.head_dim)
+        return (
+            f"{window}; selected blocks by {'Triton kernels' if self._by_kernels(device, dtype) else 'plain PyTorch'}"
+        )
+
     def cache_elements(self, length: int) -> int:
         blocks = self.grid.compressed(length)
         waiting = length - blocks * self.grid.compress_stride  # for their block
@@ -165,11 +171,11 @@ class NativeSparseAttention(GroupedQueryMixer):
         extra = {kind: self.heads(x, proj) for kind, proj in self.extra_v_proj.items()}
         return dict.fromkeys(("compress", "select", "window"), self.heads(x, self.v_proj)) | extra
 
-    def _by_kernels(self, q: Tensor) -> bool:
-        """Whether Triton kernels compute the selected branch of `q` [B, H, N, D]; by name also what they refuse."""
-        chosen = resolve_backend(self.backend, q.device.type, q.device.index, q.dtype, self.head_dim)
+    def _by_kernels(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether Triton kernels compute the selected branch of such tensors; by name also what they refuse."""
+        chosen = resolve_backend(self.backend, device.type, device.index, dtype, self.head_dim)
         if self.backend == "auto" and chosen == "triton":
-            return kernels_take(self.grid.select_block, self.head_dim, q.dtype)
+            return kernels_take(self.grid.select_block, self.head_dim, dtype)
         return chosen == "triton"
 
     def _blocks(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dma_kernels import Lifetimes
-from dma_lightning.backends import ATTENTIONS, Backend, check_backend, resolve_backend
+from dma_lightning.backends import ATTENTIONS, Backend, check_backend, explain_backend, resolve_backend
 from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys
 from dma_lightning.mixers.masked import attend_places, lifetime_attention
 from dma_lightning.mixers.position_cache import PositionCache
@@ -65,6 +65,11 @@ class MultiHeadAttention(GroupedQueryMixer):
 
     def mixing_flops(self, length: int) -> float:
         return 4 * self.num_heads * self.head_dim * mean_keys(length, self.window)
+
+    def computed_by(self, device: torch.device, dtype: torch.dtype) -> str:
+        if self.window is None:
+            return "PyTorch's scaled_dot_product_attention; FlexAttention on CUDA for documents and padding"
+        return explain_backend(self.backend, device.type, device.index, dtype, self.head_dim)
 
     def cache_elements(self, length: int) -> int:
         kept = length if self.window is None else min(length, self.window)

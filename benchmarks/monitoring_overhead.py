@@ -1,0 +1,129 @@
+"""What the callbacks that make a run visible cost on a CPU.
+
+    python benchmarks/monitoring_overhead.py      a JSON file under benchmarks/results/
+
+The model and data of `make train` in one thread, without validation. The callbacks of `dma_lightning.monitoring` are on
+and off in turns of 10 steps (on, off, off, on, ...), each with one logging step at its end. The cost is told in seconds
+of the processor, since those of the clock depend on what else the machine does; once as the difference between the
+turns, and once as what passes inside of the callbacks, which varies less. Masks are looked at once in 100 steps of
+both, so twice as often as in a run. Samples come after every second validation; their cost is given beside that of the
+steps between them.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from environment import describe, write_tables
+
+from dma_lightning.cli import DMACLI, build_cli
+from dma_lightning.monitoring import SampleMonitor
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TURN, WARM_UP = 10, 10  # steps
+STEPS_BETWEEN_SAMPLES = 400  # every second validation of configs/trainer/cpu.yaml
+
+
+class Turns(pl.Callback):
+    """Switches other callbacks on and off, and notes the milliseconds of each turn.
+
+    Args:
+        callbacks: those that it switches.
+    """
+
+    def __init__(self, callbacks: list[pl.Callback]) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.on, self.inside = True, 0.0
+        for callback in callbacks:
+            for hook in ("on_train_batch_start", "on_train_batch_end"):
+                setattr(callback, hook, self._switched(getattr(callback, hook)))
+
+    def _switched(self, hook: Callable[..., None]) -> Callable[..., None]:
+        def switched(*args: Any) -> None:
+            if self.on:
+                start = time.process_time()
+                hook(*args)
+                self.inside += time.process_time() - start
+
+        return switched
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        turn, place = divmod(trainer.global_step - WARM_UP, TURN)
+        if turn < 0 or place:
+            return
+        now = time.process_time(), time.perf_counter()
+        if turn:
+            cpu, clock = (1e3 * (end - start) / TURN for start, end in zip(self.start, now, strict=True))
+            row = {"on": self.on, "processor_ms": cpu, "inside_ms": 1e3 * self.inside / TURN, "clock_ms": clock}
+            self.rows.append(row)
+        self.on, self.inside, self.start = turn % 4 in (0, 3), 0.0, now
+
+
+class TimedSamples(SampleMonitor):
+    """Notes how long samples take."""
+
+    def on_validation_end(self, *args: Any) -> None:
+        start = time.process_time()
+        super().on_validation_end(*args)
+        self.seconds = time.process_time() - start
+
+
+def build(folder: str, *args: str) -> DMACLI:
+    """What `make train` runs, logging into a folder."""
+    layers = [f"--config={CONFIGS / name}.yaml" for name in ("model/tiny", "data/pydoc", "trainer/cpu")]
+    quiet = ["--trainer.enable_model_summary=false", f"--trainer.logger.init_args.save_dir={folder}"]
+    return build_cli([*layers, *quiet, "--trainer.num_sanity_val_steps=0", *args], run=False)
+
+
+def turns(count: int) -> Iterator[dict[str, Any]]:
+    """Milliseconds per step of every turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps = f"--trainer.max_steps={WARM_UP + TURN * count + 1}"
+        cli = build(folder, steps, "--trainer.limit_val_batches=0")
+        callbacks = cli.trainer.callbacks
+        switch = Turns([x for x in callbacks if "dma_lightning.monitoring" in type(x).__module__])
+        cli.trainer.callbacks = [switch, *callbacks]
+        cli.trainer.fit(cli.model, cli.datamodule)
+    yield from switch.rows
+
+
+def samples(count: int) -> Iterator[dict[str, Any]]:
+    """Milliseconds of the processor for the pictures, texts and sample after one validation."""
+    for _ in range(count):
+        with tempfile.TemporaryDirectory() as folder:
+            cli = build(folder, *(f"--trainer.{name}" for name in ("max_steps=2", "val_check_interval=2")))
+            timed = TimedSamples()
+            cli.trainer.callbacks, cli.trainer.limit_val_batches = [timed], 1
+            cli.trainer.fit(cli.model, cli.datamodule)
+        yield {"ms": 1e3 * timed.seconds}
+
+
+def main() -> None:
+    """Measure, print, and write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "monitoring_overhead.json")
+    parser.add_argument("--turns", type=int, default=40, help="a multiple of 4")
+    args = parser.parse_args()
+    sys.argv = sys.argv[:1]  # LightningCLI warns of arguments that are not its own
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {"environment": describe()}
+    write_tables(args.out, result, {"samples": samples(5), "turns": turns(args.turns)})
+    on, off = ([row for row in result["turns"] if row["on"] is which] for which in (True, False))
+    for kind in (mean, median):
+        with_, without = (kind(row["processor_ms"] for row in rows) for rows in (on, off))
+        print(f"{kind.__name__} of turns: {with_:.1f} ms with, {without:.1f} without, {with_ / without - 1:+.2%}")
+    step = mean(row["processor_ms"] for row in off)
+    print(f"inside of the callbacks: {mean(row['inside_ms'] for row in on) / step:.2%} of a step")
+    sample = median(row["ms"] for row in result["samples"])
+    print(f"samples: {sample:.0f} ms, {sample / step / STEPS_BETWEEN_SAMPLES:.2%} of the steps between them")
+
+
+if __name__ == "__main__":
+    main()

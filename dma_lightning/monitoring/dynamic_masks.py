@@ -1,0 +1,64 @@
+"""What dynamic mask attention selects, layer by layer."""
+
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dma_lightning.data.base import Batch
+from dma_lightning.monitoring.recording import dynamic_layers, first_sequence, record_masks
+from dma_lightning.monitoring.steps import is_logging_step, logged_step, tensorboard
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class DynamicMaskMonitor(pl.Callback):
+    """Logs live fraction, births, own keys, lifetimes, and histograms of A and of scores for each layer.
+
+    They are those of one more forward pass, over the first sequence of the batch. Other attentions log nothing.
+
+    Args:
+        every_n_steps: from one time to the next; the first logging step after so many takes part, and the very first.
+
+    Raises:
+        ValueError: if there are no steps between.
+    """
+
+    def __init__(self, every_n_steps: int = 100) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps: expected at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.next_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        due = trainer.global_step >= self.next_step and is_logging_step(trainer)
+        if not due or not dynamic_layers(pl_module.model):
+            return
+        self.next_step = trainer.global_step + self.every_n_steps
+        recorded = record_masks(trainer, pl_module.model, first_sequence(batch))
+        figures = {f"dma/layer_{i}/{name}": x for i, mask in recorded.items() for name, x in mask.figures().items()}
+        known = {name: x.item() for name, x in figures.items() if not x.isnan()}
+        for logger in trainer.loggers:  # by itself, since Lightning would write the figures anew at every logging step
+            logger.log_metrics(known, logged_step(trainer))
+        writer = tensorboard(trainer)
+        for i, mixer in dynamic_layers(pl_module.model).items():
+            scores = recorded[i].scores
+            _add_histogram(writer, f"dma/layer_{i}/A", mixer.A, logged_step(trainer))
+            real = recorded[i].real.expand_as(scores)
+            _add_histogram(writer, f"dma/layer_{i}/scores", scores[real], logged_step(trainer))
+
+
+def _add_histogram(writer: "SummaryWriter | None", tag: str, values: Tensor, step: int) -> None:
+    """Of the finite ones, if there are any."""
+    if isinstance(values, DTensor):
+        values = values.full_tensor()  # of a sharded parameter: a collective call
+    values = values.detach().float()
+    values = values[values.isfinite()]
+    if writer is not None and len(values):
+        writer.add_histogram(tag, values.cpu(), step)

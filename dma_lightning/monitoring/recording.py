@@ -1,0 +1,120 @@
+"""The dynamic masks of all layers over one sequence, and what they say in figures.
+
+G KV heads, N length.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from dma_kernels import Lifetimes
+from dma_lightning.data.base import Batch
+from dma_lightning.generation import evaluating
+from dma_lightning.mixers import DynamicMaskAttention
+
+
+@dataclass(frozen=True)
+class RecordedMask:
+    """One layer's mask over one sequence."""
+
+    lifetimes: Lifetimes
+    """Of every key, `[1, G, N]`."""
+    causal: Lifetimes
+    """The keys that a query could see: those of its past in its document, `[1, 1, N]`."""
+    scores: Tensor
+    """Of every key, `[1, G, N]`."""
+    capacity: int
+    """How many keys a query keeps at most."""
+
+    @property
+    def real(self) -> Tensor:
+        """Positions that are no padding, bool `[1, 1, N]`."""
+        return self.causal.death > self.causal.birth
+
+    @property
+    def born(self) -> Tensor:
+        """Keys that their own query sees, bool `[1, G, N]`; the others nobody ever sees."""
+        return self.lifetimes.death > self.lifetimes.birth
+
+    def figures(self) -> dict[str, Tensor]:
+        """Means over heads and positions, each a scalar; NaN where there is nothing to take the mean of.
+
+        `live_fraction`: keys that queries see, as a share of those that they could see.
+        `births`: of the positions at which a key must go for a new one, the share whose key enters.
+        `own_key`: of all queries, the share that sees the key of its own position.
+        `mean_lifetime`: queries by which a key that enters is seen; the end of the sequence ends it.
+        """
+        lives, could = self.lifetimes.live_counts(), self.causal.live_counts()
+        full = (could > self.capacity) & self.real
+        span = (self.lifetimes.death - self.lifetimes.birth).float()
+        return {
+            "live_fraction": lives.sum() / could.expand_as(lives).sum(),
+            "births": _mean_where(self.born.float(), full),
+            "own_key": _mean_where(self.born.float(), self.real),
+            "mean_lifetime": _mean_where(span, self.born),
+        }
+
+    def kept_shares(self) -> Tensor:
+        """Share of the later queries of its document by which each key is seen, mean over heads, `[N]`."""
+        lived = (self.lifetimes.death - self.lifetimes.birth).clamp(min=0)
+        possible = (self.causal.death - self.causal.birth).clamp(min=1)
+        return (lived / possible).mean(1)[0]
+
+
+def _mean_where(x: Tensor, where: Tensor) -> Tensor:
+    where = where.expand_as(x)
+    return (x * where).sum() / where.sum()
+
+
+def first_sequence(batch: Batch) -> Batch:
+    """A copy of the first sequence of a batch."""
+    return {name: x[:1].clone() for name, x in batch.items()}
+
+
+def dynamic_layers(model: nn.Module) -> dict[int, DynamicMaskAttention]:
+    """The mixers of a decoder that are dynamic mask attention, by the number of their layer."""
+    mixers = {i: layer.self_attn for i, layer in enumerate(model.layers)}
+    return {i: mixer for i, mixer in mixers.items() if isinstance(mixer, DynamicMaskAttention)}
+
+
+@torch.no_grad()
+def record_masks(trainer: pl.Trainer, model: nn.Module, sequence: Batch) -> dict[int, RecordedMask]:
+    """Masks of all layers with dynamic mask attention over a batch of one sequence, by one forward pass.
+
+    With layers that are sharded among processes, all of them must take part.
+    """
+    found: dict[int, RecordedMask] = {}
+    hooks = []
+    for i, mixer in dynamic_layers(model).items():
+
+        def record(mixer: DynamicMaskAttention, args: tuple, i: int = i) -> None:
+            x, documents, padding, *_ = args
+            lifetimes, scores = mixer.lifetimes(x, documents, padding)
+            causal = Lifetimes.causal(x.shape[1], x.device, documents=documents, padding=padding)
+            found[i] = RecordedMask(lifetimes, causal, scores, lifetimes.capacity)
+
+        hooks.append(mixer.register_forward_pre_hook(record))
+    try:
+        with evaluating(model), _as_written(model), trainer.precision_plugin.forward_context():
+            model(sequence["input_ids"], sequence.get("documents"), sequence.get("padding"))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@contextmanager
+def _as_written(model: nn.Module) -> Iterator[None]:
+    """Modules that were compiled in place run as written within, since compiled ones do not see new hooks."""
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call

@@ -1,0 +1,198 @@
+"""Masks over real text, the keys that are kept longest, and what the model writes.
+
+G KV heads, N length.
+"""
+
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from dma_kernels import Lifetimes
+from dma_lightning.data.base import Batch
+from dma_lightning.generation import generate
+from dma_lightning.monitoring.recording import RecordedMask, dynamic_layers, first_sequence, record_masks
+from dma_lightning.monitoring.steps import logged_step, tensorboard
+from dma_lightning.sampling import Sampling
+from dma_lightning.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_LIVE, _DEAD, _UNSEEN = (0.13, 0.40, 0.67), (0.87, 0.89, 0.92), (1.0, 1.0, 1.0)  # colours of pairs (query, key)
+_GAP = 8  # pixels between heads
+_LEAST_PIXELS = 256  # side of a mask in a picture
+
+
+class SampleMonitor(pl.Callback):
+    """Shows, after validations, masks over the first validation sequence, its best-kept tokens, and a continuation.
+
+    Masks and kept tokens are those of dynamic mask attention; every attention writes a continuation of the sequence's
+    first half. The last validation of a run with `max_steps` always shows them.
+
+    Args:
+        every_n_validations: from one time to the next.
+        layers: how many layers are shown, spread evenly from the first to the last.
+        heads: how many KV heads of a layer are shown.
+        picture_length: how many positions a picture of a mask shows.
+        kept_share: share of the tokens that are marked as kept best.
+        max_new_tokens: of the continuation; 0 leaves it out.
+        sampling: how its tokens are chosen; by default drawn at temperature 0.8.
+        seed: of the tokens that are drawn.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    def __init__(
+        self,
+        every_n_validations: int = 2,
+        layers: int = 3,
+        heads: int = 4,
+        picture_length: int = 256,
+        kept_share: float = 0.15,
+        max_new_tokens: int = 40,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+    ) -> None:
+        least = {"every_n_validations": every_n_validations, "layers": layers, "heads": heads}
+        for name, value in (least | {"picture_length": picture_length}).items():
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if max_new_tokens < 0 or not 0 < kept_share < 1:
+            raise ValueError(
+                f"expected max_new_tokens >= 0 and a kept_share between 0 and 1, got {max_new_tokens} and {kept_share}"
+            )
+        self.every_n_validations, self.layers, self.heads = every_n_validations, layers, heads
+        self.picture_length, self.kept_share = picture_length, kept_share
+        self.max_new_tokens, self.seed = max_new_tokens, seed
+        self.sampling = sampling or Sampling(temperature=0.8)
+        self.validations = 0
+        self.sequence: Batch | None = None
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0 and dataloader_idx == 0:
+            self.sequence = first_sequence(batch)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        sequence, self.sequence = self.sequence, None
+        if sequence is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self.validations += 1
+        last = 0 < trainer.max_steps <= trainer.global_step
+        if (self.validations - 1) % self.every_n_validations and not last:
+            return
+        writer, step = tensorboard(trainer), logged_step(trainer)
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)
+        if dynamic_layers(pl_module.model):
+            self._show_masks(writer, step, record_masks(trainer, pl_module.model, sequence), sequence, tokenizer)
+        if self.max_new_tokens:
+            with trainer.precision_plugin.forward_context():
+                self._show_continuation(writer, step, pl_module, sequence, tokenizer)
+
+    def _show_masks(
+        self,
+        writer: "SummaryWriter | None",
+        step: int,
+        recorded: dict[int, RecordedMask],
+        sequence: Batch,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        if writer is None:
+            return
+        pieces = text_pieces(tokenizer, sequence["input_ids"][0].tolist())
+        for i in spread(list(recorded), self.layers):
+            mask = recorded[i]
+            writer.add_image(f"masks/layer_{i}", mask_picture(mask, self.heads, self.picture_length), step)
+            marked = best_kept(mask.kept_shares(), mask.capacity, self.kept_share)
+            writer.add_text(f"kept/layer_{i}", marked_text(pieces, marked.tolist()), step)
+
+    def _show_continuation(
+        self,
+        writer: "SummaryWriter | None",
+        step: int,
+        pl_module: pl.LightningModule,
+        sequence: Batch,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        tokens = sequence["input_ids"]
+        if "padding" in sequence:
+            tokens = tokens[~sequence["padding"]][None]
+        half = max(1, tokens.shape[1] // 2)
+        prompt, rest = tokens[:, :half], tokens[:, half : half + self.max_new_tokens]
+        new = generate(pl_module.model, prompt, self.max_new_tokens, self.sampling, seed=self.seed)
+        if writer is not None:
+            before, made, real = (text_pieces(tokenizer, x[0].tolist()) for x in (prompt, new, rest))
+            text = marked_text(before + made, [False] * len(before) + [True] * len(made))
+            writer.add_text("sample/continuation", f"{text}\n\nThe data goes on:\n\n{marked_text(real)}", step)
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of the items, the first and the last among them, evenly."""
+    if count >= len(items):
+        return list(items)
+    places = torch.linspace(0, len(items) - 1, count).round().long().tolist()
+    return [items[place] for place in places]
+
+
+def text_pieces(tokenizer: Tokenizer | None, tokens: list[int]) -> list[str]:
+    """The text of every token, or its number where there is no tokenizer."""
+    if tokenizer is None:
+        return [f"{token} " for token in tokens]
+    *pieces, rest = tokenizer.decode_stream(tokens)
+    return [*pieces[:-1], pieces[-1] + rest] if pieces else []
+
+
+def marked_text(pieces: Sequence[str], marked: Sequence[bool] | None = None) -> str:
+    """HTML that TensorBoard lets through, with the marked pieces in bold type."""
+    parts, bold = [], False
+    for piece, mark in zip(pieces, marked or [False] * len(pieces), strict=True):
+        if mark != bold:
+            parts.append("<strong>" if mark else "</strong>")
+            bold = mark
+        parts.append(html.escape(piece, quote=False))
+    text = "".join(parts) + ("</strong>" if bold else "")
+    return "<pre>" + text.replace("\n", "&#10;") + "</pre>"  # Markdown would end the block at an empty line
+
+
+def best_kept(kept: Tensor, capacity: int, share: float) -> Tensor:
+    """Which keys are kept best, bool `[N]`: the best `share` of those that could have been dropped.
+
+    The last `capacity` keys are left out, which might be seen by all later queries because these are few.
+
+    Args:
+        kept: share of the later queries that see each key, `[N]`.
+        capacity: how many keys a query keeps.
+        share: of the keys that are left, how many to take.
+    """
+    candidates = kept[: max(0, len(kept) - capacity)]
+    marked = torch.zeros(len(kept), dtype=torch.bool)
+    marked[candidates.cpu().topk(int(len(candidates) * share)).indices] = True
+    return marked
+
+
+def mask_picture(mask: RecordedMask, heads: int, length: int) -> Tensor:
+    """The masks of the first heads over the first positions side by side, RGB `[3, height, width]` from 0 to 1.
+
+    Queries go downwards, keys to the right. Blue is a pair that is visible, grey one that could be, white one of the
+    future, of padding or of another document.
+    """
+    visible = _corner(mask.lifetimes, length)[:heads]  # [heads, L, L]
+    possible = _corner(mask.causal, length)  # [1, L, L]
+    colours = torch.tensor([_UNSEEN, _DEAD, _LIVE])
+    picture = colours[visible.long() + possible.long()].permute(3, 0, 1, 2)  # [3, heads, L, L]
+    pixels = -(-_LEAST_PIXELS // picture.shape[-1])
+    picture = picture.repeat_interleave(pixels, 2).repeat_interleave(pixels, 3)
+    picture = torch.nn.functional.pad(picture, (0, _GAP), value=1.0)
+    return picture.permute(0, 2, 1, 3).flatten(2)[..., :-_GAP]
+
+
+def _corner(lifetimes: Lifetimes, length: int) -> Tensor:
+    """The dense mask `[G, L, L]` of the first positions of a batch of one."""
+    ends = (x[..., :length].cpu() for x in (lifetimes.birth, lifetimes.death))
+    return Lifetimes(*ends, lifetimes.capacity).to_dense()[0]

@@ -1,0 +1,82 @@
+"""What a run is going to do, in a table before its first step."""
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+
+from dma_lightning.data.base import Batch
+from dma_lightning.monitoring.peaks import compute_dtype
+from dma_lightning.monitoring.steps import is_logging_step, wait_for
+
+
+class RunSummary(pl.Callback):
+    """Prints sizes, attention, backend, batch and tokens of a run, and how long it will take once that is measured."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.printed = self.estimated = False
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        if self.printed:
+            return
+        self.printed = True
+        rows = summary_rows(trainer, pl_module, *batch["input_ids"].shape)
+        width = max(len(name) for name in rows)
+        trainer.print("\n".join(["", *(f"{name:<{width}}  {value}" for name, value in rows.items()), ""]))
+        wait_for(pl_module.device)
+        self.started, self.first_step = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if self.estimated or not is_logging_step(trainer):
+            return
+        self.estimated = True
+        wait_for(pl_module.device)
+        per_step = (time.perf_counter() - self.started) / max(1, trainer.global_step - self.first_step)
+        total = total_steps(trainer)
+        left = 0 if total is None else total - trainer.global_step
+        if left:
+            steps = f"{left:,} steps x {1e3 * per_step:,.0f} ms, without validation"
+            trainer.print(f"estimated time: {duration(per_step * left)} ({steps})")
+
+
+def summary_rows(trainer: pl.Trainer, pl_module: pl.LightningModule, sequences: int, length: int) -> dict[str, str]:
+    """The table for batches `[sequences, length]` of each device: what a line is about, and what it says."""
+    model, config = pl_module.model, pl_module.model.config
+    mixer, device, dtype = model.layers[0].self_attn, pl_module.device, compute_dtype(trainer)
+    accumulated, devices, steps = trainer.accumulate_grad_batches, trainer.world_size, total_steps(trainer)
+    per_step = sequences * accumulated * devices * length
+    flops = model.training_flops(length)
+    rows = {
+        "parameters": f"{model.num_parameters:,}, {model.num_non_embedding_parameters:,} without embeddings and head",
+        "attention": f"{config.attention} ({type(mixer).__name__})",
+        "computed by": mixer.computed_by(device, dtype),
+        "devices": f"{devices} x {device.type}, precision {trainer.precision}",
+        "step": f"{sequences} sequences x {accumulated} accumulated x {devices} devices "
+        f"= {sequences * accumulated * devices} of {length:,} tokens, {per_step:,} tokens",
+        "FLOPs": f"{flops:.3g} per token, forward and backward; {flops * per_step:.3g} per step",
+    }
+    if steps is None:
+        return rows | {"run": "no end is set"}
+    left = steps - trainer.global_step
+    done = f" ({trainer.global_step:,} of {steps:,} are done)" if trainer.global_step else ""
+    return rows | {"run": f"{left:,} steps{done}, {left * per_step:,} tokens, {flops * left * per_step:.3g} FLOPs"}
+
+
+def total_steps(trainer: pl.Trainer) -> int | None:
+    """Optimizer steps of the whole run, those of a checkpoint included; None if it has no end that is known."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if 0 <= steps < float("inf") else None
+
+
+def duration(seconds: float) -> str:
+    """A time in the two units that tell most: `2 d 3 h`, `1 h 5 min`, `3 min 20 s`, `45 s`."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    parts = [(days, "d"), (h, "h"), (m, "min"), (s, "s")]
+    first = next((i for i, (count, _) in enumerate(parts) if count), 3)
+    return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2])
