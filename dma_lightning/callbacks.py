@@ -27,11 +27,15 @@ class FitReport(pl.Callback):
     def __init__(self, metric: str = "val/loss") -> None:
         self.metric = metric
         self.start: float | None = None
+        self.trained = False
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         value = trainer.callback_metrics.get(self.metric)
         if value is not None and trainer.num_sanity_val_steps == float("inf"):  # the whole split, not a few batches
             self.start = value.item()
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self.trained = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         if 0 < trainer.max_steps <= trainer.global_step:
@@ -40,6 +44,11 @@ class FitReport(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         log_dir = trainer.log_dir  # a collective call: every rank takes part
         if not trainer.is_global_zero:
+            return
+        if not self.trained:
+            print(
+                f"\nnothing to do: {trainer.global_step} of {trainer.max_steps} steps are done; raise trainer.max_steps"
+            )
             return
         end = trainer.callback_metrics.get(self.metric)
         start = "not measured" if self.start is None else f"{self.start:.4f}"

@@ -76,14 +76,18 @@ class ResumableCheckpoint(ModelCheckpoint):
     Saves every so many steps, after each validation, and at the end; on SIGTERM it saves after the step that is being
     made (and the validation that follows, if one does) and ends the run; on an exception it saves what the last whole
     step left, with one process. With several, one of them cannot save alone, and the last regular checkpoint stands.
-    When a validation follows a step, it is saved after the validation, so that resuming leaves no validation out.
+    Between accumulated batches, in the midst of a step and within a validation nothing is saved. When a validation
+    follows a step, it is saved after the validation, so that resuming leaves no validation out.
 
     Args:
         every_n_train_steps: optimizer steps between two checkpoints.
         filename: as of `ModelCheckpoint`.
         save_last: as of `ModelCheckpoint`; by default a link to the newest, which is never missing.
         save_on_exception: as of `ModelCheckpoint`.
-        **kwargs: what else `ModelCheckpoint` takes.
+        **kwargs: what else `ModelCheckpoint` takes, less its other intervals.
+
+    Raises:
+        ValueError: if `monitor` is a figure of training, which is there at logging steps alone.
     """
 
     def __init__(
@@ -101,10 +105,13 @@ class ResumableCheckpoint(ModelCheckpoint):
             save_on_exception=save_on_exception,
             **kwargs,
         )
+        if (self.monitor or "").startswith("train/"):
+            raise ValueError(f"monitor: expected a figure of validation, such as val/loss, got {self.monitor!r}")
         self._whole: _WholeStep | None = None
         self._rewind = False  # whether what is saved is the last whole step, of which counters are ahead
         self._rng_to_load: list[dict[str, Any]] | None = None
         self._asked_to_stop = False
+        self._stepping = False  # whether the optimizer may have changed some of the weights
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -113,15 +120,19 @@ class ResumableCheckpoint(ModelCheckpoint):
             self._rng_to_load = None
             self._last_global_step_saved = trainer.global_step
         self._whole = _WholeStep.now(trainer)
-        self._asked_to_stop = False
+        self._asked_to_stop = self._stepping = False
         if threading.current_thread() is threading.main_thread():
             # Instead of Lightning's, which may end the processes at different steps. It puts back what was before.
             signal.signal(signal.SIGTERM, self._ask_to_stop)
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self._stepping = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         loop = trainer.fit_loop.epoch_loop
         if loop._should_accumulate():
             return  # gradients are in no checkpoint
+        self._stepping = False
         self._whole = _WholeStep.now(trainer)
         if not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
             super().on_train_batch_end(trainer, pl_module, *args)
@@ -142,8 +153,8 @@ class ResumableCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if trainer.world_size > 1 and not isinstance(exception, SystemExit):
             print(
-                f"rank {trainer.global_rank}: ended at step {trainer.global_step} by {type(exception).__name__}. If a "
-                "connection was lost, another process ended first: its output says why, or it was killed. "
+                f"\nrank {trainer.global_rank}: ended at step {trainer.global_step} by {type(exception).__name__}. "
+                "If a connection was lost, another process ended first: its output says why, or it was killed. "
                 "`--ckpt_path last` goes on from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
@@ -152,7 +163,8 @@ class ResumableCheckpoint(ModelCheckpoint):
             return
         progress = trainer.fit_loop.epoch_loop.batch_progress.total
         stepped = trainer.global_step > self._whole.step and progress.processed == progress.ready
-        self._rewind = (trainer.global_step, progress.processed) == (self._whole.step, self._whole.batches)
+        here = (trainer.global_step, progress.processed)
+        self._rewind = not self._stepping and here == (self._whole.step, self._whole.batches)
         if (stepped or self._rewind) and not trainer.validating:
             try:
                 super().on_exception(trainer, pl_module, exception)
@@ -163,7 +175,7 @@ class ResumableCheckpoint(ModelCheckpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        rng = self._whole.rng if self._rewind else _collect_rng_states()
+        rng = self._whole.rng if self._rewind else _rng_states(trainer)
         checkpoint[RNG_KEY] = _of_all_processes(_plain_rng(rng), trainer)
         if self._rewind:
             checkpoint["loops"]["fit_loop"] = self._whole.loops
@@ -191,6 +203,11 @@ class ResumableCheckpoint(ModelCheckpoint):
             self._save_checkpoint(trainer, self._get_metric_interpolated_filepath_name(candidates, trainer))
         self._save_last_checkpoint(trainer, candidates)
 
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        if self.save_last == "link" and self.last_model_path:  # before the file that it names is removed
+            self._link_checkpoint(trainer, filepath, self.last_model_path)
+
     @staticmethod
     def _link_checkpoint(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
         """As Lightning's, but the old link stands until the new one does."""
@@ -214,7 +231,7 @@ class _WholeStep(NamedTuple):
     def now(cls, trainer: pl.Trainer) -> "_WholeStep":
         loop = trainer.fit_loop
         batches = loop.epoch_loop.batch_progress.total.processed
-        return cls(trainer.global_step, batches, loop.state_dict(), _collect_rng_states())
+        return cls(trainer.global_step, batches, loop.state_dict(), _rng_states(trainer))
 
 
 def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
@@ -255,6 +272,12 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def _rng_states(trainer: pl.Trainer) -> dict[str, Any]:
+    """Of this process; of GPUs, its own alone."""
+    states, device = _collect_rng_states(include_cuda=False), trainer.strategy.root_device
+    return states | ({"device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
 def _plain_rng(states: dict[str, Any]) -> dict[str, Any]:
     """States of random numbers without arrays, which a safe load refuses."""
     name, keys, *rest = states["numpy"]
@@ -270,7 +293,10 @@ def _of_all_processes(value: Any, trainer: pl.Trainer) -> list[Any]:
 
 def _load_rng(states: list[dict[str, Any]], trainer: pl.Trainer) -> None:
     if len(states) == trainer.world_size:
-        _set_rng_states(states[trainer.global_rank])
+        own = states[trainer.global_rank]
+        _set_rng_states(own)
+        if "device" in own and trainer.strategy.root_device.type == "cuda":
+            torch.cuda.set_rng_state(own["device"], trainer.strategy.root_device)
     else:
         rank_zero_warn(
             f"the checkpoint is of {len(states)} processes and this run of {trainer.world_size}: "

@@ -58,16 +58,27 @@ class DMACLI(LightningCLI):
             parser.link_arguments(f"data.{source}", f"model.{target}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.checkpoint = _checkpoint_argument(args)
+        self.checkpoint, last = _checkpoint_argument(args), False
         if self.checkpoint is None:  # then a config may name one, or `last` stands for one of this run
             super().parse_arguments(parser, args)
             self.checkpoint = self._configured_checkpoint()
             if self.checkpoint is None:
                 return
+            last = self._subcommand_config().ckpt_path == "last"
         saved = _saved_arguments(self.checkpoint)
         for subparser in self._subcommand_parsers.values():
             subparser.set_defaults(saved)
         super().parse_arguments(parser, args)
+        attention = self._subcommand_config().model.attention
+        if last and attention != saved.get("model.attention", attention):
+            raise ValueError(
+                f"ckpt_path last: expected attention {saved['model.attention']!r} as in {self.checkpoint}, got "
+                f"{attention!r}; give each experiment a folder of its own by --trainer.logger.init_args.name, or "
+                "name the checkpoint to go on from"
+            )
+
+    def _subcommand_config(self) -> Namespace:
+        return self.config.get(self.config.get("subcommand") or "", Namespace())
 
     def _configured_checkpoint(self) -> Path | None:
         """The checkpoint that the parsed configuration stands for.
@@ -75,7 +86,7 @@ class DMACLI(LightningCLI):
         Raises:
             ValueError: if there is none, unless `fit` shall go on with the last.
         """
-        config = self.config.get(self.config.get("subcommand") or "", Namespace())
+        config = self._subcommand_config()
         path = config.get("ckpt_path")
         if path != "last":
             return _checkpoint_file(path)
@@ -154,7 +165,7 @@ def _run_folders(trainer: Namespace) -> list[Path]:
     if not isinstance(logger, Namespace):
         return [root / ("checkpoints" if logger is False else "lightning_logs")]
     options = logger.init_args
-    return [Path(options.get("save_dir") or root) / (options.get("name") or "")]
+    return [Path(options.get("save_dir") or root) / (options.get("name") or options.get("project") or "")]
 
 
 def _saved_arguments(checkpoint: Path) -> dict[str, Any]:
@@ -166,8 +177,9 @@ def _saved_arguments(checkpoint: Path) -> dict[str, Any]:
     try:
         saved = read_checkpoint(checkpoint)
     except Exception as error:  # torch raises whatever the damage leads to
+        reason, *_ = f"{error}\n".splitlines()
         raise ValueError(
-            f"ckpt_path: expected a whole checkpoint, got {str(checkpoint)!r}, which cannot be read ({error}); "
+            f"ckpt_path: expected a whole checkpoint, got {str(checkpoint)!r}, which cannot be read ({reason}); "
             "`last` takes the newest whole one"
         ) from error
     model = saved.get(LanguageModel.CHECKPOINT_HYPER_PARAMS_KEY, {})
@@ -195,8 +207,9 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         parser_kwargs={
+            "prog": "dma-lightning",
             "description": "Train and evaluate language models with dynamic mask attention. "
-            "Besides the subcommands below: " + ", ".join(f"`dma-lightning {name} --help`" for name in _COMMANDS) + "."
+            "Besides the subcommands below: " + ", ".join(f"`dma-lightning {name} --help`" for name in _COMMANDS) + ".",
         },
         args=args,
         run=run,

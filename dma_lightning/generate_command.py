@@ -90,8 +90,9 @@ def load_checkpoint(path: Path, device: str, backend: str | None = None) -> Lang
     try:
         module = LanguageModel.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changed)
     except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        reason, *_ = f"{error}\n".splitlines()  # torch goes on with advice to load what can run any code
         raise ValueError(
-            f"{path}: expected a checkpoint of `dma-lightning`, got one that cannot be read: {error}"
+            f"{path}: expected a checkpoint of `dma-lightning`, got one that cannot be read: {reason}"
         ) from error
     return module.to(device).eval()
 

@@ -205,12 +205,21 @@ def _check_prompts(input_ids: Tensor, padding: Tensor | None, max_new_tokens: in
 
 @contextmanager
 def evaluating(model: Decoder) -> Iterator[None]:
-    """Evaluation mode within, the mode before without."""
-    training = [x for x in model.modules() if x.training] if isinstance(model, nn.Module) else []
+    """Evaluation mode within, the mode before without.
+
+    Modules that were compiled in place run as written: each length would be compiled anew, and new hooks not be seen.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    training = [module for module in modules if module.training]
+    compiled = {module: module._compiled_call_impl for module in modules if module._compiled_call_impl}
     for module in training:
         module.training = False
+    for module in compiled:
+        module._compiled_call_impl = None
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        for module, call in compiled.items():
+            module._compiled_call_impl = call

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -79,7 +79,7 @@ class LanguageModel(pl.LightningModule):
         if self.hparams.compile_layers:
             for layer in self.model.layers:
                 layer.compile()
-        if self.device_mesh is not None:
+        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
             for module in (*self.model.layers, self.model):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
@@ -91,7 +91,9 @@ class LanguageModel(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, _ = self._loss(batch)
-        if is_logging_step(self.trainer, before_step=True):  # Lightning's mean over processes waits for all of them
+        if self._trainer is not None and is_logging_step(
+            self._trainer, before_step=True
+        ):  # Lightning's mean over processes waits for all of them
             logs = {"train/loss": loss.detach(), "train/perplexity": loss.detach().exp()}
             if self.hparams.bytes_per_token is not None:
                 logs["train/bits_per_byte"] = bits_per_byte(loss.detach(), self.hparams.bytes_per_token)

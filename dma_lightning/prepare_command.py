@@ -1,10 +1,10 @@
 """`dma-lightning prepare`: folders of text into shards of tokens, once and for all."""
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -33,7 +33,7 @@ from dma_lightning.data.text import text_files
 from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 
 _TASK_BYTES = 1 << 20  # text that a process takes at once
-_TASKS_AHEAD = 3 * (os.cpu_count() or 1)
+_TASKS_AHEAD = 3  # for each process
 
 _Place = tuple[int, int]  # number of a file, lines of it that are done
 
@@ -77,9 +77,9 @@ def prepare(
     plan = _plan(files, reader, text_field, eos_token_id, shard_tokens)
     records = _begin(output, plan, reader)
     if not (output / MANIFEST).exists():
-        pool = ProcessPoolExecutor(processes, initializer=_start_worker, initargs=(_carried(reader), os.getpid()))
+        pool = ProcessPoolExecutor(processes, initializer=_start_worker, initargs=(_carried(reader),))
         try:
-            records += _write_shards(output, files, plan, records, pool)
+            records += _write_shards(output, files, plan, records, pool, processes)
         finally:
             pool.shutdown(cancel_futures=True)
         _finish(output, plan, records)
@@ -123,11 +123,12 @@ def _begin(output: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> list[Sha
     """
     if (output / PLAN).exists():
         begun = read_json(output / PLAN)
-        if changed := [name for name in plan if begun.get(name) != plan[name]]:
+        changed = [name for name in plan if begun.get(name) != plan[name]]
+        if changed and ((output / MANIFEST).exists() or read_records(output)):
             raise ValueError(
                 f"{output}: expected what it was begun with, got other {', '.join(changed)}; name another folder"
             )
-    elif output.exists() and any(not file.name.endswith(".tmp") for file in output.iterdir()):
+    elif output.exists() and (not output.is_dir() or any(not file.name.endswith(".tmp") for file in output.iterdir())):
         raise ValueError(f"{output}: expected no folder, an empty one, or one of this command; got other files there")
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / PLAN, plan)
@@ -140,7 +141,12 @@ def _begin(output: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> list[Sha
 
 
 def _write_shards(
-    output: Path, files: list[Path], plan: dict[str, Any], done: list[ShardRecord], pool: ProcessPoolExecutor
+    output: Path,
+    files: list[Path],
+    plan: dict[str, Any],
+    done: list[ShardRecord],
+    pool: ProcessPoolExecutor,
+    processes: int,
 ) -> list[ShardRecord]:
     """Write the shards behind those that are done."""
     before = np.cumsum([0, *(size for _, size, _ in plan["files"])])
@@ -150,7 +156,7 @@ def _write_shards(
     writer = ShardWriter(output, len(done), np.dtype(plan["dtype"]))
     bar = tqdm(total=int(before[-1]), initial=int(before[place[0]]), desc="prepare", unit="B", unit_scale=True)
     try:
-        for file, piece, tokens in _tokenised(pool, _pieces(files, place, plan["text_field"])):
+        for file, piece, tokens in _tokenised(pool, processes, _pieces(files, place, plan["text_field"])):
             writer.add(tokens, piece.bytes)
             bar.update(int(before[file]) + piece.read - bar.n)
             if piece.next_line == -1:
@@ -190,7 +196,7 @@ def _pieces(files: list[Path], start: _Place, text_field: str) -> Iterator[tuple
 
 
 def _tokenised(
-    pool: ProcessPoolExecutor, pieces: Iterable[tuple[int, Piece]]
+    pool: ProcessPoolExecutor, processes: int, pieces: Iterable[tuple[int, Piece]]
 ) -> Iterator[tuple[int, Piece, np.ndarray]]:
     """Pieces with their tokens, in order; no more of the text is read than the processes need."""
     waiting: deque[tuple[list[tuple[int, Piece]], Future]] = deque()
@@ -202,7 +208,7 @@ def _tokenised(
 
     for task in _tasks(pieces):
         waiting.append((task, pool.submit(_encode, [piece.text for _, piece in task])))
-        if len(waiting) > _TASKS_AHEAD:
+        if len(waiting) > _TASKS_AHEAD * processes:
             yield from first()
     while waiting:
         yield from first()
@@ -225,15 +231,14 @@ def _tasks(pieces: Iterable[tuple[int, Piece]]) -> Iterator[list[tuple[int, Piec
 _tokenizer: Tokenizer  # of each process that tokenises
 
 
-def _start_worker(tokenizer: str | None, parent: int) -> None:
+def _start_worker(tokenizer: str | None) -> None:
     """Make a process ready, and let it end with the one that started it, however that ends."""
     global _tokenizer
     _tokenizer = ByteTokenizer() if tokenizer is None else FileTokenizer.of_json(tokenizer)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -67,6 +67,7 @@ class GradientGuard(pl.Callback):
         self._unread: _Readings | None = None
 
     def state_dict(self) -> dict[str, Any]:
+        self._read()  # no checkpoint is written before the last step has been judged
         return {"mean": self._mean, "count": self._count, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -93,11 +94,6 @@ class GradientGuard(pl.Callback):
         if "skip" in (self.not_finite, self.spike) and self._read():
             for parameter in pl_module.parameters():
                 parameter.grad = None  # nothing to step with
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self._read()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._read()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import (
@@ -19,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.optim import Optimizer
+
+from dma_lightning.checkpoints import read_checkpoint
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -67,7 +68,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             return super().load_checkpoint(path, weights_only)
-        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(path)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=_WHOLE)
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
             named = _renamed(state, dict(enumerate(self._names(optimizer))))

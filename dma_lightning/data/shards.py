@@ -185,9 +185,12 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: if it is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a JSON file of `dma-lightning prepare`: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON file of `dma-lightning prepare`, got {type(content).__name__}")
+    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

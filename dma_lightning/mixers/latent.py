@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dma_kernels import Lifetimes
 from dma_lightning.mixers.base import TokenMixer, check_even, check_mixer_input, mean_keys, positions_of
-from dma_lightning.mixers.masked import attend_places, lifetime_attention
+from dma_lightning.mixers.masked import SDPA_OR_FLEX, attend_places, lifetime_attention
 from dma_lightning.mixers.position_cache import PositionCache
 from dma_lightning.rotary import apply_rotary
 
@@ -122,6 +122,9 @@ class LatentAttention(TokenMixer):
 
     def new_cache(self, batch: int, full: bool = False) -> PositionCache:
         return PositionCache(batch, device=self.q_proj.weight.device)
+
+    def computed_by(self, device: torch.device, dtype: torch.dtype) -> str:
+        return SDPA_OR_FLEX
 
     def mixing_flops(self, length: int) -> float:
         """Of the expanded form."""

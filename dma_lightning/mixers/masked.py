@@ -14,6 +14,8 @@ from dma_lightning.mixers.position_cache import Places
 
 _ROWS = 256  # queries whose mask is in memory at once, for all heads of a group
 
+SDPA_OR_FLEX = "PyTorch's scaled_dot_product_attention; FlexAttention on CUDA for documents and padding"
+
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
     """Softmax attention over the keys of a dense mask; a query without any key gives 0, and no gradient.

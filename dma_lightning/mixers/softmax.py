@@ -12,7 +12,7 @@ from torch import Tensor
 from dma_kernels import Lifetimes
 from dma_lightning.backends import ATTENTIONS, Backend, check_backend, explain_backend, resolve_backend
 from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys
-from dma_lightning.mixers.masked import attend_places, lifetime_attention
+from dma_lightning.mixers.masked import SDPA_OR_FLEX, attend_places, lifetime_attention
 from dma_lightning.mixers.position_cache import PositionCache
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class MultiHeadAttention(GroupedQueryMixer):
 
     def computed_by(self, device: torch.device, dtype: torch.dtype) -> str:
         if self.window is None:
-            return "PyTorch's scaled_dot_product_attention; FlexAttention on CUDA for documents and padding"
+            return SDPA_OR_FLEX
         return explain_backend(self.backend, device.type, device.index, dtype, self.head_dim)
 
     def cache_elements(self, length: int) -> int:

@@ -3,8 +3,6 @@
 G KV heads, N length.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
@@ -99,22 +97,9 @@ def record_masks(trainer: pl.Trainer, model: nn.Module, sequence: Batch) -> dict
 
         hooks.append(mixer.register_forward_pre_hook(record))
     try:
-        with evaluating(model), _as_written(model), trainer.precision_plugin.forward_context():
+        with evaluating(model), trainer.precision_plugin.forward_context():
             model(sequence["input_ids"], sequence.get("documents"), sequence.get("padding"))
     finally:
         for hook in hooks:
             hook.remove()
     return found
-
-
-@contextmanager
-def _as_written(model: nn.Module) -> Iterator[None]:
-    """Modules that were compiled in place run as written within, since compiled ones do not see new hooks."""
-    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
-    for module in compiled:
-        module._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        for module, call in compiled.items():
-            module._compiled_call_impl = call

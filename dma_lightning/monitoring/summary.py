@@ -15,6 +15,7 @@ class RunSummary(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.printed = self.estimated = False
+        self.started: float | None = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
@@ -25,17 +26,21 @@ class RunSummary(pl.Callback):
         rows = summary_rows(trainer, pl_module, *batch["input_ids"].shape)
         width = max(len(name) for name in rows)
         trainer.print("\n".join(["", *(f"{name:<{width}}  {value}" for name, value in rows.items()), ""]))
-        wait_for(pl_module.device)
-        self.started, self.first_step = time.perf_counter(), trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if self.estimated or not is_logging_step(trainer):
+        if self.estimated or trainer.fit_loop._should_accumulate():
+            return
+        if self.started is None:  # behind the first step, in which layers may be compiled
+            wait_for(pl_module.device)
+            self.started, self.first_step = time.perf_counter(), trainer.global_step
+            return
+        if not is_logging_step(trainer):
             return
         self.estimated = True
         wait_for(pl_module.device)
-        per_step = (time.perf_counter() - self.started) / max(1, trainer.global_step - self.first_step)
+        per_step = (time.perf_counter() - self.started) / (trainer.global_step - self.first_step)
         total = total_steps(trainer)
         left = 0 if total is None else total - trainer.global_step
         if left:

@@ -40,9 +40,13 @@ def shortened(command: list[str]) -> list[str]:
         return [*command, "--trainer.limit_val_batches", "1"]
     if command[0] != "fit" or SHOWS & set(command):
         return command
-    processes = ["--trainer.devices", "2" if "ddp" in command else "1"]
+    options = ["--trainer.devices", "2" if "ddp" in command else "1"]
+    if "ddp" in command:  # whose batches are others than those of the run that `last` goes on with
+        options += ["--trainer.logger.init_args.name", "ddp"]
+    if "last" in command:
+        options += ["--trainer.max_steps", "3"]
     from_checkpoint = any(argument.endswith(".ckpt") for argument in command)
-    return [*command, *SHORT, *processes, *([] if from_checkpoint else SMALL)]
+    return [*command, *SHORT, *options, *([] if from_checkpoint else SMALL)]
 
 
 @pytest.fixture

@@ -160,6 +160,31 @@ def test_resumed_run_is_the_same_run(
     torch.testing.assert_close(weights, whole[1], rtol=0, atol=0)
 
 
+def test_weights_that_were_changing_are_not_saved(
+    whole: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Torn(torch.optim.AdamW):
+        def step(self, closure: Callable[[], Tensor] | None = None) -> None:
+            super().step(closure)
+            if next(iter(self.state.values()))["step"] == 5:
+                raise OnPurposeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dma_lightning.language_model.AdamW", Torn)
+        with pytest.raises(OnPurposeError):
+            train(tmp_path)
+    path = newest_checkpoint([tmp_path])
+    assert torch.load(path, weights_only=True)["global_step"] == 4  # saved behind the validation
+    losses, weights = train(tmp_path, ckpt_path=path)
+    assert losses.items() <= whole[0].items()
+    torch.testing.assert_close(weights, whole[1], rtol=0, atol=0)
+
+
+def test_monitored_figures_are_of_validation() -> None:
+    with pytest.raises(ValueError, match=r"expected a figure of validation, such as val/loss, got 'train/loss'"):
+        ResumableCheckpoint(monitor="train/loss")
+
+
 def test_terminated_run_says_so_by_its_status(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, Interrupt("on_before_backward", 5, terminate))
@@ -346,6 +371,16 @@ def test_command_line_wins_over_the_last(copied: Path) -> None:
     assert done.model.model.config.keep_window_size == 3
     assert done.model.model.config.backend == "reference"
     assert [group["lr"] for group in done.trainer.optimizers[0].param_groups] == [0.25, 0.25]
+
+
+def test_last_of_another_attention_is_refused(copied: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected attention 'dma' as in .*, got 'mha'; give each"):
+        cli("--ckpt_path=last", "--model.attention=mha")
+
+
+def test_a_finished_run_says_that_nothing_is_to_do(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli("--ckpt_path=last", "--trainer.max_steps=6", "--trainer.callbacks+=dma_lightning.callbacks.FitReport")
+    assert "nothing to do: 6 of 6 steps are done; raise trainer.max_steps" in capsys.readouterr().out
 
 
 def test_nothing_to_go_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -167,7 +167,7 @@ class Syncs(TorchDispatchMode):
 
 
 def test_nothing_waits_for_the_device_between_logging_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def sgd(groups: list[dict], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    def sgd(groups: list[dict], lr: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr)  # AdamW reads its step counters, but only on a CPU
 
     synced, log = [], pl.LightningModule.log
@@ -178,7 +178,9 @@ def test_nothing_waits_for_the_device_between_logging_steps(tmp_path: Path, monk
 
     monkeypatch.setattr(pl.LightningModule, "log", noted)
     monkeypatch.setattr("dma_lightning.language_model.AdamW", sgd)
-    monkeypatch.setattr(pl.LightningModule, "on_train_start", lambda self: setattr(syncs, "trainer", self.trainer))
+    monkeypatch.setattr(
+        pl.LightningModule, "on_train_epoch_start", lambda self: setattr(syncs, "trainer", self.trainer)
+    )
     options = ["--trainer.log_every_n_steps=10", "--trainer.limit_val_batches=0"]
     with Syncs() as syncs:
         cli = fit(tmp_path, *options, "--trainer.max_steps=25")
@@ -206,7 +208,7 @@ def test_summary_tells_the_run_and_how_long_it_takes(tmp_path: Path, capsys: pyt
     flops = model.training_flops(64)
     assert f"FLOPs {flops:.3g} per token, forward and backward; {flops * 384:.3g} per step" in words
     assert f"run 3 steps, 1,152 tokens, {flops * 1152:.3g} FLOPs" in words
-    assert re.search(r"estimated time: \d+ s \(2 steps x [\d,]+ ms, without validation\)", words)
+    assert re.search(r"estimated time: \d+ s \(1 steps x [\d,]+ ms, without validation\)", words)
 
 
 def test_duration() -> None:

@@ -252,6 +252,14 @@ def test_a_bad_line_keeps_the_shards_before_it_but_another_plan_is_refused(
     assert content(tmp_path / "other") == {"mine": b"kept"}
 
 
+def test_a_first_attempt_without_a_shard_decides_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a document"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl"):
+        prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", text_field="body", processes=1)
+    prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", processes=1)
+    assert (tmp_path / "out/manifest.json").exists()
+
+
 @pytest.mark.parametrize("file", ["shard-00001.tokens", "shard-00001.ends.npy"])
 def test_a_damaged_shard_is_found_and_made_anew(file: str, tmp_path: Path) -> None:
     write_corpus(tmp_path / "text")
