@@ -22,12 +22,14 @@ def machine(result: dict[str, Any]) -> str:
 def text_lines() -> list[str]:
     """The default corpus of each Python version."""
     lines = [
-        "| corpus: help topics of | bits per byte at start | at end | seconds in all |",
-        "| --- | ---: | ---: | ---: |",
+        "| corpus: help topics of | bits per byte at start | at end | seconds in all | commit |",
+        "| --- | ---: | ---: | ---: | --- |",
     ]
     for version in ("3.11", "3.12", "3.13"):
-        (run,) = load(f"train_text_{version}")["runs"]
-        lines.append(f"| Python {version} | {run['start']:.2f} | {run['curve'][-1][1]:.3f} | {run['seconds']:.0f} |")
+        result = load(f"train_text_{version}")
+        (run,), commit = result["runs"], result["environment"]["commit"]
+        cells = (f"{run['start']:.2f}", f"{run['curve'][-1][1]:.3f}", f"{run['seconds']:.0f}", commit)
+        lines.append(f"| Python {version} | {' | '.join(cells)} |")
     return lines
 
 
