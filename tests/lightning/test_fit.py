@@ -209,12 +209,12 @@ def test_an_exception_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(ROOT)
     steps = []
 
-    def fail_at_third_step(self: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
+    def fail_at_third_step(self: LanguageModel) -> None:
         steps.append(1)
         if len(steps) == 3:
             raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(LanguageModel, "on_before_optimizer_step", fail_at_third_step)
+    monkeypatch.setattr(LanguageModel, "on_after_backward", fail_at_third_step)
     with pytest.raises(RuntimeError, match="on purpose"):
         build_cli(small_run(tmp_path, "fit", "--trainer.max_steps=5"))
     (checkpoint,) = (file for file in tmp_path.rglob("*.ckpt") if not file.is_symlink())
