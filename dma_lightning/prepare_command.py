@@ -74,6 +74,8 @@ def prepare(
     if output.resolve().is_relative_to(source := Path(path).expanduser().resolve()):
         raise ValueError(f"output: expected a folder outside {source}, whose files are read, got {output}")
     files = text_files(path)
+    if any(file.resolve().is_relative_to(output.resolve()) for file in files):
+        raise ValueError(f"output: expected a folder that {path!r} does not read, got {output}; name another")
     plan = _plan(files, reader, text_field, eos_token_id, shard_tokens)
     records = _begin(output, plan, reader)
     if not (output / MANIFEST).exists():

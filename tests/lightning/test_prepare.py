@@ -252,6 +252,14 @@ def test_a_bad_line_keeps_the_shards_before_it_but_another_plan_is_refused(
     assert content(tmp_path / "other") == {"mine": b"kept"}
 
 
+def test_output_that_would_be_read_again(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("a document")
+    prepare(str(tmp_path / "text/**/*"), tmp_path / "text/out", processes=1)
+    with pytest.raises(ValueError, match=r"output: expected a folder that .* does not read"):
+        prepare(str(tmp_path / "text/**/*"), tmp_path / "text/out", processes=1)
+
+
 def test_a_first_attempt_without_a_shard_decides_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a document"}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl"):
