@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dma_lightning.data.base import IGNORE_INDEX, SequenceDataModule
+from dma_lightning.data.base import IGNORE_INDEX
 from dma_lightning.data.shards import TOKENIZER, Shard, read_manifest
-from dma_lightning.data.text import check_tokenizer, tokenizer_state
+from dma_lightning.data.text import TokenizedDataModule
 from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 
 
@@ -53,7 +53,7 @@ class PackedWindows(Dataset):
         return {"input_ids": tokens[:-1], "labels": labels, "documents": documents.cumsum(0)}
 
 
-class PreparedDataModule(SequenceDataModule):
+class PreparedDataModule(TokenizedDataModule):
     """Language modelling on a folder of `dma-lightning prepare`, memory-mapped: no more is read than a batch needs.
 
     Training draws windows of all shards in random order. `test` and `predict` use the validation part.
@@ -117,19 +117,6 @@ class PreparedDataModule(SequenceDataModule):
                 f"part of a shard, got {self.manifest['tokens']} tokens in {len(train)} shards at {self.path}; give "
                 "more text, fewer shards or a val_path, shorten sequence_length or change val_fraction"
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint carries along: position, and the tokenizer, unless tokens are bytes."""
-        return super().state_dict() | tokenizer_state(self.tokenizer)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint whose model has learned the tokens of this data.
-
-        Raises:
-            ValueError: if it was trained with another tokenizer.
-        """
-        check_tokenizer(state, self.tokenizer)
-        super().load_state_dict(state)
 
 
 def _tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:

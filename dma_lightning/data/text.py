@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dma_lightning.data.base import SequenceDataModule
-from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer
+from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 
 _CHUNK = 1 << 20
 _SEPARATOR = b"\n"
@@ -43,7 +43,36 @@ class TokenWindows(Dataset):
         return {"input_ids": window[:-1], "labels": window[1:]}
 
 
-class TextDataModule(SequenceDataModule):
+class TokenizedDataModule(SequenceDataModule):
+    """Sequences of a tokenizer's tokens, which checkpoints carry along.
+
+    A subclass sets `tokenizer` before it calls `__init__`.
+    """
+
+    tokenizer: Tokenizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint carries along: position, and the tokenizer, unless tokens are bytes."""
+        return super().state_dict() | self._tokenizer_state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint whose model has learned the tokens of this data.
+
+        Raises:
+            ValueError: if it was trained with another tokenizer.
+        """
+        if state.get(TOKENIZER_KEY) != self._tokenizer_state().get(TOKENIZER_KEY):
+            raise ValueError(
+                "tokenizer: expected the one that the checkpoint was trained with, got another; "
+                "name its tokenizer.json, which `dma-lightning export-hf` writes out of the checkpoint"
+            )
+        super().load_state_dict(state)
+
+    def _tokenizer_state(self) -> dict[str, str]:
+        return {} if isinstance(self.tokenizer, ByteTokenizer) else {TOKENIZER_KEY: self.tokenizer.to_json()}
+
+
+class TextDataModule(TokenizedDataModule):
     """Language modelling on text files, byte by byte or with a tokenizer.
 
     The text is written once into a memory-mapped array in a cache folder, under a name made from its content. Its
@@ -117,19 +146,6 @@ class TextDataModule(SequenceDataModule):
                 f"{len(data) - train_size} tokens) must each exceed sequence_length = {self.sequence_length}; "
                 "give more text, shorten sequence_length or change val_fraction"
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint carries along: position, and the tokenizer, unless tokens are bytes."""
-        return super().state_dict() | tokenizer_state(self.tokenizer)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint whose model has learned the tokens of this data.
-
-        Raises:
-            ValueError: if it was trained with another tokenizer.
-        """
-        check_tokenizer(state, self.tokenizer)
-        super().load_state_dict(state)
 
     @property
     def _dtype(self) -> np.dtype:
@@ -211,24 +227,6 @@ def _character_end(text: bytes) -> int:
     while end > 0 and text[end] & 0xC0 == 0x80:
         end -= 1
     return end
-
-
-def tokenizer_state(tokenizer: ByteTokenizer | FileTokenizer) -> dict[str, str]:
-    """What a checkpoint's state of the data says of the tokenizer: nothing if tokens are bytes."""
-    return {} if isinstance(tokenizer, ByteTokenizer) else {TOKENIZER_KEY: tokenizer.to_json()}
-
-
-def check_tokenizer(state: dict[str, Any], tokenizer: ByteTokenizer | FileTokenizer) -> None:
-    """That a checkpoint's model has learned these tokens.
-
-    Raises:
-        ValueError: if it was trained with another tokenizer.
-    """
-    if state.get(TOKENIZER_KEY) != tokenizer_state(tokenizer).get(TOKENIZER_KEY):
-        raise ValueError(
-            "tokenizer: expected the one that the checkpoint was trained with, got another; "
-            "name its tokenizer.json, which `dma-lightning export-hf` writes out of the checkpoint"
-        )
 
 
 def text_files(path: str) -> list[Path]:
