@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -36,7 +37,9 @@ class LanguageModel(pl.LightningModule):
         warmup_fraction: share of trainer.max_steps in which the learning rate rises linearly.
         decay_fraction: share of trainer.max_steps in which wsd falls linearly.
         bytes_per_token: mean length of a token, to report bits per byte; none for data that is no text.
-        compile_layers: compile every layer (torch.compile), when a trainer runs the model.
+        compile_layers: compile every layer and the loss (torch.compile), when a trainer runs the model.
+        cuda_graphs: let the GPU start the kernels of compiled layers by itself, where the processor is too slow for
+            them: small models, long steps of many kernels. For one GPU or DDP; each new shape of a batch costs memory.
         activation_checkpointing: keep no activations within layers, but compute them again in the backward pass.
         config: the fields of `ModelConfig`.
     """
@@ -51,6 +54,7 @@ class LanguageModel(pl.LightningModule):
         decay_fraction: float = 0.2,
         bytes_per_token: float | None = None,
         compile_layers: bool = False,
+        cuda_graphs: bool = False,
         activation_checkpointing: bool = False,
         **config: Any,
     ) -> None:
@@ -64,9 +68,15 @@ class LanguageModel(pl.LightningModule):
                 "warmup_fraction and decay_fraction: expected two shares of at most 1 in all, "
                 f"got {warmup_fraction} and {decay_fraction}"
             )
+        if cuda_graphs and (activation_checkpointing or not compile_layers):
+            raise ValueError(
+                "cuda_graphs: expected compile_layers and no activation_checkpointing, got "
+                f"{compile_layers} and {activation_checkpointing}; change these, or leave cuda_graphs out"
+            )
         self.save_hyperparameters()
         self.model = DogeForCausalLM(ModelConfig(**config))
         self.model.activation_checkpointing = activation_checkpointing
+        self._token_losses = _token_losses
         self.val_metrics = self._metrics()
         self.test_metrics = self._metrics()
 
@@ -74,11 +84,27 @@ class LanguageModel(pl.LightningModule):
         """Logits `[B, N, V]` of token ids `[B, N]`; see `DogeForCausalLM.forward`."""
         return self.model(input_ids, documents, padding)
 
+    def setup(self, stage: str) -> None:
+        """Refuse to train with CUDA graphs what they cannot.
+
+        Raises:
+            ValueError: if they are asked for and there is no GPU, or gradients outlive the memory that a graph has.
+        """
+        if stage != "fit" or not self.hparams.cuda_graphs:
+            return
+        strategy, accumulate = self.trainer.strategy, self.trainer.accumulate_grad_batches
+        if strategy.root_device.type != "cuda" or isinstance(strategy, ModelParallelStrategy) or accumulate > 1:
+            raise ValueError(
+                "cuda_graphs: expected a GPU, weights that are not sharded and accumulate_grad_batches 1, got "
+                f"{strategy.root_device}, {type(strategy).__name__} and {accumulate}; change these, or leave it out"
+            )
+
     def configure_model(self) -> None:
         """Compile and shard (FSDP2, with `ModelParallelStrategy`) the layers in place; parameters keep their names."""
         if self.hparams.compile_layers:
             for layer in self.model.layers:
-                layer.compile()
+                layer.compile(mode="reduce-overhead" if self.hparams.cuda_graphs else None)
+            self._token_losses = torch.compile(_token_losses)  # else the logits are written out in float32, twice
         if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
             for module in (*self.model.layers, self.model):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
@@ -110,7 +136,7 @@ class LanguageModel(pl.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """The likeliest token at every position, and the log-probability of its label (0 where there is none)."""
         logits = self._logits(batch)
-        return {"tokens": logits.argmax(-1), "label_log_probs": -_token_losses(logits, batch["labels"])}
+        return {"tokens": logits.argmax(-1), "label_log_probs": -self._token_losses(logits, batch["labels"])}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
@@ -127,18 +153,32 @@ class LanguageModel(pl.LightningModule):
             raise ValueError(f"schedule {hp.schedule!r} needs trainer.max_steps >= 1, got {max_steps}; set it")
         matrices = [p for p in self.parameters() if p.ndim >= 2]
         vectors = [p for p in self.parameters() if p.ndim < 2]  # norms, residual weights, A
-        optimizer = AdamW([{"params": matrices}, {"params": vectors}], lr=hp.lr)
+        optimizer = AdamW([{"params": matrices}, {"params": vectors}], lr=hp.lr, fused=self._fuses_optimizer)
+        # Lightning takes a fused optimizer for one that undoes the scaling of gradients, which nothing scales here, and
+        # would not clip them (https://github.com/Lightning-AI/pytorch-lightning/issues/21435).
+        optimizer._step_supports_amp_scaling = False
         self._set_rates(optimizer, step=0)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._lr_factor), "interval": "step"},
         }
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the device of this run decide how the optimizer computes, not that of the checkpoint's."""
+        for state in checkpoint.get("optimizer_states", []):
+            for group in state["param_groups"]:
+                group["fused"] = self._fuses_optimizer
+
     def on_train_start(self) -> None:
         """Let the arguments of this run win over what a checkpoint has restored of another's."""
         scheduler = self.lr_schedulers()
         self._set_rates(self.optimizers(use_pl_optimizer=False), scheduler.last_epoch)
         scheduler.base_lrs = [self.hparams.lr] * len(scheduler.base_lrs)
+
+    @property
+    def _fuses_optimizer(self) -> bool | None:
+        """Whether AdamW is one kernel; the scaler of 16-mixed needs to be asked before its gradients are clipped."""
+        return True if self.device.type == "cuda" and self.trainer.precision != "16-mixed" else None
 
     def _set_rates(self, optimizer: Optimizer, step: int) -> None:
         hp = self.hparams
@@ -157,7 +197,7 @@ class LanguageModel(pl.LightningModule):
         """Mean cross entropy over the labelled positions, and the logits `[B, N, V]`."""
         logits = self._logits(batch)
         labelled = (batch["labels"] != IGNORE_INDEX).sum().clamp(min=1)
-        return _token_losses(logits, batch["labels"]).sum() / labelled, logits
+        return self._token_losses(logits, batch["labels"]).sum() / labelled, logits
 
     def _metrics(self) -> nn.ModuleDict:
         vocabulary = self.model.config.vocab_size

@@ -123,7 +123,7 @@ def test_a_killed_process_ends_the_other(two: Outcome) -> None:
 
 def test_compiled_layers_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two: Outcome) -> None:
     real = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: real(module, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode: real(module, backend="eager"))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         train(tmp_path, compile_layers=True, activation_checkpointing=True)
     assert_same(torch.load(tmp_path / "step=20.ckpt", weights_only=True), load(two, "one-dma-1"))

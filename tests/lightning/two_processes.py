@@ -23,6 +23,7 @@ from dma_lightning.checkpoints import AtomicCheckpointIO, ResumableCheckpoint
 from dma_lightning.strategies import FullyShardedStrategy
 
 STEPS = 20
+TOGETHER = "gpu" if torch.cuda.device_count() > 1 else "cpu"  # where two processes train
 
 
 class At(pl.Callback):
@@ -44,6 +45,7 @@ def train(
     strategy: str | Strategy = "auto",
     ckpt_path: Path | None = None,
     callbacks: tuple[pl.Callback, ...] = (),
+    accelerator: str = TOGETHER,
     **model_options: object,
 ) -> LanguageModel:
     """Train in float64 on 8 sequences a batch of all processes together, with checkpoints after steps 10 and 20."""
@@ -54,7 +56,7 @@ def train(
     model = LanguageModel(attention=attention, **sizes, **tokens, **model_options)
     data = MQARDataModule(64, 16, 2, train_examples=168, val_examples=3, batch_size=8 // processes)
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=processes,
         strategy=strategy,
         max_steps=STEPS,

@@ -1,0 +1,87 @@
+"""What tests on a CPU do not see of training on a GPU."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.strategies import Strategy
+from test_processes import assert_same
+from two_processes import train
+
+from dma_lightning.cli import build_cli
+from dma_lightning.monitoring.steps import is_logging_step
+from dma_lightning.strategies import FullyShardedStrategy
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(autouse=True)
+def _single() -> Iterator[None]:
+    """`train` makes float64 the default."""
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", FullyShardedStrategy()], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("attention", ["dma", "mha"])
+def test_one_process_of_nccl_is_the_plain_run(attention: str, strategy: str | Strategy, tmp_path: Path) -> None:
+    train(tmp_path / "plain", attention, accelerator="gpu")
+    train(tmp_path / "nccl", attention, accelerator="gpu", strategy=strategy)
+    assert torch.distributed.get_backend() == "nccl"
+    plain, nccl = (
+        torch.load(tmp_path / run / "step=20.ckpt", map_location="cpu", weights_only=True) for run in ("plain", "nccl")
+    )
+    assert_same(nccl, plain)
+
+
+class NoWaiting(pl.Callback):
+    """Makes it an error to wait for the GPU in a step that does not log, its hooks included."""
+
+    steps = 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_step >= 2 and not is_logging_step(trainer, before_step=True):  # the first compile kernels
+            self.steps += 1
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_batch_end(self, *_: object) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def fit(tmp_path: Path, callbacks: list[pl.Callback], *args: str) -> pl.Trainer:
+    """Train the tiny model with the configuration for GPUs."""
+    layers = [f"--config={CONFIGS / name}.yaml" for name in ("model/tiny", "data/mqar", "trainer/gpu")]
+    flags = {"max_steps": 12, "log_every_n_steps": 5, "limit_val_batches": 0, "devices": 1}
+    options = [f"--trainer.{name}={value}" for name, value in flags.items()]
+    cli = build_cli([*layers, *options, f"--trainer.logger.init_args.save_dir={tmp_path}", *args], run=False)
+    cli.trainer.callbacks += callbacks
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return cli.trainer
+
+
+@pytest.mark.parametrize("attention", ["dma", "mha"])
+def test_nothing_waits_for_the_gpu_between_logging_steps(attention: str, tmp_path: Path) -> None:
+    watch = NoWaiting()
+    fit(tmp_path, [watch], f"--model.attention={attention}")
+    assert watch.steps == 7
+
+
+@pytest.mark.parametrize("attention", ["dma", "mha"])
+def test_compiled_layers_train_as_written_ones_do(attention: str, tmp_path: Path) -> None:
+    def last_loss(*options: str) -> float:
+        trainer = fit(tmp_path, [], f"--model.attention={attention}", *options)
+        return trainer.callback_metrics["train/loss"].item()
+
+    written, compiled = last_loss(), "--model.compile_layers=true"
+    assert last_loss(compiled, "--model.activation_checkpointing=true") == pytest.approx(written, rel=0.01)
+    graphs = last_loss(compiled, "--model.cuda_graphs=true")
+    assert graphs == pytest.approx(written, rel=0.01)
+    one = ["--trainer.strategy=ddp", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=6"]
+    assert last_loss(compiled, "--model.cuda_graphs=true", *one) == pytest.approx(graphs, rel=1e-3)
