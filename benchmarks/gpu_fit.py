@@ -8,9 +8,11 @@ step out of a vocabulary of 32,768, in sequences of one length without document 
 else is as configured. `mha` takes cuDNN's attention where it can.
 
 Speed and utilisation are what `SpeedMonitor` logs at each logging step after the first: minimum, median and maximum.
-Then PyTorch's profiler looks at a few steps: milliseconds of the GPU's kernels by what they are for, of the GPU without
-work, and of the processor in Lightning's hooks for data and logging. `overhead` compares the speed with and without the
-callbacks of `dma_lightning.monitoring` (except the one that measures it), over logging intervals of 100 steps.
+Then PyTorch's profiler looks at a few steps of another run, without CUDA graphs, whose kernels it cannot tell apart:
+milliseconds of the GPU's kernels by what they are for, and of the processor in Lightning's hooks for data and in
+callbacks; what the measured step takes beyond the kernels is the GPU without work. `overhead` compares the speed with
+and without the callbacks of `dma_lightning.monitoring` (except the one that measures it), over logging intervals of
+100 steps.
 """
 
 import argparse
@@ -135,11 +137,14 @@ def fit(
     monitors: bool = True,
     layers: int | None = None,
 ) -> Measurement:
-    """Train a new model for so many steps, with the callbacks of `dma_lightning.monitoring` or without."""
+    """Train a new model for so many steps, with the callbacks of `dma_lightning.monitoring` or without.
+
+    If steps are profiled, CUDA graphs are not used.
+    """
     configs = [f"--config={CONFIGS / name}.yaml" for name in (f"model/{shape}", "data/prepared", "trainer/gpu")]
     data = {"path": corpus, "sequence_length": length, "batch_size": TOKENS // length, "separate_documents": False}
     model = {"attention": attention, "compile_layers": True}
-    model |= {"cuda_graphs": shape != RECOMPUTED, "activation_checkpointing": shape == RECOMPUTED}
+    model |= {"cuda_graphs": shape != RECOMPUTED and not profiled, "activation_checkpointing": shape == RECOMPUTED}
     if layers is not None:
         model["num_hidden_layers"] = layers
     with tempfile.TemporaryDirectory() as runs:
@@ -165,7 +170,8 @@ def _can_be_left(callback: pl.Callback) -> bool:
 def compile_ahead(corpus: Path, case: tuple[str, int, str]) -> str | None:
     """Compile what `fit` does, with one layer, since the layers of a model share it; an error as text."""
     try:
-        fit(corpus, *case, steps=2, log_every=2, layers=1)
+        for profiled in (0, 1):
+            fit(corpus, *case, steps=3, log_every=3, profiled=profiled, layers=1)
     except Exception as error:
         return str(error)[-300:]
     return None
@@ -175,11 +181,13 @@ def measure(corpus: Path, cases: list[tuple[str, int, str]]) -> Iterator[dict[st
     """One row by shape, length and attention."""
     for shape, length, attention in cases:
         every = INTERVAL[shape]
-        steps = every * (1 + FIGURES[shape]) + PROFILED + 1
-        found = fit(corpus, shape, length, attention, steps, every, PROFILED)
+        found = fit(corpus, shape, length, attention, every * (1 + FIGURES[shape]), every)
         row = {"shape": shape, "length": length, "attention": attention, **spreads(found.figures)}
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        yield row | breakdown(found.profile, row)
+        forget()
+        steps = 2 * PROFILED + 1
+        row |= breakdown(fit(corpus, shape, length, attention, steps, steps, PROFILED).profile, row)
+        yield row
         forget()
 
 
@@ -217,10 +225,10 @@ def breakdown(profiled: profile, row: dict[str, Any]) -> dict[str, Any]:
                 processor["data"] += event.cpu_time_total
             elif "[Callback]" in event.name:
                 processor["callbacks"] += event.cpu_time_total
-        for kernel in event.kernels:
-            purpose = purpose_of(event, kernel.name, config)
-            gpu[purpose] += kernel.duration
-            largest[f"{purpose}: {kernel.name[:80]}"] += kernel.duration
+    for operation, kernel, microseconds in kernels_of(profiled):
+        purpose = purpose_of(operation, kernel, config)
+        gpu[purpose] += microseconds
+        largest[f"{purpose}: {kernel[:80]}"] += microseconds
     step = 1e3 * TOKENS / row["tokens_per_s"][1]
 
     def milliseconds(times: Counter[str]) -> dict[str, float]:
@@ -235,6 +243,22 @@ def breakdown(profiled: profile, row: dict[str, Any]) -> dict[str, Any]:
         "processor_ms": milliseconds(processor),
         "kernels": kernels,
     }
+
+
+def kernels_of(profiled: profile) -> Iterator[tuple[FunctionEvent, str, float]]:
+    """The operation that started each kernel, the kernel, and the microseconds for which it ran alone.
+
+    Some are reported to begin while the one before still runs.
+    """
+    operations = {x.id: x for x in profiled.events() if x.device_type == DeviceType.CPU and x.id}
+    events = profiled.profiler.kineto_results.events()
+    kernels = [x for x in events if x.device_type() == DeviceType.CUDA and x.linked_correlation_id() in operations]
+    ended = 0
+    for kernel in sorted(kernels, key=lambda x: x.start_ns()):
+        end = kernel.start_ns() + kernel.duration_ns()
+        alone = max(0, end - max(ended, kernel.start_ns()))
+        yield operations[kernel.linked_correlation_id()], kernel.name(), alone / 1e3
+        ended = max(ended, end)
 
 
 def purpose_of(event: FunctionEvent, kernel: str, config: ModelConfig) -> str:

@@ -229,6 +229,22 @@ def step_lines() -> list[str]:
     return lines + [f"| {case} | {' | '.join(row)} |" for case, row in cells.items()]
 
 
+def fit_lines() -> list[str]:
+    """Speed and utilisation of training through the command line."""
+    lines = ["| model, N | `dma` | `mha` | `dma` is faster |", "| --- |" + " ---: |" * 3]
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in load("gpu_fit")["steps"]:
+        rows.setdefault(f"{row['shape']}, {row['length'] // 1024}k", {})[row["attention"]] = row
+    for case, by_name in rows.items():
+        cells = []
+        for row in by_name.values():
+            low, middle, high = (f"{rate / 1e3:.3g}" for rate in row["tokens_per_s"])
+            cells.append(f"{middle} [{low} - {high}], {row['mfu'][1]:.1%}")
+        dma, mha = (by_name[name]["tokens_per_s"][1] for name in ("dma", "mha"))
+        lines.append(f"| {case} | {' | '.join(cells)} | {dma / mha:.2f}x |")
+    return lines
+
+
 def block_lines() -> list[str]:
     """NSA's selected branch by kernels."""
     names = ("ours", "XL", "fla", "cuDNN", "FlashAttention-2")
@@ -282,8 +298,13 @@ def figures() -> str:
         "**`python benchmarks/gpu_mixers.py`**: milliseconds of a training step of a whole model on 32,768 random "
         "tokens in sequences of N, and its peak memory, with each attention; bf16-mixed, fused AdamW; layers of 80m "
         "compiled, those of 1.7b not compiled and computed again for the backward; median [min - max] of 5 and 3 "
-        f"({gpu_machine(load('gpu_mixers'))}). The failures are an error of torch.compile, worked around since:",
+        f"({gpu_machine(load('gpu_mixers'))}). Compiled steps of `dma` and `swa` at 80m wait "
+        "for the processor, which CUDA graphs spare, below:",
         "\n".join(step_lines()),
+        "**`python benchmarks/gpu_fit.py`**: the same through `dma-lightning fit` with `configs/trainer/gpu.yaml`, "
+        "layers compiled, those of 80m as CUDA graphs; thousand tokens per second and utilisation, as `SpeedMonitor` "
+        f"logs them, median [min - max] of 5 and 3 intervals ({gpu_machine(load('gpu_fit'))}):",
+        "\n".join(fit_lines()),
         "**`python benchmarks/gpu_block_attention.py`**: milliseconds of NSA's selected branch, given the blocks of "
         "each query (16 of 64 tokens, by random keys), bfloat16, batch 1, head dim 128, beside the Triton kernels of "
         "XunhaoLai (9bea856) and of flash-linear-attention (bc3b101d, which takes groups of 16 heads or more) and "

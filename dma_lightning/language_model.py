@@ -191,6 +191,8 @@ class LanguageModel(pl.LightningModule):
         return lr_factor(hp.schedule, step, self.trainer.max_steps, hp.warmup_fraction, hp.decay_fraction)
 
     def _logits(self, batch: Batch) -> Tensor:
+        if self.hparams.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # else without gradients each layer would be a step of its own
         return self.model(batch["input_ids"], batch.get("documents"), batch.get("padding"))
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -19,36 +19,23 @@ def apply_rotary(x: Tensor, theta: float, positions: Tensor | None = None, scali
     Source: arXiv 2104.09864; halves rotated as in GPT-NeoX and Llama; scaling as in arXiv 2306.15595.
     """
     length, dim = x.shape[-2:]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    frequency = theta ** -(torch.arange(0, dim, 2, device=x.device, dtype=dtype) / dim)
     if positions is None:
-        cos, sin = rotary_table(length, dim, float(theta), float(scaling), x.dtype, x.device)  # [N, D / 2]
-    else:
-        cos, sin = _rotations(positions[:, None], dim, theta, scaling, x.dtype)  # [B, 1, N, D / 2]
+        positions = torch.arange(length, device=x.device)[None]
+    angle = (positions.to(dtype) / scaling)[:, None, :, None] * frequency  # [B or 1, 1, N, D / 2]
+    table = torch.stack([angle.cos(), angle.sin()]).to(x.dtype)
+    cos, sin = stored(table) if torch.compiler.is_compiling() else table
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-@torch.library.custom_op("dma_lightning::rotary_table", mutates_args=())
-def rotary_table(
-    length: int, dim: int, theta: float, scaling: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the positions 0 … N-1, `[N, D / 2]` each.
-
-    An operation of its own, since Inductor would compute them again for every head of every sequence.
-    """
-    return _rotations(torch.arange(length, device=device), dim, theta, scaling, dtype)
+@torch.library.custom_op("dma_lightning::stored", mutates_args=())
+def stored(x: Tensor) -> Tensor:
+    """`x` itself, opaque to Inductor, which would compute cosines again for every head of every sequence."""
+    return x.clone()
 
 
-@rotary_table.register_fake
-def _(
-    length: int, dim: int, theta: float, scaling: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    cos, sin = (torch.empty(length, dim // 2, dtype=dtype, device=device) for _ in range(2))
-    return cos, sin
-
-
-def _rotations(positions: Tensor, dim: int, theta: float, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles of positions `[…]`, `[…, D / 2]` each, computed in float32 or better."""
-    wide = torch.promote_types(dtype, torch.float32)
-    frequency = theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=wide) / dim)
-    angle = (positions.to(wide) / scaling)[..., None] * frequency
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+@stored.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)

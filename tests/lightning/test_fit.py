@@ -39,6 +39,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "cpu" / "version_0"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "cuda_graphs: expected compile_layers and no activation_checkpointing, got False and False"),
+        (["--model.compile_layers=true"], "cuda_graphs: expected a GPU, .* got cpu, SingleDeviceStrategy and 1"),
+    ],
+)
+def test_cuda_graphs_where_there_are_none(
+    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=message):
+        build_cli(small_run(tmp_path, "fit", "--model.cuda_graphs=true", *options))
+
+
 def scalars(folder: Path) -> dict[str, list[float]]:
     """All curves of an event file."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})

@@ -167,8 +167,8 @@ class Syncs(TorchDispatchMode):
 
 
 def test_nothing_waits_for_the_device_between_logging_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def sgd(groups: list[dict], lr: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(groups, lr)  # AdamW reads its step counters, but only on a CPU
+    def sgd(groups: list[dict], lr: float, fused: bool | None) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr, fused=fused)  # AdamW reads its step counters, but only on a CPU
 
     synced, log = [], pl.LightningModule.log
 
