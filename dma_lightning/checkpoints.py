@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dma_lightning.stability import UnstableTrainingError
+from dma_lightning.whole_files import whole_file
 
 RNG_KEY = "rng_states"  # in a checkpoint: of each process, in the order of their ranks
 _SHARDED = "meta.pt"  # what a sharded checkpoint, a folder, holds besides weights and optimizer states; written last
@@ -40,21 +41,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.tmp")
         try:
-            with unfinished.open("wb") as file:
+            with whole_file(path) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        except BaseException as error:
-            unfinished.unlink(missing_ok=True)
-            if isinstance(error, OSError | RuntimeError):  # on a full disk, torch's writer has an error of its own
-                cause = error.__context__ if isinstance(error.__context__, OSError) else error
-                raise OSError(
-                    f"{path}: cannot be written ({cause}); make room; earlier checkpoints are whole"
-                ) from error
-            raise
+        except (OSError, RuntimeError) as error:  # on a full disk, torch's writer has an error of its own
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise OSError(f"{path}: cannot be written ({cause}); make room; earlier checkpoints are whole") from error
         _sync_folder(path.parent)
 
     def load_checkpoint(

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from dma_lightning.whole_files import whole_file
+
 VERSION = 1
 PLAN, MANIFEST, TOKENIZER = "plan.json", "manifest.json", "tokenizer.json"
 
@@ -97,11 +99,8 @@ class ShardWriter:
         self.file.close()
         _unfinished(self.path).replace(self.path)
         ends = self.folder / f"{self.name}.ends.npy"
-        with _unfinished(ends).open("wb") as file:
+        with whole_file(ends) as file:
             np.save(file, np.frombuffer(self.ends, dtype=np.int64))
-            file.flush()
-            os.fsync(file.fileno())
-        _unfinished(ends).replace(ends)
         hashes = self.digest.hexdigest(), _sha256(ends)
         record = ShardRecord(self.name, self.tokens, len(self.ends), self.bytes, *hashes, next_file, next_line)
         write_json(self.folder / f"{self.name}.json", asdict(record))
@@ -200,11 +199,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    with _unfinished(path).open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _unfinished(path).replace(path)
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 def _unfinished(path: Path) -> Path:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from dma_lightning.data.base import SequenceDataModule
 from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
+from dma_lightning.whole_files import whole_file
 
 _CHUNK = 1 << 20
 _SEPARATOR = b"\n"
@@ -124,14 +125,8 @@ class TextDataModule(TokenizedDataModule):
         """Write the array, unless it is there. Called on one process per node."""
         if not self._cache_file.exists():
             self.cache_dir.mkdir(parents=True, exist_ok=True)
-            unfinished = self._cache_file.with_suffix(f".{secrets.token_hex(8)}.tmp")  # of this process on this host
-            try:
-                with unfinished.open("wb") as file:
-                    file.writelines(self._tokens())
-            except BaseException:
-                unfinished.unlink(missing_ok=True)
-                raise
-            unfinished.replace(self._cache_file)
+            with whole_file(self._cache_file, f".{secrets.token_hex(8)}.tmp") as file:
+                file.writelines(self._tokens())
 
     def setup(self, stage: str) -> None:
         """Map the array and split it."""

@@ -1,0 +1,27 @@
+"""Files that are there whole or not at all, whatever ends the process that writes them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def whole_file(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
+    """A file to write that gets its name at the end, when it is on the disk; one that fails leaves nothing.
+
+    Args:
+        path: its name; a file that has it stands until then.
+        suffix: of its name until then, in the same folder; what writes from several hosts needs one for each.
+    """
+    unfinished = path.with_name(f"{path.name}{suffix}")
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
