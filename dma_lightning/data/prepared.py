@@ -6,51 +6,10 @@ N sequence length.
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-
-from dma_lightning.data.base import IGNORE_INDEX
 from dma_lightning.data.shards import TOKENIZER, Shard, read_manifest
 from dma_lightning.data.text import TokenizedDataModule
+from dma_lightning.data.windows import TokenWindows
 from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
-
-
-class PackedWindows(Dataset):
-    """Consecutive windows of each shard; the label of a token is the token after it.
-
-    Args:
-        shards: parts of shards; what is left of one behind its last window is not read.
-        sequence_length: N, the length of a window.
-        separate_documents: number the documents of a window, from 0, for attention that stays within each; a token that
-            another document follows then has no label.
-    """
-
-    def __init__(self, shards: list[Shard], sequence_length: int, separate_documents: bool) -> None:
-        self.shards, self.sequence_length, self.separate_documents = shards, sequence_length, separate_documents
-        windows = [max(0, shard.stop - shard.start - 1) // sequence_length for shard in shards]
-        self.first = np.cumsum([0, *windows])  # window of each shard
-
-    def __len__(self) -> int:
-        return int(self.first[-1])
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = int(np.searchsorted(self.first, index, side="right")) - 1
-        shard, start = self.shards[number], (index - int(self.first[number])) * self.sequence_length
-        tokens = torch.from_numpy(shard.tokens[start : start + self.sequence_length + 1].astype(np.int64))
-        if not self.separate_documents:
-            return {"input_ids": tokens[:-1], "labels": tokens[1:]}
-        labels, documents = tokens[1:].clone(), torch.zeros(self.sequence_length, dtype=torch.int64)
-        # A document that ends at e has its last token at e - 1, and the next its first at e.
-        position = shard.start + start
-        span = np.searchsorted(shard.ends, (position + 1, position + self.sequence_length), side="left")
-        ends = torch.from_numpy(shard.ends[span[0] : span[1] + 1] - position)
-        labels[ends[ends <= self.sequence_length] - 1] = IGNORE_INDEX
-        documents[ends[ends < self.sequence_length]] = 1
-        return {"input_ids": tokens[:-1], "labels": labels, "documents": documents.cumsum(0)}
 
 
 class PreparedDataModule(TokenizedDataModule):
@@ -109,8 +68,8 @@ class PreparedDataModule(TokenizedDataModule):
                     "prepare it with the same"
                 )
             train, val = _shards(self.path, self.manifest), _shards(self.val_path, other)
-        self.train_set = PackedWindows(train, self.sequence_length, self.separate_documents)
-        self.val_set = self.test_set = PackedWindows(val, self.sequence_length, self.separate_documents)
+        self.train_set = TokenWindows(train, self.sequence_length, self.separate_documents)
+        self.val_set = self.test_set = TokenWindows(val, self.sequence_length, self.separate_documents)
         if not (len(self.train_set) and len(self.val_set)):
             raise ValueError(
                 f"expected more than sequence_length = {self.sequence_length} tokens in the training and validation "

@@ -118,14 +118,14 @@ class Shard:
 
     Args:
         tokens_file: of it.
-        ends_file: of it.
+        ends_file: of it; None if documents are not told apart.
         dtype: of tokens.
         start: first token of the part.
         stop: token behind the part.
     """
 
     tokens_file: str
-    ends_file: str
+    ends_file: str | None
     dtype: str
     start: int
     stop: int

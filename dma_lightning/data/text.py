@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from dma_lightning.data.base import SequenceDataModule
+from dma_lightning.data.shards import Shard
+from dma_lightning.data.windows import TokenWindows
 from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 from dma_lightning.whole_files import whole_file
 
@@ -22,26 +21,6 @@ _CHUNK = 1 << 20
 _SEPARATOR = b"\n"
 _PIECE = 4 << 20  # bytes that a tokenizer takes at once, if no line ends before
 TOKENIZER_KEY = "tokenizer_json"  # in a checkpoint's state of the data
-
-
-class TokenWindows(Dataset):
-    """Consecutive windows of an array of tokens; the label of a token is the token after it.
-
-    Args:
-        data: unsigned integers `[tokens]`, may be memory-mapped.
-        sequence_length: N, the length of a window.
-    """
-
-    def __init__(self, data: np.ndarray, sequence_length: int) -> None:
-        self.data, self.sequence_length = data, sequence_length
-
-    def __len__(self) -> int:
-        return max(0, len(self.data) - 1) // self.sequence_length
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        start = index * self.sequence_length
-        window = torch.from_numpy(self.data[start : start + self.sequence_length + 1].astype(np.int64))
-        return {"input_ids": window[:-1], "labels": window[1:]}
 
 
 class TokenizedDataModule(SequenceDataModule):
@@ -130,15 +109,17 @@ class TextDataModule(TokenizedDataModule):
 
     def setup(self, stage: str) -> None:
         """Map the array and split it."""
-        empty = not self._cache_file.stat().st_size
-        data = np.empty(0, self._dtype) if empty else np.memmap(self._cache_file, dtype=self._dtype, mode="r")
-        train_size = len(data) - round(len(data) * self.val_fraction)
-        self.train_set = TokenWindows(data[:train_size], self.sequence_length)
-        self.val_set = self.test_set = TokenWindows(data[train_size:], self.sequence_length)
+        tokens = self._cache_file.stat().st_size // self._dtype.itemsize
+        border = tokens - round(tokens * self.val_fraction)
+        train, val = (
+            Shard(str(self._cache_file), None, self._dtype.name, *part) for part in ((0, border), (border, tokens))
+        )
+        self.train_set = TokenWindows([train], self.sequence_length)
+        self.val_set = self.test_set = TokenWindows([val], self.sequence_length)
         if not (len(self.train_set) and len(self.val_set)):
             raise ValueError(
-                f"text of {len(data)} tokens: the training and validation parts ({train_size} and "
-                f"{len(data) - train_size} tokens) must each exceed sequence_length = {self.sequence_length}; "
+                f"text of {tokens} tokens: the training and validation parts ({border} and "
+                f"{tokens - border} tokens) must each exceed sequence_length = {self.sequence_length}; "
                 "give more text, shorten sequence_length or change val_fraction"
             )
 
