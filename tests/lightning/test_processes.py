@@ -1,5 +1,6 @@
 """Two processes, sharded or not, are one with a batch of twice the size; and their checkpoints are interchangeable."""
 
+import functools
 import json
 import os
 import socket
@@ -122,8 +123,7 @@ def test_a_killed_process_ends_the_other(two: Outcome) -> None:
 
 
 def test_compiled_layers_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two: Outcome) -> None:
-    real = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode: real(module, backend="eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         train(tmp_path, compile_layers=True, activation_checkpointing=True)
     assert_same(torch.load(tmp_path / "step=20.ckpt", weights_only=True), load(two, "one-dma-1"))

@@ -16,7 +16,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from torch import nn
 
 from dma_lightning import LanguageModel, MQARDataModule
 from dma_lightning.checkpoints import AtomicCheckpointIO, ResumableCheckpoint
@@ -89,7 +88,7 @@ def main(folder: Path) -> None:
         together(folder / f"fsdp-dma-{accumulate}", accumulate=accumulate, strategy=FullyShardedStrategy())
     path = folder / "one-dma-1/step=10.ckpt"
     together(folder / "fsdp-resumed", strategy=FullyShardedStrategy(), ckpt_path=path)
-    nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager")  # inductor would take a minute
+    torch.compile = functools.partial(torch.compile, backend="eager")  # inductor would take a minute
     together(folder / "ddp-compiled", strategy="ddp", compile_layers=True, activation_checkpointing=True)
     together(folder / "fsdp-compiled", strategy=FullyShardedStrategy(), activation_checkpointing=True)
 
