@@ -54,6 +54,12 @@ def test_cuda_graphs_where_there_are_none(
         build_cli(small_run(tmp_path, "fit", "--model.cuda_graphs=true", *options))
 
 
+def test_the_device_decides_how_the_optimizer_computes() -> None:
+    checkpoint = {"optimizer_states": [{"param_groups": [{"fused": True}]}]}  # of a GPU
+    LanguageModel().on_load_checkpoint(checkpoint)
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["fused"] is None
+
+
 def scalars(folder: Path) -> dict[str, list[float]]:
     """All curves of an event file."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
