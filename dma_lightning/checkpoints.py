@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from dma_lightning.monitoring.steps import is_logging_step
 from dma_lightning.stability import UnstableTrainingError
 from dma_lightning.whole_files import whole_file
 
@@ -128,7 +129,8 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._whole = _WholeStep.now(trainer)
         if not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
             super().on_train_batch_end(trainer, pl_module, *args)
-            self._stop_if_asked(trainer)
+            if trainer.world_size == 1 or is_logging_step(trainer):  # several ask each other, and wait for their GPUs
+                self._stop_if_asked(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fit_loop.epoch_loop._should_accumulate():

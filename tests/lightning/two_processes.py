@@ -61,6 +61,7 @@ def train(
         max_steps=STEPS,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=0.5,
+        log_every_n_steps=6,
         val_check_interval=13 * accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
