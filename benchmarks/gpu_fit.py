@@ -43,6 +43,8 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.nn.attention import sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from dma_lightning.callbacks import FitReport
+from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.cli import build_cli
 from dma_lightning.data.shards import MANIFEST, VERSION, ShardWriter, write_json
 from dma_lightning.mixers import MIXERS
@@ -151,12 +153,17 @@ def fit(
         trainer = {"devices": 1, "max_steps": steps, "log_every_n_steps": log_every, "limit_val_batches": 0}
         trainer["logger.init_args.save_dir"] = runs
         options = {"data": data, "model": model, "trainer": trainer}
-        flags = [f"--{part}.{name}={str(x).lower()}" for part, values in options.items() for name, x in values.items()]
+        flags = [
+            f"--{part}.{name}={str(x).lower() if isinstance(x, bool) else x}"
+            for part, values in options.items()
+            for name, x in values.items()
+        ]
         with torch.device("cuda"):  # the 1.7 billion weights of the larger are drawn in no time
             cli = build_cli([*configs, *flags], run=False)
         measurement = Measurement(profiled)
         cli.trainer.profiler = Actions()
-        cli.trainer.callbacks = [x for x in cli.trainer.callbacks if monitors or not _can_be_left(x)] + [measurement]
+        kept = [x for x in cli.trainer.callbacks if not isinstance(x, ResumableCheckpoint | FitReport)]
+        cli.trainer.callbacks = [x for x in kept if monitors or not _can_be_left(x)] + [measurement]
         with sdpa_kernel(SDPA, set_priority=True), contextlib.redirect_stdout(io.StringIO()):
             cli.trainer.fit(cli.model, cli.datamodule)
     return measurement
