@@ -67,8 +67,9 @@ class ResumableCheckpoint(ModelCheckpoint):
     """Saves between optimizer steps only, with all states of random numbers, so that a resumed run is the same run.
 
     Saves every so many steps, after each validation, and at the end; on SIGTERM it saves after the step that is being
-    made (and the validation that follows, if one does) and ends the run; on an exception it saves what the last whole
-    step left, with one process. With several, one of them cannot save alone, and the last regular checkpoint stands.
+    made (and the validation that follows, if one does) and ends the run, with several processes after the next step
+    that logs; on an exception it saves what the last whole step left, with one process. With several, one of them
+    cannot save alone, and the last regular checkpoint stands.
     Between accumulated batches, in the midst of a step and within a validation nothing is saved. When a validation
     follows a step, it is saved after the validation, so that resuming leaves no validation out.
 
@@ -129,7 +130,8 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._whole = _WholeStep.now(trainer)
         if not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
             super().on_train_batch_end(trainer, pl_module, *args)
-            if trainer.world_size == 1 or is_logging_step(trainer):  # several ask each other, and wait for their GPUs
+            # Several processes ask each other, and wait for their GPUs; if no step logs, after each all the same.
+            if trainer.world_size == 1 or not trainer.log_every_n_steps or is_logging_step(trainer):
                 self._stop_if_asked(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -26,10 +26,11 @@ def _single() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", FullyShardedStrategy()], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", FullyShardedStrategy])
 @pytest.mark.parametrize("attention", ["dma", "mha"])
-def test_one_process_of_nccl_is_the_plain_run(attention: str, strategy: str | Strategy, tmp_path: Path) -> None:
+def test_one_process_of_nccl_is_the_plain_run(attention: str, strategy: str | type[Strategy], tmp_path: Path) -> None:
     train(tmp_path / "plain", attention, accelerator="gpu")
+    strategy = strategy if isinstance(strategy, str) else strategy()
     train(tmp_path / "nccl", attention, accelerator="gpu", strategy=strategy)
     assert torch.distributed.get_backend() == "nccl"
     plain, nccl = (
