@@ -1,8 +1,8 @@
 """Training through `dma-lightning fit` on one GPU: tokens/s, utilisation, and where the time of a step goes.
 
-    python benchmarks/gpu_fit.py      a JSON file under benchmarks/results/
+    python benchmarks/gpu_fit.py 80m      or 1.7b; a JSON file under benchmarks/results/
 
-The model configs 80m and 1.7b with configs/trainer/gpu.yaml and configs/data/prepared.yaml, on 32,768 random tokens a
+The model config of that name with configs/trainer/gpu.yaml and configs/data/prepared.yaml, on 32,768 random tokens a
 step out of a vocabulary of 32,768, in sequences of one length without document borders. Layers are compiled; those of
 80m run as CUDA graphs, and those of 1.7b are computed again for the backward. Validation and checkpoints are off, all
 else is as configured. `mha` takes cuDNN's attention where it can.
@@ -10,9 +10,9 @@ else is as configured. `mha` takes cuDNN's attention where it can.
 Speed and utilisation are what `SpeedMonitor` logs at each logging step after the first: minimum, median and maximum.
 Then PyTorch's profiler looks at a few steps of another run, without CUDA graphs, whose kernels it cannot tell apart:
 milliseconds of the GPU's kernels by what they are for, and of the processor in Lightning's hooks for data and in
-callbacks; what the measured step takes beyond the kernels is the GPU without work. `overhead` compares the speed with
-and without the callbacks of `dma_lightning.monitoring` (except the one that measures it), over logging intervals of
-100 steps.
+callbacks; what the measured step takes beyond the kernels is the GPU without work. For 80m, `overhead` compares the
+speed with and without the callbacks of `dma_lightning.monitoring` (except the one that measures it), over logging
+intervals of 100 steps.
 """
 
 import argparse
@@ -300,14 +300,14 @@ def purpose_of(event: FunctionEvent, kernel: str, config: ModelConfig) -> str:
 def main() -> None:
     """Measure, print, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", default=list(INTERVAL), choices=list(INTERVAL))
+    parser.add_argument("shape", choices=list(INTERVAL))
     parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS)
     parser.add_argument("--attentions", nargs="*", default=["dma", "mha"], choices=list(MIXERS))
-    parser.add_argument("--no_overhead", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_fit.json")
+    parser.add_argument("--out", type=Path, help="by default benchmarks/results/gpu_fit_SHAPE.json")
     args = parser.parse_args()
+    out = args.out or Path(__file__).parent / "results" / f"gpu_fit_{args.shape}.json"
     sys.argv = sys.argv[:1]  # LightningCLI warns of arguments that are not its own
-    cases = list(product(args.shapes, args.lengths, args.attentions))
+    cases = list(product([args.shape], args.lengths, args.attentions))
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder)
         write_corpus(corpus)
@@ -317,9 +317,9 @@ def main() -> None:
                 if error:
                     print(f"{case}: {error}", flush=True)
         tables = {"steps": measure(corpus, cases)}
-        if not args.no_overhead:
+        if args.shape != RECOMPUTED:
             tables["overhead"] = overhead(corpus)
-        write_tables(args.out, {"environment": describe()}, tables)
+        write_tables(out, {"environment": describe()}, tables)
 
 
 if __name__ == "__main__":
