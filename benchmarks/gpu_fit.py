@@ -289,6 +289,7 @@ def purpose_of(event: FunctionEvent, kernel: str, config: ModelConfig) -> str:
         }
         return next((purpose for size, purpose in by_size.items() if size in sizes), "projections")
     by_name = {
+        "cudnn": "attention",
         "silu": "MLP",
         "softmax": "logits and loss",
         "nll_loss": "logits and loss",

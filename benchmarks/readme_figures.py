@@ -229,11 +229,46 @@ def step_lines() -> list[str]:
     return lines + [f"| {case} | {' | '.join(row)} |" for case, row in cells.items()]
 
 
+def fit_rows() -> list[dict[str, Any]]:
+    """Training through the command line, all shapes."""
+    return [row for shape in ("80m", "1.7b") for row in load(f"gpu_fit_{shape}")["steps"]]
+
+
+def breakdown_lines() -> list[str]:
+    """What a step's time goes into."""
+    parts = (
+        "attention",
+        "selection",
+        "projections",
+        "MLP",
+        "norms and rotary",
+        "logits and loss",
+        "optimizer",
+        "other",
+    )
+    lines = [f"| | step | {' | '.join(parts)} | idle |", "| --- |" + " ---: |" * (len(parts) + 2)]
+    for row in fit_rows():
+        times = [row["gpu_ms"].get(part, 0.0) for part in parts]
+        times[-1] += row["gpu_ms"]["data"]
+        cells = [f"{time:.1f}" for time in (row["step_ms"], *times, row["gpu_ms"]["idle"])]
+        lines.append(f"| {row['shape']}, {row['length'] // 1024}k, `{row['attention']}` | {' | '.join(cells)} |")
+    return lines
+
+
+def overhead() -> str:
+    """Speed with all callbacks and without those that may be left."""
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    for row in load("gpu_fit_80m")["overhead"]:
+        rates[row["monitors"]] += [row["tokens_per_s"][0], row["tokens_per_s"][2]]  # of two intervals each
+    on, off = (sum(rates[monitors]) / len(rates[monitors]) for monitors in (True, False))
+    return f"{1 - on / off:.1%} ({on / 1e3:.0f} and {off / 1e3:.0f} thousand tokens per second)"
+
+
 def fit_lines() -> list[str]:
     """Speed and utilisation of training through the command line."""
     lines = ["| model, N | `dma` | `mha` | `dma` is faster |", "| --- |" + " ---: |" * 3]
     rows: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in load("gpu_fit")["steps"]:
+    for row in fit_rows():
         rows.setdefault(f"{row['shape']}, {row['length'] // 1024}k", {})[row["attention"]] = row
     for case, by_name in rows.items():
         cells = []
@@ -301,10 +336,17 @@ def figures() -> str:
         f"({gpu_machine(load('gpu_mixers'))}). Compiled steps of `dma` and `swa` at 80m wait "
         "for the processor, which CUDA graphs spare, below:",
         "\n".join(step_lines()),
-        "**`python benchmarks/gpu_fit.py`**: the same through `dma-lightning fit` with `configs/trainer/gpu.yaml`, "
-        "layers compiled, those of 80m as CUDA graphs; thousand tokens per second and utilisation, as `SpeedMonitor` "
-        f"logs them, median [min - max] of 5 and 3 intervals ({gpu_machine(load('gpu_fit'))}):",
+        "**`python benchmarks/gpu_fit.py 80m`** and **`1.7b`**: the same through `dma-lightning fit` with "
+        "`configs/trainer/gpu.yaml`, layers compiled, those of 80m as CUDA graphs, those of 1.7b computed again for "
+        "the backward; thousand tokens per second and utilisation, as `SpeedMonitor` logs them, median [min - max] of "
+        f"5 and 3 intervals ({gpu_machine(load('gpu_fit_80m'))}):",
         "\n".join(fit_lines()),
+        "Milliseconds of such a step by what the GPU's kernels are for, from PyTorch's profiler (in a run without CUDA "
+        "graphs; idle is what the measured step takes beyond them). The processor's work on data takes "
+        f"{max(row['processor_ms']['data'] for row in fit_rows()):.1f} ms or less, beside the GPU's:",
+        "\n".join(breakdown_lines()),
+        "With all callbacks of that configuration, validations and checkpoints apart, 80m at 4k is slower than with "
+        f"`SpeedMonitor` alone by {overhead()}, over 400 steps each.",
         "**`python benchmarks/gpu_block_attention.py`**: milliseconds of NSA's selected branch, given the blocks of "
         "each query (16 of 64 tokens, by random keys), bfloat16, batch 1, head dim 128, beside the Triton kernels of "
         "XunhaoLai (9bea856) and of flash-linear-attention (bc3b101d, which takes groups of 16 heads or more) and "

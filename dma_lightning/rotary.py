@@ -23,12 +23,12 @@ def apply_rotary(x: Tensor, theta: float, positions: Tensor | None = None, scali
     frequency = theta ** -(torch.arange(0, dim, 2, device=x.device, dtype=dtype) / dim)
     if positions is None:
         positions = torch.arange(length, device=x.device)[None]
-    angle = (positions.to(dtype) / scaling)[:, None, :, None] * frequency  # [B or 1, 1, N, D / 2]
-    cos, sin = angle.cos(), angle.sin()
-    table = torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)]).to(x.dtype)
+    angle = (positions.to(dtype) / scaling)[:, None, :, None, None] * frequency  # [B or 1, 1, N, 1, D / 2]
+    table = torch.stack([angle.cos(), angle.sin()]).to(x.dtype)
     cos, sin = stored(table) if torch.compiler.is_compiling() else table
-    # Elements of the other half by their index: of halves that are joined again, Inductor computes each twice.
-    return x * cos + x.roll(dim // 2, dims=-1) * sin
+    # Each element finds the other half's by its index: of halves that are joined again, Inductor computes all twice.
+    halves, sign = x.unflatten(-1, (2, -1)), torch.arange(-1, 2, 2, device=x.device, dtype=x.dtype)
+    return (halves * cos + halves.flip(-2) * (sign[:, None] * sin)).flatten(-2)
 
 
 @torch.library.custom_op("dma_lightning::stored", mutates_args=())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from two_processes import train
+from two_processes import TOGETHER, train
 
 from dma_lightning.strategies import _watch
 
@@ -96,6 +96,11 @@ def test_compiled_and_recomputed_layers_are_the_same(run: str, two: Outcome) -> 
     assert_same(load(two, run), load(two, "one-dma-1"))
 
 
+@pytest.mark.skipif(TOGETHER != "gpu", reason="needs two GPUs")
+def test_cuda_graphs_of_two_processes(two: Outcome) -> None:
+    assert_same(load(two, "ddp-graphs"), load(two, "one-dma-1"))
+
+
 @pytest.mark.parametrize("run", ["ddp-resumed", "fsdp-resumed"])
 def test_two_go_on_from_one(run: str, two: Outcome) -> None:
     assert_same(load(two, run), load(two, "one-dma-1"))
@@ -115,6 +120,7 @@ def test_sigterm_in_one_ends_both_after_the_next_logging_step(two: Outcome) -> N
     assert len(torch.load(checkpoint, weights_only=True)["rng_states"]) == 2
 
 
+@pytest.mark.skipif(TOGETHER != "cpu", reason="with NCCL, what has started the processes ends them")
 def test_a_killed_process_ends_the_other(two: Outcome) -> None:
     assert two.statuses[1] == -9
     assert two.statuses[0] not in (0, -9)

@@ -89,6 +89,8 @@ def main(folder: Path) -> None:
         together(folder / f"fsdp-dma-{accumulate}", accumulate=accumulate, strategy=FullyShardedStrategy())
     path = folder / "one-dma-1/step=10.ckpt"
     together(folder / "fsdp-resumed", strategy=FullyShardedStrategy(), ckpt_path=path)
+    if TOGETHER == "gpu":
+        together(folder / "ddp-graphs", strategy="ddp", compile_layers=True, cuda_graphs=True)
     torch.compile = functools.partial(torch.compile, backend="eager")  # inductor would take a minute
     together(folder / "ddp-compiled", strategy="ddp", compile_layers=True, activation_checkpointing=True)
     together(folder / "fsdp-compiled", strategy=FullyShardedStrategy(), activation_checkpointing=True)
@@ -99,8 +101,9 @@ def main(folder: Path) -> None:
     except SystemExit as stop:
         (folder / f"terminated{rank}.json").write_text(json.dumps(stop.code))
 
-    callbacks = (At(7, lambda: os.kill(os.getpid(), signal.SIGKILL)),) if rank == 1 else ()
-    together(folder / "killed", strategy=DDPStrategy(timeout=timedelta(seconds=60)), callbacks=callbacks)
+    if TOGETHER == "cpu":  # NCCL would wait for its timeout, which the first run has set
+        callbacks = (At(7, lambda: os.kill(os.getpid(), signal.SIGKILL)),) if rank == 1 else ()
+        together(folder / "killed", strategy=DDPStrategy(timeout=timedelta(seconds=60)), callbacks=callbacks)
 
 
 if __name__ == "__main__":
