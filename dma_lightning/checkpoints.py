@@ -119,6 +119,10 @@ class ResumableCheckpoint(ModelCheckpoint):
             # Instead of Lightning's, which may end the processes at different steps. It puts back what was before.
             signal.signal(signal.SIGTERM, self._ask_to_stop)
 
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        # Lightning counts the steps of what is logged apart, and resumes with one less where a validation followed.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
     def on_before_optimizer_step(self, *_: Any) -> None:
         self._stepping = True
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from jsonargparse import Namespace, auto_cli, set_parsing_settings
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from dma_lightning.callbacks import ContinuationWriter
@@ -44,10 +46,12 @@ class DMACLI(LightningCLI):
     """LightningCLI whose model takes from the data what the data dictates, and whose checkpoints know both.
 
     With `ckpt_path`, what the checkpoint saved of model and data are the defaults; configs and flags win over them.
-    `last` is the newest whole checkpoint of all versions of the run's folder; `fit` begins anew where there is none.
+    `last` is the newest whole checkpoint of all versions of the run's folder; `fit` begins anew where there is none,
+    and else goes on in the folder of that version, if TensorBoard's logger made it.
     """
 
     checkpoint: Path | None = None  # what `ckpt_path` stands for, if it is a file or folder
+    goes_on = False  # whether that is the last of the run that `fit` was asked to go on with
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser that takes no abbreviated options, so that a typo is an error."""
@@ -58,19 +62,19 @@ class DMACLI(LightningCLI):
             parser.link_arguments(f"data.{source}", f"model.{target}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.checkpoint, last = _checkpoint_argument(args), False
+        self.checkpoint = _checkpoint_argument(args)
         if self.checkpoint is None:  # then a config may name one, or `last` stands for one of this run
             super().parse_arguments(parser, args)
             self.checkpoint = self._configured_checkpoint()
             if self.checkpoint is None:
                 return
-            last = self._subcommand_config().ckpt_path == "last"
+            self.goes_on = self.config.subcommand == "fit" and self._subcommand_config().ckpt_path == "last"
         saved = _saved_arguments(self.checkpoint)
         for subparser in self._subcommand_parsers.values():
             subparser.set_defaults(saved)
         super().parse_arguments(parser, args)
         attention = self._subcommand_config().model.attention
-        if last and attention != saved.get("model.attention", attention):
+        if self.goes_on and attention != saved.get("model.attention", attention):
             raise ValueError(
                 f"ckpt_path last: expected attention {saved['model.attention']!r} as in {self.checkpoint}, got "
                 f"{attention!r}; give each experiment a folder of its own by --trainer.logger.init_args.name, or "
@@ -113,7 +117,7 @@ class DMACLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with atomic checkpoints; for `predict` with a writer of continuations, if no other is there."""
-        trainer = super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**self._logger_that_goes_on(), **kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         end_with_first_process(trainer)
@@ -121,6 +125,24 @@ class DMACLI(LightningCLI):
         if self.subcommand == "predict" and not writes:
             trainer.callbacks.append(ContinuationWriter())
         return trainer
+
+    def _logger_that_goes_on(self) -> dict[str, Any]:
+        """TensorBoard's logger, as an argument of the trainer, for the folder where the last checkpoint was found.
+
+        What was logged after that checkpoint is taken out of the curves, since it is computed again. (Loggers of files,
+        as Lightning's for CSV, would write over those that are there.)
+        """
+        logger = self._get(self.config_init, "trainer").logger
+        if not self.goes_on or not isinstance(logger, TensorBoardLogger):
+            return {}
+        folder = self.checkpoint.resolve().parents[1]
+        if folder.parent != Path(logger.root_dir).resolve():
+            return {}
+        step = read_checkpoint(self.checkpoint)["global_step"]
+        self.save_config_kwargs = {"config_filename": f"config_from_step_{step}.yaml", "overwrite": True}
+        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+        options = self._get(self.config, "trainer").logger.init_args.as_dict()
+        return {"logger": type(logger)(**options | {"version": folder.name, "purge_step": step})}
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning's own would let the checkpoint's values win over the command line's."""

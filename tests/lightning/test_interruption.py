@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from kill_runs import OPTIONS, kill_runs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from dma_lightning import LanguageModel, MQARDataModule
@@ -390,6 +391,35 @@ def test_nothing_to_go_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     done, printed = resolved(capsys, "--ckpt_path=last")
     assert done.checkpoint is None
     assert "ckpt_path last: no checkpoint below runs/killed; training begins anew" in printed
+
+
+def test_an_interrupted_run_is_one_run_in_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def curves(folder: str, *args: str) -> dict[str, list[tuple[int, float]]]:
+        logger = ["--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger", f"--trainer.logger.save_dir={folder}"]
+        done = cli(*logger, "--trainer.logger.name=it", "--trainer.log_every_n_steps=1", "--ckpt_path=last", *args)
+        done.trainer.strategy.teardown()
+        (version,) = Path(folder, "it").iterdir()
+        events = EventAccumulator(str(version)).Reload()
+        names = set(events.Tags()["scalars"]) - {"hp_metric"}
+        return {name: [(x.step, x.value) for x in events.Scalars(name)] for name in names}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["dma-lightning"])
+    schedule = "--model.schedule=constant"  # the others end with max_steps
+    whole = curves("whole", "--trainer.max_steps=10", schedule)
+    curves("parts", "--trainer.max_steps=6", schedule, "--trainer.callbacks.init_args.save_top_k=-1")
+    folder = tmp_path / "parts/it/version_0"
+    for lost in (5, 6):  # so that what was logged of these steps is computed again
+        (folder / f"checkpoints/step={lost}.ckpt").unlink()
+    filters = [("error", None, UserWarning, None, 0), ("ignore", None, Warning, None, 0)]
+    monkeypatch.setattr("warnings.filters", filters)
+    curves("parts", "--trainer.max_steps=8")
+    parts = curves("parts", "--trainer.max_steps=10")
+    assert parts == whole
+    assert [step for step, _ in parts["train/loss"]] == list(range(10))
+    assert steps_of(folder) == [f"version_0/step={step}.ckpt" for step in (10, 2, 4, 8)]  # 4 and 8 were gone on from
+    configs = {file.name for file in folder.glob("config*")}
+    assert configs == {"config.yaml", "config_from_step_4.yaml", "config_from_step_8.yaml"}
 
 
 def test_killed_runs_are_the_uninterrupted_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
