@@ -36,7 +36,6 @@ import numpy as np
 import torch
 from environment import describe, write_tables
 from gpu_mixers import SDPA
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.profilers import Profiler
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
@@ -170,8 +169,7 @@ def fit(
 
 
 def _can_be_left(callback: pl.Callback) -> bool:
-    optional = "dma_lightning.monitoring" in type(callback).__module__ and not isinstance(callback, SpeedMonitor)
-    return optional or isinstance(callback, TQDMProgressBar)
+    return "dma_lightning.monitoring" in type(callback).__module__ and not isinstance(callback, SpeedMonitor)
 
 
 def compile_ahead(corpus: Path, case: tuple[str, int, str]) -> str | None:

@@ -113,6 +113,9 @@ class ResumableCheckpoint(ModelCheckpoint):
             _load_rng(self._rng_to_load, trainer)
             self._rng_to_load = None
             self._last_global_step_saved = trainer.global_step
+        if trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent == Path(self.dirpath).resolve():
+            # The link that is there is this run's; Lightning would make another beside it.
+            self.last_model_path = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
         self._whole = _WholeStep.now(trainer)
         self._asked_to_stop = self._stepping = False
         if threading.current_thread() is threading.main_thread():

@@ -142,7 +142,9 @@ class DMACLI(LightningCLI):
         self.save_config_kwargs = {"config_filename": f"config_from_step_{step}.yaml", "overwrite": True}
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
         options = self._get(self.config, "trainer").logger.init_args.as_dict()
-        return {"logger": type(logger)(**options | {"version": folder.name, "purge_step": step})}
+        number = folder.name.removeprefix("version_")
+        version = int(number) if number.isdecimal() else folder.name
+        return {"logger": type(logger)(**options | {"version": version, "purge_step": step})}
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning's own would let the checkpoint's values win over the command line's."""

@@ -2,8 +2,9 @@
 
 from dma_lightning.monitoring.dynamic_masks import DynamicMaskMonitor
 from dma_lightning.monitoring.final_metrics import FinalMetrics
+from dma_lightning.monitoring.progress import ProgressBar
 from dma_lightning.monitoring.samples import SampleMonitor
 from dma_lightning.monitoring.speed import SpeedMonitor
 from dma_lightning.monitoring.summary import RunSummary
 
-__all__ = ["DynamicMaskMonitor", "FinalMetrics", "RunSummary", "SampleMonitor", "SpeedMonitor"]
+__all__ = ["DynamicMaskMonitor", "FinalMetrics", "ProgressBar", "RunSummary", "SampleMonitor", "SpeedMonitor"]

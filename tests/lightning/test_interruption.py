@@ -417,6 +417,8 @@ def test_an_interrupted_run_is_one_run_in_tensorboard(tmp_path: Path, monkeypatc
     parts = curves("parts", "--trainer.max_steps=10")
     assert parts == whole
     assert [step for step, _ in parts["train/loss"]] == list(range(10))
+    (link,) = (file for file in (folder / "checkpoints").iterdir() if file.is_symlink())
+    assert (link.name, link.resolve().name) == ("last.ckpt", "step=10.ckpt")
     assert steps_of(folder) == [f"version_0/step={step}.ckpt" for step in (10, 2, 4, 8)]  # 4 and 8 were gone on from
     configs = {file.name for file in folder.glob("config*")}
     assert configs == {"config.yaml", "config_from_step_4.yaml", "config_from_step_8.yaml"}

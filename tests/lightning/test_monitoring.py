@@ -88,11 +88,15 @@ def test_figures_stand_at_the_same_steps(dma: EventAccumulator) -> None:
             assert [event.step for event in dma.Scalars(tag)] == steps, tag
 
 
-def test_tokens_count_on_after_a_checkpoint(dma: EventAccumulator, tmp_path: Path) -> None:
+def test_tokens_and_progress_bar_count_on_after_a_checkpoint(dma: EventAccumulator, tmp_path: Path) -> None:
     assert values(dma, "speed/tokens_seen") == [TOKENS, 2 * TOKENS, 3 * TOKENS]
     (checkpoint,) = (file for file in Path(dma.path).rglob("*.ckpt") if not file.is_symlink())
-    fit(tmp_path, f"--ckpt_path={checkpoint}", "--trainer.max_steps=5", "--trainer.accumulate_grad_batches=2")
+    more = ["--trainer.max_steps=5", "--trainer.accumulate_grad_batches=2"]
+    bar = fit(tmp_path, f"--ckpt_path={checkpoint}", *more).trainer.progress_bar_callback
     assert values(events(tmp_path), "speed/tokens_seen") == [4 * TOKENS, 6 * TOKENS]
+    shown = bar.train_progress_bar
+    assert (shown.desc, shown.initial, shown.n) == ("Epoch 0: ", 3, 6)
+    assert shown.total == 7  # two steps of two batches, of which one was made before, when steps had one
 
 
 def test_speed_is_exact_and_leaves_validation_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
