@@ -72,6 +72,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=_WHOLE)
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
             named = _renamed(state, dict(enumerate(self._names(optimizer))))
+            for group, own in zip(named["param_groups"], optimizer.param_groups, strict=True):
+                group["fused"] = own["fused"]  # as `LanguageModel.on_load_checkpoint`, which comes too late here
             set_optimizer_state_dict(self.model, optimizer, named, options=_WHOLE)
         return checkpoint
 

@@ -103,7 +103,10 @@ def test_cuda_graphs_of_two_processes(two: Outcome) -> None:
 
 @pytest.mark.parametrize("run", ["ddp-resumed", "fsdp-resumed"])
 def test_two_go_on_from_one(run: str, two: Outcome) -> None:
-    assert_same(load(two, run), load(two, "one-dma-1"))
+    resumed, one = load(two, run), load(two, "one-dma-1")
+    assert_same(resumed, one)
+    groups, own = (x["optimizer_states"][0]["param_groups"] for x in (resumed, one))
+    assert [group["fused"] for group in groups] == [group["fused"] for group in own]
 
 
 @pytest.mark.parametrize("run", ["ddp-dma-1", "fsdp-dma-1"])
