@@ -255,6 +255,12 @@ def breakdown_lines() -> list[str]:
     return lines
 
 
+def processor_times(part: str) -> str:
+    """Least and most milliseconds of a step."""
+    times = [row["processor_ms"][part] for row in fit_rows()]
+    return f"{min(times):.1f} - {max(times):.1f}"
+
+
 def overhead() -> str:
     """Speed with all callbacks and without those that may be left."""
     rates: dict[bool, list[float]] = {True: [], False: []}
@@ -342,8 +348,9 @@ def figures() -> str:
         f"5 and 3 intervals ({gpu_machine(load('gpu_fit_80m'))}):",
         "\n".join(fit_lines()),
         "Milliseconds of such a step by what the GPU's kernels are for, from PyTorch's profiler (in a run without CUDA "
-        "graphs; idle is what the measured step takes beyond them). The processor's work on data takes "
-        f"{max(row['processor_ms']['data'] for row in fit_rows()):.1f} ms or less, beside the GPU's:",
+        "graphs; idle is what the measured step takes beyond them). Beside it, the processor spends "
+        f"{processor_times('data')} ms on data and {processor_times('callbacks')} ms in callbacks, launches that wait "
+        "for a busy GPU included:",
         "\n".join(breakdown_lines()),
         "With all callbacks of that configuration, validations and checkpoints apart, 80m at 4k is slower than with "
         f"`SpeedMonitor` alone by {overhead()}, over 400 steps each.",
