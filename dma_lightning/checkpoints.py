@@ -69,7 +69,7 @@ class ResumableCheckpoint(ModelCheckpoint):
     Saves every so many steps, after each validation, and at the end; on SIGTERM it saves after the step that is being
     made (and the validation that follows, if one does) and ends the run, with several processes after the next step
     that logs; on an exception it saves what the last whole step left, with one process. With several, one of them
-    cannot save alone, and the last regular checkpoint stands.
+    cannot save alone, and the last regular checkpoint stands; but Ctrl+C is then taken as SIGTERM is, the first time.
     Between accumulated batches, in the midst of a step and within a validation nothing is saved. When a validation
     follows a step, it is saved after the validation, so that resuming leaves no validation out.
 
@@ -104,7 +104,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._whole: _WholeStep | None = None
         self._rewind = False  # whether what is saved is the last whole step, of which counters are ahead
         self._rng_to_load: list[dict[str, Any]] | None = None
-        self._asked_to_stop = False
+        self._asked_to_stop: int | None = None  # the signal that did
         self._stepping = False  # whether the optimizer may have changed some of the weights
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -117,10 +117,12 @@ class ResumableCheckpoint(ModelCheckpoint):
             # The link that is there is this run's; Lightning would make another beside it.
             self.last_model_path = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
         self._whole = _WholeStep.now(trainer)
-        self._asked_to_stop = self._stepping = False
+        self._asked_to_stop, self._stepping = None, False
         if threading.current_thread() is threading.main_thread():
             # Instead of Lightning's, which may end the processes at different steps. It puts back what was before.
             signal.signal(signal.SIGTERM, self._ask_to_stop)
+            if trainer.world_size > 1:
+                signal.signal(signal.SIGINT, self._ask_to_stop)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         # Lightning counts the steps of what is logged apart, and resumes with one less where a validation followed.
@@ -150,10 +152,12 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._leave_interrupts()
         if not self._should_skip_saving_checkpoint(trainer) and not trainer.fit_loop.epoch_loop._should_accumulate():
             self._save_now(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._leave_interrupts()
         if trainer.world_size > 1 and not isinstance(exception, SystemExit):
             print(
                 f"\nrank {trainer.global_rank}: ended at step {trainer.global_step} by {type(exception).__name__}. "
@@ -188,16 +192,25 @@ class ResumableCheckpoint(ModelCheckpoint):
     ) -> None:
         self._rng_to_load = checkpoint.get(RNG_KEY)
 
-    def _ask_to_stop(self, *_: Any) -> None:
-        self._asked_to_stop = True
+    def _ask_to_stop(self, number: int, *_: Any) -> None:
+        self._asked_to_stop = number
+        if number == signal.SIGINT:
+            self._leave_interrupts()
+            rank_zero_info("\nCtrl+C: the run is saved and ends after the next step that logs; once more ends it now")
+
+    def _leave_interrupts(self) -> None:
+        """Let Ctrl+C raise `KeyboardInterrupt` again."""
+        if signal.getsignal(signal.SIGINT) == self._ask_to_stop:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
-        """End the run, in all processes after the same step, if one of them has got SIGTERM."""
-        if trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False):
+        """End the run, in all processes after the same step, if one of them was asked to."""
+        if trainer.strategy.reduce_boolean_decision(self._asked_to_stop is not None, all=False):
             if not self._should_skip_saving_checkpoint(trainer):
                 self._save_now(trainer)
-            rank_zero_info(f"SIGTERM: step {trainer.global_step} is saved; `--ckpt_path last` goes on")
-            raise SIGTERMException(128 + signal.SIGTERM)  # the status by which it is told from a finished run
+            number = signal.Signals(self._asked_to_stop or signal.SIGTERM)
+            rank_zero_info(f"{number.name}: step {trainer.global_step} is saved; `--ckpt_path last` goes on")
+            raise SIGTERMException(128 + number)  # the status by which it is told from a finished run
 
     def _save_now(self, trainer: pl.Trainer) -> None:
         candidates = self._monitor_candidates(trainer)

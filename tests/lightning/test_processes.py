@@ -115,10 +115,11 @@ def test_one_goes_on_from_two(run: str, two: Outcome, tmp_path: Path) -> None:
     assert_same(torch.load(tmp_path / "step=20.ckpt", weights_only=True), load(two, "one-dma-1"))
 
 
-def test_sigterm_in_one_ends_both_after_the_next_logging_step(two: Outcome) -> None:
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_ends_both_after_the_next_logging_step(number: str, status: int, two: Outcome) -> None:
     for rank in range(2):
-        assert json.loads((two.folder / f"terminated{rank}.json").read_text()) == 143
-    (checkpoint,) = (file for file in (two.folder / "terminated").iterdir() if not file.is_symlink())
+        assert json.loads((two.folder / f"{number}-{rank}.json").read_text()) == status
+    (checkpoint,) = (file for file in (two.folder / number).iterdir() if not file.is_symlink())
     assert checkpoint.name == "step=6.ckpt"
     assert len(torch.load(checkpoint, weights_only=True)["rng_states"]) == 2
 

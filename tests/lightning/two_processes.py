@@ -99,11 +99,13 @@ def main(folder: Path) -> None:
     together(folder / "ddp-compiled", strategy="ddp", compile_layers=True, activation_checkpointing=True)
     together(folder / "fsdp-compiled", strategy=FullyShardedStrategy(), activation_checkpointing=True)
 
-    terminate = At(5 + rank, lambda: os.kill(os.getpid(), signal.SIGTERM))  # not at the same time
-    try:
-        together(folder / "terminated", strategy="ddp", callbacks=(terminate,))
-    except SystemExit as stop:
-        (folder / f"terminated{rank}.json").write_text(json.dumps(stop.code))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        ask = At(5 + rank, functools.partial(os.kill, os.getpid(), number))  # not at the same time
+        try:
+            together(folder / number.name, strategy="ddp", callbacks=(ask,))
+        except SystemExit as stop:
+            (folder / f"{number.name}-{rank}.json").write_text(json.dumps(stop.code))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     if TOGETHER == "cpu":  # NCCL would wait for its timeout, which the first run has set
         callbacks = (At(7, lambda: os.kill(os.getpid(), signal.SIGKILL)),) if rank == 1 else ()
