@@ -105,7 +105,7 @@ def tokenizer_of(module: LanguageModel, path: Path) -> Tokenizer:
     """
     vocabulary, file = module.model.config.vocab_size, path.resolve().parent / "tokenizer.json"
     carried = carried_tokenizer(path)
-    if carried is None and vocabulary == ByteTokenizer.vocab_size and module.hparams.bytes_per_token == 1:
+    if carried is None and vocabulary == ByteTokenizer.vocab_size and module.hparams.bytes_per_token is not None:
         return ByteTokenizer()
     if carried is None and not file.exists():
         raise ValueError(

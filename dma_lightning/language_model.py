@@ -85,11 +85,15 @@ class LanguageModel(pl.LightningModule):
         return self.model(input_ids, documents, padding)
 
     def setup(self, stage: str) -> None:
-        """Refuse to train with CUDA graphs what they cannot.
+        """Take the length of validation's tokens from the data, and refuse to train with CUDA graphs what they cannot.
 
         Raises:
             ValueError: if they are asked for and there is no GPU, or gradients outlive the memory that a graph has.
         """
+        if (length := getattr(self.trainer.datamodule, "val_bytes_per_token", None)) is not None:
+            for metrics in (self.val_metrics, self.test_metrics):
+                if "bits_per_byte" in metrics:
+                    metrics["bits_per_byte"].bytes_per_token = length
         if stage != "fit" or not self.hparams.cuda_graphs:
             return
         strategy, accumulate = self.trainer.strategy, self.trainer.accumulate_grad_batches

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dma_lightning.data.documents import Piece, read_documents
+from dma_lightning.data.files import text_files
 from dma_lightning.data.shards import (
     MANIFEST,
     PLAN,
@@ -29,7 +31,6 @@ from dma_lightning.data.shards import (
     write_json,
     write_text,
 )
-from dma_lightning.data.text import text_files
 from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 
 _TASK_BYTES = 1 << 20  # text that a process takes at once
@@ -50,7 +51,7 @@ def prepare(
     """Write the tokens of text into memory-mapped shards with document borders, for `PreparedDataModule`.
 
     May be interrupted at any moment; the same command goes on behind the last finished shard, and checks those that are
-    there. What is written does not depend on the number of processes.
+    there. Files that come behind may have changed since. What is written does not depend on the number of processes.
 
     Args:
         path: a file, a folder (all files below it that are not hidden) or a glob. A line of .jsonl and .ndjson is a
@@ -73,9 +74,7 @@ def prepare(
         raise ValueError(f"eos_token_id: expected one of the {reader.vocab_size} tokens, got {eos_token_id}")
     if output.resolve().is_relative_to(source := Path(path).expanduser().resolve()):
         raise ValueError(f"output: expected a folder outside {source}, whose files are read, got {output}")
-    files = text_files(path)
-    if any(file.resolve().is_relative_to(output.resolve()) for file in files):
-        raise ValueError(f"output: expected a folder that {path!r} does not read, got {output}; name another")
+    files = [file for file in text_files(path) if not file.resolve().is_relative_to(output.resolve())]
     plan = _plan(files, reader, text_field, eos_token_id, shard_tokens)
     records = _begin(output, plan, reader)
     if not (output / MANIFEST).exists():
@@ -123,10 +122,12 @@ def _begin(output: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> list[Sha
     Raises:
         ValueError: if the folder holds something else, or a damaged shard.
     """
+    records = read_records(output)
     if (output / PLAN).exists():
-        begun = read_json(output / PLAN)
-        changed = [name for name in plan if begun.get(name) != plan[name]]
-        if changed and ((output / MANIFEST).exists() or read_records(output)):
+        begun, finished = read_json(output / PLAN), (output / MANIFEST).exists()
+        changed = [name for name in plan if name != "files" and begun.get(name) != plan[name]]
+        changed += _changed_files(begun["files"], plan["files"], None if finished else records)
+        if changed and (finished or records):
             raise ValueError(
                 f"{output}: expected what it was begun with, got other {', '.join(changed)}; name another folder"
             )
@@ -136,10 +137,21 @@ def _begin(output: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> list[Sha
     write_json(output / PLAN, plan)
     if carried := _carried(tokenizer):
         write_text(output / TOKENIZER, carried)
-    records = read_records(output)
+    for file in output.glob("shard-[0-9]*"):  # behind one that is missing, perhaps of another plan
+        if int(file.name.split("-")[1].split(".")[0]) >= len(records):
+            file.unlink()
     for record in tqdm(records, desc="check", unit="shard", disable=not records):
         record.verify(output)
     return records
+
+
+def _changed_files(begun: list[list], files: list[list], records: list[ShardRecord] | None) -> list[str]:
+    """The first input file that is another, of those in finished shards, or of all without them; in words."""
+    if records is not None:
+        read = records[-1].next_file + (records[-1].next_line > 0) if records else 0
+        begun, files = begun[:read], files[:read]
+    pairs = zip_longest(begun, files)
+    return next(([f"files (first {(new or old)[0]})"] for old, new in pairs if old != new), [])
 
 
 def _write_shards(

@@ -57,6 +57,11 @@ class SequenceDataModule(pl.LightningDataModule):
         """Mean length of a token where the data is text, passed on to the model."""
         return None
 
+    @property
+    def val_bytes_per_token(self) -> float | None:
+        """That of the data for validation and test."""
+        return self.bytes_per_token
+
     def __init__(
         self,
         vocab_size: int,

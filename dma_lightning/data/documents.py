@@ -4,15 +4,18 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from dma_lightning.data.files import COMPRESSED, JSONL
 from dma_lightning.data.text import byte_pieces
 
 _CHUNK = 1 << 20
-_JSONL = (".jsonl", ".ndjson")
+_PACKED = 1 << 16  # bytes that are decompressed at once
+_BOM = b"\xef\xbb\xbf"
+_NO_TEXT = (".json", ".tar", ".tgz")  # which would pass for text
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Piece:
 def read_documents(path: Path, text_field: str, skip_lines: int = 0) -> Iterator[Piece]:
     """The documents of a file: of JSONL (`.jsonl`, `.ndjson`) one per line, else the whole; `.gz` and `.zst` too.
 
-    Empty documents are left out.
+    Empty documents are left out, and a byte order mark.
 
     Args:
         path: of the file.
@@ -43,45 +46,83 @@ def read_documents(path: Path, text_field: str, skip_lines: int = 0) -> Iterator
         skip_lines: lines of JSONL to leave out.
 
     Raises:
-        ValueError: if the file is damaged, no UTF-8, or a line is no JSON object with such a field.
+        ValueError: if the file is damaged, no UTF-8, an archive or `.json`, or a line is no JSON object with such a
+            field.
     """
+    compression = path.suffix.lower()
+    suffix = (path.with_suffix("") if compression in COMPRESSED else path).suffix.lower()
+    if suffix in _NO_TEXT:
+        raise ValueError(
+            f"{path}: expected text or JSONL, got {suffix}; unpack it, name it .jsonl if each of its lines is a "
+            "document, or leave it out by a glob"
+        )
     with path.open("rb") as raw:
         try:
-            stream = _decompress(path, raw)
-            suffix = path.with_suffix("").suffix if path.suffix in (".gz", ".zst") else path.suffix
-            if suffix in _JSONL:
+            stream = _decompress(path, compression, raw)
+            if suffix in JSONL:
                 yield from _lines(path, stream, raw, text_field, skip_lines)
             else:
                 yield from _whole(path, stream, raw)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}: expected a whole {path.suffix} file: {error}") from error
+            raise ValueError(f"{path}: expected a whole {compression} file: {error}") from error
         except Exception as error:
             if type(error).__name__ != "ZstdError":  # of a library that need not be there
                 raise
-            raise ValueError(f"{path}: expected a whole {path.suffix} file: {error}") from error
+            raise ValueError(f"{path}: expected a whole {compression} file: {error}") from error
 
 
-def _decompress(path: Path, raw: BinaryIO) -> BinaryIO:
+def _decompress(path: Path, compression: str, raw: BinaryIO) -> BinaryIO:
     """What is in the file.
 
     Raises:
         ValueError: if the library for it is missing.
     """
-    if path.suffix == ".gz":
+    if compression == ".gz":
         return gzip.GzipFile(fileobj=raw)
-    if path.suffix != ".zst":
+    if compression != ".zst":
         return raw
     try:
         import zstandard
     except ImportError as error:
         raise ValueError(f"{path}: expected the library zstandard for .zst files; pip install zstandard") from error
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), _CHUNK)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    return io.BufferedReader(_Joined(_frames(raw, decompressor.decompressobj)), _CHUNK)
+
+
+def _frames(raw: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
+    """What is in frames of Zstandard, piece by piece; its library's own stream takes a torn frame for a whole one."""
+    frame = None
+    while packed := raw.read(_PACKED):
+        while packed:
+            frame = frame or new_frame()
+            yield frame.decompress(packed)
+            packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame:
+        raise EOFError("it ends within a frame")
+
+
+class _Joined(io.RawIOBase):
+    """Pieces as a stream."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self.pieces, self.rest = pieces, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self.rest and (piece := next(self.pieces, None)) is not None:
+            self.rest = memoryview(piece)
+        size = min(len(buffer), len(self.rest))
+        buffer[:size], self.rest = self.rest[:size], self.rest[size:]
+        return size
 
 
 def _whole(path: Path, stream: BinaryIO, raw: BinaryIO) -> Iterator[Piece]:
     """The file as one document."""
     line, last = 1, None
     for piece in byte_pieces(iter(lambda: stream.read(_CHUNK), b"")):
+        piece = piece if last else piece.removeprefix(_BOM)
         text = _decode(path, line, piece)
         line += piece.count(b"\n")
         if last is not None:
@@ -94,6 +135,7 @@ def _whole(path: Path, stream: BinaryIO, raw: BinaryIO) -> Iterator[Piece]:
 def _lines(path: Path, stream: BinaryIO, raw: BinaryIO, text_field: str, skip_lines: int) -> Iterator[Piece]:
     """Each line as one document."""
     for number, line in enumerate(stream, start=1):
+        line = line if number > 1 else line.removeprefix(_BOM)
         if number <= skip_lines or not line.strip():
             continue
         text = _text(path, number, line, text_field)
@@ -104,9 +146,10 @@ def _lines(path: Path, stream: BinaryIO, raw: BinaryIO, text_field: str, skip_li
 
 def _text(path: Path, number: int, line: bytes, text_field: str) -> bytes:
     """The text in a line of JSONL, in UTF-8."""
+    decoded = _decode(path, number, line)
     try:
-        record = json.loads(_decode(path, number, line))
-    except (json.JSONDecodeError, RecursionError) as error:
+        record = json.loads(decoded)
+    except (ValueError, RecursionError) as error:  # also a number of too many digits
         raise ValueError(f"{path}, line {number}: expected a JSON object: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:40]!r}")

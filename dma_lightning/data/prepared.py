@@ -56,6 +56,11 @@ class PreparedDataModule(TokenizedDataModule):
         """Mean length of a token in the whole folder."""
         return self.manifest["bytes"] / self.manifest["tokens"]
 
+    @property
+    def val_bytes_per_token(self) -> float:
+        manifest = self.manifest if self.val_path is None else read_manifest(self.val_path)
+        return manifest["bytes"] / manifest["tokens"]
+
     def setup(self, stage: str) -> None:
         """Find the shards and split them."""
         if self.val_path is None:
@@ -70,12 +75,17 @@ class PreparedDataModule(TokenizedDataModule):
             train, val = _shards(self.path, self.manifest), _shards(self.val_path, other)
         self.train_set = TokenWindows(train, self.sequence_length, self.separate_documents)
         self.val_set = self.test_set = TokenWindows(val, self.sequence_length, self.separate_documents)
-        if not (len(self.train_set) and len(self.val_set)):
-            raise ValueError(
-                f"expected more than sequence_length = {self.sequence_length} tokens in the training and validation "
-                f"part of a shard, got {self.manifest['tokens']} tokens in {len(train)} shards at {self.path}; give "
-                "more text, fewer shards or a val_path, shorten sequence_length or change val_fraction"
-            )
+        for name, windows, folder in (
+            ("training", self.train_set, self.path),
+            ("validation", self.val_set, self.val_path or self.path),
+        ):
+            if not len(windows):
+                longest = max(shard.stop - shard.start for shard in windows.shards)
+                raise ValueError(
+                    f"expected more than sequence_length = {self.sequence_length} tokens in the {name} part of a "
+                    f"shard, got at most {longest} in {len(windows.shards)} shards at {folder}; give more text or "
+                    "fewer shards, shorten sequence_length, or change val_fraction or val_path"
+                )
 
 
 def _tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:

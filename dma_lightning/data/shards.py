@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dma_lightning.whole_files import whole_file
 
@@ -133,12 +134,15 @@ class Shard:
     @cached_property
     def tokens(self) -> np.ndarray:
         """Tokens of the part."""
-        return np.memmap(self.tokens_file, dtype=self.dtype, mode="r")[self.start : self.stop]
+        return _mapped(self.tokens_file, self.dtype)[self.start : self.stop]
 
     @cached_property
     def ends(self) -> np.ndarray:
         """Where the documents of the whole shard end, counted from its first token."""
-        return np.load(self.ends_file, mmap_mode="r")
+        with Path(self.ends_file).open("rb") as file:
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            return _mapped(self.ends_file, "int64", file.tell())
 
     def __reduce__(self) -> tuple:
         """To another process goes where the tokens are, not what they are."""
@@ -201,6 +205,13 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     with whole_file(path) as file:
         file.write(text.encode())
+
+
+def _mapped(file: str, dtype: str, start: int = 0) -> np.ndarray:
+    """A file from a byte on as an array, without a file descriptor: thousands of shards are mapped at once."""
+    content = torch.from_file(file, size=Path(file).stat().st_size, dtype=torch.uint8).numpy()
+    content.setflags(write=False)
+    return content[start:].view(dtype)
 
 
 def _unfinished(path: Path) -> Path:

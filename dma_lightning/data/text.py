@@ -1,6 +1,5 @@
 """Text as tokens, bytes or those of a tokenizer, packed to sequences of one length."""
 
-import glob
 import hashlib
 import os
 import secrets
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dma_lightning.data.base import SequenceDataModule
+from dma_lightning.data.files import COMPRESSED, JSONL, text_files
 from dma_lightning.data.shards import Shard
 from dma_lightning.data.windows import TokenWindows
 from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
@@ -162,6 +162,11 @@ class TextDataModule(TokenizedDataModule):
                 yield topic.encode() + _SEPARATOR
             return
         files = text_files(self.path)
+        if packed := [file for file in files if file.suffix.lower() in (*JSONL, *COMPRESSED)]:
+            raise ValueError(
+                f"path: expected plain text, got {packed[0]}; `dma-lightning prepare` reads such files, for "
+                "PreparedDataModule"
+            )
         if not any(file.stat().st_size for file in files):
             raise ValueError(f"path: expected text, got only empty files at {self.path!r}")
         for file in files:
@@ -203,27 +208,6 @@ def _character_end(text: bytes) -> int:
     while end > 0 and text[end] & 0xC0 == 0x80:
         end -= 1
     return end
-
-
-def text_files(path: str) -> list[Path]:
-    """The files that a path, folder or glob stands for, sorted; folders are searched to the bottom.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    root = Path(path).expanduser()
-    found = [root] if root.exists() else [Path(match) for match in glob.glob(str(root), recursive=True)]
-    files: set[Path] = set()
-    for match in found:
-        below = match.rglob("*") if match.is_dir() else [match]
-        files.update(
-            file
-            for file in below
-            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(match).parts)
-        )
-    if not files:
-        raise ValueError(f"path: expected a text file, a folder with files or a glob that matches, got {path!r}")
-    return sorted(files)
 
 
 def _user_cache() -> Path:

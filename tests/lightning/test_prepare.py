@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -21,7 +22,9 @@ from torch.utils.data import default_collate
 from dma_lightning import LanguageModel, PreparedDataModule, cli, prepare_command
 from dma_lightning.data import IGNORE_INDEX, shards
 from dma_lightning.data.documents import read_documents
+from dma_lightning.generate_command import tokenizer_of
 from dma_lightning.prepare_command import prepare
+from dma_lightning.tokenizers import ByteTokenizer
 
 DOCUMENTS = [f"document {i}: " + "Größe 𝄞 " * (i % 7) + "\nend\n" for i in range(60)]
 
@@ -133,6 +136,10 @@ BAD = [
     ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], r"a\.jsonl\.gz: expected a whole \.gz file"),
     ("a.txt.gz", b"no gzip", r"a\.txt\.gz: expected a whole \.gz file"),
     ("a.txt.zst", b"no zstd", r"a\.txt\.zst: expected a whole \.zst file"),
+    ("a.txt.ZST", zstandard.compress(b"text" * 99)[:-3], r"a\.txt\.ZST: expected a whole \.zst file: it ends within"),
+    ("a.JSON.gz", gzip.compress(b'{"text": "a"}\n'), r"a\.JSON\.gz: expected text or JSONL, got \.json; .* \.jsonl if"),
+    ("a.tar", b"text", r"a\.tar: expected text or JSONL, got \.tar; unpack it"),
+    ("a.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n", r"a\.jsonl, line 1: expected a JSON object: Exceeds"),
     ("a.txt", b"", "expected text, got 1 files without any"),
 ]
 
@@ -190,7 +197,7 @@ def test_a_process_that_is_ended_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
-def run_and_die(text: Path, out: Path, at: int) -> None:
+def run_and_die(text: Path, out: Path, at: int, tokens: int = 500, **options: str) -> None:
     """Prepare, and be killed the `at`-th time that a file is to get its name."""
     replace, count = Path.replace, itertools.count(1)
 
@@ -200,7 +207,7 @@ def run_and_die(text: Path, out: Path, at: int) -> None:
         return replace(self, target)
 
     Path.replace = dying
-    prepare(str(text), out, shard_tokens=500, processes=1)
+    prepare(str(text), out, shard_tokens=tokens, processes=1, **options)
 
 
 def test_kill_9_at_every_file(tmp_path: Path) -> None:
@@ -232,7 +239,7 @@ def test_a_bad_line_keeps_the_shards_before_it_but_another_plan_is_refused(
 ) -> None:
     monkeypatch.setattr(prepare_command, "_TASK_BYTES", 50)
     monkeypatch.setattr(prepare_command, "_TASKS_AHEAD", 2)
-    documents = write_corpus(tmp_path / "text")
+    write_corpus(tmp_path / "text")
     (tmp_path / "text/f.md.gz").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"f\.md\.gz: expected a whole"):
         prepare(str(tmp_path / "text"), tmp_path / "out", shard_tokens=500, processes=1)
@@ -242,9 +249,10 @@ def test_a_bad_line_keeps_the_shards_before_it_but_another_plan_is_refused(
     ):
         prepare(str(tmp_path / "text"), tmp_path / "out", shard_tokens=501, processes=1)
     (tmp_path / "text/f.md.gz").write_bytes(gzip.compress(b"last"))
-    with pytest.raises(ValueError, match="got other files; name another folder"):
+    lines = (tmp_path / "text/a.jsonl").read_text()
+    (tmp_path / "text/a.jsonl").write_text(lines + "\n")  # which shards were made of
+    with pytest.raises(ValueError, match=r"got other files \(first .*a\.jsonl\); name another folder"):
         prepare(str(tmp_path / "text"), tmp_path / "out", shard_tokens=500, processes=1)
-    assert len(documents) == 47
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine").write_text("kept")
     with pytest.raises(ValueError, match="expected no folder, an empty one, or one of this command"):
@@ -252,12 +260,89 @@ def test_a_bad_line_keeps_the_shards_before_it_but_another_plan_is_refused(
     assert content(tmp_path / "other") == {"mine": b"kept"}
 
 
-def test_output_that_would_be_read_again(tmp_path: Path) -> None:
+def test_mended_files_behind_the_finished_shards_are_taken(tmp_path: Path) -> None:
+    documents = write_corpus(tmp_path / "text")
+    bad = tmp_path / "text/f.md.gz"
+    whole = bad.read_bytes()
+    bad.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"f\.md\.gz: expected a whole"):
+        prepare(str(tmp_path / "text"), tmp_path / "out", shard_tokens=500, processes=1)
+    kept = shards.read_records(tmp_path / "out")
+    bad.write_bytes(whole)
+    prepare(str(tmp_path / "text"), tmp_path / "out", shard_tokens=500, processes=1)
+    assert shards.read_records(tmp_path / "out")[: len(kept)] == kept
+    assert read_back(tmp_path / "out") == [text.encode() for text in documents]
+    (tmp_path / "text/h.txt").write_text("more")
+    with pytest.raises(ValueError, match=r"got other files \(first .*h\.txt\)"):  # than the finished whole
+        prepare(str(tmp_path / "text"), tmp_path / "out", shard_tokens=500, processes=1)
+
+
+def test_output_is_not_read_again(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text/a.txt").write_text("a document")
-    prepare(str(tmp_path / "text/**/*"), tmp_path / "text/out", processes=1)
-    with pytest.raises(ValueError, match=r"output: expected a folder that .* does not read"):
+    for _ in range(2):
         prepare(str(tmp_path / "text/**/*"), tmp_path / "text/out", processes=1)
+        assert read_back(tmp_path / "text/out") == [b"a document"]
+
+
+def test_links_are_followed_and_what_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/b.txt").write_text("b")
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("a")
+    (text / "link").symlink_to(tmp_path / "elsewhere")
+    (text / "loop").symlink_to(text)
+    prepare(str(text), tmp_path / "out", processes=1)
+    assert read_back(tmp_path / "out") == [b"a", b"b"]
+    (text / "lost.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"a link that points nowhere: .*lost\.txt"):
+        prepare(str(text), tmp_path / "out", processes=1)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_is_no_text(name: str, tmp_path: Path) -> None:
+    text = '{"text": "é"}\r\n' if name.endswith("jsonl") else "é"
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    prepare(str(tmp_path / name), tmp_path / "out", processes=1)
+    assert read_back(tmp_path / "out") == ["é".encode()]
+
+
+def test_frames_of_any_window(tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, write_content_size=False)
+    compress = zstandard.ZstdCompressor(compression_params=parameters).compress
+    text = "".join(f"{i}\n" for i in range(60_000)).encode()
+    (tmp_path / "a.txt.zst").write_bytes(compress(text) + compress(b"") + compress(text))
+    prepare(str(tmp_path / "a.txt.zst"), tmp_path / "out", processes=1)
+    assert read_back(tmp_path / "out") == [text + text]
+
+
+def test_shards_of_another_plan_are_not_taken_for_those_of_this(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"t{i}", "body": f"b{i}"}) + "\n" for i in range(9)))
+    prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", shard_tokens=4, processes=1)
+    for name in ("shard-00000.json", "manifest.json"):
+        (tmp_path / "out" / name).unlink()
+    process = multiprocessing.get_context("fork").Process(
+        target=run_and_die, args=(tmp_path / "a.jsonl", tmp_path / "out", 5), kwargs={"text_field": "body", "tokens": 4}
+    )
+    process.start()
+    process.join(60)
+    assert len(shards.read_records(tmp_path / "out")) == 1
+    prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", text_field="body", shard_tokens=4, processes=1)
+    assert read_back(tmp_path / "out") == [f"b{i}".encode() for i in range(9)]
+
+
+def test_shards_hold_no_file_open(prepared: Path) -> None:
+    data = PreparedDataModule(str(prepared), 8, val_fraction=0.2)
+    data.setup("fit")
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.exists():
+        pytest.skip("needs /proc")
+    before = len(list(descriptors.iterdir()))
+    assert len(data.train_set.shards) > 3
+    for i in range(len(data.train_set)):
+        data.train_set[i]
+    assert len(list(descriptors.iterdir())) == before
 
 
 def test_a_first_attempt_without_a_shard_decides_nothing(tmp_path: Path) -> None:
@@ -344,9 +429,38 @@ def test_workers_get_where_the_tokens_are(prepared: Path) -> None:
     assert all(torch.equal(item[name], again[name]) for name in item)
 
 
-def test_too_little_text(prepared: Path) -> None:
-    with pytest.raises(ValueError, match="expected more than sequence_length = 5000 tokens"):
+def test_bits_per_byte_are_those_of_the_validation_text(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "tokenizer.json")
+    for name, text in (("train", "the of the is to the " * 99), ("val", "Größe 𝄞 " * 99)):
+        (tmp_path / f"{name}.txt").write_text(text)
+        prepare(str(tmp_path / f"{name}.txt"), tmp_path / name, str(tmp_path / "tokenizer.json"), processes=1)
+    data = PreparedDataModule(str(tmp_path / "train"), 16, val_path=str(tmp_path / "val"))
+    val = shards.read_manifest(tmp_path / "val")
+    ratio = val["bytes"] / val["tokens"]
+    assert data.bytes_per_token > 1.2 * ratio
+    shape = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "vocab_size": data.vocab_size}
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    (found,) = trainer.validate(LanguageModel(**shape, bytes_per_token=data.bytes_per_token), data, verbose=False)
+    assert found["val/bits_per_byte"] == pytest.approx(found["val/loss"] / math.log(2) / ratio)
+
+
+def test_bytes_with_ends_of_documents_are_bytes_for_generate(prepared: Path, tmp_path: Path) -> None:
+    prepare(str(prepared.parent / "text"), tmp_path / "out", eos_token_id=0, processes=1)
+    data = PreparedDataModule(str(tmp_path / "out"), 16)
+    assert data.bytes_per_token < 1
+    shape = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "vocab_size": data.vocab_size}
+    module = LanguageModel(**shape, bytes_per_token=data.bytes_per_token)
+    torch.save({}, tmp_path / "a.ckpt")
+    assert isinstance(tokenizer_of(module, tmp_path / "a.ckpt"), ByteTokenizer)
+
+
+def test_too_little_text(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"sequence_length = 5000 tokens in the training part .* shards at .*out;"):
         PreparedDataModule(str(prepared), 5000).setup("fit")
+    (tmp_path / "short.txt").write_text("short")
+    prepare(str(tmp_path / "short.txt"), tmp_path / "short", processes=1)
+    with pytest.raises(ValueError, match=r"in the validation part of a shard, got at most 5 in 1 shards at .*short;"):
+        PreparedDataModule(str(prepared), 16, val_path=str(tmp_path / "short")).setup("fit")
     with pytest.raises(ValueError, match="val_fraction: expected a share between 0 and 1, got 0"):
         PreparedDataModule(str(prepared), 8, val_fraction=0)
 

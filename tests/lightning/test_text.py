@@ -103,6 +103,14 @@ def test_bad_text(tmp_path: Path, content: str | None, changed: dict[str, int], 
         read(make_data(tmp_path, file, **changed))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt.GZ", "a.zst"])
+def test_what_is_no_plain_text_is_for_prepare(name: str, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / name).write_text("text")
+    with pytest.raises(ValueError, match=rf"path: expected plain text, got .*{name}; `dma-lightning prepare` reads"):
+        make_data(tmp_path, tmp_path / "text").prepare_data()
+
+
 def test_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     with pytest.raises(ValueError, match="path: expected a text file, a folder with files"):
