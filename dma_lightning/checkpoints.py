@@ -1,6 +1,8 @@
 """Checkpoints that survive any interruption: written whole or not at all, found again, and exact to go on from."""
 
+import contextlib
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -15,6 +17,7 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 from dma_lightning.monitoring.steps import is_logging_step
 from dma_lightning.stability import UnstableTrainingError
@@ -40,7 +43,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        path = Path(path)
+        path = Path(path).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with whole_file(path) as file:
@@ -70,6 +73,7 @@ class ResumableCheckpoint(ModelCheckpoint):
     made (and the validation that follows, if one does) and ends the run, with several processes after the next step
     that logs; on an exception it saves what the last whole step left, with one process. With several, one of them
     cannot save alone, and the last regular checkpoint stands; but Ctrl+C is then taken as SIGTERM is, the first time.
+    With `monitor`, what is not among the best is saved as the last.
     Between accumulated batches, in the midst of a step and within a validation nothing is saved. When a validation
     follows a step, it is saved after the validation, so that resuming leaves no validation out.
 
@@ -113,7 +117,8 @@ class ResumableCheckpoint(ModelCheckpoint):
             _load_rng(self._rng_to_load, trainer)
             self._rng_to_load = None
             self._last_global_step_saved = trainer.global_step
-        if trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent == Path(self.dirpath).resolve():
+        here = Path(self.dirpath).expanduser().resolve()
+        if self.save_last and trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent == here:
             # The link that is there is this run's; Lightning would make another beside it.
             self.last_model_path = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
         self._whole = _WholeStep.now(trainer)
@@ -121,7 +126,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         if threading.current_thread() is threading.main_thread():
             # Instead of Lightning's, which may end the processes at different steps. It puts back what was before.
             signal.signal(signal.SIGTERM, self._ask_to_stop)
-            if trainer.world_size > 1:
+            if trainer.world_size > 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, self._ask_to_stop)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -208,6 +213,9 @@ class ResumableCheckpoint(ModelCheckpoint):
         if trainer.strategy.reduce_boolean_decision(self._asked_to_stop is not None, all=False):
             if not self._should_skip_saving_checkpoint(trainer):
                 self._save_now(trainer)
+            if not trainer.validating:  # what this step logs, which Lightning writes after this hook
+                trainer._logger_connector.on_batch_end()
+                trainer._logger_connector.update_train_step_metrics()
             number = signal.Signals(self._asked_to_stop or signal.SIGTERM)
             rank_zero_info(f"{number.name}: step {trainer.global_step} is saved; `--ckpt_path last` goes on")
             raise SIGTERMException(128 + number)  # the status by which it is told from a finished run
@@ -215,9 +223,17 @@ class ResumableCheckpoint(ModelCheckpoint):
     def _save_now(self, trainer: pl.Trainer) -> None:
         candidates = self._monitor_candidates(trainer)
         self._save_topk_checkpoint(trainer, candidates)
-        if self._last_global_step_saved != trainer.global_step:  # not among the best
-            self._save_checkpoint(trainer, self._get_metric_interpolated_filepath_name(candidates, trainer))
         self._save_last_checkpoint(trainer, candidates)
+        if self._last_global_step_saved != trainer.global_step:  # neither among the best nor as the last
+            self._save_checkpoint(trainer, self._get_metric_interpolated_filepath_name(candidates, trainer))
+
+    def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if self._last_global_step_saved != trainer.global_step:  # not among the best, so there is nothing to link to
+            self._last_checkpoint_saved = ""
+            link = Path(self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST)).expanduser()
+            if trainer.is_global_zero and link.is_symlink():  # a folder would be written into that of the link
+                link.unlink()
+        super()._save_last_checkpoint(trainer, monitor_candidates)
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
@@ -227,11 +243,14 @@ class ResumableCheckpoint(ModelCheckpoint):
     @staticmethod
     def _link_checkpoint(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
         """As Lightning's, but the old link stands until the new one does."""
-        if trainer.is_global_zero and Path(filepath).absolute() != Path(linkpath).absolute():
-            new = Path(f"{linkpath}.tmp")
+        file, link = (Path(path).expanduser().absolute() for path in (filepath, linkpath))
+        if trainer.is_global_zero and file != link:
+            new = Path(f"{link}.tmp")
             new.unlink(missing_ok=True)
-            new.symlink_to(os.path.relpath(filepath, Path(linkpath).parent))
-            new.replace(linkpath)
+            new.symlink_to(os.path.relpath(file, link.parent))
+            if link.is_dir() and not link.is_symlink():  # a sharded checkpoint that was saved as the last
+                shutil.rmtree(link)
+            new.replace(link)
         trainer.strategy.barrier()
 
 
@@ -282,10 +301,9 @@ def _sync_folder(folder: Path) -> None:
     """Make names in a folder last beyond a loss of power, where the system can."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_DIRECTORY)
-        try:
+        with contextlib.suppress(OSError):  # which some network file systems refuse
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 def _rng_states(trainer: pl.Trainer) -> dict[str, Any]:

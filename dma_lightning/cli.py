@@ -4,12 +4,13 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace, auto_cli, set_parsing_settings
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -20,6 +21,7 @@ from dma_lightning.data import SequenceDataModule
 from dma_lightning.generate_command import generate
 from dma_lightning.huggingface_commands import export_hf, import_hf
 from dma_lightning.language_model import LanguageModel
+from dma_lightning.monitoring import ProgressBar
 from dma_lightning.prepare_command import prepare
 from dma_lightning.sizes_command import sizes
 from dma_lightning.strategies import end_with_first_process
@@ -117,7 +119,12 @@ class DMACLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with atomic checkpoints; for `predict` with a writer of continuations, if no other is there."""
-        trainer = super().instantiate_trainer(**self._logger_that_goes_on(), **kwargs)
+        if self.goes_on:
+            self._log_where_it_was()
+        options = self._get(self.config_init, "trainer")
+        if options.enable_progress_bar is False and isinstance(options.callbacks, list):
+            options.callbacks = [x for x in options.callbacks if not isinstance(x, ProgressBar)]  # that of our configs
+        trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         end_with_first_process(trainer)
@@ -126,25 +133,29 @@ class DMACLI(LightningCLI):
             trainer.callbacks.append(ContinuationWriter())
         return trainer
 
-    def _logger_that_goes_on(self) -> dict[str, Any]:
-        """TensorBoard's logger, as an argument of the trainer, for the folder where the last checkpoint was found.
+    def _log_where_it_was(self) -> None:
+        """Let TensorBoard's loggers go on in the folder where the last checkpoint was found.
 
         What was logged after that checkpoint is taken out of the curves, since it is computed again. (Loggers of files,
         as Lightning's for CSV, would write over those that are there.)
         """
-        logger = self._get(self.config_init, "trainer").logger
-        if not self.goes_on or not isinstance(logger, TensorBoardLogger):
-            return {}
-        folder = self.checkpoint.resolve().parents[1]
-        if folder.parent != Path(logger.root_dir).resolve():
-            return {}
+        trainer, folder = self._get(self.config_init, "trainer"), self.checkpoint.resolve().parents[1]
         step = read_checkpoint(self.checkpoint)["global_step"]
-        self.save_config_kwargs = {"config_filename": f"config_from_step_{step}.yaml", "overwrite": True}
-        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
-        options = self._get(self.config, "trainer").logger.init_args.as_dict()
-        number = folder.name.removeprefix("version_")
-        version = int(number) if number.isdecimal() else folder.name
-        return {"logger": type(logger)(**options | {"version": version, "purge_step": step})}
+        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        found = [
+            logger
+            for logger in loggers
+            if isinstance(logger, TensorBoardLogger) and Path(logger.root_dir).expanduser().resolve() == folder.parent
+        ]
+        for logger in found:
+            number = folder.name.removeprefix("version_")
+            plain = number.isdecimal() and folder.name == f"version_{int(number)}"
+            logger._version = int(number) if plain else folder.name
+            if not 0 < trainer.max_steps <= step:  # else there is nothing to do
+                logger._kwargs["purge_step"] = step
+        if found or loggers == [False]:  # then the folder has a config.yaml
+            self.save_config_kwargs = {"config_filename": f"config_from_step_{step}.yaml", "overwrite": True}
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning's own would let the checkpoint's values win over the command line's."""
@@ -169,7 +180,7 @@ def _checkpoint_file(path: str | None) -> Path | None:
     Raises:
         ValueError: if there is no such file.
     """
-    if not path or "://" in path or path.split(":")[0] in _LIGHTNING_CHECKPOINTS:
+    if path in (None, "", "null") or "://" in path or path.split(":")[0] in _LIGHTNING_CHECKPOINTS:
         return None
     if not Path(path).exists():
         raise ValueError(f"--ckpt_path: expected an existing checkpoint, got {path!r}; look under runs/")
@@ -177,19 +188,25 @@ def _checkpoint_file(path: str | None) -> Path | None:
 
 
 def _run_folders(trainer: Namespace) -> list[Path]:
-    """Where a trainer puts its checkpoints: the folders of its `ModelCheckpoint`s, else that of its logger."""
+    """Where a trainer puts its checkpoints: the folders that its callbacks name, and its logger's if one names none."""
     callbacks = trainer.get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    chosen = {callback.get("init_args", {}).get("dirpath") for callback in callbacks} - {None}
-    if chosen:
-        return [Path(folder).expanduser() for folder in sorted(chosen)]
+    checkpoints = [x for x in callbacks if issubclass(locate(x.class_path), Checkpoint)]
+    chosen = {x.get("init_args", {}).get("dirpath") for x in checkpoints} or {None}
+    folders = [Path(folder).expanduser() for folder in sorted(chosen - {None})]
+    return folders + [_logger_folder(trainer)] * (None in chosen)
+
+
+def _logger_folder(trainer: Namespace) -> Path:
     loggers = trainer.get("logger")
     logger = loggers[0] if isinstance(loggers, list) and loggers else loggers
-    root = Path(trainer.get("default_root_dir") or ".")
+    root = Path(trainer.get("default_root_dir") or ".").expanduser()
     if not isinstance(logger, Namespace):
-        return [root / ("checkpoints" if logger is False else "lightning_logs")]
+        return root / ("checkpoints" if logger is False else "lightning_logs")
     options = logger.init_args
-    return [Path(options.get("save_dir") or root) / (options.get("name") or options.get("project") or "")]
+    folder = Path(options.get("save_dir") or root).expanduser() / (options.get("project") or options.get("name") or "")
+    version = options.get("version")
+    return folder if version is None else folder / (version if isinstance(version, str) else f"version_{version}")
 
 
 def _saved_arguments(checkpoint: Path) -> dict[str, Any]:

@@ -155,13 +155,14 @@ class SequenceDataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator(),  # the global one is the model's alone
-            worker_init_fn=_ignore_sigterm,
+            worker_init_fn=_ignore_signals,
         )
 
 
-def _ignore_sigterm(worker: int) -> None:
-    """Preemption may reach workers, too; they are needed until the training process has saved, and end with it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    """Preemption and Ctrl+C reach workers, too; they are needed until the training process has saved, and end then."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _check_same_batches(saved: dict[str, int], sampler: TrainSampler) -> None:

@@ -202,6 +202,19 @@ def test_workers_outlive_sigterm(whole: tuple, tmp_path: Path) -> None:
     assert max(before) == 6
 
 
+def test_workers_outlive_ctrl_c(whole: tuple, tmp_path: Path) -> None:
+    """Which reaches them, too; it is for the training process to end them."""
+
+    def interrupt_workers() -> None:
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGINT)
+            worker.join(0.2)
+            assert worker.is_alive()
+
+    losses, _ = train(tmp_path, Interrupt("on_before_backward", 5, interrupt_workers), num_workers=1)
+    assert losses == whole[0]
+
+
 def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.ckpt"
     AtomicCheckpointIO().save_checkpoint({"x": torch.ones(5)}, path)
@@ -393,28 +406,46 @@ def test_nothing_to_go_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert "ckpt_path last: no checkpoint below runs/killed; training begins anew" in printed
 
 
-def test_an_interrupted_run_is_one_run_in_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def curves(folder: str, *args: str) -> dict[str, list[tuple[int, float]]]:
-        logger = ["--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger", f"--trainer.logger.save_dir={folder}"]
-        done = cli(*logger, "--trainer.logger.name=it", "--trainer.log_every_n_steps=1", "--ckpt_path=last", *args)
-        done.trainer.strategy.teardown()
-        (version,) = Path(folder, "it").iterdir()
-        events = EventAccumulator(str(version)).Reload()
-        names = set(events.Tags()["scalars"]) - {"hp_metric"}
-        return {name: [(x.step, x.value) for x in events.Scalars(name)] for name in names}
+TENSORBOARD = ["--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger", "--trainer.logger.name=it"]
 
+
+def curves(version: Path) -> dict[str, list[tuple[int, float]]]:
+    """All that a run has logged."""
+    events = EventAccumulator(str(version)).Reload()
+    names = set(events.Tags()["scalars"]) - {"hp_metric"}
+    return {name: [(x.step, x.value) for x in events.Scalars(name)] for name in names}
+
+
+def logged(folder: str, *args: str, logger: list[str] = TENSORBOARD) -> Path:
+    """Begin or go on with a run, and the folder of its logger."""
+    place = ["--trainer.log_every_n_steps=1", "--model.schedule=constant", "--ckpt_path=last"]
+    done = cli(*logger, f"--trainer.logger.save_dir={folder}", *place, *args)
+    done.trainer.strategy.teardown()
+    return Path(done.trainer.log_dir)
+
+
+@pytest.fixture
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where runs are made, with an error for each warning of what they do."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["dma-lightning"])
-    schedule = "--model.schedule=constant"  # the others end with max_steps
-    whole = curves("whole", "--trainer.max_steps=10", schedule)
-    curves("parts", "--trainer.max_steps=6", schedule, "--trainer.callbacks.init_args.save_top_k=-1")
-    folder = tmp_path / "parts/it/version_0"
+    filters = [("ignore", "The dataloader, .*_dataloader", UserWarning, None, 0), ("error", None, UserWarning, None, 0)]
+    monkeypatch.setattr("warnings.filters", [*filters, ("ignore", None, Warning, None, 0)])
+    return tmp_path
+
+
+def test_an_interrupted_run_is_one_run_in_tensorboard(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = curves(logged("whole", "--trainer.max_steps=10"))
+    folder = logged("parts", "--trainer.max_steps=6", "--trainer.callbacks.init_args.save_top_k=-1")
     for lost in (5, 6):  # so that what was logged of these steps is computed again
         (folder / f"checkpoints/step={lost}.ckpt").unlink()
-    filters = [("error", None, UserWarning, None, 0), ("ignore", None, Warning, None, 0)]
-    monkeypatch.setattr("warnings.filters", filters)
-    curves("parts", "--trainer.max_steps=8")
-    parts = curves("parts", "--trainer.max_steps=10")
+    with monkeypatch.context() as patch:
+        stop = lambda self, *_: terminate() if self.global_step == 7 else None  # noqa: E731
+        patch.setattr(LanguageModel, "on_train_batch_start", stop, raising=False)
+        with pytest.raises(SystemExit):
+            logged("parts", "--trainer.max_steps=10")
+    assert logged("parts", "--trainer.max_steps=10") == folder
+    parts = curves(folder)
     assert parts == whole
     assert [step for step, _ in parts["train/loss"]] == list(range(10))
     (link,) = (file for file in (folder / "checkpoints").iterdir() if file.is_symlink())
@@ -422,6 +453,63 @@ def test_an_interrupted_run_is_one_run_in_tensorboard(tmp_path: Path, monkeypatc
     assert steps_of(folder) == [f"version_0/step={step}.ckpt" for step in (10, 2, 4, 8)]  # 4 and 8 were gone on from
     configs = {file.name for file in folder.glob("config*")}
     assert configs == {"config.yaml", "config_from_step_4.yaml", "config_from_step_8.yaml"}
+
+
+def test_a_finished_run_keeps_its_figures(working_folder: Path) -> None:
+    figures = ["--trainer.max_steps=4", "--trainer.callbacks+=dma_lightning.monitoring.FinalMetrics"]
+    folder = logged("runs", *figures)
+    before = curves(folder)
+    assert "final/loss" in before
+    assert logged("runs", *figures) == folder
+    assert curves(folder) == before
+
+
+def test_a_version_that_is_named_is_a_run_of_its_own(working_folder: Path) -> None:
+    first, *others = (logged("runs", "--trainer.max_steps=2", f"--trainer.logger.version={x}") for x in ("a", "b", "a"))
+    assert [first, *others] == [Path("runs/it", name) for name in ("a", "b", "a")]
+
+
+def test_runs_without_a_logger_go_on(working_folder: Path) -> None:
+    for steps in (2, 4):
+        done = cli("--trainer.logger=false", f"--trainer.max_steps={steps}", "--ckpt_path=last")
+        done.trainer.strategy.teardown()
+    assert done.checkpoint.name == "step=2.ckpt"
+
+
+def test_folders_that_some_callbacks_name_are_not_all(working_folder: Path) -> None:
+    other = "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"
+    options = ["--trainer.callbacks.dirpath=other", "--trainer.callbacks.every_n_epochs=99"]
+    for _ in range(2):
+        folder = logged("runs", "--trainer.max_steps=2", other, *options)
+    assert folder.name == "version_0"
+
+
+def test_no_progress_bar_where_none_is_asked_for(working_folder: Path) -> None:
+    bar = ["--trainer.callbacks+=dma_lightning.monitoring.ProgressBar", "--trainer.enable_progress_bar=false"]
+    assert logged("runs", "--trainer.max_steps=2", *bar).name == "version_0"
+
+
+def test_a_null_on_the_command_line_begins_anew(working_folder: Path) -> None:
+    logged("runs", "--trainer.max_steps=2")
+    assert logged("runs", "--trainer.max_steps=2", "--ckpt_path=null").name == "version_1"
+
+
+def test_what_is_not_among_the_best_is_saved_as_the_last(whole: tuple, tmp_path: Path) -> None:
+    class Falling(pl.Callback):
+        def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            pl_module.log("val/falling", -float(trainer.global_step))
+
+    def run(steps: int, **options: object) -> dict[int, float]:
+        saving = ResumableCheckpoint(1, dirpath=tmp_path / "monitored", monitor="val/falling", mode="max")
+        train(tmp_path / "other", Falling(), saving, max_steps=steps, **options)
+        return train.losses
+
+    before = run(5)
+    path = newest_checkpoint([tmp_path / "monitored"])
+    assert {file.name for file in path.parent.iterdir()} == {"step=2.ckpt", "last.ckpt"}
+    assert (path.name, torch.load(path, weights_only=True)["global_step"]) == ("last.ckpt", 5)
+    assert before | run(STEPS, ckpt_path=path) == whole[0]
+    assert {file.name for file in path.parent.iterdir()} == {"step=2.ckpt", "last.ckpt"}
 
 
 def test_killed_runs_are_the_uninterrupted_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
