@@ -233,6 +233,7 @@ class ResumableCheckpoint(ModelCheckpoint):
             link = Path(self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST)).expanduser()
             if trainer.is_global_zero and link.is_symlink():  # a folder would be written into that of the link
                 link.unlink()
+            trainer.strategy.barrier()
         super()._save_last_checkpoint(trainer, monitor_candidates)
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:

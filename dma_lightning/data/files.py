@@ -33,7 +33,7 @@ def _below(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in (Path(place, name) for name in names if not name.startswith(".")):
             if not file.exists():
                 raise ValueError(f"path: expected files, got a link that points nowhere: {file}; remove or mend it")
