@@ -65,9 +65,10 @@ def generate(
             made += 1
             yield token.item()
 
-    print(prompt, end="", flush=True)
     start = time.perf_counter()
-    for piece in decode_until(tokenizer, tokens(), stop or (), prompt_tokens):
+    pieces = decode_until(tokenizer, tokens(), stop or (), prompt_tokens)
+    print(prompt + next(pieces, ""), end="", flush=True)  # not before what is wrong has been told
+    for piece in pieces:
         print(piece, end="", flush=True)
     seconds = time.perf_counter() - start
     print(flush=True)
@@ -75,7 +76,7 @@ def generate(
 
 
 def load_checkpoint(path: Path, device: str, backend: str | None = None) -> LanguageModel:
-    """The model of a checkpoint, to infer with.
+    """The model of a checkpoint, in the dtype of its weights, to infer with.
 
     Raises:
         ValueError: if there is no such file, or it is damaged.
@@ -87,13 +88,18 @@ def load_checkpoint(path: Path, device: str, backend: str | None = None) -> Lang
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: expected one of this machine, got {device!r}: {error}") from error
+    before = torch.get_default_dtype()
     try:
+        saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        torch.set_default_dtype(saved["state_dict"]["model.embed_tokens.weight"].dtype)
         module = LanguageModel.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changed)
     except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         reason, *_ = f"{error}\n".splitlines()  # torch goes on with advice to load what can run any code
         raise ValueError(
             f"{path}: expected a checkpoint of `dma-lightning`, got one that cannot be read: {reason}"
         ) from error
+    finally:
+        torch.set_default_dtype(before)
     return module.to(device).eval()
 
 

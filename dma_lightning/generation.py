@@ -107,7 +107,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device | str | N
     Raises:
         ValueError: without prompts, or if one is empty.
     """
-    if not prompts or not all(prompts):
+    if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError(f"prompts: expected at least one, each with a token, got lengths {[len(x) for x in prompts]}")
     longest = max(len(prompt) for prompt in prompts)
     rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]

@@ -9,6 +9,7 @@ import tokenizers
 
 _NO_UTF8 = 0xFF  # a byte that stands in no UTF-8
 _CONTEXT = 8  # tokens before the new ones that are decoded with them
+_RECENT = _CONTEXT + 3  # so that it can begin with a character, of four bytes at most
 _LONGEST = 64  # tokens after which what is no whole character is shown as it is
 
 
@@ -91,7 +92,8 @@ class FileTokenizer:
     def decode_stream(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
         """Pieces as soon as they are whole characters, with the space that a token has only behind another."""
         # Decoded anew from the token before the last piece on: a token's text depends on the one before it.
-        context, new = list(after)[-_CONTEXT:], []
+        recent, new = list(after)[-_RECENT:], []
+        context = self._whole_characters(recent)
         for token in tokens:
             new.append(token)
             text = self._text_behind(context, new)
@@ -99,8 +101,14 @@ class FileTokenizer:
                 yield ""
                 continue
             yield text
-            context, new = (context + new)[-_CONTEXT:], []
+            recent, new = (recent + new)[-_RECENT:], []
+            context = self._whole_characters(recent)
         yield self._text_behind(context, new)
+
+    def _whole_characters(self, tokens: list[int]) -> list[int]:
+        """The last tokens, from where a character begins: of bytes that begin within one, all text may be spoilt."""
+        last = (tokens[-count:] for count in range(_CONTEXT, _RECENT + 1))
+        return next((x for x in last if not self.tokenizer.decode(x).startswith("\ufffd")), tokens[-_CONTEXT:])
 
     def _text_behind(self, context: list[int], new: list[int]) -> str:
         """What tokens add to the text of others."""

@@ -182,6 +182,10 @@ def positions_of(x: Tensor, cache: MixerCache | None) -> Tensor | None:
     if cache is None:
         return None
     length = cache.length
+    if length.device != x.device:
+        raise ValueError(
+            f"x: expected on {length.device} as the cache, got {x.device}; make a cache where the model is"
+        )
     if len(length) != len(x):
         raise ValueError(f"x: expected {len(length)} sequences as in the cache, got {len(x)}; make a cache for as many")
     return length[:, None] + torch.arange(x.shape[1], device=x.device)

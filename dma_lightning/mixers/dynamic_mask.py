@@ -134,7 +134,8 @@ class DynamicMaskAttention(GroupedQueryMixer):
         selection = (self.keep_window_size, self.keep_last, self.sinks)
         if full:
             return FullCache(batch, *selection, device=weight.device)
-        device, autocasts = weight.device, torch.is_autocast_enabled(weight.device.type)
+        device = weight.device
+        autocasts = torch.is_autocast_enabled(device.type) and weight.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device.type) if autocasts else weight.dtype
         backend = resolve_backend(self.backend, device.type, device.index, dtype, self.head_dim)
         step = "triton" if backend == "triton" else "torch"

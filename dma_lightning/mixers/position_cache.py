@@ -59,9 +59,10 @@ class PositionCache:
     def __init__(self, batch: int, window: int | None = None, device: torch.device | str | None = None) -> None:
         if batch < 0 or (window is not None and window < 1):
             raise ValueError(f"expected batch >= 0 and window >= 1 or None, got {batch} and {window}")
-        self.batch, self.window, self.device, self.count = batch, window, torch.device(device or "cpu"), 0
+        self.batch, self.window, self.count = batch, window, 0
         self._kept: dict[str, Tensor] = {}  # [B, ..., memory, D] each
         self._position = torch.zeros(0, dtype=torch.int64, device=device)
+        self.device = self._position.device
         self._run, self._padding = (torch.zeros(batch, 0, dtype=x, device=device) for x in (torch.int64, torch.bool))
         # Of the last real position: its document, and the number of it.
         self._document, self._last_run = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))

@@ -11,14 +11,17 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from dma_flex.block_masks import block_mask
+from dma_flex.segment_attention import check_differentiable, told_recompile_limit
 from dma_kernels import Lifetimes
+from dma_kernels.attention_inputs import check_attention_inputs, check_lifetimes
 
 
 def flex_mask_attention(q: Tensor, k: Tensor, v: Tensor, lifetimes: Lifetimes, scale: float | None = None) -> Tensor:
     """Softmax attention over the live keys, for masks whose blocks of 128 are mostly empty or full, such as documents.
 
     Where the live keys of a query are scattered, as in a dynamic mask, `flex_segment_attention` skips far more. Trains
-    on CUDA, infers on CUDA and CPU. The first call with new shapes compiles.
+    on CUDA, infers on CUDA and CPU, where FlexAttention gives 0 for a NaN in q or k. The first call with new shapes
+    compiles.
 
     Args:
         q: `[B, H, N, D]`, float32, bfloat16 or float16.
@@ -31,12 +34,23 @@ def flex_mask_attention(q: Tensor, k: Tensor, v: Tensor, lifetimes: Lifetimes, s
         `[B, H, N, Dv]`. A query without any key gives 0.
 
     Raises:
-        ValueError: if the mask does not fit.
+        ValueError: if shapes, dtypes or devices do not belong together, or a gradient is asked for on a CPU.
+        RuntimeError: at torch.compile's recompile limit.
     """
-    heads = None if lifetimes.death.shape[1] == 1 else q.shape[1]
-    mask = block_mask(lifetimes, q.shape[2], num_heads=heads)
-    attend = flex_attention if torch.compiler.is_compiling() else _compiled_attention()
-    return attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    check_attention_inputs(q, k, k)
+    check_lifetimes(lifetimes, k)
+    if v.ndim != 4 or v.shape[:3] != k.shape[:3] or v.dtype != k.dtype or v.device != k.device:
+        raise ValueError(
+            f"v: expected {list(k.shape[:3])} and a head dim, {k.dtype} on {k.device}, as k, got {list(v.shape)}, "
+            f"{v.dtype} on {v.device}"
+        )
+    check_differentiable(q, k, v)
+    mask = block_mask(lifetimes, q.shape[2], num_heads=None if lifetimes.death.shape[1] == 1 else q.shape[1])
+    options = {"block_mask": mask, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    if torch.compiler.is_compiling():
+        return flex_attention(q, k, v, **options)
+    with told_recompile_limit(q):
+        return _compiled_attention()(q, k, v, **options)
 
 
 @cache

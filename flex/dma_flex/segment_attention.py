@@ -3,7 +3,8 @@
 B batch, H query heads, G KV heads, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -72,14 +73,21 @@ def flex_segment_attention(
     with without_autocast(q.device):
         if torch.compiler.is_compiling():
             return _attend(q, k, v, scores, plan, scale)[:, :, :length]
-        try:
+        with told_recompile_limit(q):
             return _compiled_attend()(q, k, v, scores, plan, scale)[:, :, :length]
-        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-            raise RuntimeError(
-                "backend 'flex' has been compiled for as many shapes, dtypes and modes as "
-                f"torch._dynamo.config.recompile_limit = {torch._dynamo.config.recompile_limit} allows, "
-                f"and q {list(q.shape)} in {q.dtype} is another; pad to fewer lengths, or raise the limit"
-            ) from error
+
+
+@contextmanager
+def told_recompile_limit(q: Tensor) -> Iterator[None]:
+    """Let the error at torch.compile's limit say what to do."""
+    try:
+        yield
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise RuntimeError(
+            "backend 'flex' has been compiled for as many shapes, dtypes and modes as "
+            f"torch._dynamo.config.recompile_limit = {torch._dynamo.config.recompile_limit} allows, "
+            f"and q {list(q.shape)} in {q.dtype} is another; pad to fewer lengths, or raise the limit"
+        ) from error
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
@@ -228,7 +236,12 @@ def _check_flex_can(q: Tensor, k: Tensor, v: Tensor, scores: Tensor) -> None:
         raise ValueError(
             f"backend 'flex' needs a head dim from 16 to 256 on CUDA, got {q.shape[-1]}; use backend 'torch' for it"
         )
-    if not q.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, scores)):
+    check_differentiable(q, k, v, scores)
+
+
+def check_differentiable(q: Tensor, *others: Tensor) -> None:
+    """Raise `ValueError` if a gradient is asked for where FlexAttention has none."""
+    if not q.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in (q, *others)):
         raise ValueError(
             f"backend 'flex' trains on CUDA only, got tensors on {q.device} that require a gradient; "
             "use backend 'torch' to train here, or torch.no_grad() to infer"

@@ -6,7 +6,7 @@ from torch import Tensor
 from dma_kernels.lifetimes import Lifetimes
 
 
-def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, scores: Tensor) -> None:
+def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, scores: Tensor | None = None) -> None:
     """Raise `ValueError` unless q `[B, H, N, D]`, k and v `[B, G, N, D]` and scores `[B, G, N]` belong together."""
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"expected q [B, H, N, D] and k [B, G, N, D], got {list(q.shape)} and {list(k.shape)}")
@@ -14,7 +14,9 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, scores: Tensor) -> N
     kv_heads = k.shape[1]
     expected = {"k": (batch, kv_heads, length, head_dim), "v": (batch, kv_heads, length, head_dim)}
     expected["scores"] = (batch, kv_heads, length)
-    for name, x in {"k": k, "v": v, "scores": scores}.items():
+    if head_dim == 0:
+        raise ValueError(f"expected a head dim of at least 1, got q {list(q.shape)}")
+    for name, x in ({"k": k, "v": v} | ({} if scores is None else {"scores": scores})).items():
         if x.shape != expected[name]:
             raise ValueError(
                 f"{name}: expected {list(expected[name])} for q {list(q.shape)} and {kv_heads} KV heads, "
@@ -27,8 +29,14 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, scores: Tensor) -> N
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     least = torch.promote_types(q.dtype, torch.float32)
-    if scores.dtype not in (torch.float32, least):
+    if scores is not None and scores.dtype not in (torch.float32, least):
         raise ValueError(f"scores: expected {least} for {q.dtype} inputs, got {scores.dtype}; selection needs its bits")
+
+
+def check_no_tangents(*inputs: Tensor) -> None:
+    """Raise `ValueError` for forward-mode differentiation, which an operation of our own would answer with 0."""
+    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise ValueError("backend 'triton' has no forward-mode derivative (jvp); use backend 'reference' for it")
 
 
 def check_lifetimes(lifetimes: Lifetimes, k: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from dma_kernels.attention_inputs import check_attention_inputs
+from dma_kernels.attention_inputs import check_attention_inputs, check_no_tangents
 from dma_kernels.block_tiles import Tiles, make_tiles
 from dma_kernels.fused_attention import check_kernels_can, check_machine
 from dma_kernels.precision import without_autocast
@@ -89,7 +89,8 @@ def block_attention(
     Raises:
         ValueError: if shapes, dtypes or devices do not belong together, or the kernels cannot do what is asked.
     """
-    check_attention_inputs(q, k, v, torch.empty(k.shape[:3], device=k.device))
+    check_attention_inputs(q, k, v)
+    check_no_tangents(q, k, v)
     expected = {
         "blocks": (blocks, (*k.shape[:3], blocks.shape[-1] if blocks.ndim else 0), torch.int64),
         "first": (first, (k.shape[0], k.shape[2]), torch.int64),
@@ -102,10 +103,10 @@ def block_attention(
                 f"got {x.dtype} {list(x.shape)} on {x.device}"
             )
     check_kernels_can(q.dtype, q.shape[-1])
-    if block_size not in BLOCK_SIZES:
+    if not kernels_take(block_size, q.shape[-1], q.dtype):
         raise ValueError(
-            f"backend 'triton' takes blocks of {list(BLOCK_SIZES)} tokens, got {block_size}; "
-            "use backend 'torch' for others"
+            f"backend 'triton' takes blocks of {list(BLOCK_SIZES)} tokens that have at most {_SHARED_BYTES} bytes, got "
+            f"{block_size} tokens of head dim {q.shape[-1]} in {q.dtype}; use backend 'torch' for others"
         )
     tiles = make_tiles(blocks, q.shape[1] // k.shape[1], -(-k.shape[2] // block_size))
     out, _ = attend_blocks(q, k, v, *tiles, first.int(), padding, block_size)

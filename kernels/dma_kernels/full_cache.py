@@ -56,7 +56,9 @@ class FullCache:
         documents = self.document[:, None].expand(batch, new) if documents is None else documents.long()
         kept = {"key": k, "value": v, "score": scores, "rank": ranks, "document": documents, "padding": ~real}
         self._check_fits(kept)
-        if self._kept:
+        if not self._kept:
+            kept = {name: x.detach().clone() for name, x in kept.items()}  # what was given may be written over
+        else:
             kept = {name: torch.cat([self._kept[name], x], dim=min(2, x.ndim - 1)) for name, x in kept.items()}
         mask = Lifetimes.top_w(
             kept["rank"],

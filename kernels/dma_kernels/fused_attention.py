@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.utils._triton import has_triton_package
 
-from dma_kernels.attention_inputs import check_attention_inputs, check_lifetimes
+from dma_kernels.attention_inputs import check_attention_inputs, check_lifetimes, check_no_tangents
 from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.segment_slots import SegmentSlots
 
@@ -56,6 +56,7 @@ def fused_attention(
     check_attention_inputs(q, k, v, scores)
     check_lifetimes(lifetimes, k)
     check_kernels_can(q.dtype, q.shape[-1])
+    check_no_tangents(q, k, v, scores)
     if slots is not None and segment_length is not None:
         raise ValueError("expected segment_length or slots, got both; slots have their segment length")
     if not q.numel():

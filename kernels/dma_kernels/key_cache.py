@@ -234,7 +234,10 @@ class DynamicMaskCache:
         padding: Tensor | None = None,
         attention: Attention = segment_attention,
     ) -> Tensor:
-        """What `attend` returns, without keeping anything until `commit` says how many positions were right."""
+        """What `attend` returns, without keeping anything until `commit` says how many positions were right.
+
+        Until then, k, v, scores and ranks must stay as they are.
+        """
         self._check(q, k, v, scores, ranks, documents, padding)
         self._pending = None
         chunk = self._extended(k, v, scores, ranks, documents, padding)
@@ -400,7 +403,7 @@ class DynamicMaskCache:
         death = torch.where(slots.sink, keys, torch.maximum(ranked_death, recent))
         death = death.clamp(max=keys) if runs is None else torch.minimum(death, end)
         death = torch.where(filled, death, birth)
-        document = self.document[:, None].expand(batch, new) if documents is None else documents
+        document = self.document[:, None].expand(batch, new) if documents is None else documents.clone()
         return _Chunk(slots, ranked_death, death, real, document, number)
 
     def _runs(self, documents: Tensor, real: Tensor) -> Tensor:

@@ -322,6 +322,8 @@ def _is_sink(sinks: int, birth: Tensor, runs: Tensor | None, padding: Tensor | N
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, float):
+        raise ValueError(f"{name}: expected a whole number, got {value}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
 

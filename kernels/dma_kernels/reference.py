@@ -122,7 +122,7 @@ def _fill_masked(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Logits with masked ones at the least finite number, and which rows have no key with a larger one."""
     # A finite fill keeps rows without a key free of NaN, in the backward too; the caller clears their result.
     least = torch.finfo(logits.dtype).min
-    filled = logits.masked_fill(~mask, least)
+    filled = logits.masked_fill(~mask | (logits == -torch.inf), least)
     return filled, filled.detach().amax(-1) <= least
 
 

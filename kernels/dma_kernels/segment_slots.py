@@ -51,8 +51,8 @@ class SegmentSlots:
             lifetimes: the mask, for `batch` or 1 sequences and `num_kv_heads` or 1 heads.
             batch: B.
             num_kv_heads: G.
-            segment_length: S, rounded up to a multiple of the block size; by default the mask's capacity is, but no
-                more than the length.
+            segment_length: S, by default the mask's capacity; no more than the length, and rounded up to a multiple of
+                the block size.
             block_size: S and the number of snapshot slots are multiples of it, and it is one of 16.
 
         Raises:
@@ -66,7 +66,7 @@ class SegmentSlots:
         if block_size < 16 or block_size % 16:
             raise ValueError(f"block_size: expected a multiple of 16, got {block_size}")
         lifetimes.check_segmentable()
-        segment = min(lifetimes.capacity, lifetimes.length) if segment_length is None else segment_length
+        segment = min(lifetimes.capacity if segment_length is None else segment_length, lifetimes.length)
         segment = -(-segment // block_size) * block_size
         filled = -(-lifetimes.length // segment) * segment
         row, birth, death, first, slot = segment_slots(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from dma_kernels.gather import Copies, flat_rows, gather_rows_reference, sum_copies_reference
 from dma_kernels.lifetimes import Lifetimes
@@ -108,7 +108,6 @@ class _GatherRows(torch.autograd.Function):
         return gather_rows_reference(x, row)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         return sum_copies_reference(grad, *ctx.saved_tensors, ctx.shape), None
 

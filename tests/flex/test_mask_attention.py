@@ -25,3 +25,18 @@ def test_equals_the_definition(kind: str, device: str) -> None:
         grad = torch.randn_like(out)
         found, exact = (torch.autograd.grad(x, (q, k, v), grad) for x in (out, expected))
         torch.testing.assert_close(found, exact, rtol=2e-3, atol=2e-3)
+
+
+def test_what_does_not_fit_is_an_error() -> None:
+    q, k = torch.zeros(2, 4, 150, 8), torch.zeros(2, 2, 150, 8)
+    mask = Lifetimes.causal(150)
+    with pytest.raises(ValueError, match=r"lifetimes: expected \[2 or 1, 2 or 1, 150\]"):  # else the process would end
+        flex_mask_attention(q, k, k, Lifetimes.top_w(torch.zeros(3, 1, 150), 9))
+    with pytest.raises(ValueError, match=r"lifetimes: expected \[2 or 1, 2 or 1, 150\]"):
+        flex_mask_attention(q, k, k, Lifetimes.top_w(torch.zeros(2, 4, 150), 9))
+    with pytest.raises(ValueError, match="query heads must be a multiple of KV heads, got 4 and 3"):
+        flex_mask_attention(q, *[torch.zeros(2, 3, 150, 8)] * 2, mask)
+    with pytest.raises(ValueError, match="v: expected"):
+        flex_mask_attention(q, k, k[:, :, :9], mask)
+    with pytest.raises(ValueError, match="trains on CUDA only"):
+        flex_mask_attention(q.requires_grad_(), k, k, mask)

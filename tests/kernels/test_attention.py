@@ -67,6 +67,9 @@ def test_gradcheck() -> None:
     scores = torch.randn(2, KV_HEADS, 11, dtype=torch.float64, requires_grad=True)
     lifetimes = Lifetimes.top_w(scores, 3)
     assert torch.autograd.gradcheck(lambda *x: segment_attention(*x, lifetimes, segment_length=4), (q, k, v, scores))
+    short = [x[:1, :, :5].detach().requires_grad_() for x in (q, k, v, scores)]
+    lifetimes = Lifetimes.top_w(short[-1], 3)
+    assert torch.autograd.gradgradcheck(lambda *x: segment_attention(*x, lifetimes, segment_length=2), short)
 
 
 @pytest.mark.parametrize("window", [1, 7, 63, 70])
@@ -154,6 +157,9 @@ def test_minus_infinity_as_only_score_is_no_key(function: Callable[..., Tensor])
     assert (out[0, 0, 0] == 0).all()
     assert lse[0, 0, 0] == -torch.inf
     assert lse[0, 0, 1:].isfinite().all()
+    inputs = [x.requires_grad_() for x in (q, k, v, torch.full_like(scores, -torch.inf))]
+    for gradient in torch.autograd.grad(function(*inputs, mask).sum(), inputs):
+        assert (gradient == 0).all()
 
 
 def test_autocast_does_not_change_the_definition() -> None:

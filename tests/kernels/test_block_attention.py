@@ -110,7 +110,7 @@ def test_tiles_and_choosers_hold_every_choice_once(device: str) -> None:
 def test_what_the_kernels_cannot_do_is_an_error(device: str) -> None:
     inputs = make_inputs(20, 1, 16, torch.float32, device)
     first = torch.zeros(2, 20, dtype=torch.long, device=device)
-    with pytest.raises(ValueError, match=r"blocks of .* tokens, got 8"):
+    with pytest.raises(ValueError, match=r"blocks of .* bytes, got 8 tokens"):
         block_attention(*inputs, choose(2, 2, 20, 8, 2, device), first, None, 8)
     blocks = choose(2, 2, 20, 16, 2, device)
     for wrong, message in (

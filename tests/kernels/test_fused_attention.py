@@ -325,6 +325,9 @@ def test_bad_inputs(device: str) -> None:
         fused_attention(*(torch.zeros(2, KV_HEADS, 40, 272, device=device),) * 3, scores, mask)
     with pytest.raises(ValueError, match="segment_length: expected at least 1, got 0"):
         fused_attention(*qkv, scores, mask, segment_length=0)
+    assert SegmentSlots.of(mask, 2, KV_HEADS, segment_length=1 << 20).segment_length == 128
+    with pytest.raises(ValueError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: fused_attention(x, *qkv[1:], scores, mask), (qkv[0],), (qkv[0],))
     with pytest.raises(ValueError, match="block_size: expected a multiple of 16, got 8"):
         SegmentSlots.of(mask, 2, KV_HEADS, block_size=8)
     with pytest.raises(ValueError, match=r"slots: expected some for .* and 39 positions"):

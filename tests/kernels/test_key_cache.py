@@ -165,6 +165,28 @@ def test_select_reorders_and_repeats_rows() -> None:
         torch.testing.assert_close(torch.cat(outs, dim=2), expected[:, :, 9:])
 
 
+@pytest.mark.parametrize("way", ["full", "guessed"])
+def test_what_was_given_may_be_written_over(way: str) -> None:
+    inputs = make_inputs(20, ties=False)
+    documents = torch.zeros(BATCH, 20, dtype=torch.int64)
+    mask = Lifetimes.top_w(inputs["ranks"], 4, documents=documents).to_dense()
+    expected = reference_attention(*(inputs[name] for name in ("q", "k", "v", "scores")), mask)
+    given = {name: x.clone() for name, x in part(inputs | {"documents": documents}, 0, 9).items()}
+    if way == "full":
+        cache = FullCache(BATCH, 4)
+        cache.attend(**given)
+    else:
+        cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 4, dtype=torch.float64)
+        cache.verify(**given)
+    for name, x in given.items():
+        if way == "full" or name == "documents":  # keys must stay until they are committed
+            x.fill_(7)
+    if way == "guessed":
+        cache.commit(torch.full((BATCH,), 9))
+    out = cache.attend(**part(inputs, 9, 20))
+    torch.testing.assert_close(out, expected[:, :, 9:])
+
+
 def test_the_full_cache_takes_another_window_at_any_time() -> None:
     inputs = make_inputs(30, ties=False)
     cache = FullCache(BATCH, 8, keep_last=1, sinks=1)

@@ -177,6 +177,8 @@ def test_documents_and_padding_of_the_constructors() -> None:
         Lifetimes.causal(5, documents=documents.float())
     with pytest.raises(ValueError, match="padding: expected bool"):
         Lifetimes.last(5, 2, padding=padding.int())
+    with pytest.raises(ValueError, match=r"keep_window_size: expected a whole number, got 2\.5"):
+        Lifetimes.top_w(torch.zeros(1, 1, 5), 2.5)
     with pytest.raises(ValueError, match="count: expected at least 1, got 0"):
         Lifetimes.sinks(5, 0)
 

@@ -112,6 +112,18 @@ def test_a_model_of_bytes_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         command(monkeypatch, "generate", f"--ckpt_path={tmp_path / 'link.ckpt'}", "--prompt=a", "--device=foo")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_round_trip_keeps_the_dtype(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = make_theirs().to(dtype)
+    theirs.save_pretrained(tmp_path / "theirs")
+    command(monkeypatch, "import-hf", tmp_path / "theirs", tmp_path / "ours")
+    command(monkeypatch, "export-hf", tmp_path / "ours/model.ckpt", tmp_path / "again")
+    before, after = (load_file(tmp_path / f"{name}/model.safetensors") for name in ("theirs", "again"))
+    assert {x.dtype for x in after.values()} == {dtype}
+    torch.testing.assert_close(after["model.norm.weight"], before["model.norm.weight"], rtol=0, atol=0)
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_bfloat16_stays(tmp_path: Path) -> None:
     make_theirs().to(torch.bfloat16).save_pretrained(tmp_path / "model")
     ours = load_doge(tmp_path / "model", backend="torch", keep_window_size=5)

@@ -231,3 +231,17 @@ def test_a_tokenizer_that_makes_no_tokens_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the tokenizer cannot encode 'some text"):
         data.prepare_data()
     assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_characters_of_byte_tokens_are_streamed_whole(tmp_path: Path) -> None:
+    """As of Llama's first tokenizers: a context that began within one would spoil all text behind it."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {letter: 256 + i for i, letter in enumerate("ab ")}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    reader = FileTokenizer(tmp_path / "tokenizer.json")
+    for whole in ("日本語のテキスト", "a 𝄞𝄞𝄞𝄞 b€€€€", "éa" * 9):
+        tokens = reader.encode(whole)
+        assert "".join(reader.decode_stream(tokens)) == whole
+        start = len(reader.encode(whole[:4]))
+        assert "".join(reader.decode_stream(tokens[start:], after=tokens[:start])) == whole[4:]
