@@ -47,7 +47,8 @@ def stream_tokens(
 ) -> Iterator[Tensor]:
     """Go on with sequences, token by token.
 
-    Dropout and the like are off while tokens are made. A prompt may be longer than `max_position_embeddings`.
+    Dropout and the like are off while tokens are made. A prompt may be longer than `max_position_embeddings`. Take all
+    tokens within `torch.inference_mode`, or none.
 
     Args:
         model: the decoder.
