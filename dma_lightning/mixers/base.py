@@ -154,7 +154,7 @@ class GroupedQueryMixer(TokenMixer):
     def heads(self, x: Tensor, projection: nn.Linear, norm: nn.RMSNorm | None = None) -> Tensor:
         """Projected, and normalised, `[B, heads, N, D]`."""
         y = projection(x).unflatten(-1, (-1, self.head_dim))
-        return (y if norm is None else norm(y).to(y.dtype)).transpose(1, 2)
+        return (y if norm is None else normalised(y, norm)).transpose(1, 2)
 
     def queries_keys_values(self, x: Tensor, cache: MixerCache | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised, rotated queries `[B, H, N, D]` and keys `[B, G, N, D]`, and values; checks x."""
@@ -171,6 +171,11 @@ class GroupedQueryMixer(TokenMixer):
     def joined(self, out: Tensor) -> Tensor:
         """The output projection of `[B, H, N, D]`, `[B, N, C]`."""
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def normalised(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """`x` after a norm, in its own dtype; torch fuses a norm only where its weight has the dtype of `x`."""
+    return norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
 def positions_of(x: Tensor, cache: MixerCache | None) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dma_kernels import Lifetimes
-from dma_lightning.mixers.base import TokenMixer, check_even, check_mixer_input, mean_keys, positions_of
+from dma_lightning.mixers.base import TokenMixer, check_even, check_mixer_input, mean_keys, normalised, positions_of
 from dma_lightning.mixers.masked import SDPA_OR_FLEX, attend_places, lifetime_attention
 from dma_lightning.mixers.position_cache import PositionCache
 from dma_lightning.rotary import apply_rotary
@@ -102,7 +102,7 @@ class LatentAttention(TokenMixer):
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, P + R]
         q_plain, q_rotated = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         latent, k_rotated = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        latent = self.kv_a_layernorm(latent).to(q.dtype)  # [B, N, L]
+        latent = normalised(latent, self.kv_a_layernorm)  # [B, N, L]
         q_rotated = apply_rotary(q_rotated, self.rope_theta, positions, self.rope_scaling)
         k_rotated = apply_rotary(k_rotated[:, None], self.rope_theta, positions, self.rope_scaling)  # [B, 1, N, R]
         if cache is None:
