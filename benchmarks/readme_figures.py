@@ -262,7 +262,7 @@ def processor_times(part: str) -> str:
 
 
 def overhead() -> str:
-    """Speed with all callbacks and without those that may be left."""
+    """How much faster training is without the monitors that may be left."""
     rates: dict[bool, list[float]] = {True: [], False: []}
     for row in load("gpu_fit_80m")["overhead"]:
         rates[row["monitors"]] += [row["tokens_per_s"][0], row["tokens_per_s"][2]]  # of two intervals each
@@ -348,12 +348,12 @@ def figures() -> str:
         f"5 and 3 intervals ({gpu_machine(load('gpu_fit_80m'))}):",
         "\n".join(fit_lines()),
         "Milliseconds of such a step by what the GPU's kernels are for, from PyTorch's profiler (in a run without CUDA "
-        "graphs; idle is what the measured step takes beyond them). Beside it, the processor spends "
-        f"{processor_times('data')} ms on data and {processor_times('callbacks')} ms in callbacks, launches that wait "
-        "for a busy GPU included:",
+        "graphs; idle is what the measured step takes beyond them, so of two runs, and may be below 0). Beside it, the "
+        f"processor spends {processor_times('data')} ms on data and {processor_times('callbacks')} ms in callbacks, "
+        "launches that wait for a busy GPU included:",
         "\n".join(breakdown_lines()),
-        "With all callbacks of that configuration, validations and checkpoints apart, 80m at 4k is slower than with "
-        f"`SpeedMonitor` alone by {overhead()}, over 400 steps each.",
+        "With all of `dma_lightning.monitoring` in that configuration, validations apart, 80m at 4k is slower than "
+        f"with `SpeedMonitor` alone of these by {overhead()}, over 400 steps each.",
         "**`python benchmarks/gpu_block_attention.py`**: milliseconds of NSA's selected branch, given the blocks of "
         "each query (16 of 64 tokens, by random keys), bfloat16, batch 1, head dim 128, beside the Triton kernels of "
         "XunhaoLai (9bea856) and of flash-linear-attention (bc3b101d, which takes groups of 16 heads or more) and "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dma_lightning.checkpoints import read_checkpoint
 from dma_lightning.data.text import TOKENIZER_KEY
 from dma_lightning.generation import decode_until, pad_prompts, stream_tokens
 from dma_lightning.language_model import LanguageModel
@@ -90,8 +91,7 @@ def load_checkpoint(path: Path, device: str, backend: str | None = None) -> Lang
         raise ValueError(f"device: expected one of this machine, got {device!r}: {error}") from error
     before = torch.get_default_dtype()
     try:
-        saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        torch.set_default_dtype(saved["state_dict"]["model.embed_tokens.weight"].dtype)
+        torch.set_default_dtype(read_checkpoint(path)["state_dict"]["model.embed_tokens.weight"].dtype)
         module = LanguageModel.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changed)
     except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         reason, *_ = f"{error}\n".splitlines()  # torch goes on with advice to load what can run any code
@@ -128,6 +128,7 @@ def tokenizer_of(module: LanguageModel, path: Path) -> Tokenizer:
 
 def carried_tokenizer(path: Path) -> str | None:
     """The `tokenizer.json` of the text that a checkpoint was trained on, if there was one."""
-    saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    states = (state for state in saved.values() if isinstance(state, dict))  # the data module's is under its name
+    states = (
+        state for state in read_checkpoint(path).values() if isinstance(state, dict)
+    )  # the data module's is under its name
     return next((state[TOKENIZER_KEY] for state in states if TOKENIZER_KEY in state), None)

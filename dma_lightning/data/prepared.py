@@ -3,6 +3,7 @@
 N sequence length.
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +59,23 @@ class PreparedDataModule(TokenizedDataModule):
 
     @property
     def val_bytes_per_token(self) -> float:
-        manifest = self.manifest if self.val_path is None else read_manifest(self.val_path)
-        return manifest["bytes"] / manifest["tokens"]
+        return self._val_manifest["bytes"] / self._val_manifest["tokens"]
+
+    @cached_property
+    def _val_manifest(self) -> dict[str, Any]:
+        return self.manifest if self.val_path is None else read_manifest(self.val_path)
 
     def setup(self, stage: str) -> None:
         """Find the shards and split them."""
         if self.val_path is None:
             train, val = (_shards(self.path, self.manifest, part, self.val_fraction) for part in ("train", "val"))
         else:
-            other = read_manifest(self.val_path)
-            if other["tokenizer_sha256"] != self.manifest["tokenizer_sha256"]:
+            if self._val_manifest["tokenizer_sha256"] != self.manifest["tokenizer_sha256"]:
                 raise ValueError(
                     f"val_path: expected a folder with the tokenizer of {self.path}, got {self.val_path} with another; "
                     "prepare it with the same"
                 )
-            train, val = _shards(self.path, self.manifest), _shards(self.val_path, other)
+            train, val = _shards(self.path, self.manifest), _shards(self.val_path, self._val_manifest)
         self.train_set = TokenWindows(train, self.sequence_length, self.separate_documents)
         self.val_set = self.test_set = TokenWindows(val, self.sequence_length, self.separate_documents)
         for name, windows, folder in (

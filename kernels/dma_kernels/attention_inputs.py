@@ -16,7 +16,9 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, scores: Tensor | Non
     expected["scores"] = (batch, kv_heads, length)
     if head_dim == 0:
         raise ValueError(f"expected a head dim of at least 1, got q {list(q.shape)}")
-    for name, x in ({"k": k, "v": v} | ({} if scores is None else {"scores": scores})).items():
+    for name, x in {"k": k, "v": v, "scores": scores}.items():
+        if x is None:
+            continue
         if x.shape != expected[name]:
             raise ValueError(
                 f"{name}: expected {list(expected[name])} for q {list(q.shape)} and {kv_heads} KV heads, "

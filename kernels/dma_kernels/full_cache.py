@@ -56,10 +56,10 @@ class FullCache:
         documents = self.document[:, None].expand(batch, new) if documents is None else documents.long()
         kept = {"key": k, "value": v, "score": scores, "rank": ranks, "document": documents, "padding": ~real}
         self._check_fits(kept)
-        if not self._kept:
-            kept = {name: x.detach().clone() for name, x in kept.items()}  # what was given may be written over
-        else:
+        if self._kept:
             kept = {name: torch.cat([self._kept[name], x], dim=min(2, x.ndim - 1)) for name, x in kept.items()}
+        else:
+            kept = {name: x.detach().clone() for name, x in kept.items()}  # what was given may be written over
         mask = Lifetimes.top_w(
             kept["rank"],
             self.keep_window_size,
