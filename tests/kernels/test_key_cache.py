@@ -171,7 +171,8 @@ def test_what_was_given_may_be_written_over(way: str) -> None:
     documents = torch.zeros(BATCH, 20, dtype=torch.int64)
     mask = Lifetimes.top_w(inputs["ranks"], 4, documents=documents).to_dense()
     expected = reference_attention(*(inputs[name] for name in ("q", "k", "v", "scores")), mask)
-    given = {name: x.clone() for name, x in part(inputs | {"documents": documents}, 0, 9).items()}
+    inputs |= {"documents": documents}
+    given = {name: x.clone() for name, x in part(inputs, 0, 9).items()}
     if way == "full":
         cache = FullCache(BATCH, 4)
         cache.attend(**given)
