@@ -24,7 +24,7 @@ def flat_rows(key: Tensor, length: int) -> Tensor:
 def gather_rows_reference(x: Tensor, row: Tensor) -> Tensor:
     """Rows of `x` [B, G, N, D] by number, `[M..., D]`; zeros where the number is -1."""
     rows = x.reshape(-1, x.shape[-1]).index_select(0, row.clamp(min=0).flatten().long())
-    return rows.view(*row.shape, x.shape[-1]).masked_fill_((row < 0)[..., None], 0)
+    return rows.view(*row.shape, x.shape[-1]).masked_fill((row < 0)[..., None], 0)
 
 
 def sum_copies_reference(rows: Tensor, row: Tensor, shape: list[int]) -> Tensor:

@@ -50,7 +50,9 @@ def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor | No
     with without_autocast(values.device):
         v_cat = values.transpose(1, 2).flatten(2).to(dtype)  # [B, N, G * D]
         u = F.linear(v_cat, dt_weight.to(dtype), None if dt_bias is None else dt_bias.to(dtype))
-        return (A.to(dtype) * F.softplus(u)).transpose(1, 2)  # [B, G, N]
+        # Contiguous, as the gradient is: else torch takes a wrong stride for granted when it traces softplus' backward.
+        u = u.transpose(1, 2).contiguous()  # [B, G, N]
+        return A.to(dtype)[:, None] * F.softplus(u)
 
 
 def key_scores(ranks: Tensor, form: ScoreForm = "exp") -> Tensor:

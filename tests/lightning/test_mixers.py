@@ -154,10 +154,15 @@ def test_every_parameter_gets_a_finite_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", MIXERS)
 @pytest.mark.parametrize("documents", [False, True])
 def test_compiles_to_one_graph(name: str, documents: bool) -> None:
-    mixer, x = make_mixer(name), torch.randn(2, LENGTH, 32, dtype=torch.float64)
+    mixer, x = make_mixer(name), torch.randn(2, LENGTH, 32, dtype=torch.float64, requires_grad=True)
     ids = masks.make_documents(2, LENGTH) if documents else None
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, ids), mixer(x, ids), rtol=1e-12, atol=1e-12)
+    results = []
+    for forward in (compiled, mixer):
+        out = forward(x, ids)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [x, *mixer.parameters()])])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @each

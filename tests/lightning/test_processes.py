@@ -17,6 +17,8 @@ from dma_lightning.strategies import _watch
 
 HERE = Path(__file__).parent
 
+read = functools.partial(torch.load, map_location="cpu", weights_only=True)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _double() -> Iterator[None]:
@@ -66,7 +68,7 @@ def load(two: Outcome, run: str, step: int = 20) -> dict:
     """A checkpoint."""
     path = two.folder / run / f"step={step}.ckpt"
     assert path.is_file(), two.log[-3000:]
-    return torch.load(path, weights_only=True)
+    return read(path)
 
 
 def assert_same(found: dict, expected: dict) -> None:
@@ -112,7 +114,7 @@ def test_two_go_on_from_one(run: str, two: Outcome) -> None:
 @pytest.mark.parametrize("run", ["ddp-dma-1", "fsdp-dma-1"])
 def test_one_goes_on_from_two(run: str, two: Outcome, tmp_path: Path) -> None:
     train(tmp_path, ckpt_path=two.folder / run / "step=10.ckpt")
-    assert_same(torch.load(tmp_path / "step=20.ckpt", weights_only=True), load(two, "one-dma-1"))
+    assert_same(read(tmp_path / "step=20.ckpt"), load(two, "one-dma-1"))
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
@@ -121,7 +123,7 @@ def test_a_signal_ends_both_after_the_next_logging_step(number: str, status: int
         assert json.loads((two.folder / f"{number}-{rank}.json").read_text()) == status
     (checkpoint,) = (file for file in (two.folder / number).iterdir() if not file.is_symlink())
     assert checkpoint.name == "step=6.ckpt"
-    assert len(torch.load(checkpoint, weights_only=True)["rng_states"]) == 2
+    assert len(read(checkpoint)["rng_states"]) == 2
 
 
 @pytest.mark.skipif(TOGETHER != "cpu", reason="with NCCL, what has started the processes ends them")
@@ -136,7 +138,7 @@ def test_compiled_layers_of_one_process(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         train(tmp_path, compile_layers=True, activation_checkpointing=True)
-    assert_same(torch.load(tmp_path / "step=20.ckpt", weights_only=True), load(two, "one-dma-1"))
+    assert_same(read(tmp_path / "step=20.ckpt"), load(two, "one-dma-1"))
 
 
 def test_a_started_process_ends_with_the_first(capfd: pytest.CaptureFixture[str]) -> None:
