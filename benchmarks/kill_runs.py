@@ -117,8 +117,13 @@ def finish(folder: Path, steps: int) -> None:
         RuntimeError: if it fails.
     """
     _, status = os.waitpid(start(folder, steps), 0)
-    if status:
-        raise RuntimeError(f"a run failed: {(folder / 'log.txt').read_text()[-3000:]}")
+    check_status(folder, status)
+
+
+def check_status(folder: Path, status: int) -> None:
+    """Raise `RuntimeError` unless a run ended well."""
+    if code := os.waitstatus_to_exitcode(status):
+        raise RuntimeError(f"a run ended with {code} (below 0: a signal): {(folder / 'log.txt').read_text()[-3000:]}")
 
 
 def recorded(folder: Path) -> tuple[dict[tuple[str, int], set[str]], str]:
@@ -147,8 +152,7 @@ def killed_run(folder: Path, steps: int, most: int, random_: random.Random, seco
                 begun = time.monotonic()
             ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
-            if status:
-                raise RuntimeError(f"a run failed: {(folder / 'log.txt').read_text()[-3000:]}")
+            check_status(folder, status)
             return kills
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)

@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,10 +13,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 @pytest.fixture(autouse=True)
-def _reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same random numbers whichever tests run before; and LightningCLI sees no arguments of pytest's."""
+def _reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same random numbers whichever tests run before; and LightningCLI sees no arguments of pytest's.
+
+    All tests of a process together compile more shapes than a program should.
+    """
     torch.manual_seed(0)
     monkeypatch.setattr("sys.argv", ["dma-lightning"])
+    with torch._dynamo.config.patch(recompile_limit=100):
+        yield
 
 
 @pytest.fixture

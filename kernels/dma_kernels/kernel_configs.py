@@ -27,31 +27,33 @@ class KernelConfig(NamedTuple):
         columns: of a tile that passes by: slots, or queries for the key gradients; a power of two from 16.
         warps: of a program, a power of two.
         stages: of the pipeline that loads tiles.
+        registers: of a thread at most, so that several programs fit on a core; None leaves it to the compiler.
     """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 Table = dict[tuple[Kernel, int, int], KernelConfig]  # by kernel, bytes of an element, padded head dim
 
 # Measured on an NVIDIA H200 (benchmarks/results/tune_kernels.json).
 BUILTIN: Table = {
-    ("forward", 2, 64): KernelConfig(64, 64, 4, 3),
-    ("forward", 2, 128): KernelConfig(64, 64, 4, 2),
+    ("forward", 2, 64): KernelConfig(64, 32, 4, 2),
+    ("forward", 2, 128): KernelConfig(128, 64, 8, 2, 128),
     ("forward", 2, 256): KernelConfig(128, 64, 8, 2),
     ("forward", 4, 64): KernelConfig(32, 32, 4, 2),
     ("forward", 4, 128): KernelConfig(32, 32, 4, 2),
     ("forward", 4, 256): KernelConfig(32, 32, 4, 2),
     ("query gradients", 2, 64): KernelConfig(64, 32, 4, 3),
-    ("query gradients", 2, 128): KernelConfig(64, 64, 4, 2),
-    ("query gradients", 2, 256): KernelConfig(64, 64, 4, 2),
-    ("query gradients", 4, 64): KernelConfig(32, 32, 4, 2),
+    ("query gradients", 2, 128): KernelConfig(64, 32, 4, 2, 168),
+    ("query gradients", 2, 256): KernelConfig(64, 32, 4, 3),
+    ("query gradients", 4, 64): KernelConfig(64, 32, 8, 2),
     ("query gradients", 4, 128): KernelConfig(32, 32, 4, 2),
     ("query gradients", 4, 256): KernelConfig(16, 16, 4, 1),
-    ("key gradients", 2, 64): KernelConfig(64, 64, 4, 3),
+    ("key gradients", 2, 64): KernelConfig(64, 64, 4, 2, 168),
     ("key gradients", 2, 128): KernelConfig(64, 64, 4, 2),
     ("key gradients", 2, 256): KernelConfig(64, 64, 8, 2),
     ("key gradients", 4, 64): KernelConfig(32, 32, 8, 2),
@@ -108,7 +110,10 @@ def _entry(row: dict[str, Any]) -> tuple[tuple[Kernel, int, int], KernelConfig]:
     if where not in BUILTIN:
         raise ValueError(f"expected a kernel of {list(get_args(Kernel))}, 2 or 4 bytes, head dim 64, 128 or 256: {row}")
     tiles, warps = [1 << i for i in range(4, 11)], [1 << i for i in range(6)]
-    allowed = (tiles, tiles, warps, range(1, 9))
+    allowed = (tiles, tiles, warps, range(1, 9), [None, *range(32, 256, 8)])
     if not all(x in values for x, values in zip(config, allowed, strict=True)):
-        raise ValueError(f"expected tiles of 16 to 1024, up to 32 warps (powers of two) and up to 8 stages: {row}")
+        raise ValueError(
+            "expected tiles of 16 to 1024, up to 32 warps (powers of two), up to 8 stages, "
+            f"and none or 32 to 248 registers (in steps of 8): {row}"
+        )
     return where, config

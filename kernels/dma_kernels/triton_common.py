@@ -36,20 +36,28 @@ def locate_rows(kv_heads, group, length, segments, segment, BLOCK_M: tl.constexp
 
 @triton.jit
 def count_slots(p_birth, p_death, snapshot, keys, i_tile, group, segment, BLOCK_M: tl.constexpr):
-    """How many snapshot slots all queries of a tile see, how many any of them, and how many own keys are born."""
+    """How many slots a tile of queries sees.
+
+    Of the snapshot: all of its queries, and any of them. Of the own keys: the first ones that all of its queries see,
+    and those that are born.
+    """
     first = i_tile * BLOCK_M // group
     end = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // group + 1, segment)
     BLOCK: tl.constexpr = 1024
     b_all, b_any, b_own = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
-    for i in range(0, snapshot, BLOCK):
+    b_unseen = tl.full([BLOCK], 2147483647, tl.int32)
+    for i in range(0, tl.maximum(snapshot, keys - snapshot), BLOCK):  # both at once, as each waits for memory
         o_k = i + tl.arange(0, BLOCK)
+        m_own = o_k < keys - snapshot
         b_death = tl.load(p_death + o_k, mask=o_k < snapshot, other=0)
+        b_own_birth = tl.load(p_birth + snapshot + o_k, mask=m_own, other=2147483647)
+        b_own_death = tl.load(p_death + snapshot + o_k, mask=m_own, other=0)
         b_all += (b_death >= end).to(tl.int32)
         b_any += (b_death > first).to(tl.int32)
-    for i in range(snapshot, keys, BLOCK):
-        o_k = i + tl.arange(0, BLOCK)
-        b_own += (tl.load(p_birth + o_k, mask=o_k < keys, other=2147483647) < end).to(tl.int32)
-    return tl.sum(b_all), tl.sum(b_any), tl.sum(b_own)
+        b_own += (b_own_birth < end).to(tl.int32)
+        seen_by_all = (b_own_birth <= first) & (b_own_death >= end)
+        b_unseen = tl.minimum(b_unseen, tl.where(seen_by_all, 2147483647, o_k))
+    return tl.sum(b_all), tl.sum(b_any), tl.minimum(tl.min(b_unseen), keys - snapshot), tl.sum(b_own)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The Triton kernel of the forward pass.
 
-A program keeps a tile of queries in registers and passes over the slots of its segment: first the part of the snapshot
-that all of its queries see, without masking, then the rest of the snapshot prefix and the own keys born so far.
+A program keeps a tile of queries in registers and passes over the slots of its segment: first, without masking, the
+beginnings of the snapshot and of the own keys that all of its queries see, then the rest of the snapshot prefix and of
+the own keys born so far.
 
 B batch, H query heads, G KV heads, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
@@ -58,19 +59,22 @@ def _forward_kernel(
     p_bias += i_line.to(tl.int64)
     p_birth += (i_z * mask_heads + i_g % mask_heads).to(tl.int64) * keys
     p_death += (i_z * mask_heads + i_g % mask_heads).to(tl.int64) * keys
-    seen_by_all, seen, born = count_slots(p_birth, p_death, snapshot, keys, i_tile, group, segment, BLOCK_M)
-    full = seen_by_all // BLOCK_K
-    partial = tl.cdiv(seen, BLOCK_K) - full
+    seen_by_all, seen, own_seen_by_all, born = count_slots(
+        p_birth, p_death, snapshot, keys, i_tile, group, segment, BLOCK_M
+    )  # fmt: skip
+    full, own_full = seen_by_all // BLOCK_K, own_seen_by_all // BLOCK_K
+    partial, own_partial = tl.cdiv(seen, BLOCK_K) - full, tl.cdiv(born, BLOCK_K) - own_full
 
     b_out = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_max, b_sum = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], dtype=tl.float32)
-    for i in range(full):
+    for i in range(full + own_full):
+        i_slot = tl.where(i < full, i * BLOCK_K, snapshot + (i - full) * BLOCK_K)
         b_out, b_max, b_sum = _attend_tile(
-            b_out, b_max, b_sum, b_q, d_k, d_v, p_bias, p_birth, p_death, i_line, i * BLOCK_K, o_t, scale,
+            b_out, b_max, b_sum, b_q, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
             BLOCK_K, False, PRECISION,
         )  # fmt: skip
-    for i in range(partial + tl.cdiv(born, BLOCK_K)):
-        i_slot = tl.where(i < partial, (full + i) * BLOCK_K, snapshot + (i - partial) * BLOCK_K)
+    for i in range(partial + own_partial):
+        i_slot = tl.where(i < partial, (full + i) * BLOCK_K, snapshot + (own_full + i - partial) * BLOCK_K)
         b_out, b_max, b_sum = _attend_tile(
             b_out, b_max, b_sum, b_q, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
             BLOCK_K, True, PRECISION,
@@ -110,7 +114,7 @@ def launch_forward(
     q, block_d = aligned(q), padded_head_dim(head_dim)
     out = torch.empty((batch, length, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
-    block_m, block_k, warps, stages = config or kernel_config("forward", q, block_d)
+    block_m, block_k, warps, stages, registers = config or kernel_config("forward", q, block_d)
     group, snapshot = heads // kv_heads, keys - segment_length
     block_k = slot_block(block_k, keys, snapshot)
     _forward_kernel[(triton.cdiv(segment_length * group, block_m) * z * kv_heads,)](
@@ -118,6 +122,6 @@ def launch_forward(
         *q.stride()[:3], *out.stride()[:3],
         kv_heads, birth.shape[1], group, length, z // batch, segment_length, snapshot, keys, scale,
         D=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_K=block_k,
-        PRECISION=float32_precision(), num_warps=warps, num_stages=stages,
+        PRECISION=float32_precision(), num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
     return out, lse

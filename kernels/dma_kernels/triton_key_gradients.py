@@ -142,7 +142,7 @@ def launch_key_gradients(
     if not dbias.numel():
         return dk, dv, dbias
     block_d = padded_head_dim(head_dim)
-    block_k, block_s, warps, stages = config or kernel_config("key gradients", q, block_d)
+    block_k, block_s, warps, stages, registers = config or kernel_config("key gradients", q, block_d)
     block_k = slot_block(block_k, keys)
     # One axis: the others take no more than 65,535 programs.
     _key_gradients_kernel[(keys // block_k * z * kv_heads,)](
@@ -150,6 +150,6 @@ def launch_key_gradients(
         lse, delta, query_tiles(grad_out, block_s, block_d), *(slot_tiles(x, block_k, block_d) for x in (dk, dv)),
         dbias, kv_heads, birth.shape[1], heads // kv_heads, length, z // batch, segment_length or length, keys, scale,
         BLOCK_D=block_d, BLOCK_S=block_s, BLOCK_K=block_k,
-        PRECISION=float32_precision(), num_warps=warps, num_stages=stages,
+        PRECISION=float32_precision(), num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
     return dk, dv, dbias

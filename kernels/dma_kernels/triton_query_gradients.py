@@ -67,17 +67,20 @@ def _query_gradients_kernel(
     p_bias += i_line.to(tl.int64)
     p_birth += (i_z * mask_heads + i_g % mask_heads).to(tl.int64) * keys
     p_death += (i_z * mask_heads + i_g % mask_heads).to(tl.int64) * keys
-    seen_by_all, seen, born = count_slots(p_birth, p_death, snapshot, keys, i_tile, group, segment, BLOCK_M)
-    full = seen_by_all // BLOCK_K
-    partial = tl.cdiv(seen, BLOCK_K) - full
+    seen_by_all, seen, own_seen_by_all, born = count_slots(
+        p_birth, p_death, snapshot, keys, i_tile, group, segment, BLOCK_M
+    )  # fmt: skip
+    full, own_full = seen_by_all // BLOCK_K, own_seen_by_all // BLOCK_K
+    partial, own_partial = tl.cdiv(seen, BLOCK_K) - full, tl.cdiv(born, BLOCK_K) - own_full
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for i in range(full):
+    for i in range(full + own_full):
+        i_slot = tl.where(i < full, i * BLOCK_K, snapshot + (i - full) * BLOCK_K)
         b_dq = _add_key_tile(
-            b_dq, b_q, b_do, b_lse, b_delta, d_k, d_v, p_bias, p_birth, p_death, i_line, i * BLOCK_K, o_t, scale,
+            b_dq, b_q, b_do, b_lse, b_delta, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
             BLOCK_K, False, PRECISION,
         )  # fmt: skip
-    for i in range(partial + tl.cdiv(born, BLOCK_K)):
-        i_slot = tl.where(i < partial, (full + i) * BLOCK_K, snapshot + (i - partial) * BLOCK_K)
+    for i in range(partial + own_partial):
+        i_slot = tl.where(i < partial, (full + i) * BLOCK_K, snapshot + (own_full + i - partial) * BLOCK_K)
         b_dq = _add_key_tile(
             b_dq, b_q, b_do, b_lse, b_delta, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
             BLOCK_K, True, PRECISION,
@@ -108,7 +111,7 @@ def launch_query_gradients(
     q, out, grad_out = (aligned(x) for x in (q, out, grad_out))
     dq = torch.empty((batch, length, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
     delta, block_d = torch.empty_like(lse), padded_head_dim(head_dim)
-    block_m, block_k, warps, stages = config or kernel_config("query gradients", q, block_d)
+    block_m, block_k, warps, stages, registers = config or kernel_config("query gradients", q, block_d)
     group, snapshot = heads // kv_heads, keys - segment_length
     block_k = slot_block(block_k, keys, snapshot)
     _query_gradients_kernel[(triton.cdiv(segment_length * group, block_m) * z * kv_heads,)](
@@ -116,6 +119,6 @@ def launch_query_gradients(
         dq, delta, *q.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3],
         kv_heads, birth.shape[1], group, length, z // batch, segment_length, snapshot, keys, scale,
         D=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_K=block_k,
-        PRECISION=float32_precision(), num_warps=warps, num_stages=stages,
+        PRECISION=float32_precision(), num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
     return dq, delta

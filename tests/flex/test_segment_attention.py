@@ -1,7 +1,6 @@
 """The FlexAttention backend equals the float64 definition: output everywhere, every gradient on a GPU."""
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -37,13 +36,6 @@ def make_inputs(length: int, group: int, head_dim: int, dtype: torch.dtype, devi
     k, v = torch.randn(2, 1, kv_heads, length, head_dim, device=device).to(dtype)
     ranks = torch.randn(1, kv_heads, length, device=device) / 2
     return [q, k, v, ranks, grad]
-
-
-@pytest.fixture(autouse=True)
-def _many_shapes() -> Iterator[None]:
-    """All tests of this file together compile more shapes than a program should."""
-    with torch._dynamo.config.patch(recompile_limit=100):
-        yield
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dma_kernels import Lifetimes, SegmentSlots, fused_attention, segment_attention
+from dma_kernels.kernel_configs import KernelConfig
 
 ON_GPU = torch.cuda.is_available()
 KV_HEADS = 2
@@ -33,7 +34,7 @@ def _large_tiles_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes milliseconds per operation, whatever the size of a tile."""
     if not ON_GPU:
         for kernel in ("forward", "query_gradients", "key_gradients"):
-            monkeypatch.setattr(f"dma_kernels.triton_{kernel}.kernel_config", lambda *_: (128, 128, 4, 1))
+            monkeypatch.setattr(f"dma_kernels.triton_{kernel}.kernel_config", lambda *_: KernelConfig(128, 128, 4, 1))
         monkeypatch.setattr("dma_kernels.triton_gather._TILE", 1 << 17)
 
 
@@ -109,6 +110,14 @@ def test_large_shapes(length: int, group: int, head_dim: int, dtype: torch.dtype
     *qkv, grad = (x.to(dtype) for x in make_inputs(length, group, head_dim, device, batch=1))
     ranks = make_ranks("random", 1, length, device)
     assert_as_exact_as_plain(fused_attention, [*qkv, ranks.exp()], Lifetimes.top_w(ranks, 1024), grad)
+
+
+@pytest.mark.parametrize("window", [200, 256, 300])
+def test_own_keys_that_some_queries_of_a_tile_no_longer_see(window: int, device: str) -> None:
+    """All keys of a tile are seen by its first queries, and by all of the tile where the window is as long."""
+    *qkv, grad = make_inputs(520, 2, 16, device, batch=1, kv_heads=1)
+    inputs = [*qkv, torch.randn(1, 1, 520, device=device)]
+    assert_as_exact_as_plain(fused_attention, inputs, Lifetimes.sliding_window(520, window), grad)
 
 
 @needs_gpu

@@ -136,7 +136,7 @@ def test_a_killed_process_ends_the_other(two: Outcome) -> None:
 
 def test_compiled_layers_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two: Outcome) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
         train(tmp_path, compile_layers=True, activation_checkpointing=True)
     assert_same(read(tmp_path / "step=20.ckpt"), load(two, "one-dma-1"))
 
