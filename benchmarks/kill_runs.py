@@ -93,14 +93,13 @@ def start(folder: Path, steps: int) -> int:
     code = 1
     try:
         os.chdir(folder)
-        log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        sys.stdout = sys.stderr = Path("log.txt").open("a", buffering=1)  # noqa: SIM115
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stdout.fileno(), 2)
         fit(steps)
         code = 0
     except BaseException:  # SystemExit, too: nothing of the parent's must run here
         traceback.print_exc()
-    sys.stdout.flush()
     os._exit(code)
 
 

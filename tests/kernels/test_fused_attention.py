@@ -117,7 +117,7 @@ def test_own_keys_that_some_queries_of_a_tile_no_longer_see(window: int, device:
     """All keys of a tile are seen by its first queries, and by all of the tile where the window is as long."""
     *qkv, grad = make_inputs(520, 2, 16, device, batch=1, kv_heads=1)
     inputs = [*qkv, torch.randn(1, 1, 520, device=device)]
-    assert_as_exact_as_plain(fused_attention, inputs, Lifetimes.sliding_window(520, window), grad)
+    assert_as_exact_as_plain(fused_attention, inputs, Lifetimes.sliding_window(520, window, device), grad)
 
 
 @needs_gpu
