@@ -14,6 +14,7 @@ import torch
 import yaml
 from kill_runs import OPTIONS, kill_runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
 from dma_lightning import LanguageModel, MQARDataModule
@@ -431,6 +432,8 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("sys.argv", ["dma-lightning"])
     filters = [("ignore", "The dataloader, .*_dataloader", UserWarning, None, 0), ("error", None, UserWarning, None, 0)]
     monkeypatch.setattr("warnings.filters", [*filters, ("ignore", None, Warning, None, 0)])
+    # TensorBoard reads the files that a process makes within a second in the order of their numbers' text: 10 before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
     return tmp_path
 
 
