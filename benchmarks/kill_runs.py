@@ -93,6 +93,7 @@ def start(folder: Path, steps: int) -> int:
     code = 1
     try:
         os.chdir(folder)
+        # By lines, so that a kill loses none; open until the process ends. Some loggers have kept the old streams.
         sys.stdout = sys.stderr = Path("log.txt").open("a", buffering=1)  # noqa: SIM115
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stdout.fileno(), 2)
@@ -120,9 +121,11 @@ def finish(folder: Path, steps: int) -> None:
 
 
 def check_status(folder: Path, status: int) -> None:
-    """Raise `RuntimeError` unless a run ended well."""
+    """Raise `RuntimeError`, with the end of its log, unless a run ended well."""
     if code := os.waitstatus_to_exitcode(status):
-        raise RuntimeError(f"a run ended with {code} (below 0: a signal): {(folder / 'log.txt').read_text()[-3000:]}")
+        log = folder / "log.txt"
+        text = log.read_text()[-3000:] if log.exists() else "no log"
+        raise RuntimeError(f"a run ended with {code} (below 0: a signal): {text}")
 
 
 def recorded(folder: Path) -> tuple[dict[tuple[str, int], set[str]], str]:

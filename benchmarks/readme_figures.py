@@ -345,8 +345,7 @@ def figures() -> str:
         "**`python benchmarks/gpu_fit.py 80m`** and **`1.7b`**: the same through `dma-lightning fit` with "
         "`configs/trainer/gpu.yaml`, layers compiled, those of 80m as CUDA graphs, those of 1.7b computed again for "
         "the backward; thousand tokens per second and utilisation, as `SpeedMonitor` logs them, median [min - max] of "
-        f"5 and 3 intervals ({gpu_machine(load('gpu_fit_80m'))}, "
-        f"and {load('gpu_fit_1.7b')['environment']['commit']} for 1.7b):",
+        f"5 and 3 intervals (80m: {gpu_machine(load('gpu_fit_80m'))}; 1.7b: {gpu_machine(load('gpu_fit_1.7b'))}):",
         "\n".join(fit_lines()),
         "Milliseconds of such a step by what the GPU's kernels are for, from PyTorch's profiler (in a run without CUDA "
         "graphs; idle is what the measured step takes beyond them, so of two runs, and may be below 0). Beside it, the "

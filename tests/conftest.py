@@ -13,13 +13,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 @pytest.fixture(autouse=True)
-def _reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The same random numbers whichever tests run before; and LightningCLI sees no arguments of pytest's.
-
-    All tests of a process together compile more shapes than a program should.
-    """
+def _reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same random numbers whichever tests run before; and LightningCLI sees no arguments of pytest's."""
     torch.manual_seed(0)
     monkeypatch.setattr("sys.argv", ["dma-lightning"])
+
+
+@pytest.fixture(autouse=True)
+def _many_shapes() -> Iterator[None]:
+    """All tests of a process together compile more shapes than torch allows by default, as a program should not."""
     with torch._dynamo.config.patch(recompile_limit=100):
         yield
 

@@ -24,6 +24,7 @@ def flat_rows(key: Tensor, length: int) -> Tensor:
 def gather_rows_reference(x: Tensor, row: Tensor) -> Tensor:
     """Rows of `x` [B, G, N, D] by number, `[M..., D]`; zeros where the number is -1."""
     rows = x.reshape(-1, x.shape[-1]).index_select(0, row.clamp(min=0).flatten().long())
+    # Not in place: compiled by torch 2.11 as part of an autograd function, the gradients would be wrong.
     return rows.view(*row.shape, x.shape[-1]).masked_fill((row < 0)[..., None], 0)
 
 

@@ -1,4 +1,4 @@
-"""Tiles, warps and pipeline stages of the attention kernels.
+"""Tiles, warps, pipeline stages and registers of the attention kernels.
 
 Which configuration is fastest depends on the GPU, the size of an element and the head dim, hardly on anything else.
 None is measured while training: that would delay the first step, fail inside a CUDA graph, and give other bits in the
@@ -111,9 +111,9 @@ def _entry(row: dict[str, Any]) -> tuple[tuple[Kernel, int, int], KernelConfig]:
         raise ValueError(f"expected a kernel of {list(get_args(Kernel))}, 2 or 4 bytes, head dim 64, 128 or 256: {row}")
     tiles, warps = [1 << i for i in range(4, 11)], [1 << i for i in range(6)]
     allowed = (tiles, tiles, warps, range(1, 9), [None, *range(32, 256, 8)])
-    if not all(x in values for x, values in zip(config, allowed, strict=True)):
+    if any(type(x) is float or x not in values for x, values in zip(config, allowed, strict=True)):
         raise ValueError(
             "expected tiles of 16 to 1024, up to 32 warps (powers of two), up to 8 stages, "
-            f"and none or 32 to 248 registers (in steps of 8): {row}"
+            f"and null or 32 to 248 registers (in steps of 8): {row}"
         )
     return where, config

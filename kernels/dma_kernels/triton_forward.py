@@ -61,7 +61,7 @@ def _forward_kernel(
     p_death += (i_z * mask_heads + i_g % mask_heads).to(tl.int64) * keys
     seen_by_all, seen, own_seen_by_all, born = count_slots(
         p_birth, p_death, snapshot, keys, i_tile, group, segment, BLOCK_M
-    )  # fmt: skip
+    )
     full, own_full = seen_by_all // BLOCK_K, own_seen_by_all // BLOCK_K
     partial, own_partial = tl.cdiv(seen, BLOCK_K) - full, tl.cdiv(born, BLOCK_K) - own_full
 

@@ -1,6 +1,6 @@
-"""Measure the attention kernels by tile, warps and pipeline stages, and keep the fastest for this kind of GPU.
+"""Measure the attention kernels by tile, warps, stages and registers, and keep the fastest for this kind of GPU.
 
-    python -m dma_kernels.tune      a minute or two; later processes on such a GPU find the file
+    python -m dma_kernels.tune      a few minutes; later processes on such a GPU find the file
 
 16 query and 4 KV heads, N = 32k (8k in float32), w = 1024, random ranks. Kernels are compiled by several processes
 first. See `kernel_configs.py` for where the file is kept, and how to pin another.

@@ -14,8 +14,8 @@ from dma_kernels.tune import cases, mark_fastest
 
 GPU = torch.device("cuda", 0)
 ROWS = [
-    {"kernel": "forward", "element_bytes": 2, "head_dim": 128, "config": [64, 32, 4, 3], "ms": 2.0},
-    {"kernel": "forward", "element_bytes": 2, "head_dim": 128, "config": [32, 32, 8, 2], "ms": 1.0},
+    {"kernel": "forward", "element_bytes": 2, "head_dim": 128, "config": [64, 32, 4, 3, None], "ms": 2.0},
+    {"kernel": "forward", "element_bytes": 2, "head_dim": 128, "config": [32, 32, 8, 2, 168], "ms": 1.0},
     {"kernel": "forward", "element_bytes": 2, "head_dim": 128, "config": [128, 64, 8, 3], "error": "does not fit"},
 ]
 
@@ -57,7 +57,7 @@ def test_the_table_of_this_kind_of_gpu_is_found() -> None:
     assert kernel_configs._table(GPU) == BUILTIN
     path = write(tuned_file("Some GPU-1 (80 GB)"))
     assert path.name == "Some_GPU_1_80_GB_.json"
-    fastest = {("forward", 2, 128): KernelConfig(32, 32, 8, 2)}
+    fastest = {("forward", 2, 128): KernelConfig(32, 32, 8, 2, 168)}
     assert kernel_configs._table(GPU) == BUILTIN | fastest
     assert kernel_configs._table(torch.device("cpu")) == BUILTIN
 
@@ -67,7 +67,7 @@ def test_a_table_can_be_pinned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("DMA_KERNEL_CONFIGS", "builtin")
     assert kernel_configs._table(GPU) == BUILTIN
     monkeypatch.setenv("DMA_KERNEL_CONFIGS", str(write(tmp_path / "pinned.json")))
-    assert kernel_configs._table(GPU)["forward", 2, 128] == KernelConfig(32, 32, 8, 2)
+    assert kernel_configs._table(GPU)["forward", 2, 128] == KernelConfig(32, 32, 8, 2, 168)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,6 @@ def test_a_table_can_be_pinned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         '{"rows": []}',
         '{"rows": [{"kernel": "forward", "element_bytes": 2, "head_dim": 64, "config": [64, 64, 9, 2], "fastest": 1}]}',
         '{"rows": [{"kernel": "forward", "element_bytes": 2, "head_dim": 64, "config": [64, 64, 4, 9], "fastest": 1}]}',
-        '{"rows":[{"kernel":"forward","element_bytes":2,"head_dim":64,"config":[64,64,4,2,9],"fastest":true}]}',
         '{"rows": [{"fastest": true}]}',
         '{"rows": [{"kernel": "forward", "element_bytes": 2, "head_dim": 99, "config": [64, 64, 4, 2], "fastest": 1}]}',
         '{"rows": [{"kernel": "forward", "element_bytes": 2, "head_dim": 64, "config": [65, 64, 4, 2], "fastest": 1}]}',
@@ -93,3 +92,19 @@ def test_a_broken_table_is_an_error_that_says_what_to_do(text: str | None, tmp_p
         path.write_text(text)
     with pytest.raises(ValueError, match=r"table\.json: expected a table of kernel configurations.*dma_kernels\.tune"):
         read_table(path)
+
+
+@pytest.mark.parametrize("config", [[64, 64, 4, 2, 9], [64, 64, 4, 2, 168.0], [64.0, 64, 4, 2], [64, 64, 4]])
+def test_a_broken_configuration_says_what_is_expected(config: list[float], tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"rows": [ROWS[0] | {"config": config, "fastest": True}]}))
+    with pytest.raises(
+        ValueError, match=r"null or 32 to 248 registers|missing 1 required positional argument: 'stages'"
+    ):
+        read_table(path)
+
+
+def test_a_table_without_registers_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"rows": [ROWS[0] | {"config": [64, 32, 4, 3], "fastest": True}]}))
+    assert read_table(path) == {("forward", 2, 128): KernelConfig(64, 32, 4, 3, None)}

@@ -521,7 +521,8 @@ def test_what_is_not_among_the_best_is_saved_as_the_last(whole: tuple, tmp_path:
 def test_killed_runs_are_the_uninterrupted_run(tmp_path: Path) -> None:
     # In a process of its own: autograd refuses to run in forks of one in which it has started threads.
     command = [sys.executable, kill_runs.__file__, "--kills=3", "--steps=20", f"--out={tmp_path}/kills.json"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=paths, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     runs = json.loads((tmp_path / "kills.json").read_text())["runs"]
     assert sum(len(run["kills"]) for run in runs) == 3

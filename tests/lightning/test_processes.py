@@ -17,8 +17,6 @@ from dma_lightning.strategies import _watch
 
 HERE = Path(__file__).parent
 
-read = functools.partial(torch.load, map_location="cpu", weights_only=True)
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _double() -> Iterator[None]:
@@ -64,8 +62,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return Outcome(tmp_path_factory.mktemp("processes"))
 
 
+def read(path: Path) -> dict:
+    """A checkpoint, wherever its tensors were."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load(two: Outcome, run: str, step: int = 20) -> dict:
-    """A checkpoint."""
+    """A checkpoint of the two processes, or of one."""
     path = two.folder / run / f"step={step}.ckpt"
     assert path.is_file(), two.log[-3000:]
     return read(path)
