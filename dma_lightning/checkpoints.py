@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -85,7 +86,8 @@ class ResumableCheckpoint(ModelCheckpoint):
         **kwargs: what else `ModelCheckpoint` takes, less its other intervals.
 
     Raises:
-        ValueError: if `monitor` is a figure of training, which is there at logging steps alone.
+        ValueError: if `monitor` is a figure of training, which is there at logging steps alone, or if `filename` would
+            make folders.
     """
 
     def __init__(
@@ -103,6 +105,12 @@ class ResumableCheckpoint(ModelCheckpoint):
             save_on_exception=save_on_exception,
             **kwargs,
         )
+        # Names of metrics have a slash, and become part of a name that tells them.
+        if "/" in (filename if self.auto_insert_metric_name else re.sub(r"\{.*?\}", "", filename)):
+            raise ValueError(
+                f"filename: expected one without a folder, got {filename!r}; of {{val/loss}}, "
+                "auto_insert_metric_name: false leaves the number alone"
+            )
         if (self.monitor or "").startswith("train/"):
             raise ValueError(f"monitor: expected a figure of validation, such as val/loss, got {self.monitor!r}")
         self._whole: _WholeStep | None = None

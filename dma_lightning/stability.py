@@ -3,6 +3,7 @@
 P number of parameter tensors.
 """
 
+from collections import deque
 from typing import Any, Literal, NamedTuple, get_args
 
 import lightning.pytorch as pl
@@ -11,6 +12,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from dma_lightning.monitoring.steps import is_logging_step
 
 OnNonFinite = Literal["stop", "skip"]
 OnSpike = Literal["stop", "skip", "ignore"]
@@ -26,8 +29,8 @@ class GradientGuard(pl.Callback):
     What is told names the step, and the parameter whose gradient was the first in the backward pass that is not
     finite. A step that is left out changes no weight and no moment; the schedule goes on.
 
-    To skip, the processor must wait for the gradients of every step. If nothing is to be skipped, it reads them one
-    step later and never waits; no checkpoint is written before they have been read.
+    To skip, the processor must wait for the gradients of every step. If nothing is to be skipped, it reads those of a
+    GPU at logging steps, in all processes at once, and before a checkpoint is written; on a CPU one step later.
 
     Args:
         not_finite: what to do at a gradient with a NaN or infinity: stop or skip.
@@ -64,10 +67,10 @@ class GradientGuard(pl.Callback):
         self.skipped_in_a_row = 0
         self._mean, self._count = 0.0, 0  # of the losses
         self._loss: Tensor | None = None  # of the step that is being made
-        self._unread: _Readings | None = None
+        self._unread: deque[_Readings] = deque()
 
     def state_dict(self) -> dict[str, Any]:
-        self._read()  # no checkpoint is written before the last step has been judged
+        self._read(wait=True)  # no checkpoint is written before the last step has been judged
         return {"mean": self._mean, "count": self._count, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -85,24 +88,28 @@ class GradientGuard(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        self._read()
+        self._read(wait=is_logging_step(trainer, before_step=True))
         loss = self._loss
         self._loss = None
         if self.spike != "ignore":
             loss = trainer.strategy.reduce(loss, reduce_op="mean")
-        self._unread = _Readings.take(trainer.global_step + 1, loss, pl_module)
-        if "skip" in (self.not_finite, self.spike) and self._read():
+        self._unread.append(_Readings.take(trainer.global_step + 1, loss, pl_module))
+        if "skip" in (self.not_finite, self.spike) and self._read(wait=True):
             for parameter in pl_module.parameters():
                 parameter.grad = None  # nothing to step with
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._read()
+        self._read(wait=True)
 
-    def _read(self) -> bool:
-        """Judge the last step, if that is still to do; True if it is to be left out."""
-        if self._unread is None:
-            return False
-        step, self._unread = self._unread, None
+    def _read(self, wait: bool = False) -> bool:
+        """Judge the steps that nothing is to be waited for, or all; True if the last of them is to be left out."""
+        left_out = False
+        while self._unread and (wait or self._unread[0].arrived is None):
+            left_out = self._judge(self._unread.popleft())
+        return left_out
+
+    def _judge(self, step: "_Readings") -> bool:
+        """Whether a step is to be left out."""
         loss, *norms = step.values()
         if bad := [name for name, norm in zip(step.names, norms, strict=True) if not norm < float("inf")]:
             what = (
@@ -156,6 +163,7 @@ class _Readings(NamedTuple):
         return cls(number, [name for name, _ in found], numbers, arrived)
 
     def values(self) -> list[float]:
+        """The numbers, once they have come."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.numbers.tolist()

@@ -42,15 +42,18 @@ def test_one_process_of_nccl_is_the_plain_run(attention: str, strategy: str | ty
 class NoWaiting(pl.Callback):
     """Makes it an error to wait for the GPU in a step that does not log, its hooks included."""
 
-    steps = 0
+    def __init__(self) -> None:
+        self.steps, self.patch = 0, pytest.MonkeyPatch()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         if trainer.global_step >= 2 and not is_logging_step(trainer, before_step=True):  # the first compile kernels
             self.steps += 1
-            torch.cuda.set_sync_debug_mode("error")
+            torch.cuda.set_sync_debug_mode("error")  # which passes over waiting for an event
+            self.patch.setattr(torch.cuda.Event, "synchronize", lambda _: pytest.fail("waits for an event"))
 
     def on_train_batch_end(self, *_: object) -> None:
         torch.cuda.set_sync_debug_mode("default")
+        self.patch.undo()
 
 
 def fit(tmp_path: Path, callbacks: list[pl.Callback], *args: str) -> pl.Trainer:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dma_lightning import LanguageModel, MQARDataModule
 from dma_lightning.checkpoints import ResumableCheckpoint
-from dma_lightning.stability import GradientGuard, UnstableTrainingError
+from dma_lightning.stability import GradientGuard, UnstableTrainingError, _Readings
 
 
 class Spoil(pl.Callback):
@@ -85,6 +85,37 @@ def test_stops_where_the_loss_is_not_finite() -> None:
 def test_last_step_is_read_too() -> None:
     with pytest.raises(UnstableTrainingError, match="step 6: the gradient"):
         train(Spoil({6: float("nan")}), GradientGuard())
+
+
+def test_a_gpu_is_waited_for_at_logging_steps_and_checkpoints_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Numbers(_Readings):
+        """As they come from a GPU."""
+
+        def values(self) -> list[float]:
+            read.append((self.number, trainers[-1].global_step + 1))
+            return super().values()
+
+    def take(number: int, loss: Tensor, module: pl.LightningModule) -> Numbers:
+        trainers.append(module.trainer)
+        return Numbers(*_Readings.take(number, loss, module)[:3], Event())
+
+    class Event:
+        def synchronize(self) -> None:
+            """They are there."""
+
+    read, trainers = [], []
+    monkeypatch.setattr("dma_lightning.stability._Readings", Numbers)
+    monkeypatch.setattr(Numbers, "take", take)
+    train(GradientGuard(), log_every_n_steps=3)
+    assert read == [(1, 3), (2, 3), (3, 6), (4, 6), (5, 6), (6, 7)]  # and at the end
+    read.clear()
+    train(GradientGuard(), ResumableCheckpoint(2, dirpath=tmp_path), log_every_n_steps=5)
+    assert read == [(1, 3), (2, 3), (3, 5), (4, 5), (5, 6), (6, 7)]
+    with pytest.raises(UnstableTrainingError, match=r"^step 1: the gradient of model\.layers\.1\.mlp\.up_proj"):
+        train(Spoil({1: float("nan")}), GradientGuard(), log_every_n_steps=3)
+    assert trainers[-1].global_step == 2
 
 
 def test_skipped_step_changes_nothing() -> None:
