@@ -55,6 +55,35 @@ def test_every_shipped_config_builds(file: Path) -> None:
     assert cli.model.model.config.vocab_size == cli.datamodule.vocab_size
 
 
+def test_all_runs_are_watched_alike() -> None:
+    watched = {}
+    for name in ("cpu", "gpu", "mqar"):
+        callbacks = yaml.safe_load((CONFIGS / f"trainer/{name}.yaml").read_text())["trainer"]["callbacks"]
+        watched[name] = {callback["class_path"] for callback in callbacks}
+    assert watched["cpu"] == watched["gpu"]
+    assert watched["mqar"] <= watched["cpu"]
+
+
+def test_a_second_config_replaces_callbacks_or_adds_to_them(capsys: pytest.CaptureFixture[str]) -> None:
+    def callbacks(text: str) -> list[str]:
+        Path("second.yaml").write_text(text)
+        with pytest.raises(SystemExit):
+            build_cli(["fit", config("trainer/cpu"), config("data/mqar"), "--config=second.yaml", "--print_config"])
+        return [x["class_path"] for x in yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]]
+
+    rich = "lightning.pytorch.callbacks.RichProgressBar"
+    assert callbacks(f"trainer: {{callbacks: [{{class_path: {rich}}}]}}") == [rich]
+    all_of_them = callbacks(f"trainer: {{callbacks+: [{{class_path: {rich}}}]}}")
+    assert (len(all_of_them), all_of_them[-1]) == (11, rich)
+
+
+@pytest.mark.parametrize("option", ["--optimizer=SGD", "--lr_scheduler=ExponentialLR"])
+def test_the_model_alone_says_how_it_is_trained(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build(config("data/mqar"), option)
+    assert f"unrecognized arguments: {option}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", PAPER_SIZES)
 def test_paper_shapes_have_the_published_sizes(name: str) -> None:
     with torch.device("meta"):

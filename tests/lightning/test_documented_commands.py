@@ -65,17 +65,21 @@ def _new_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_new_user")
-def test_commands_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     found = [command for command in commands("README.md") if not command[0].endswith("-hf")]  # see test_huggingface.py
     assert len(found) > 10
     found.sort(key=lambda command: any(argument.endswith(".ckpt") for argument in command))  # once there are some
     for command in found:
         arguments = shortened(command)
         if "ddp" in command:
-            done = subprocess.run([sys.executable, "-m", "dma_lightning", *arguments], capture_output=True, text=True)
+            program = [sys.executable, "-m", "dma_lightning", *arguments]
+            done = subprocess.run(program, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr
             assert "2/2" in done.stderr + done.stdout, done.stderr  # processes
             continue
         monkeypatch.setattr("sys.argv", ["dma-lightning", *arguments])
+        capsys.readouterr()
         with pytest.raises(SystemExit, match="0") if SHOWS & set(command) else nullcontext():
             main()
+        if "last" in command:
+            assert "step=2.ckpt" in capsys.readouterr().out, "begins anew"

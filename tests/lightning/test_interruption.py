@@ -185,6 +185,24 @@ def test_weights_that_were_changing_are_not_saved(
     torch.testing.assert_close(weights, whole[1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["{step}-{val/loss:.2f}", "best/{step}"])
+def test_file_names_make_no_folders(name: str) -> None:
+    with pytest.raises(ValueError, match="filename: expected one without a folder"):
+        ResumableCheckpoint(filename=name)
+    assert ResumableCheckpoint(filename="{step}-{val/loss:.2f}", auto_insert_metric_name=False)
+
+
+def test_the_old_link_stands_until_the_new_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    train(tmp_path, max_steps=2)
+    monkeypatch.setattr(Path, "symlink_to", is_full)
+    with pytest.raises(OSError, match="No space left"):
+        train(tmp_path, max_steps=4, ckpt_path=tmp_path / "last.ckpt")
+    assert (tmp_path / "last.ckpt").resolve().name == "step=2.ckpt"
+
+
 def test_monitored_figures_are_of_validation() -> None:
     with pytest.raises(ValueError, match=r"expected a figure of validation, such as val/loss, got 'train/loss'"):
         ResumableCheckpoint(monitor="train/loss")
@@ -459,6 +477,12 @@ def test_an_interrupted_run_is_one_run_in_tensorboard(working_folder: Path, monk
     assert steps_of(folder) == [f"version_0/step={step}.ckpt" for step in (10, 2, 4, 6)]  # 4 and 6 were gone on from
     configs = {file.name for file in folder.glob("config*")}
     assert configs == {"config.yaml", "config_from_step_4.yaml", "config_from_step_6.yaml"}
+
+
+def test_a_run_goes_on_in_another_precision(working_folder: Path) -> None:
+    for steps, precision in ((2, "bf16-mixed"), (4, "32-true"), (6, "bf16-mixed")):
+        folder = logged("runs", f"--trainer.max_steps={steps}", f"--trainer.precision={precision}")
+    assert [step for step, _ in curves(folder)["train/loss"]] == list(range(6))
 
 
 def test_a_finished_run_keeps_its_figures(working_folder: Path) -> None:

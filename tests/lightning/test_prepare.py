@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import tracemalloc
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -350,6 +351,18 @@ def test_shards_hold_no_file_open(prepared: Path) -> None:
     for i in range(len(data.train_set)):
         data.train_set[i]
     assert descriptors() == before
+
+
+def test_a_window_of_a_large_shard_reads_no_more(tmp_path: Path) -> None:
+    tokens = 1 << 30
+    with (tmp_path / "large.bin").open("wb") as file:
+        file.truncate(2 * tokens)  # takes no space on the disk
+    tracemalloc.start()
+    window = shards.Shard(str(tmp_path / "large.bin"), "", "uint16", 0, tokens).tokens[-10:].copy()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (window.tolist(), window.dtype) == ([0] * 10, np.uint16)
+    assert peak < 1 << 20
 
 
 def test_a_first_attempt_without_a_shard_decides_nothing(tmp_path: Path) -> None:
