@@ -3,16 +3,22 @@
 import functools
 import json
 import os
+import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import kill_runs
 import pytest
 import torch
 from two_processes import TOGETHER, train
 
+from dma_lightning.checkpoints import newest_checkpoint
 from dma_lightning.strategies import _watch
 
 HERE = Path(__file__).parent
@@ -49,7 +55,10 @@ class Outcome:
                 command = [sys.executable, "-W", "ignore", str(HERE / "two_processes.py"), str(folder)]
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         try:
-            self.statuses = [process.wait(timeout=240) for process in reversed(processes)][::-1]
+            self.statuses = [0, processes[1].wait(timeout=240)]
+            began = time.monotonic()
+            self.statuses[0] = processes[0].wait(timeout=240)
+            self.seconds = time.monotonic() - began  # by which the first ended later
         finally:
             for process in processes:
                 process.kill()
@@ -114,6 +123,21 @@ def test_two_go_on_from_one(run: str, two: Outcome) -> None:
     assert [group["fused"] for group in groups] == [group["fused"] for group in own]
 
 
+def test_dropout_goes_on_in_each(two: Outcome) -> None:
+    assert_same(load(two, "dropout-resumed"), load(two, "dropout"))
+    with pytest.raises(AssertionError):
+        assert_same(load(two, "dropout"), load(two, "ddp-dma-1"))
+
+
+def test_sharded_checkpoints(two: Outcome, tmp_path: Path) -> None:
+    assert_same(load(two, "fsdp-from-sharded"), load(two, "one-dma-1"))
+    shutil.copytree(two.folder / "fsdp-sharded", tmp_path / "saved", symlinks=True)
+    assert newest_checkpoint([tmp_path]) == tmp_path / "saved/step=20.ckpt"
+    (tmp_path / "saved/step=20.ckpt/meta.pt").unlink()  # which is written last
+    with pytest.warns(UserWarning, match=r"step=20\.ckpt: left out, since it cannot be read"):
+        assert newest_checkpoint([tmp_path]) == tmp_path / "saved/step=13.ckpt"
+
+
 @pytest.mark.parametrize("run", ["ddp-dma-1", "fsdp-dma-1"])
 def test_one_goes_on_from_two(run: str, two: Outcome, tmp_path: Path) -> None:
     train(tmp_path, ckpt_path=two.folder / run / "step=10.ckpt")
@@ -133,8 +157,28 @@ def test_a_signal_ends_both_after_the_next_logging_step(number: str, status: int
 def test_a_killed_process_ends_the_other(two: Outcome) -> None:
     assert two.statuses[1] == -9
     assert two.statuses[0] not in (0, -9)
+    assert two.seconds < 60
     assert "rank 0: ended at step 6 by RuntimeError. If a connection was lost, another process ended first" in two.log
     assert not list((two.folder / "killed").glob("*"))
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_kill_ends_all_that_fit_has_started(killed: int, tmp_path: Path) -> None:
+    options = [*kill_runs.OPTIONS, "--trainer.callbacks+=two_processes.Announce", "--trainer.max_steps=1000000"]
+    options += [f"--trainer.accelerator={TOGETHER}", "--trainer.strategy=ddp", "--trainer.devices=2"]
+    command = [sys.executable, "-W", "ignore", "-m", "dma_lightning", "fit", *options]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+    numbers = [tmp_path / f"rank{rank}.txt" for rank in range(2)]
+    deadline = time.monotonic() + 120
+    while not all(number.exists() for number in numbers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(int(numbers[killed].read_text()), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)  # until both have closed it
+    launcher_says = ("rank 1: the first process has ended", "terminated with code -9")[killed]
+    assert re.search(f"{launcher_says}|rank {1 - killed}: ended at step", output)  # gloo may be first
+    assert process.returncode != 0
 
 
 def test_compiled_layers_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two: Outcome) -> None:

@@ -10,12 +10,11 @@ import json
 import os
 import signal
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 
 from dma_lightning import LanguageModel, MQARDataModule
 from dma_lightning.checkpoints import AtomicCheckpointIO, ResumableCheckpoint
@@ -23,6 +22,15 @@ from dma_lightning.strategies import FullyShardedStrategy
 
 STEPS = 20
 TOGETHER = "gpu" if torch.cuda.device_count() > 1 else "cpu"  # where two processes train
+
+
+class Announce(pl.Callback):
+    """Tells that a process is training: its number in `rank<i>.txt` of the working folder."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
+        if trainer.global_step == 2:
+            Path(f"rank{trainer.global_rank}.tmp").write_text(str(os.getpid()))
+            Path(f"rank{trainer.global_rank}.tmp").rename(f"rank{trainer.global_rank}.txt")
 
 
 class At(pl.Callback):
@@ -93,6 +101,14 @@ def main(folder: Path) -> None:
     path = folder / f"fused-{rank}.ckpt"
     torch.save(checkpoint, path)
     together(folder / "fsdp-resumed", strategy=FullyShardedStrategy(), ckpt_path=path)
+    sharded = functools.partial(FullyShardedStrategy, save_distributed_checkpoint=True)
+    together(folder / "fsdp-sharded", strategy=sharded())
+    together(
+        folder / "fsdp-from-sharded", strategy=FullyShardedStrategy(), ckpt_path=folder / "fsdp-sharded/step=10.ckpt"
+    )
+    dropout = functools.partial(together, strategy="ddp", hidden_dropout=0.2)
+    dropout(folder / "dropout")
+    dropout(folder / "dropout-resumed", ckpt_path=folder / "dropout/step=10.ckpt")
     if TOGETHER == "gpu":
         together(folder / "ddp-graphs", strategy="ddp", compile_layers=True, cuda_graphs=True)
     torch.compile = functools.partial(torch.compile, backend="eager")  # inductor would take a minute
@@ -109,7 +125,7 @@ def main(folder: Path) -> None:
 
     if TOGETHER == "cpu":  # NCCL would wait for its timeout, which the first run has set
         callbacks = (At(7, lambda: os.kill(os.getpid(), signal.SIGKILL)),) if rank == 1 else ()
-        together(folder / "killed", strategy=DDPStrategy(timeout=timedelta(seconds=60)), callbacks=callbacks)
+        together(folder / "killed", strategy="ddp", callbacks=callbacks)
 
 
 if __name__ == "__main__":
