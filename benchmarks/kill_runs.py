@@ -50,13 +50,15 @@ OPTIONS = [
     "--trainer.gradient_clip_val=1.0",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
-    "--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger",
-    "--trainer.logger.save_dir=runs",
-    "--trainer.logger.name=killed",
     "--trainer.callbacks+=dma_lightning.stability.GradientGuard",
     "--trainer.callbacks+=dma_lightning.checkpoints.ResumableCheckpoint",
     "--trainer.callbacks.every_n_train_steps=3",
     "--trainer.callbacks+=kill_runs.Recorder",
+]
+LOGGER = [
+    "--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger",
+    "--trainer.logger.save_dir=runs",
+    "--trainer.logger.name=killed",
 ]
 
 
@@ -107,7 +109,7 @@ def start(folder: Path, steps: int) -> int:
 def fit(steps: int) -> None:
     """Begin or go on with the run of the working folder."""
     torch.set_num_threads(1)
-    build_cli(["fit", *OPTIONS, f"--trainer.max_steps={steps}", "--ckpt_path=last"])
+    build_cli(["fit", *OPTIONS, *LOGGER, f"--trainer.max_steps={steps}", "--ckpt_path=last"])
 
 
 def finish(folder: Path, steps: int) -> None:
@@ -223,7 +225,7 @@ def main() -> None:
         runs = kill_runs(Path(folder), args.kills, args.steps, args.seed)
     result = {
         "environment": describe(),
-        "arguments": {"kills": args.kills, "seed": args.seed, "steps": args.steps, "options": OPTIONS},
+        "arguments": {"kills": args.kills, "seed": args.seed, "steps": args.steps, "options": [*OPTIONS, *LOGGER]},
         "kills": sum(len(run["kills"]) for run in runs),
         "numbers_compared": sum(run["numbers_compared"] for run in runs),
         "seconds": round(time.monotonic() - began, 1),

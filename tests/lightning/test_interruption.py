@@ -25,6 +25,8 @@ from dma_lightning.checkpoints import AtomicCheckpointIO, ResumableCheckpoint, n
 from dma_lightning.cli import DMACLI, build_cli
 
 STEPS = 9
+CSV = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", *kill_runs.LOGGER[1:]]
+SMALL = [*kill_runs.OPTIONS[:-1], *CSV]  # without the recorder
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -314,7 +316,7 @@ def test_loading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def cli(*args: str) -> DMACLI:
     """`fit` of the small model of the kill script."""
-    return build_cli(["fit", *kill_runs.OPTIONS[:-1], "--trainer.callbacks.init_args.every_n_train_steps=2", *args])
+    return build_cli(["fit", *SMALL, "--trainer.callbacks.init_args.every_n_train_steps=2", *args])
 
 
 @pytest.fixture(scope="module")
@@ -422,7 +424,7 @@ def test_a_finished_run_says_that_nothing_is_to_do(copied: Path, capsys: pytest.
 def test_nothing_to_go_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="ckpt_path: expected a checkpoint below runs/killed, found none"):
-        build_cli(["validate", *kill_runs.OPTIONS[:-1], "--ckpt_path=last"])
+        build_cli(["validate", *SMALL, "--ckpt_path=last"])
     done, printed = resolved(capsys, "--ckpt_path=last")
     assert done.checkpoint is None
     assert "ckpt_path last: no checkpoint below runs/killed; training begins anew" in printed
