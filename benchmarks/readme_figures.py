@@ -246,19 +246,16 @@ def breakdown_lines() -> list[str]:
         "optimizer",
         "other",
     )
-    lines = [f"| | step | {' | '.join(parts)} | idle |", "| --- |" + " ---: |" * (len(parts) + 2)]
+    beside = {"data": "processor: data", "callbacks": "processor: callbacks"}
+    heads = [*parts, "idle", *beside.values()]
+    lines = [f"| | step | {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) + 1)]
     for row in fit_rows():
         times = [row["gpu_ms"].get(part, 0.0) for part in parts]
         times[-1] += row["gpu_ms"]["data"]
-        cells = [f"{time:.1f}" for time in (row["step_ms"], *times, row["gpu_ms"]["idle"])]
+        times += [row["gpu_ms"]["idle"], *(row["processor_ms"][part] for part in beside)]
+        cells = [f"{time:.1f}" for time in (row["step_ms"], *times)]
         lines.append(f"| {row['shape']}, {row['length'] // 1024}k, `{row['attention']}` | {' | '.join(cells)} |")
     return lines
-
-
-def processor_times(part: str) -> str:
-    """Least and most milliseconds of a step."""
-    times = [row["processor_ms"][part] for row in fit_rows()]
-    return f"{min(times):.1f} - {max(times):.1f}"
 
 
 def overhead() -> str:
@@ -348,9 +345,9 @@ def figures() -> str:
         f"5 and 3 intervals (80m: {gpu_machine(load('gpu_fit_80m'))}; 1.7b: {gpu_machine(load('gpu_fit_1.7b'))}):",
         "\n".join(fit_lines()),
         "Milliseconds of such a step by what the GPU's kernels are for, from PyTorch's profiler (in a run without CUDA "
-        "graphs; idle is what the measured step takes beyond them, so of two runs, and may be below 0). Beside it, the "
-        f"processor spends {processor_times('data')} ms on data and {processor_times('callbacks')} ms in callbacks, "
-        "launches that wait for a busy GPU included:",
+        "graphs; idle is what the measured step takes beyond them, so of two runs, and may be below 0). Beside it what "
+        "the processor spends on data and in callbacks in a step that does not log, launches that wait for a busy GPU "
+        "included:",
         "\n".join(breakdown_lines()),
         "With all of `dma_lightning.monitoring` in that configuration, validations apart, 80m at 4k is slower than "
         f"with `SpeedMonitor` alone of these by {overhead()}, over 400 steps each.",
