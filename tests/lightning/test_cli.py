@@ -10,6 +10,7 @@ import yaml
 from dma_lightning import MQARDataModule
 from dma_lightning.cli import DMACLI, build_cli
 from dma_lightning.prepare_command import prepare
+from dma_lightning.stability import GradientGuard
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -75,6 +76,13 @@ def test_a_second_config_replaces_callbacks_or_adds_to_them(capsys: pytest.Captu
     assert callbacks(f"trainer: {{callbacks: [{{class_path: {rich}}}]}}") == [rich]
     all_of_them = callbacks(f"trainer: {{callbacks+: [{{class_path: {rich}}}]}}")
     assert (len(all_of_them), all_of_them[-1]) == (11, rich)
+
+
+def test_what_the_guard_does_is_an_option() -> None:
+    guard = ["--trainer.callbacks+=dma_lightning.stability.GradientGuard", "--trainer.callbacks.not_finite=skip"]
+    cli = build(config("data/mqar"), *guard, "--trainer.callbacks.spike=stop", "--trainer.callbacks.spike_factor=3")
+    (found,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, GradientGuard))
+    assert (found.not_finite, found.spike, found.spike_factor) == ("skip", "stop", 3.0)
 
 
 @pytest.mark.parametrize("option", ["--optimizer=SGD", "--lr_scheduler=ExponentialLR"])

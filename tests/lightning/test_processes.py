@@ -123,6 +123,14 @@ def test_two_go_on_from_one(run: str, two: Outcome) -> None:
     assert [group["fused"] for group in groups] == [group["fused"] for group in own]
 
 
+@pytest.mark.parametrize("run", ["guarded-ddp", "guarded-fsdp"])
+def test_a_gradient_that_is_not_finite_is_left_out_in_both(run: str, two: Outcome) -> None:
+    saved = load(two, run)
+    assert all(weight.isfinite().all() for weight in saved["state_dict"].values())
+    (steps,) = {int(state["step"]) for state in saved["optimizer_states"][0]["state"].values()}
+    assert steps == 19
+
+
 def test_dropout_goes_on_in_each(two: Outcome) -> None:
     assert_same(load(two, "dropout-resumed"), load(two, "dropout"))
     with pytest.raises(AssertionError):
@@ -140,7 +148,8 @@ def test_sharded_checkpoints(two: Outcome, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("run", ["ddp-dma-1", "fsdp-dma-1"])
 def test_one_goes_on_from_two(run: str, two: Outcome, tmp_path: Path) -> None:
-    train(tmp_path, ckpt_path=two.folder / run / "step=10.ckpt")
+    with pytest.warns(UserWarning, match=r"is of 2 processes and this run of 1: random numbers \(of dropout\) go on"):
+        train(tmp_path, ckpt_path=two.folder / run / "step=10.ckpt")
     assert_same(read(tmp_path / "step=20.ckpt"), load(two, "one-dma-1"))
 
 

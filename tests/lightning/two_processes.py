@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import Strategy
 
 from dma_lightning import LanguageModel, MQARDataModule
 from dma_lightning.checkpoints import AtomicCheckpointIO, ResumableCheckpoint
+from dma_lightning.stability import GradientGuard
 from dma_lightning.strategies import FullyShardedStrategy
 
 STEPS = 20
@@ -31,6 +32,17 @@ class Announce(pl.Callback):
         if trainer.global_step == 2:
             Path(f"rank{trainer.global_rank}.tmp").write_text(str(os.getpid()))
             Path(f"rank{trainer.global_rank}.tmp").rename(f"rank{trainer.global_rank}.txt")
+
+
+class Spoil(pl.Callback):
+    """Makes a gradient of step 4 infinite, in the second process alone."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        if trainer.global_step == 3 and self.rank == 1:
+            loss.register_hook(lambda grad: grad * float("inf"))
 
 
 class At(pl.Callback):
@@ -106,6 +118,9 @@ def main(folder: Path) -> None:
     together(
         folder / "fsdp-from-sharded", strategy=FullyShardedStrategy(), ckpt_path=folder / "fsdp-sharded/step=10.ckpt"
     )
+    for strategy in ("ddp", FullyShardedStrategy()):
+        name = f"guarded-{strategy if isinstance(strategy, str) else 'fsdp'}"
+        together(folder / name, strategy=strategy, callbacks=(Spoil(rank), GradientGuard(not_finite="skip")))
     dropout = functools.partial(together, strategy="ddp", hidden_dropout=0.2)
     dropout(folder / "dropout")
     dropout(folder / "dropout-resumed", ckpt_path=folder / "dropout/step=10.ckpt")
