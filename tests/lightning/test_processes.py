@@ -1,5 +1,6 @@
 """Two processes, sharded or not, are one with a batch of twice the size; and their checkpoints are interchangeable."""
 
+import contextlib
 import functools
 import json
 import os
@@ -178,13 +179,17 @@ def test_a_kill_ends_all_that_fit_has_started(killed: int, tmp_path: Path) -> No
     command = [sys.executable, "-W", "ignore", "-m", "dma_lightning", "fit", *options]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
-    numbers = [tmp_path / f"rank{rank}.txt" for rank in range(2)]
-    deadline = time.monotonic() + 120
-    while not all(number.exists() for number in numbers) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.kill(int(numbers[killed].read_text()), signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)  # until both have closed it
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **pipes)
+    try:
+        numbers = [tmp_path / f"rank{rank}.txt" for rank in range(2)]
+        deadline = time.monotonic() + 120
+        while not all(number.exists() for number in numbers) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.kill(int(numbers[killed].read_text()), signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)  # until both have closed it
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # as it should be
+            os.killpg(process.pid, signal.SIGKILL)
     launcher_says = ("rank 1: the first process has ended", "terminated with code -9")[killed]
     assert re.search(f"{launcher_says}|rank {1 - killed}: ended at step", output)  # gloo may be first
     assert process.returncode != 0

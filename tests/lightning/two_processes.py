@@ -113,11 +113,9 @@ def main(folder: Path) -> None:
     path = folder / f"fused-{rank}.ckpt"
     torch.save(checkpoint, path)
     together(folder / "fsdp-resumed", strategy=FullyShardedStrategy(), ckpt_path=path)
-    sharded = functools.partial(FullyShardedStrategy, save_distributed_checkpoint=True)
-    together(folder / "fsdp-sharded", strategy=sharded())
-    together(
-        folder / "fsdp-from-sharded", strategy=FullyShardedStrategy(), ckpt_path=folder / "fsdp-sharded/step=10.ckpt"
-    )
+    together(folder / "fsdp-sharded", strategy=FullyShardedStrategy(save_distributed_checkpoint=True))
+    path = folder / "fsdp-sharded/step=10.ckpt"
+    together(folder / "fsdp-from-sharded", strategy=FullyShardedStrategy(), ckpt_path=path)
     for strategy in ("ddp", FullyShardedStrategy()):
         name = f"guarded-{strategy if isinstance(strategy, str) else 'fsdp'}"
         together(folder / name, strategy=strategy, callbacks=(Spoil(rank), GradientGuard(not_finite="skip")))
