@@ -30,7 +30,7 @@ class GradientGuard(pl.Callback):
     finite. A step that is left out changes no weight and no moment; the schedule goes on.
 
     To skip, the processor must wait for the gradients of every step. If nothing is to be skipped, it reads those of a
-    GPU at logging steps, in all processes at once, and before a checkpoint is written; on a CPU one step later.
+    GPU at logging steps, in all processes at once, and before validations and checkpoints; on a CPU one step later.
 
     Args:
         not_finite: what to do at a gradient with a NaN or infinity: stop or skip.
@@ -97,6 +97,9 @@ class GradientGuard(pl.Callback):
         if "skip" in (self.not_finite, self.spike) and self._read(wait=True):
             for parameter in pl_module.parameters():
                 parameter.grad = None  # nothing to step with
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._read(wait=True)  # nothing is validated, nor written by a model, that a step has ruined
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._read(wait=True)

@@ -82,6 +82,16 @@ def test_stops_where_the_loss_is_not_finite() -> None:
         train(GradientGuard(), jumps={2: float("nan")})
 
 
+def test_what_a_step_has_ruined_is_not_validated() -> None:
+    class Validated(pl.Callback):
+        def on_validation_batch_start(self, *_: object) -> None:
+            pytest.fail("is validated")
+
+    guarded = (Validated(), Spoil({2: float("nan")}), GradientGuard())
+    with pytest.raises(UnstableTrainingError, match="step 2: the gradient"):
+        train(*guarded, limit_val_batches=1, val_check_interval=2, num_sanity_val_steps=0)
+
+
 def test_last_step_is_read_too() -> None:
     with pytest.raises(UnstableTrainingError, match="step 6: the gradient"):
         train(Spoil({6: float("nan")}), GradientGuard())
