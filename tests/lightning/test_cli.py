@@ -61,8 +61,7 @@ def test_all_runs_are_watched_alike() -> None:
     for name in ("cpu", "gpu", "mqar"):
         callbacks = yaml.safe_load((CONFIGS / f"trainer/{name}.yaml").read_text())["trainer"]["callbacks"]
         watched[name] = {callback["class_path"] for callback in callbacks}
-    assert watched["cpu"] == watched["gpu"]
-    assert watched["mqar"] <= watched["cpu"]
+    assert watched["cpu"] == watched["gpu"] == watched["mqar"]
 
 
 def test_a_second_config_replaces_callbacks_or_adds_to_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,7 +162,7 @@ def test_compiles_to_one_graph(name: str, documents: bool) -> None:
         out = forward(x, ids)
         results.append([out, *torch.autograd.grad(out.sin().sum(), [x, *mixer.parameters()])])
     for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @each
