@@ -236,9 +236,8 @@ class ResumableCheckpoint(ModelCheckpoint):
             self._save_checkpoint(trainer, self._get_metric_interpolated_filepath_name(candidates, trainer))
 
     def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        if (
-            self.save_last and self._last_global_step_saved != trainer.global_step
-        ):  # not among the best: nothing to link
+        # Not among the best, so there is nothing to link to.
+        if self.save_last and self._last_global_step_saved != trainer.global_step:
             self._last_checkpoint_saved = ""
             link = Path(self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST)).expanduser()
             if trainer.is_global_zero and link.is_symlink() and link.is_dir():  # into which a sharded one would go

@@ -128,7 +128,6 @@ def tokenizer_of(module: LanguageModel, path: Path) -> Tokenizer:
 
 def carried_tokenizer(path: Path) -> str | None:
     """The `tokenizer.json` of the text that a checkpoint was trained on, if there was one."""
-    states = (
-        state for state in read_checkpoint(path).values() if isinstance(state, dict)
-    )  # the data module's is under its name
+    # That of the data module is under its name.
+    states = (state for state in read_checkpoint(path).values() if isinstance(state, dict))
     return next((state[TOKENIZER_KEY] for state in states if TOKENIZER_KEY in state), None)
