@@ -35,11 +35,13 @@ def locate_rows(kv_heads, group, length, segments, segment, BLOCK_M: tl.constexp
 
 
 @triton.jit
-def count_slots(p_birth, p_death, snapshot, keys, i_tile, group, segment, BLOCK_M: tl.constexpr):
-    """How many slots a tile of queries sees.
+def count_slot_tiles(
+    p_birth, p_death, snapshot, keys, i_tile, group, segment, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """How many tiles of slots a tile of queries passes over.
 
-    Of the snapshot: all of its queries, and any of them. Of the own keys: the first ones that all of its queries see,
-    and those that are born.
+    Of the snapshot and of the own keys: those from the beginning on that all of its queries see, which need no mask,
+    then those behind them up to the last that any of them sees. `slot_of` says where these lie.
     """
     first = i_tile * BLOCK_M // group
     end = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // group + 1, segment)
@@ -57,7 +59,14 @@ def count_slots(p_birth, p_death, snapshot, keys, i_tile, group, segment, BLOCK_
         b_own += (b_own_birth < end).to(tl.int32)
         seen_by_all = (b_own_birth <= first) & (b_own_death >= end)
         b_unseen = tl.minimum(b_unseen, tl.where(seen_by_all, 2147483647, o_k))
-    return tl.sum(b_all), tl.sum(b_any), tl.minimum(tl.min(b_unseen), keys - snapshot), tl.sum(b_own)
+    full, own_full = tl.sum(b_all) // BLOCK_K, tl.minimum(tl.min(b_unseen), keys - snapshot) // BLOCK_K
+    return full, own_full, tl.cdiv(tl.sum(b_any), BLOCK_K) - full, tl.cdiv(tl.sum(b_own), BLOCK_K) - own_full
+
+
+@triton.jit
+def slot_of(i, tiles, first, own_first, BLOCK_K: tl.constexpr):
+    """First slot of the i-th tile: `tiles` of the snapshot from slot `first` on, then own keys from `own_first` on."""
+    return tl.where(i < tiles, first + i * BLOCK_K, own_first + (i - tiles) * BLOCK_K)
 
 
 @triton.jit

@@ -16,11 +16,12 @@ from dma_kernels.kernel_configs import KernelConfig, kernel_config
 from dma_kernels.triton_common import (
     SIZES,
     aligned,
-    count_slots,
+    count_slot_tiles,
     float32_precision,
     locate_rows,
     padded_head_dim,
     slot_block,
+    slot_of,
     slot_tiles,
     tile_logits,
 )
@@ -59,22 +60,20 @@ def _forward_kernel(
     p_bias += i_line.to(tl.int64)
     p_birth += (i_z * mask_heads + i_g % mask_heads).to(tl.int64) * keys
     p_death += (i_z * mask_heads + i_g % mask_heads).to(tl.int64) * keys
-    seen_by_all, seen, own_seen_by_all, born = count_slots(
-        p_birth, p_death, snapshot, keys, i_tile, group, segment, BLOCK_M
+    full, own_full, partial, own_partial = count_slot_tiles(
+        p_birth, p_death, snapshot, keys, i_tile, group, segment, BLOCK_M, BLOCK_K
     )
-    full, own_full = seen_by_all // BLOCK_K, own_seen_by_all // BLOCK_K
-    partial, own_partial = tl.cdiv(seen, BLOCK_K) - full, tl.cdiv(born, BLOCK_K) - own_full
 
     b_out = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_max, b_sum = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], dtype=tl.float32)
     for i in range(full + own_full):
-        i_slot = tl.where(i < full, i * BLOCK_K, snapshot + (i - full) * BLOCK_K)
+        i_slot = slot_of(i, full, 0, snapshot, BLOCK_K)
         b_out, b_max, b_sum = _attend_tile(
             b_out, b_max, b_sum, b_q, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
             BLOCK_K, False, PRECISION,
         )  # fmt: skip
     for i in range(partial + own_partial):
-        i_slot = tl.where(i < partial, (full + i) * BLOCK_K, snapshot + (own_full + i - partial) * BLOCK_K)
+        i_slot = slot_of(i, partial, full * BLOCK_K, snapshot + own_full * BLOCK_K, BLOCK_K)
         b_out, b_max, b_sum = _attend_tile(
             b_out, b_max, b_sum, b_q, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
             BLOCK_K, True, PRECISION,
