@@ -25,6 +25,10 @@ from dma_lightning.model import DogeForCausalLM, ModelConfig
 from dma_lightning.monitoring.steps import is_logging_step
 from dma_lightning.schedules import Schedule, lr_factor
 
+# How layers are compiled: what two kernels read, such as the rotary embedding's gradient, is computed in both of them
+# instead of being written out in float32.
+_INDUCTOR = {"realize_reads_threshold": 12}
+
 
 class LanguageModel(pl.LightningModule):
     """Trains a Doge decoder with AdamW to predict the labels of each position.
@@ -107,7 +111,7 @@ class LanguageModel(pl.LightningModule):
         """Compile and shard (FSDP2, with `ModelParallelStrategy`) the layers in place; parameters keep their names."""
         if self.hparams.compile_layers:
             for layer in self.model.layers:
-                layer.compile(mode="reduce-overhead" if self.hparams.cuda_graphs else None)
+                layer.compile(options=_INDUCTOR | {"triton.cudagraphs": self.hparams.cuda_graphs})
             self._token_losses = torch.compile(_token_losses)  # else the logits are written out in float32, twice
         if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
             for module in (*self.model.layers, self.model):
@@ -143,6 +147,8 @@ class LanguageModel(pl.LightningModule):
         return {"tokens": logits.argmax(-1), "label_log_probs": -self._token_losses(logits, batch["labels"])}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if not is_logging_step(self.trainer, before_step=True):
+            return
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
