@@ -1,8 +1,10 @@
 """What dynamic mask attention selects, layer by layer."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -46,7 +48,8 @@ class DynamicMaskMonitor(pl.Callback):
         self.next_step = trainer.global_step + self.every_n_steps
         recorded = record_masks(trainer, pl_module.model, first_sequence(batch))
         figures = {f"dma/layer_{i}/{name}": x for i, mask in recorded.items() for name, x in mask.figures().items()}
-        known = {name: x.item() for name, x in figures.items() if not x.isnan()}
+        values = torch.stack(list(figures.values())).tolist()  # waits for the GPU once, not for each
+        known = {name: x for name, x in zip(figures, values, strict=True) if not math.isnan(x)}
         for logger in trainer.loggers:  # by itself, since Lightning would write the figures anew at every logging step
             logger.log_metrics(known, logged_step(trainer))
         writer = tensorboard(trainer)
