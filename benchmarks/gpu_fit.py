@@ -7,12 +7,11 @@ step out of a vocabulary of 32,768, in sequences of one length without document 
 80m run as CUDA graphs, and those of 1.7b are computed again for the backward. Validation and checkpoints are off, all
 else is as configured. `mha` takes cuDNN's attention where it can.
 
-Speed and utilisation are what `SpeedMonitor` logs at each logging step after the first: minimum, median and maximum.
-Then PyTorch's profiler looks at a few steps of another run, without CUDA graphs, whose kernels it cannot tell apart:
-milliseconds of the GPU's kernels by what they are for, and of the processor in Lightning's hooks for data and in
-callbacks; what the measured step takes beyond the kernels is the GPU without work. For 80m, `overhead` compares the
-speed with and without the callbacks of `dma_lightning.monitoring` (except the one that measures it), over logging
-intervals of 100 steps.
+Speed and utilisation are what `SpeedMonitor` logs at each logging step after the second: minimum, median and maximum.
+Behind these steps PyTorch's profiler looks at a few more: how long the GPU is at work, and how long it waits between
+kernels. Milliseconds of kernels by what they are for, and of the processor in Lightning's hooks for data and in
+callbacks, are those of the same steps where there are no CUDA graphs; else of a short run without them, since the
+profiler cannot tell what their kernels are for. Such a run ends before the GPU is warm, so its kernels are faster.
 """
 
 import argparse
@@ -22,6 +21,7 @@ import gc
 import io
 import multiprocessing
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -44,19 +44,25 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from dma_lightning.callbacks import FitReport
 from dma_lightning.checkpoints import ResumableCheckpoint
-from dma_lightning.cli import build_cli
+from dma_lightning.cli import DMACLI, build_cli
 from dma_lightning.data.shards import MANIFEST, VERSION, ShardWriter, write_json
 from dma_lightning.mixers import MIXERS
 from dma_lightning.model import ModelConfig
-from dma_lightning.monitoring import SpeedMonitor
 from dma_lightning.sizes_command import read_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TOKENS, LENGTHS, VOCABULARY = 32768, [4096, 16384, 32768], 32768
 CORPUS = 16 << 20  # tokens
 RECOMPUTED = "1.7b"
-INTERVAL, FIGURES = {"80m": 10, RECOMPUTED: 2}, {"80m": 5, RECOMPUTED: 3}  # steps per figure; figures after the first
+INTERVAL = {"80m": 20, RECOMPUTED: 4}  # steps per figure
+COMPILING, FIGURES = 2, 3  # figures that do not count, since kernels are compiled, masks looked at; those that do
 PROFILED, KERNELS = 3, 40  # steps; kernels that are listed by name
+STATE = {
+    "clocks.sm": "clock_mhz",
+    "clocks.max.sm": "largest_clock_mhz",
+    "power.draw": "watts",
+    "power.limit": "most_watts",
+}
 
 # What an operation, or Lightning's action around it, is for; products with weights are told by their sizes.
 PURPOSES = {
@@ -91,19 +97,21 @@ class Actions(Profiler):
 
 
 class Measurement(pl.Callback):
-    """Collects the logged figures, then profiles a few steps, none of which logs.
+    """Collects the logged figures, then profiles the last steps but one, none of which logs.
 
     Args:
         profiled: how many.
     """
 
     def __init__(self, profiled: int) -> None:
-        self.profiled, self.figures = profiled, []
-        activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-        self.profile = profile(activities=activities, record_shapes=True) if profiled else None
+        self.profiled = profiled
+        self.figures: list[dict[str, float]] = []
+        self.state: dict[str, float] = {}
+        self.profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
-        if self.profile and trainer.global_step == trainer.max_steps - self.profiled - 1:
+        if self.profiled and trainer.global_step == trainer.max_steps - self.profiled - 1:
+            self.state = gpu_state()  # while it computes what is before
             torch.cuda.synchronize()
             self.profile.start()
 
@@ -111,7 +119,7 @@ class Measurement(pl.Callback):
         if trainer.global_step % trainer.log_every_n_steps == 0:
             names = ("tokens_per_s", "mfu")
             self.figures.append({name: float(trainer.callback_metrics[f"speed/{name}"]) for name in names})
-        if self.profile and trainer.global_step == trainer.max_steps - 1:
+        if self.profiled and trainer.global_step == trainer.max_steps - 1:
             torch.cuda.synchronize()
             self.profile.stop()
 
@@ -127,6 +135,23 @@ def write_corpus(folder: Path) -> None:
     write_json(folder / MANIFEST, {"version": VERSION, "dtype": "uint16", "shards": [shard], **counts})
 
 
+def build(
+    corpus: Path, shape: str, length: int, attention: str, trainer: dict[str, Any], model: dict[str, Any]
+) -> DMACLI:
+    """A run on one GPU that has not begun, with further options of trainer and model."""
+    configs = [f"--config={CONFIGS / name}.yaml" for name in (f"model/{shape}", "data/prepared", "trainer/gpu")]
+    data = {"path": corpus, "sequence_length": length, "batch_size": TOKENS // length, "separate_documents": False}
+    model = {"attention": attention, "compile_layers": True} | model
+    options = {"data": data, "model": model, "trainer": {"devices": 1} | trainer}
+    flags = [
+        f"--{part}.{name}={str(x).lower() if isinstance(x, bool) else x}"
+        for part, values in options.items()
+        for name, x in values.items()
+    ]
+    with torch.device("cuda"):  # the 1.7 billion weights of the larger are drawn in no time
+        return build_cli([*configs, *flags], run=False)
+
+
 def fit(
     corpus: Path,
     shape: str,
@@ -134,49 +159,39 @@ def fit(
     attention: str,
     steps: int,
     log_every: int,
-    profiled: int = 0,
-    monitors: bool = True,
+    graphs: bool,
+    profiled: int = PROFILED,
     layers: int | None = None,
 ) -> Measurement:
-    """Train a new model for so many steps, with the callbacks of `dma_lightning.monitoring` or without.
-
-    If steps are profiled, CUDA graphs are not used.
-    """
-    configs = [f"--config={CONFIGS / name}.yaml" for name in (f"model/{shape}", "data/prepared", "trainer/gpu")]
-    data = {"path": corpus, "sequence_length": length, "batch_size": TOKENS // length, "separate_documents": False}
-    model = {"attention": attention, "compile_layers": True}
-    model |= {"cuda_graphs": shape != RECOMPUTED and not profiled, "activation_checkpointing": shape == RECOMPUTED}
+    """Train a new model for so many steps, and a few more of which some are profiled."""
+    model = {"cuda_graphs": graphs, "activation_checkpointing": shape == RECOMPUTED}
     if layers is not None:
         model["num_hidden_layers"] = layers
+    trainer = {"max_steps": steps + profiled + 1, "log_every_n_steps": log_every, "limit_val_batches": 0}
     with tempfile.TemporaryDirectory() as runs:
-        trainer = {"devices": 1, "max_steps": steps, "log_every_n_steps": log_every, "limit_val_batches": 0}
         trainer["logger.init_args.save_dir"] = runs
-        options = {"data": data, "model": model, "trainer": trainer}
-        flags = [
-            f"--{part}.{name}={str(x).lower() if isinstance(x, bool) else x}"
-            for part, values in options.items()
-            for name, x in values.items()
-        ]
-        with torch.device("cuda"):  # the 1.7 billion weights of the larger are drawn in no time
-            cli = build_cli([*configs, *flags], run=False)
+        cli = build(corpus, shape, length, attention, trainer, model)
         measurement = Measurement(profiled)
         cli.trainer.profiler = Actions()
         kept = [x for x in cli.trainer.callbacks if not isinstance(x, ResumableCheckpoint | FitReport)]
-        cli.trainer.callbacks = [x for x in kept if monitors or not _can_be_left(x)] + [measurement]
+        cli.trainer.callbacks = [*kept, measurement]
         with sdpa_kernel(SDPA, set_priority=True), contextlib.redirect_stdout(io.StringIO()):
             cli.trainer.fit(cli.model, cli.datamodule)
     return measurement
 
 
-def _can_be_left(callback: pl.Callback) -> bool:
-    return "dma_lightning.monitoring" in type(callback).__module__ and not isinstance(callback, SpeedMonitor)
+def gpu_state() -> dict[str, float]:
+    """Clock and power, and the most of each that the GPU may have."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader,nounits"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return dict(zip(STATE.values(), map(float, found.split(",")), strict=True))
 
 
 def compile_ahead(corpus: Path, case: tuple[str, int, str]) -> str | None:
     """Compile what `fit` does, with one layer, since the layers of a model share it; an error as text."""
     try:
-        for profiled in (0, 1):
-            fit(corpus, *case, steps=3, log_every=3, profiled=profiled, layers=1)
+        for graphs in {False, case[0] != RECOMPUTED}:
+            fit(corpus, *case, steps=3, log_every=3, graphs=graphs, profiled=0, layers=1)
     except Exception as error:
         return str(error)[-300:]
     return None
@@ -185,22 +200,15 @@ def compile_ahead(corpus: Path, case: tuple[str, int, str]) -> str | None:
 def measure(corpus: Path, cases: list[tuple[str, int, str]]) -> Iterator[dict[str, Any]]:
     """One row by shape, length and attention."""
     for shape, length, attention in cases:
-        every = INTERVAL[shape]
-        found = fit(corpus, shape, length, attention, every * (1 + FIGURES[shape]), every)
+        every, graphs = INTERVAL[shape], shape != RECOMPUTED
+        found = fit(corpus, shape, length, attention, every * (COMPILING + FIGURES), every, graphs)
         row = {"shape": shape, "length": length, "attention": attention, **spreads(found.figures)}
-        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        forget()
-        steps = 2 * PROFILED + 1
-        row |= breakdown(fit(corpus, shape, length, attention, steps, steps, PROFILED).profile, row)
-        yield row
-        forget()
-
-
-def overhead(corpus: Path) -> Iterator[dict[str, Any]]:
-    """Speed of the smaller model with and without the monitors."""
-    for monitors in (True, False, False, True):
-        found = fit(corpus, "80m", LENGTHS[0], "dma", steps=301, log_every=100, monitors=monitors)
-        yield {"monitors": monitors, **spreads(found.figures)}
+        row |= {"step_ms": 1e3 * TOKENS / row["tokens_per_s"][1], "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+        row |= found.state | busy_and_waiting(found.profile)
+        if graphs:
+            forget()
+            found = fit(corpus, shape, length, attention, steps=3, log_every=100, graphs=False)
+        yield row | breakdown(found.profile, shape)
         forget()
 
 
@@ -213,14 +221,21 @@ def forget() -> None:
 
 
 def spreads(figures: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Minimum, median and maximum of each figure after the first."""
-    columns = {name: [row[name] for row in figures[1:]] for name in figures[0]}
+    """Minimum, median and maximum of each figure that counts."""
+    columns = {name: [row[name] for row in figures[COMPILING:]] for name in figures[0]}
     return {name: [min(column), statistics.median(column), max(column)] for name, column in columns.items()}
 
 
-def breakdown(profiled: profile, row: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of a step: of the GPU by purpose and idle, and of the processor in some of Lightning's actions."""
-    config = read_config(CONFIGS / "model" / f"{row['shape']}.yaml")
+def busy_and_waiting(profiled: profile) -> dict[str, float]:
+    """Milliseconds of a step in which the GPU computes, and waits between kernels, and how many kernels these are."""
+    kernels = [(alone, waited) for _, alone, waited in timeline(profiled)]
+    busy, waiting = (sum(times) / 1e6 / PROFILED for times in zip(*kernels, strict=True))
+    return {"busy_ms": busy, "waiting_ms": waiting, "launched": len(kernels) / PROFILED}
+
+
+def breakdown(profiled: profile, shape: str) -> dict[str, Any]:
+    """Milliseconds of a step: of the GPU by purpose, and of the processor in some of Lightning's actions."""
+    config = read_config(CONFIGS / "model" / f"{shape}.yaml")
     gpu: Counter[str] = Counter()
     largest: Counter[str] = Counter()
     processor: Counter[str] = Counter()
@@ -234,35 +249,33 @@ def breakdown(profiled: profile, row: dict[str, Any]) -> dict[str, Any]:
         purpose = purpose_of(operation, kernel, config)
         gpu[purpose] += microseconds
         largest[f"{purpose}: {kernel[:80]}"] += microseconds
-    step = 1e3 * TOKENS / row["tokens_per_s"][1]
 
     def milliseconds(times: Counter[str]) -> dict[str, float]:
         return {name: time / 1e3 / PROFILED for name, time in times.most_common()}
 
-    found = milliseconds(gpu)
     kernels = dict(list(milliseconds(largest).items())[:KERNELS])
-    idle = step - sum(found.values())
-    return {
-        "step_ms": step,
-        "gpu_ms": found | {"idle": idle},
-        "processor_ms": milliseconds(processor),
-        "kernels": kernels,
-    }
+    return {"gpu_ms": milliseconds(gpu), "processor_ms": milliseconds(processor), "kernels": kernels}
 
 
 def kernels_of(profiled: profile) -> Iterator[tuple[FunctionEvent, str, float]]:
-    """The operation that started each kernel, the kernel, and the microseconds for which it ran alone.
+    """The operation that started each kernel, the kernel, and the microseconds for which it ran alone."""
+    operations = {x.id: x for x in profiled.events() if x.device_type == DeviceType.CPU and x.id}
+    for kernel, alone, _ in timeline(profiled):
+        if kernel.linked_correlation_id() in operations:
+            yield operations[kernel.linked_correlation_id()], kernel.name(), alone / 1e3
+
+
+def timeline(profiled: profile) -> Iterator[tuple[Any, int, int]]:
+    """Kernels in order, the nanoseconds for which each ran alone, and for which the GPU had waited before it.
 
     Some are reported to begin while the one before still runs.
     """
-    operations = {x.id: x for x in profiled.events() if x.device_type == DeviceType.CPU and x.id}
     events = profiled.profiler.kineto_results.events()
-    kernels = [x for x in events if x.device_type() == DeviceType.CUDA and x.linked_correlation_id() in operations]
-    ended = 0
+    kernels = [x for x in events if x.device_type() == DeviceType.CUDA and not x.is_user_annotation()]
+    ended = min(x.start_ns() for x in kernels)
     for kernel in sorted(kernels, key=lambda x: x.start_ns()):
-        end = kernel.start_ns() + kernel.duration_ns()
-        alone = max(0, end - max(ended, kernel.start_ns()))
-        yield operations[kernel.linked_correlation_id()], kernel.name(), alone / 1e3
+        start, end = kernel.start_ns(), kernel.start_ns() + kernel.duration_ns()
+        yield kernel, max(0, end - max(ended, start)), max(0, start - ended)
         ended = max(ended, end)
 
 
@@ -315,10 +328,7 @@ def main() -> None:
             for case, error in zip(cases, ahead, strict=True):
                 if error:
                     print(f"{case}: {error}", flush=True)
-        tables = {"steps": measure(corpus, cases)}
-        if args.shape != RECOMPUTED:
-            tables["overhead"] = overhead(corpus)
-        write_tables(out, {"environment": describe()}, tables)
+        write_tables(out, {"environment": describe()}, {"steps": measure(corpus, cases)})
 
 
 if __name__ == "__main__":

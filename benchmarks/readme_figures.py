@@ -246,24 +246,33 @@ def breakdown_lines() -> list[str]:
         "other",
     )
     beside = {"data": "processor: data", "callbacks": "processor: callbacks"}
-    heads = [*parts, "idle", *beside.values()]
+    heads = [*parts, "waiting", *beside.values()]
     lines = [f"| | step | {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) + 1)]
     for row in fit_rows():
         times = [row["gpu_ms"].get(part, 0.0) for part in parts]
         times[-1] += row["gpu_ms"]["data"]
-        times += [row["gpu_ms"]["idle"], *(row["processor_ms"][part] for part in beside)]
+        times += [row["waiting_ms"], *(row["processor_ms"][part] for part in beside)]
         cells = [f"{time:.1f}" for time in (row["step_ms"], *times)]
         lines.append(f"| {row['shape']}, {row['length'] // 1024}k, `{row['attention']}` | {' | '.join(cells)} |")
     return lines
 
 
+def warm() -> str:
+    """What the GPU does in the measured run."""
+    row = next(row for row in fit_rows() if row["attention"] == "dma")
+    return (
+        f"in that, `dma` at 4k computes for {row['busy_ms']:.1f} ms of a step and waits for {row['waiting_ms']:.1f}, "
+        f"at {row['watts']:.0f} of {row['most_watts']:.0f} W "
+        f"and {row['clock_mhz']:.0f} of {row['largest_clock_mhz']:.0f} MHz"
+    )
+
+
 def overhead() -> str:
-    """How much faster training is without the monitors that may be left."""
-    rates: dict[bool, list[float]] = {True: [], False: []}
-    for row in load("gpu_fit_80m")["overhead"]:
-        rates[row["monitors"]] += [row["tokens_per_s"][0], row["tokens_per_s"][2]]  # of two intervals each
-    on, off = (sum(rates[monitors]) / len(rates[monitors]) for monitors in (True, False))
-    return f"{1 - on / off:.1%} ({on / 1e3:.0f} and {off / 1e3:.0f} thousand tokens per second)"
+    """How much longer a step takes with all that makes a run visible."""
+    turns = load("gpu_monitoring")["turns"]
+    on, off = ([row["step_ms"] for row in turns if row["visible"] is which] for which in (True, False))
+    times = [" and ".join(f"{time:.2f}" for time in row) for row in (on, off)]
+    return f"{sum(on) / sum(off) - 1:.1%} ({times[0]} ms with, {times[1]} without)"
 
 
 def fit_lines() -> list[str]:
@@ -341,15 +350,16 @@ def figures() -> str:
         "**`python benchmarks/gpu_fit.py 80m`** and **`1.7b`**: the same through `dma-lightning fit` with "
         "`configs/trainer/gpu.yaml`, layers compiled, those of 80m as CUDA graphs, those of 1.7b computed again for "
         "the backward; thousand tokens per second and utilisation, as `SpeedMonitor` logs them, median [min - max] of "
-        f"5 and 3 intervals (80m: {gpu_machine(load('gpu_fit_80m'))}; 1.7b: {gpu_machine(load('gpu_fit_1.7b'))}):",
+        f"3 intervals (80m: {gpu_machine(load('gpu_fit_80m'))}; 1.7b: {gpu_machine(load('gpu_fit_1.7b'))}):",
         "\n".join(fit_lines()),
-        "Milliseconds of such a step by what the GPU's kernels are for, from PyTorch's profiler (in a run without CUDA "
-        "graphs; idle is what the measured step takes beyond them, so of two runs, and may be below 0). Beside it what "
-        "the processor spends on data and in callbacks in a step that does not log, launches that wait for a busy GPU "
-        "included:",
+        "Milliseconds of such a step by what the GPU's kernels are for, from PyTorch's profiler, how long the GPU "
+        "waits between them, and what the processor spends on data and in callbacks in a step that does not log "
+        "(launches that wait for a busy GPU included). Kernels of 80m are those of a short run without CUDA graphs, in "
+        f"which the GPU is cooler and they are faster than in the measured one: {warm()}:",
         "\n".join(breakdown_lines()),
-        "With all of `dma_lightning.monitoring` in that configuration, validations apart, 80m at 4k is slower than "
-        f"with `SpeedMonitor` alone of these by {overhead()}, over 400 steps each.",
+        f"**`python benchmarks/gpu_monitoring.py`**: with all callbacks of `configs/trainer/gpu.yaml` but checkpoints, "
+        f"validations and samples included, a step of 80m at 4k takes {overhead()} longer than with none of them, nor "
+        f"a logger; two turns of 1,000 steps each ({gpu_machine(load('gpu_monitoring'))}).",
         "**`python benchmarks/gpu_block_attention.py`**: milliseconds of NSA's selected branch, given the blocks of "
         "each query (16 of 64 tokens, by random keys), bfloat16, batch 1, head dim 128, beside the Triton kernels of "
         "XunhaoLai (9bea856) and of flash-linear-attention (bc3b101d, which takes groups of 16 heads or more) and "
