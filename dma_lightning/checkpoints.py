@@ -83,6 +83,8 @@ class ResumableCheckpoint(ModelCheckpoint):
         filename: as of `ModelCheckpoint`.
         save_last: as of `ModelCheckpoint`; by default a link to the newest, which is never missing.
         save_on_exception: as of `ModelCheckpoint`.
+        save_on_validation_end: whether every validation is followed by a checkpoint, or those alone that come when
+            `every_n_train_steps` have passed.
         **kwargs: what else `ModelCheckpoint` takes, less its other intervals.
 
     Raises:
@@ -96,6 +98,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         filename: str = "{step}",
         save_last: bool | Literal["link"] | None = "link",
         save_on_exception: bool = True,
+        save_on_validation_end: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -113,6 +116,7 @@ class ResumableCheckpoint(ModelCheckpoint):
             )
         if (self.monitor or "").startswith("train/"):
             raise ValueError(f"monitor: expected a figure of validation, such as val/loss, got {self.monitor!r}")
+        self.save_on_validation_end = save_on_validation_end
         self._whole: _WholeStep | None = None
         self._rewind = False  # whether what is saved is the last whole step, of which counters are ahead
         self._rng_to_load: list[dict[str, Any]] | None = None
@@ -160,8 +164,9 @@ class ResumableCheckpoint(ModelCheckpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fit_loop.epoch_loop._should_accumulate():
             return
         self._whole = _WholeStep.now(trainer)
-        self._defer_save_until_validation = True  # to this moment
-        super().on_validation_end(trainer, pl_module)
+        if self.save_on_validation_end or trainer.global_step % self._every_n_train_steps == 0:
+            self._defer_save_until_validation = True  # to this moment
+            super().on_validation_end(trainer, pl_module)
         self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -544,6 +544,18 @@ def test_what_is_not_among_the_best_is_saved_as_the_last(whole: tuple, tmp_path:
     assert {file.name for file in path.parent.iterdir()} == {"step=2.ckpt", "last.ckpt"}
 
 
+def test_validations_between_checkpoints_save_nothing_if_told_so(whole: tuple, tmp_path: Path) -> None:
+    folder = tmp_path / "rare"
+    saving = ResumableCheckpoint(3, dirpath=folder, save_top_k=-1, save_on_validation_end=False)
+    train(tmp_path / "other", saving)  # validations after every second step
+    steps = {*range(3, STEPS + 1, 3), STEPS}
+    assert {file.name for file in folder.iterdir()} == {"last.ckpt", *(f"step={step}.ckpt" for step in steps)}
+    for step in (3, 6):
+        losses, weights = train(tmp_path / f"from_{step}", ckpt_path=folder / f"step={step}.ckpt")
+        assert losses == {batch: loss for batch, loss in whole[0].items() if batch > 2 * step}
+        torch.testing.assert_close(weights, whole[1], rtol=0, atol=0)
+
+
 def test_killed_runs_are_the_uninterrupted_run(tmp_path: Path) -> None:
     # In a process of its own: autograd refuses to run in forks of one in which it has started threads.
     command = [sys.executable, kill_runs.__file__, "--kills=3", "--steps=20", f"--out={tmp_path}/kills.json"]
