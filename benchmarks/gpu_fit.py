@@ -138,7 +138,7 @@ def write_corpus(folder: Path) -> None:
 def build(
     corpus: Path, shape: str, length: int, attention: str, trainer: dict[str, Any], model: dict[str, Any]
 ) -> DMACLI:
-    """A run on one GPU that has not begun, with further options of trainer and model."""
+    """A run that has not begun, on one GPU unless the further options of trainer and model say otherwise."""
     configs = [f"--config={CONFIGS / name}.yaml" for name in (f"model/{shape}", "data/prepared", "trainer/gpu")]
     data = {"path": corpus, "sequence_length": length, "batch_size": TOKENS // length, "separate_documents": False}
     model = {"attention": attention, "compile_layers": True} | model
@@ -162,12 +162,17 @@ def fit(
     graphs: bool,
     profiled: int = PROFILED,
     layers: int | None = None,
+    processes: dict[str, Any] | None = None,
 ) -> Measurement:
-    """Train a new model for so many steps, and a few more of which some are profiled."""
+    """Train a new model for so many steps, and a few more of which some are profiled.
+
+    `processes` are options of the trainer for several of them.
+    """
     model = {"cuda_graphs": graphs, "activation_checkpointing": shape == RECOMPUTED}
     if layers is not None:
         model["num_hidden_layers"] = layers
     trainer = {"max_steps": steps + profiled + 1, "log_every_n_steps": log_every, "limit_val_batches": 0}
+    trainer |= processes or {}
     with tempfile.TemporaryDirectory() as runs:
         trainer["logger.init_args.save_dir"] = runs
         cli = build(corpus, shape, length, attention, trainer, model)
