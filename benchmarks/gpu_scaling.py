@@ -22,7 +22,7 @@ import torch
 from environment import describe, write_tables
 from gpu_fit import COMPILING, FIGURES, INTERVAL, RECOMPUTED, fit, spreads, write_corpus
 
-STRATEGIES = {"one": "auto", "ddp": "ddp", "fsdp": "dma_lightning.strategies.FullyShardedStrategy"}
+STRATEGIES = {"one": "auto", "ddp": "ddp", "fsdp": "{class_path: dma_lightning.strategies.FullyShardedStrategy}"}
 LENGTH, ATTENTION = 4096, "dma"
 
 
