@@ -45,7 +45,7 @@ def measure(gpus: int) -> Iterator[dict[str, Any]]:
         corpus, row = Path(folder) / "corpus", Path(folder) / "row.json"
         corpus.mkdir()
         write_corpus(corpus)
-        for shape, strategy in product(INTERVAL, STRATEGIES):
+        for strategy, shape in product(STRATEGIES, INTERVAL):
             processes = 1 if strategy == "one" else gpus
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
             case = [shape, strategy, str(corpus), str(row)]

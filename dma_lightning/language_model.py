@@ -110,6 +110,8 @@ class LanguageModel(pl.LightningModule):
     def configure_model(self) -> None:
         """Compile and shard (FSDP2, with `ModelParallelStrategy`) the layers in place; parameters keep their names."""
         if self.hparams.compile_layers:
+            # A layer is as much as DDP needs to begin sending gradients; Dynamo would cut it again, at every 25 MB.
+            torch._dynamo.config.optimize_ddp = False
             for layer in self.model.layers:
                 layer.compile(options=_INDUCTOR | {"triton.cudagraphs": self.hparams.cuda_graphs})
             self._token_losses = torch.compile(_token_losses)  # else the logits are written out in float32, twice

@@ -17,8 +17,10 @@ from pathlib import Path
 import kill_runs
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from two_processes import TOGETHER, train
 
+from dma_lightning import LanguageModel
 from dma_lightning.checkpoints import newest_checkpoint
 from dma_lightning.strategies import _watch
 
@@ -200,6 +202,25 @@ def test_compiled_layers_of_one_process(tmp_path: Path, monkeypatch: pytest.Monk
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
         train(tmp_path, compile_layers=True, activation_checkpointing=True)
     assert_same(read(tmp_path / "step=20.ckpt"), load(two, "one-dma-1"))
+
+
+def test_ddp_leaves_compiled_layers_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor], **_: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        with torch._dynamo.config.patch(optimize_ddp=True):
+            module = LanguageModel(compile_layers=True, hidden_size=256, intermediate_size=1024, num_hidden_layers=2)
+            module.configure_model()
+            DistributedDataParallel(module.model)(torch.zeros(1, 16, dtype=torch.long)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(graphs) == 1  # that of both layers, of more than the 1 MB at which DDP's first bucket would end
 
 
 def test_a_started_process_ends_with_the_first(capfd: pytest.CaptureFixture[str]) -> None:
