@@ -291,6 +291,22 @@ def fit_lines() -> list[str]:
     return lines
 
 
+def scaling_lines() -> list[str]:
+    """Speed of each of several GPUs beside that of one."""
+    runs = load("gpu_scaling")["runs"]
+    one = {row["shape"]: row["tokens_per_s"][1] for row in runs if row["strategy"] == "one"}
+    names = {"one": "one GPU", "ddp": "DDP", "fsdp": "FSDP2"}
+    lines = [f"| model | {' | '.join(names.values())} |", "| --- |" + " ---: |" * len(names)]
+    for shape, alone in one.items():
+        cells = []
+        for row in (row for name in names for row in runs if (row["shape"], row["strategy"]) == (shape, name)):
+            low, middle, high = (f"{rate / 1e3:.3g}" for rate in row["tokens_per_s"])
+            share = "" if row["strategy"] == "one" else f", {row['tokens_per_s'][1] / alone:.1%}"
+            cells.append(f"{middle} [{low} - {high}]{share}, {row['peak_gib']:.0f} GiB")
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    return lines
+
+
 def block_lines() -> list[str]:
     """NSA's selected branch by kernels."""
     names = ("ours", "XL", "fla", "cuDNN", "FlashAttention-2")
@@ -357,6 +373,11 @@ def figures() -> str:
         "(launches that wait for a busy GPU included). Kernels of 80m are those of a short run without CUDA graphs, in "
         f"which the GPU is cooler and they are faster than in the measured one: {warm()}:",
         "\n".join(breakdown_lines()),
+        "**`python benchmarks/gpu_scaling.py`**: thousand tokens per second of each GPU, and its peak memory, where one "
+        f"and where {max(row['gpus'] for row in load('gpu_scaling')['runs'])} train; these runs at 4k with `dma`, as "
+        "many tokens for each GPU, FSDP2 without CUDA graphs; median [min - max] of 3 intervals, and the share of the "
+        f"speed of one ({gpu_machine(load('gpu_scaling'))}):",
+        "\n".join(scaling_lines()),
         f"**`python benchmarks/gpu_monitoring.py`**: with all callbacks of `configs/trainer/gpu.yaml` but checkpoints, "
         f"validations and samples included, a step of 80m at 4k takes {overhead()} longer than with none of them, nor "
         f"a logger; two turns of 1,000 steps each ({gpu_machine(load('gpu_monitoring'))}).",
