@@ -373,10 +373,10 @@ def figures() -> str:
         "(launches that wait for a busy GPU included). Kernels of 80m are those of a short run without CUDA graphs, in "
         f"which the GPU is cooler and they are faster than in the measured one: {warm()}:",
         "\n".join(breakdown_lines()),
-        "**`python benchmarks/gpu_scaling.py`**: thousand tokens per second of each GPU, and its peak memory, where one "
-        f"and where {max(row['gpus'] for row in load('gpu_scaling')['runs'])} train; these runs at 4k with `dma`, as "
-        "many tokens for each GPU, FSDP2 without CUDA graphs; median [min - max] of 3 intervals, and the share of the "
-        f"speed of one ({gpu_machine(load('gpu_scaling'))}):",
+        "**`python benchmarks/gpu_scaling.py`**: thousand tokens per second of each GPU, and its peak memory, where "
+        f"one and where {max(row['gpus'] for row in load('gpu_scaling')['runs'])} train; these runs at 4k with "
+        "`dma`, as many tokens for each GPU, FSDP2 without CUDA graphs; median [min - max] of 3 intervals, and the "
+        f"share of the speed of one ({gpu_machine(load('gpu_scaling'))}):",
         "\n".join(scaling_lines()),
         f"**`python benchmarks/gpu_monitoring.py`**: with all callbacks of `configs/trainer/gpu.yaml` but checkpoints, "
         f"validations and samples included, a step of 80m at 4k takes {overhead()} longer than with none of them, nor "

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from dma_lightning.data.base import Batch
 from dma_lightning.generation import generate
@@ -58,7 +59,7 @@ class FitReport(pl.Callback):
             path := checkpoints.last_model_path or checkpoints.best_model_path
         ):
             print(f"checkpoint:  {path}")
-        if log_dir is not None:
+        if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             print(f"TensorBoard: tensorboard --logdir {log_dir}")
 
 

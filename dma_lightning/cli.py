@@ -1,7 +1,9 @@
 """The command line: `dma-lightning fit | validate | test | predict`, which are Lightning's, and commands of our own."""
 
 import argparse
+import dataclasses
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from pydoc import locate
@@ -10,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from jsonargparse import Namespace, auto_cli, set_parsing_settings
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint
+from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, LearningRateMonitor
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -21,6 +23,7 @@ from dma_lightning.data import SequenceDataModule
 from dma_lightning.generate_command import generate
 from dma_lightning.huggingface_commands import export_hf, import_hf
 from dma_lightning.language_model import LanguageModel
+from dma_lightning.model import ModelConfig
 from dma_lightning.monitoring import ProgressBar
 from dma_lightning.prepare_command import prepare
 from dma_lightning.sizes_command import sizes
@@ -41,7 +44,12 @@ _COMMANDS = {
     "export-hf": export_hf,
 }
 
+_PACKAGES = {"dma_flex", "dma_kernels", "dma_lightning"}
+
 _LIGHTNING_CHECKPOINTS = {"best", "last", "hpc", "registry"}
+
+# Callbacks of our configs that Lightning refuses where an option of the trainer is false.
+_CALLBACKS_OF = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint, "logger": LearningRateMonitor}
 
 
 class DMACLI(LightningCLI):
@@ -110,6 +118,8 @@ class DMACLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
+        if self.checkpoint is not None:
+            _check_weights(self.checkpoint, self.model)
         if self.subcommand is not None:
             config = self.config_init[self.subcommand]
             if self.checkpoint is not None:
@@ -121,9 +131,14 @@ class DMACLI(LightningCLI):
         """The trainer, with atomic checkpoints; for `predict` with a writer of continuations, if no other is there."""
         if self.goes_on:
             self._log_where_it_was()
+        if self.subcommand not in (None, "fit"):
+            warnings.filterwarnings(
+                "ignore", "Be aware that when using `ckpt_path`, callbacks"
+            )  # they are for training
         options = self._get(self.config_init, "trainer")
-        if options.enable_progress_bar is False and isinstance(options.callbacks, list):
-            options.callbacks = [x for x in options.callbacks if not isinstance(x, ProgressBar)]  # that of our configs
+        if isinstance(options.callbacks, list):
+            refused = tuple(kind for option, kind in _CALLBACKS_OF.items() if options[option] is False)
+            options.callbacks = [x for x in options.callbacks if not isinstance(x, refused)]
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -233,6 +248,28 @@ def _saved_arguments(checkpoint: Path) -> dict[str, Any]:
     return defaults
 
 
+def _check_weights(checkpoint: Path, module: LanguageModel) -> None:
+    """Compare the names and shapes of a checkpoint's weights with those of a model; a folder does not tell its own.
+
+    Raises:
+        ValueError: if they differ, with the options that do.
+    """
+    saved = read_checkpoint(checkpoint)
+    shapes, expected = (
+        {name: weight.shape for name, weight in state.items()}
+        for state in (saved.get("state_dict", {}), module.state_dict())
+    )
+    if not shapes or shapes == expected:
+        return
+    options = saved.get(LanguageModel.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name in options]
+    differ = [f"{x} {module.hparams[x]!r} instead of {options[x]!r}" for x in names if module.hparams[x] != options[x]]
+    raise ValueError(
+        f"ckpt_path: expected a model with the weights of {checkpoint}, got one with "
+        f"{' and '.join(differ) or 'others'}; leave these as they were, or begin a run of its own"
+    )
+
+
 def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
     """Parse arguments (by default the command line's), build trainer, model and data, and run the subcommand.
 
@@ -261,7 +298,12 @@ def main() -> None:
     """The console script."""
     name, *args = sys.argv[1:] or [""]
     if name not in _COMMANDS:
-        build_cli()
+        try:
+            build_cli()
+        except ValueError as error:
+            if (mistake := _users_mistake(error)) is None:
+                raise
+            sys.exit(f"dma-lightning {name}: {mistake}")
         return
     try:
         options = {"as_positional": name != "generate", "prog": f"dma-lightning {name}", "allow_abbrev": False}
@@ -270,3 +312,13 @@ def main() -> None:
         sys.exit(f"dma-lightning {name}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"dma-lightning {name}: interrupted")
+
+
+def _users_mistake(error: BaseException | None) -> ValueError | None:
+    """The first of an error and its causes that is a `ValueError` of our own code, which raises these for mistakes."""
+    while error is not None:
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if isinstance(error, ValueError) and modules and modules[-1].partition(".")[0] in _PACKAGES:
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -6,9 +6,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 
 from dma_lightning import MQARDataModule
-from dma_lightning.cli import DMACLI, build_cli
+from dma_lightning.cli import DMACLI, build_cli, main
+from dma_lightning.monitoring import ProgressBar
 from dma_lightning.prepare_command import prepare
 from dma_lightning.stability import GradientGuard
 
@@ -185,6 +187,41 @@ def test_mistyped_key_in_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_values_out_of_range(args: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(config("model/tiny"), config("data/pydoc"), *args)
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("--model.keep_window_size=0", "expected keep_window_size >= 1, keep_last >= 0 and sinks >= 0, got 0, 0 and 0"),
+        ("--data.batch_size=0", "batch_size: expected at least 1, got 0"),  # of which jsonargparse makes ten lines
+        ("--data.path=/no/such/text", "path: expected a text file, a folder with files or a glob that matches, got "),
+    ],
+)
+def test_mistakes_are_told_in_a_line(arg: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = [config(name) for name in ("model/tiny", "data/pydoc", "trainer/cpu")]
+    monkeypatch.setattr("sys.argv", ["dma-lightning", "fit", *configs, "--trainer.logger=false", arg])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert f"{stop.value}".startswith(f"dma-lightning fit: {message}")
+    assert "\n" not in f"{stop.value}"
+
+
+def test_errors_that_are_no_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ValueError("of another package")
+
+    monkeypatch.setattr("dma_lightning.cli.build_cli", fail)
+    monkeypatch.setattr("sys.argv", ["dma-lightning", "fit"])
+    with pytest.raises(ValueError, match="of another package"):
+        main()
+
+
+def test_what_is_switched_off_takes_its_callback_along() -> None:
+    layers = [config(name) for name in ("model/tiny", "data/pydoc", "trainer/cpu")]
+    options = ["logger", "enable_checkpointing", "enable_progress_bar"]
+    trainer = build(*layers, *(f"--trainer.{option}=false" for option in options)).trainer
+    refused = (LearningRateMonitor, Checkpoint, ProgressBar)
+    assert not any(isinstance(callback, refused) for callback in trainer.callbacks)
 
 
 def test_missing_text_ends_before_training() -> None:

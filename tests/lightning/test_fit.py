@@ -102,9 +102,12 @@ def validate(run: Path, *args: str) -> dict[str, float]:
     return {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
 
 
-def test_checkpoint_alone_is_enough_to_validate(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_alone_is_enough_to_validate(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert validate(run) == pytest.approx(last_validation(run), rel=1e-6)
+    assert not any("callbacks used to create the checkpoint" in str(warning.message) for warning in recwarn)
 
 
 def test_command_line_wins_over_the_checkpoint(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +120,21 @@ def test_command_line_wins_over_the_checkpoint(run: Path, tmp_path: Path, monkey
     assert cli.model.hparams.lr == 0.5
     assert cli.datamodule.task.num_pairs == 4
     assert cli.model.model.config.hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("--model.hidden_size=64", "hidden_size 64 instead of 32"),
+        ("--model.attention=mha", "attention 'mha' instead of 'dma'"),
+    ],
+)
+def test_weights_of_another_model_are_refused(
+    arg: str, message: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"expected a model with the weights of .*, got one with {message};"):
+        validate(run, arg)
 
 
 @pytest.mark.parametrize("subcommand", ["test", "predict"])
@@ -196,6 +214,13 @@ def test_report_tells_start_end_and_places(tmp_path: Path, monkeypatch: pytest.M
     assert f"tensorboard --logdir {tmp_path / 'cpu/version_0'}" in report
 
 
+def test_report_names_tensorboard_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    logger = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={tmp_path}"]
+    build_cli(["fit", *TINY, *SMALL, *logger, f"--data.cache_dir={tmp_path}", "--trainer.max_steps=1"])
+    assert "TensorBoard" not in capsys.readouterr().out
+
+
 def test_resumed_run_continues(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     checkpoint = f"--ckpt_path={run / 'checkpoints/last.ckpt'}"
@@ -265,6 +290,17 @@ def test_generate_streams_text_and_says_how_fast(
     model = LanguageModel.load_from_checkpoint(run / "checkpoints/last.ckpt", weights_only=True).model
     tokens = model.generate(torch.tensor([list(b"The ")]), 9)[0].tolist()
     assert capsys.readouterr().out == "The " + bytes(tokens).decode(errors="replace") + "\n"
+
+
+@pytest.mark.parametrize(("given", "strings"), [(".", ["."]), ('[".", "!"]', [".", "!"])])
+def test_generate_takes_one_stop_string_or_several(
+    given: str, strings: list[str], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    take = lambda tokenizer, tokens, stop, prompt_tokens: iter(found.append(stop) or ())  # noqa: E731
+    monkeypatch.setattr("dma_lightning.generate_command.decode_until", take)
+    generate(monkeypatch, f"--ckpt_path={run / 'checkpoints/last.ckpt'}", "--prompt=a", f"--stop={given}")
+    assert found == [strings]
 
 
 @pytest.mark.parametrize(
