@@ -23,7 +23,6 @@ from dma_lightning.data import SequenceDataModule
 from dma_lightning.generate_command import generate
 from dma_lightning.huggingface_commands import export_hf, import_hf
 from dma_lightning.language_model import LanguageModel
-from dma_lightning.model import ModelConfig
 from dma_lightning.monitoring import ProgressBar
 from dma_lightning.prepare_command import prepare
 from dma_lightning.sizes_command import sizes
@@ -262,8 +261,8 @@ def _check_weights(checkpoint: Path, module: LanguageModel) -> None:
     if not shapes or shapes == expected:
         return
     options = saved.get(LanguageModel.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name in options]
-    differ = [f"{x} {module.hparams[x]!r} instead of {options[x]!r}" for x in names if module.hparams[x] != options[x]]
+    found = dataclasses.asdict(module.model.config)
+    differ = [f"{x} {found[x]!r} instead of {was!r}" for x, was in options.items() if x in found and found[x] != was]
     raise ValueError(
         f"ckpt_path: expected a model with the weights of {checkpoint}, got one with "
         f"{' and '.join(differ) or 'others'}; leave these as they were, or begin a run of its own"
