@@ -43,7 +43,7 @@ _COMMANDS = {
     "export-hf": export_hf,
 }
 
-_PACKAGES = {"dma_flex", "dma_kernels", "dma_lightning"}
+_PACKAGES = {"dma_flex", "dma_kernels", "dma_lightning"}  # whose `ValueError`s are the user's mistakes
 
 _LIGHTNING_CHECKPOINTS = {"best", "last", "hpc", "registry"}
 
@@ -130,10 +130,8 @@ class DMACLI(LightningCLI):
         """The trainer, with atomic checkpoints; for `predict` with a writer of continuations, if no other is there."""
         if self.goes_on:
             self._log_where_it_was()
-        if self.subcommand not in (None, "fit"):
-            warnings.filterwarnings(
-                "ignore", "Be aware that when using `ckpt_path`, callbacks"
-            )  # they are for training
+        if self.subcommand not in (None, "fit"):  # the callbacks that a checkpoint has states of are for training
+            warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
         options = self._get(self.config_init, "trainer")
         if isinstance(options.callbacks, list):
             refused = tuple(kind for option, kind in _CALLBACKS_OF.items() if options[option] is False)
