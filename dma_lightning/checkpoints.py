@@ -25,6 +25,7 @@ from dma_lightning.stability import UnstableTrainingError
 from dma_lightning.whole_files import whole_file
 
 RNG_KEY = "rng_states"  # in a checkpoint: of each process, in the order of their ranks
+_OTHER_INTERVALS = ("every_n_epochs", "train_time_interval")  # of `ModelCheckpoint`
 _SHARDED = "meta.pt"  # what a sharded checkpoint, a folder, holds besides weights and optimizer states; written last
 
 
@@ -76,7 +77,11 @@ class ResumableCheckpoint(ModelCheckpoint):
     cannot save alone, and the last regular checkpoint stands; but Ctrl+C is then taken as SIGTERM is, the first time.
     With `monitor`, what is not among the best is saved as the last.
     Between accumulated batches, in the midst of a step and within a validation nothing is saved. When a validation
-    follows a step, it is saved after the validation, so that resuming leaves no validation out.
+    follows a step, it is saved after the validation, so that resuming leaves no validation out. On SIGTERM before the
+    first step, the run ends at once.
+
+    Without `monitor`, the checkpoint before the newest is kept as well, in case the newest turns out to be damaged;
+    with it, give a `save_top_k` of at least 2.
 
     Args:
         every_n_train_steps: optimizer steps between two checkpoints.
@@ -89,7 +94,7 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     Raises:
         ValueError: if `monitor` is a figure of training, which is there at logging steps alone, or if `filename` would
-            make folders.
+            make folders, or on intervals that this callback has not.
     """
 
     def __init__(
@@ -101,6 +106,11 @@ class ResumableCheckpoint(ModelCheckpoint):
         save_on_validation_end: bool = True,
         **kwargs: Any,
     ) -> None:
+        others = {name: value for name in _OTHER_INTERVALS if (value := kwargs.get(name)) is not None}
+        if every_n_train_steps < 1 or others:
+            raise ValueError(
+                f"expected every_n_train_steps >= 1 and no other interval, got {every_n_train_steps} and {others}"
+            )
         super().__init__(
             every_n_train_steps=every_n_train_steps,
             filename=filename,
@@ -117,11 +127,19 @@ class ResumableCheckpoint(ModelCheckpoint):
         if (self.monitor or "").startswith("train/"):
             raise ValueError(f"monitor: expected a figure of validation, such as val/loss, got {self.monitor!r}")
         self.save_on_validation_end = save_on_validation_end
+        self._kept: list[str] = []  # without `monitor`: paths that are this callback's to remove, the newest last
         self._whole: _WholeStep | None = None
         self._rewind = False  # whether what is saved is the last whole step, of which counters are ahead
         self._rng_to_load: list[dict[str, Any]] | None = None
         self._asked_to_stop: int | None = None  # the signal that did
         self._stepping = False  # whether the optimizer may have changed some of the weights
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._whole, self._asked_to_stop, self._stepping = None, None, False
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._take(signal.SIGTERM)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -134,12 +152,9 @@ class ResumableCheckpoint(ModelCheckpoint):
             # The link that is there is this run's; Lightning would make another beside it.
             self.last_model_path = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
         self._whole = _WholeStep.now(trainer)
-        self._asked_to_stop, self._stepping = None, False
-        if threading.current_thread() is threading.main_thread():
-            # Instead of Lightning's, which may end the processes at different steps. It puts back what was before.
-            signal.signal(signal.SIGTERM, self._ask_to_stop)
-            if trainer.world_size > 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-                signal.signal(signal.SIGINT, self._ask_to_stop)
+        self._take(signal.SIGTERM)
+        if trainer.world_size > 1:
+            self._take(signal.SIGINT, instead_of=signal.default_int_handler)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         # Lightning counts the steps of what is logged apart, and resumes with one less where a validation followed.
@@ -176,6 +191,8 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._leave_interrupts()
+        if isinstance(exception, SIGTERMException) and exception.code is None:  # Lightning's, from before ours
+            exception.code = 128 + signal.SIGTERM
         if trainer.world_size > 1 and not isinstance(exception, SystemExit):
             print(
                 f"\nrank {trainer.global_rank}: ended at step {trainer.global_step} by {type(exception).__name__}. "
@@ -210,7 +227,26 @@ class ResumableCheckpoint(ModelCheckpoint):
     ) -> None:
         self._rng_to_load = checkpoint.get(RNG_KEY)
 
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"kept": self._kept}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if state_dict.get("dirpath") == self.dirpath:
+            self._kept = state_dict.get("kept", [state_dict["best_model_path"]])
+
+    def _take(self, number: int, instead_of: Any = None) -> None:
+        """Be asked to stop by a signal, instead of by what else (or but that) takes it now, where signals can be taken.
+
+        Lightning's own handler may end processes at different steps. At the end, it puts back what was before.
+        """
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and instead_of in (None, signal.getsignal(number)):
+            signal.signal(number, self._ask_to_stop)
+
     def _ask_to_stop(self, number: int, *_: Any) -> None:
+        if self._whole is None:  # nothing is made yet that could be saved
+            raise SIGTERMException(128 + number)
         self._asked_to_stop = number
         if number == signal.SIGINT:
             self._leave_interrupts()
@@ -239,6 +275,17 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._save_last_checkpoint(trainer, candidates)
         if self._last_global_step_saved != trainer.global_step:  # neither among the best nor as the last
             self._save_checkpoint(trainer, self._get_metric_interpolated_filepath_name(candidates, trainer))
+
+    def _save_none_monitor_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """As Lightning's, but the one before stays until the next is there."""
+        path = self._get_metric_interpolated_filepath_name(monitor_candidates, trainer, self.best_model_path)
+        before = [x for x in self._kept if x != path] if self.save_top_k == 1 else []
+        self._kept, self.best_model_path = [*before, path], path  # before saving, because both are part of the state
+        self._save_checkpoint(trainer, path)
+        for outdated in before[:-1]:
+            if self._should_remove_checkpoint(trainer, outdated, path):
+                self._remove_checkpoint(trainer, outdated)
+        self._kept = self._kept[-2:]
 
     def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         # Not among the best, so there is nothing to link to.
@@ -284,11 +331,39 @@ class _WholeStep(NamedTuple):
         return cls(trainer.global_step, batches, loop.state_dict(), _rng_states(trainer))
 
 
+class SameCheckpoint(pl.Callback):
+    """Lets no process go on from another checkpoint than the others.
+
+    Args:
+        path: what this process has found; None if there is none.
+
+    Raises:
+        ValueError: when processes meet, if they differ, as where a file system shows to one of them what is not there
+            yet for another.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        paths = _of_all_processes(self.path and str(self.path.resolve()), trainer)
+        if len(set(paths)) > 1:
+            each = "; ".join(f"rank {rank} {path or 'none'}" for rank, path in enumerate(paths))
+            raise ValueError(
+                f"ckpt_path: expected the same checkpoint in all processes, got {each}; start again when all see the "
+                "same files"
+            )
+
+
 def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
     """The checkpoint written last of those at any depth below some folders that training can go on from.
 
     Those that cannot be read are told and left out.
+
+    Raises:
+        ValueError: if there are some, and none can be read.
     """
+    damaged = []
     found = {file.resolve() for folder in folders for file in folder.rglob("*.ckpt") if file.exists()}
     for path in sorted(found, key=_time_written, reverse=True):
         try:
@@ -296,9 +371,15 @@ def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
         except Exception as error:  # torch raises whatever the damage leads to
             reason, *_ = f"{error}\n".splitlines()
             rank_zero_warn(f"{path}: left out, since it cannot be read ({reason})")
+            damaged.append(path)
             continue
         if "lr_schedulers" in saved:
             return path
+    if damaged:
+        raise ValueError(
+            f"ckpt_path last: expected a whole checkpoint, got {len(damaged)} that cannot be read, the newest "
+            f"{damaged[0]}; bring back a copy, or move them away to begin anew"
+        )
     return None
 
 

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from dma_lightning.callbacks import ContinuationWriter
-from dma_lightning.checkpoints import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
+from dma_lightning.checkpoints import AtomicCheckpointIO, SameCheckpoint, newest_checkpoint, read_checkpoint
 from dma_lightning.data import SequenceDataModule
 from dma_lightning.generate_command import generate
 from dma_lightning.huggingface_commands import export_hf, import_hf
@@ -139,7 +139,9 @@ class DMACLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        end_with_first_process(trainer)
+        trainer.callbacks.append(SameCheckpoint(self.checkpoint))
+        if self.subcommand != "predict":  # in which no process needs another, and each takes its time
+            end_with_first_process(trainer)
         writes = any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)
         if self.subcommand == "predict" and not writes:
             trainer.callbacks.append(ContinuationWriter())

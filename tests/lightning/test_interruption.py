@@ -205,6 +205,38 @@ def test_the_old_link_stands_until_the_new_one_does(tmp_path: Path, monkeypatch:
     assert (tmp_path / "last.ckpt").resolve().name == "step=2.ckpt"
 
 
+def test_the_checkpoint_before_the_newest_is_kept(whole: tuple, tmp_path: Path) -> None:
+    def steps() -> set[str]:
+        return {file.name for file in tmp_path.iterdir() if not file.is_symlink()}
+
+    train(tmp_path, max_steps=5, every=1)
+    assert steps() == {"step=4.ckpt", "step=5.ckpt"}
+    (tmp_path / "step=5.ckpt").write_bytes((tmp_path / "step=5.ckpt").read_bytes()[:5000])
+    with pytest.warns(UserWarning, match=r"step=5\.ckpt: left out"):
+        path = newest_checkpoint([tmp_path])
+    (tmp_path / "step=5.ckpt").unlink()
+    assert path.name == "step=4.ckpt"
+    losses, _ = train(tmp_path, ckpt_path=path, every=1)
+    assert losses.items() <= whole[0].items()
+    assert steps() == {"step=4.ckpt", "step=8.ckpt", "step=9.ckpt"}  # the one gone on from stays
+
+
+def test_what_a_kill_left_behind_is_removed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableCheckpoint, "_remove_checkpoint", lambda *_: fail())
+        with pytest.raises(OnPurposeError):
+            train(tmp_path, every=1)
+    assert (tmp_path / "step=1.ckpt").exists()
+    train(tmp_path, ckpt_path=tmp_path / "step=3.ckpt", every=1)
+    assert not (tmp_path / "step=1.ckpt").exists()
+
+
+@pytest.mark.parametrize("options", [{"every_n_train_steps": 0}, {"every_n_epochs": 1}])
+def test_intervals_that_are_not_there(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="expected every_n_train_steps >= 1 and no other interval, got"):
+        ResumableCheckpoint(**options)
+
+
 def test_monitored_figures_are_of_validation() -> None:
     with pytest.raises(ValueError, match=r"expected a figure of validation, such as val/loss, got 'train/loss'"):
         ResumableCheckpoint(monitor="train/loss")
@@ -214,6 +246,21 @@ def test_terminated_run_says_so_by_its_status(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, Interrupt("on_before_backward", 5, terminate))
     assert stop.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("hook", ["on_sanity_check_start", "on_validation_batch_start", "on_train_start"])
+def test_terminated_before_the_first_step(hook: str, tmp_path: Path) -> None:
+    class Terminate(pl.Callback):
+        pass
+
+    setattr(Terminate, hook, lambda *_: terminate())
+    train(tmp_path, max_steps=2)
+    resumed = {"ckpt_path": tmp_path / "step=2.ckpt"} if hook == "on_train_start" else {}  # without a sanity check
+    for options in ({}, resumed):
+        with pytest.raises(SystemExit) as stop:
+            train(tmp_path, Terminate(), num_sanity_val_steps=2, **options)
+        assert stop.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -307,8 +354,11 @@ def test_loading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         AtomicCheckpointIO().load_checkpoint("runs.ckpt")
     with pytest.raises(ValueError, match="weights_only: expected true"):
         AtomicCheckpointIO().load_checkpoint("runs.ckpt", weights_only=False)
-    with pytest.warns(UserWarning, match=r"runs\.ckpt: left out"):
-        assert newest_checkpoint([tmp_path]) is None
+    with (
+        pytest.warns(UserWarning, match=r"runs\.ckpt: left out"),
+        pytest.raises(ValueError, match=r"expected a whole checkpoint, got 1 that cannot be read, .*runs\.ckpt; bring"),
+    ):
+        newest_checkpoint([tmp_path])
     with pytest.raises(ValueError, match="expected a whole checkpoint"):
         build_cli(["fit", "--ckpt_path=runs.ckpt"])
     assert not Path("harm").exists()
@@ -358,7 +408,7 @@ def resolved(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[DMACLI, st
 
 
 def test_last_looks_over_all_versions(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert steps_of(copied) == ["version_0/step=4.ckpt", "version_1/step=6.ckpt"]
+    assert steps_of(copied) == [f"version_{x}.ckpt" for x in ("0/step=2", "0/step=4", "1/step=5", "1/step=6")]
     newest = copied / "runs/killed/version_1/checkpoints/step=6.ckpt"
     done, printed = resolved(capsys, "--ckpt_path=last")
     assert done.checkpoint == newest
@@ -376,6 +426,7 @@ def test_last_needs_no_link(copied: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("damage", ["truncated", "empty", "weights only", "dangling"])
 def test_damaged_checkpoint_is_left_out(damage: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newest = copied / "runs/killed/version_1/checkpoints/step=6.ckpt"
+    (newest.parent / "step=5.ckpt").unlink()  # so that the one before is of another version
     content = newest.read_bytes()
     if damage == "dangling":
         newest.unlink()  # the link points nowhere
@@ -391,6 +442,16 @@ def test_damaged_checkpoint_is_left_out(damage: str, copied: Path, capsys: pytes
     else:
         done, _ = resolved(capsys, "--ckpt_path=last")
     assert done.checkpoint.name == "step=4.ckpt"
+
+
+def test_no_run_begins_anew_beside_damaged_checkpoints(copied: Path) -> None:
+    for file in copied.rglob("*.ckpt"):
+        file.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ValueError, match=r"expected a whole checkpoint, got 4 that cannot be read, the newest .*\.ckpt"),
+    ):
+        cli("--ckpt_path=last")
 
 
 def test_last_in_a_config(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -476,7 +537,9 @@ def test_an_interrupted_run_is_one_run_in_tensorboard(working_folder: Path, monk
     assert [step for step, _ in parts["train/loss"]] == list(range(10))
     (link,) = (file for file in (folder / "checkpoints").iterdir() if file.is_symlink())
     assert (link.name, link.resolve().name) == ("last.ckpt", "step=10.ckpt")
-    assert steps_of(folder) == [f"version_0/step={step}.ckpt" for step in (10, 2, 4, 6)]  # 4 and 6 were gone on from
+    assert steps_of(folder) == [
+        f"version_0/step={step}.ckpt" for step in (10, 2, 6, 8)
+    ]  # 2 was saved to stay; 6 was gone on from
     configs = {file.name for file in folder.glob("config*")}
     assert configs == {"config.yaml", "config_from_step_4.yaml", "config_from_step_6.yaml"}
 

@@ -126,6 +126,14 @@ def test_two_go_on_from_one(run: str, two: Outcome) -> None:
     assert [group["fused"] for group in groups] == [group["fused"] for group in own]
 
 
+def test_processes_that_find_different_checkpoints_do_not_train(two: Outcome) -> None:
+    for rank in range(2):
+        error = json.loads((two.folder / f"checkpoint-{rank}.json").read_text())
+        assert re.search(
+            r"expected the same checkpoint in all processes, got rank 0 .*/0\.ckpt; rank 1 .*/1\.ckpt", error
+        )
+
+
 @pytest.mark.parametrize("run", ["guarded-ddp", "guarded-fsdp"])
 def test_a_gradient_that_is_not_finite_is_left_out_in_both(run: str, two: Outcome) -> None:
     saved = load(two, run)

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.strategies import Strategy
 
 from dma_lightning import LanguageModel, MQARDataModule
-from dma_lightning.checkpoints import AtomicCheckpointIO, ResumableCheckpoint
+from dma_lightning.checkpoints import AtomicCheckpointIO, ResumableCheckpoint, SameCheckpoint
 from dma_lightning.stability import GradientGuard
 from dma_lightning.strategies import FullyShardedStrategy
 
@@ -100,6 +100,10 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     together = functools.partial(train, processes=2)
+    try:
+        together(folder / "none", strategy="ddp", callbacks=(SameCheckpoint(folder / f"{rank}.ckpt"),))
+    except ValueError as error:
+        (folder / f"checkpoint-{rank}.json").write_text(json.dumps(str(error)))
     for attention in ("dma", "mha"):
         for accumulate in (1, 2):
             name = folder / f"ddp-{attention}-{accumulate}"
