@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from dma_lightning.data.base import Batch
-from dma_lightning.generation import generate
+from dma_lightning.generation import generate, pad_prompts, prompt_and_rest
 from dma_lightning.sampling import Sampling
 from dma_lightning.tokenizers import Tokenizer
 
@@ -67,11 +67,12 @@ class ContinuationWriter(BasePredictionWriter):
     """Goes on with the beginning of every sequence of `predict`, and writes what comes to a JSONL file.
 
     A line has `index` (of the sequence), `prompt`, `continuation` and `expected` (what follows in the data): text where
-    the data has a tokenizer, else lists of tokens. Of several processes, each writes a file of its own.
+    the data has a tokenizer, else lists of tokens. Where documents are separate, prompt and what follows are of one. Of
+    several processes, each writes a file of its own.
 
     Args:
         path: of the file, which must not exist. Default: `continuations.jsonl` in the logger's folder.
-        prompt_length: tokens to go on from. Default: half of the sequence.
+        prompt_length: tokens of the sequence up to where it is gone on from. Default: half of them.
         max_new_tokens: how many tokens to make. Default: as many as are left of the sequence.
         sampling: how tokens are chosen; by default the likeliest.
         seed: of the tokens that are drawn.
@@ -116,24 +117,28 @@ class ContinuationWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        tokens = batch["input_ids"]
-        length = tokens.shape[1]
+        rows, length = batch["input_ids"].shape
         prompt_length = self.prompt_length or max(1, length // 2)
         if prompt_length > length:
             raise ValueError(f"prompt_length: expected at most the {length} tokens of a sequence, got {prompt_length}")
         count = self.max_new_tokens or max(1, length - prompt_length)
-        new = generate(pl_module.model, tokens[:, :prompt_length], count, self.sampling, seed=self.seed + batch_idx)
-        parts = (tokens[:, :prompt_length], new, tokens[:, prompt_length : prompt_length + count])
-        rows = zip(batch_indices or range(len(tokens)), *(part.tolist() for part in parts), strict=True)
+        parts = [prompt_and_rest(batch, row, prompt_length) for row in range(rows)]
+        prompts, rests = ([part.tolist() for part in of_all] for of_all in zip(*parts, strict=True))
+        input_ids, padding = pad_prompts(prompts, pl_module.device)
+        options = {"padding": padding if padding.any() else None, "seed": self.seed + batch_idx}
+        with trainer.precision_plugin.forward_context():
+            new = generate(pl_module.model, input_ids, count, self.sampling, **options).tolist()
+        lines = zip(batch_indices or range(rows), prompts, new, (rest[:count] for rest in rests), strict=True)
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)
         with self.file.open("a") as file:
-            for index, *values in rows:
+            for index, *values in lines:
                 texts = values if tokenizer is None else [_text(tokenizer, value) for value in values]
                 line = dict(zip(("prompt", "continuation", "expected"), texts, strict=True))
                 file.write(json.dumps({"index": index, **line}, ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         print(f"continuations: {self.file}")
+        trainer.strategy.barrier()  # so that all are there when the command ends
 
 
 def _text(tokenizer: Tokenizer, tokens: list[int]) -> str:

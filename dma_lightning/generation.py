@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dma_lightning.data.base import Batch
 from dma_lightning.mixers.base import MixerCache
 from dma_lightning.sampling import Sampling
 from dma_lightning.tokenizers import Tokenizer
@@ -114,6 +115,25 @@ def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device | str | N
     rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     padded = [[True] * (longest - len(prompt)) + [False] * len(prompt) for prompt in prompts]
     return torch.tensor(rows, device=device), torch.tensor(padded, device=device)
+
+
+def prompt_and_rest(batch: Batch, row: int, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """A sequence of a batch as a prompt and what follows it in the data: int64 `[at most length]` and `[n]`.
+
+    Both are of one document, that of the prompt's last token, and without padding.
+
+    Args:
+        batch: of sequences.
+        row: which of them.
+        length: tokens of the sequence up to the prompt's end. Default: half of them.
+    """
+    real = torch.ones_like(batch["input_ids"][row], dtype=torch.bool)
+    real = ~batch["padding"][row] if "padding" in batch else real
+    tokens = batch["input_ids"][row][real]
+    documents = batch["documents"][row][real] if "documents" in batch else torch.zeros_like(tokens)
+    end = min(length or max(1, len(tokens) // 2), len(tokens))
+    same = documents == documents[end - 1]
+    return tokens[:end][same[:end]], tokens[end:][same[end:]]
 
 
 def stream_text(

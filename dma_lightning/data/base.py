@@ -62,6 +62,11 @@ class SequenceDataModule(pl.LightningDataModule):
         """That of the data for validation and test."""
         return self.bytes_per_token
 
+    @property
+    def content(self) -> str | None:
+        """What differs where the training data do, such as a hash; None where nothing tells."""
+        return None
+
     def __init__(
         self,
         vocab_size: int,
@@ -80,7 +85,7 @@ class SequenceDataModule(pl.LightningDataModule):
         self.vocab_size, self.sequence_length = vocab_size, sequence_length
         self.batch_size, self.num_workers = batch_size, num_workers
         self._train_sampler: TrainSampler | None = None
-        self._saved: dict[str, int] = {}  # the position of a checkpoint
+        self._saved: dict[str, Any] = {}  # the position of a checkpoint
 
     def train_dataloader(self) -> DataLoader:
         """Batches of this process, from the position on.
@@ -94,7 +99,7 @@ class SequenceDataModule(pl.LightningDataModule):
         position = self._position if self.trainer is not None else None
         sampler = TrainSampler(len(self.train_set), self.batch_size, *self._processes, seed, position)
         if self._saved.get("batches"):
-            _check_same_batches(self._saved, sampler)
+            _check_same_batches(self._saved, sampler, self.content)
         self._train_sampler = sampler
         # Lightning asks loaders for their state, and does not see the data module's.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
@@ -116,7 +121,7 @@ class SequenceDataModule(pl.LightningDataModule):
             return {POSITION_KEY: self._saved} if self._saved else {}
         epoch, batches = self._position()
         position = {"epoch": epoch, "batches": batches, "batches_trained": self._batches_trained}
-        order = {"seed": sampler.seed, "sequences": sampler.count}
+        order = {"seed": sampler.seed, "sequences": sampler.count, "content": self.content}
         return {POSITION_KEY: position | order | {"processes": sampler.num_replicas, "batch_size": sampler.batch_size}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -165,7 +170,7 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _check_same_batches(saved: dict[str, int], sampler: TrainSampler) -> None:
+def _check_same_batches(saved: dict[str, Any], sampler: TrainSampler, content: str | None) -> None:
     """That a position within an epoch means the same.
 
     Raises:
@@ -182,4 +187,9 @@ def _check_same_batches(saved: dict[str, int], sampler: TrainSampler) -> None:
         raise ValueError(
             f"the checkpoint was made within an epoch: expected its {saved['sequences']} training sequences, got "
             f"{sampler.count}; give the same data, or go on from a checkpoint of an epoch's end"
+        )
+    if saved.get("content") not in (None, content):
+        raise ValueError(
+            f"the checkpoint was made within an epoch: expected its training data ({saved['content']}), got others "
+            f"({content}); give the same data, or go on from a checkpoint of an epoch's end"
         )

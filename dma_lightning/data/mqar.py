@@ -135,6 +135,12 @@ class MQARDataModule(SequenceDataModule):
             )
         self.seed = seed
 
+    @property
+    def content(self) -> str:
+        """All that examples are drawn from."""
+        names = ("vocab_size", "sequence_length", "num_pairs", "power", "random_fillers", "seed")
+        return ", ".join(f"{name} {self.hparams[name]}" for name in names)
+
     def setup(self, stage: str) -> None:
         self.train_set, self.val_set, self.test_set = (
             MQARExamples(self.task, split * _SPLIT_STRIDE + self.seed * count, count)

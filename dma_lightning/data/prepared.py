@@ -3,6 +3,7 @@
 N sequence length.
 """
 
+import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ class PreparedDataModule(TokenizedDataModule):
     @property
     def val_bytes_per_token(self) -> float:
         return self._val_manifest["bytes"] / self._val_manifest["tokens"]
+
+    @property
+    def content(self) -> str:
+        """Hash of the shards', and how long sequences are."""
+        hashes = [shard[name] for shard in self.manifest["shards"] for name in ("tokens_sha256", "ends_sha256")]
+        return f"{hashlib.sha256(''.join(hashes).encode()).hexdigest()}-{self.sequence_length}"
 
     @cached_property
     def _val_manifest(self) -> dict[str, Any]:

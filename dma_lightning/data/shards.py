@@ -9,6 +9,7 @@
 """
 
 import hashlib
+import io
 import json
 import os
 from array import array
@@ -161,7 +162,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared folder.
 
     Raises:
-        ValueError: if there is none, it is of another version, or a shard has not its size.
+        ValueError: if there is none, it is of another version, or a file of a shard has not its size.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -171,13 +172,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("version") != VERSION:
         raise ValueError(f"{path}: expected version {VERSION}, got {manifest.get('version')}; prepare the text again")
     for shard in manifest["shards"]:
-        file, size = folder / f"{shard['name']}.tokens", shard["tokens"] * np.dtype(manifest["dtype"]).itemsize
-        found = file.stat().st_size if file.exists() else None
-        if found != size or not (folder / f"{shard['name']}.ends.npy").exists():
-            raise ValueError(
-                f"{file}: expected a file of {size} bytes and one of ends beside it, got {found}; copy the folder "
-                "again, or delete its manifest.json and prepare again"
-            )
+        sizes = {
+            f"{shard['name']}.tokens": shard["tokens"] * np.dtype(manifest["dtype"]).itemsize,
+            f"{shard['name']}.ends.npy": _ends_size(shard["documents"]),
+        }
+        for name, size in sizes.items():
+            found = (folder / name).stat().st_size if (folder / name).exists() else None
+            if found != size:
+                raise ValueError(
+                    f"{folder / name}: expected a file of {size} bytes, got {found}; copy the folder again, or delete "
+                    "its manifest.json and prepare again"
+                )
     return manifest
 
 
@@ -205,6 +210,14 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     with whole_file(path) as file:
         file.write(text.encode())
+
+
+def _ends_size(documents: int) -> int:
+    """Bytes of the file of so many ends."""
+    header, dtype = io.BytesIO(), np.dtype("int64")
+    description = {"shape": (documents,), "fortran_order": False, "descr": np.lib.format.dtype_to_descr(dtype)}
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.tell() + documents * dtype.itemsize
 
 
 def _mapped(file: str, dtype: str, start: int = 0) -> np.ndarray:

@@ -100,6 +100,11 @@ class TextDataModule(TokenizedDataModule):
         tokens = self._cache_file.stat().st_size // self._dtype.itemsize
         return self._content[1] / max(1, tokens)
 
+    @property
+    def content(self) -> str:
+        """Hashes of text and tokenizer, and how long sequences are."""
+        return f"{self._cache_file.stem}-{self.sequence_length}"
+
     def prepare_data(self) -> None:
         """Write the array, unless it is there. Called on one process per node."""
         if not self._cache_file.exists():

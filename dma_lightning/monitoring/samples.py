@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dma_kernels import Lifetimes
 from dma_lightning.data.base import Batch
-from dma_lightning.generation import generate
+from dma_lightning.generation import generate, prompt_and_rest
 from dma_lightning.monitoring.recording import RecordedMask, dynamic_layers, first_sequence, record_masks
 from dma_lightning.monitoring.steps import logged_step, tensorboard
 from dma_lightning.sampling import Sampling
@@ -31,7 +31,8 @@ class SampleMonitor(pl.Callback):
     """Shows, after validations, masks over the first validation sequence, its best-kept tokens, and a continuation.
 
     Masks and kept tokens are those of dynamic mask attention; every attention writes a continuation of the sequence's
-    first half. The last validation of a run with `max_steps` always shows them.
+    first half, or, where documents are separate, of the part of it that is the document in the middle. The last
+    validation of a run with `max_steps` always shows them.
 
     Args:
         every_n_validations: from one time to the next.
@@ -126,14 +127,11 @@ class SampleMonitor(pl.Callback):
         sequence: Batch,
         tokenizer: Tokenizer | None,
     ) -> None:
-        tokens = sequence["input_ids"]
-        if "padding" in sequence:
-            tokens = tokens[~sequence["padding"]][None]
-        half = max(1, tokens.shape[1] // 2)
-        prompt, rest = tokens[:, :half], tokens[:, half : half + self.max_new_tokens]
-        new = generate(pl_module.model, prompt, self.max_new_tokens, self.sampling, seed=self.seed)
+        prompt, rest = prompt_and_rest(sequence, row=0)
+        new = generate(pl_module.model, prompt[None], self.max_new_tokens, self.sampling, seed=self.seed)[0]
         if writer is not None:
-            before, made, real = (text_pieces(tokenizer, x[0].tolist()) for x in (prompt, new, rest))
+            real = rest[: self.max_new_tokens]
+            before, made, real = (text_pieces(tokenizer, x.tolist()) for x in (prompt, new, real))
             text = marked_text(before + made, [False] * len(before) + [True] * len(made))
             writer.add_text("sample/continuation", f"{text}\n\nThe data goes on:\n\n{marked_text(real)}", step)
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dma_lightning import LanguageModel
+from dma_lightning import LanguageModel, callbacks, generation
 from dma_lightning.callbacks import ContinuationWriter
 from dma_lightning.cli import build_cli, main
+from dma_lightning.monitoring import samples
+from dma_lightning.prepare_command import prepare
 
 ROOT = Path(__file__).parents[2]
 TINY = ["-c", "configs/model/tiny.yaml", "-c", "configs/data/pydoc.yaml", "-c", "configs/trainer/cpu.yaml"]
@@ -181,6 +183,38 @@ def test_predict_writes_continuations(run: Path, tmp_path: Path, monkeypatch: py
         predict(run, *chosen)
     with pytest.raises(ValueError, match="prompt_length: expected at most the 256 tokens"):
         predict(run, "--trainer.callbacks.prompt_length=300", "--trainer.callbacks.path=other.jsonl")
+
+
+def test_documents_are_gone_on_with_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"document {i}, of {i} things " * (2 + i % 4) for i in range(60)]
+    Path(tmp_path, "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    monkeypatch.chdir(tmp_path)
+    prepare("a.jsonl", Path("prepared"), processes=1)
+    calls = []
+
+    def spy(model: object, input_ids: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        calls.append((input_ids, options.get("padding"), torch.is_autocast_enabled("cpu")))
+        return generation.generate(model, input_ids, *args, **options)
+
+    for module in (callbacks, samples):
+        monkeypatch.setattr(module, "generate", spy)
+    options = [*SMALL, "--data=PreparedDataModule", "--data.path=prepared", "--data.sequence_length=128"]
+    options += ["--data.val_fraction=0.3", "--data.batch_size=4", "--trainer.accelerator=cpu"]
+    options += ["--trainer.precision=bf16-mixed", "--trainer.logger=false"]
+    monitor = ["--trainer.callbacks=dma_lightning.monitoring.SampleMonitor", "--trainer.max_steps=1"]
+    build_cli(["fit", *options, *monitor, "--trainer.val_check_interval=1", "--trainer.num_sanity_val_steps=0"])
+    Path("config.yaml").unlink()
+    writer = ["--trainer.callbacks=dma_lightning.callbacks.ContinuationWriter", "--trainer.callbacks.path=out.jsonl"]
+    cli = build_cli(["predict", *options, *writer])
+    (prompt, _, _), *of_writer = calls
+    assert any(bytes(prompt[0].tolist()).decode() in text for text in texts)
+    assert all(autocast for *_, autocast in calls)
+    assert any(padding is not None for _, padding, _ in of_writer)
+    lines = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert all(any(line["prompt"] + line["expected"] in text for text in texts) for line in lines)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = cli.model.model.generate(torch.tensor([list(lines[0]["prompt"].encode())]), 64)[0].tolist()
+    assert lines[0]["continuation"] == bytes(tokens).decode(errors="replace")
 
 
 def test_checkpoint_loads_in_python(run: Path) -> None:

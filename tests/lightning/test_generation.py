@@ -25,7 +25,7 @@ from dma_lightning import (
     stream_text,
     stream_tokens,
 )
-from dma_lightning.generation import decode_until
+from dma_lightning.generation import decode_until, prompt_and_rest
 
 
 def make_model(**changed: object) -> DogeForCausalLM:
@@ -279,3 +279,14 @@ def test_live_sets_of_real_text_are_those_of_the_full_forward() -> None:
     different, queries = different_live_sets(model, text_tokens(600))
     assert queries.tolist() == [2 * 600] * 2
     assert different.tolist() == [0, 0]
+
+
+def test_prompts_stay_within_a_document() -> None:
+    tokens = torch.arange(20).view(2, 10)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2], [0] * 10])
+    padding = torch.tensor([[False] * 10, [False] * 6 + [True] * 4])
+    batch = {"input_ids": tokens, "labels": tokens, "documents": documents, "padding": padding}
+    halves = [[part.tolist() for part in prompt_and_rest(batch, row)] for row in range(2)]
+    assert halves == [[[3, 4], [5, 6]], [[10, 11, 12], [13, 14, 15]]]
+    assert [part.tolist() for part in prompt_and_rest(batch, 0, 8)] == [[7], [8, 9]]
+    assert [part.tolist() for part in prompt_and_rest(batch, 1, 8)] == [[10, 11, 12, 13, 14, 15], []]

@@ -182,14 +182,31 @@ def test_a_killed_process_ends_the_other(two: Outcome) -> None:
     assert not list((two.folder / "killed").glob("*"))
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_kill_ends_all_that_fit_has_started(killed: int, tmp_path: Path) -> None:
-    options = [*kill_runs.OPTIONS, "--trainer.callbacks+=two_processes.Announce", "--trainer.max_steps=1000000"]
-    options += [f"--trainer.accelerator={TOGETHER}", "--trainer.strategy=ddp", "--trainer.devices=2"]
-    command = [sys.executable, "-W", "ignore", "-m", "dma_lightning", "fit", *options]
+def start(subcommand: str, options: list[str], folder: Path) -> subprocess.Popen[str]:
+    """A subcommand on the small model of the kill script, which starts a second process."""
+    options = [*kill_runs.OPTIONS, f"--trainer.accelerator={TOGETHER}", "--trainer.strategy=ddp", *options]
+    command = [sys.executable, "-W", "ignore", "-m", "dma_lightning", subcommand, *options, "--trainer.devices=2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **pipes)
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+
+
+def test_predict_ends_when_both_have_written(tmp_path: Path) -> None:
+    options = [
+        "--trainer.callbacks+=two_processes.Late",
+        "--trainer.callbacks+=dma_lightning.callbacks.ContinuationWriter",
+    ]
+    process = start("predict", [*options, "--data.test_examples=16", "--trainer.logger=false"], tmp_path)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    lines = [len(file.read_text().splitlines()) for file in tmp_path.glob("continuations-rank*.jsonl")]
+    assert lines == [8, 8]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_kill_ends_all_that_fit_has_started(killed: int, tmp_path: Path) -> None:
+    options = ["--trainer.callbacks+=two_processes.Announce", "--trainer.max_steps=1000000"]
+    process = start("fit", options, tmp_path)
     try:
         numbers = [tmp_path / f"rank{rank}.txt" for rank in range(2)]
         deadline = time.monotonic() + 120

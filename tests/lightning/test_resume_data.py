@@ -10,8 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torchmetrics import SumMetric
 
-from dma_lightning.data import IGNORE_INDEX, MQARDataModule, SequenceDataModule, TextDataModule
+from dma_lightning.data import IGNORE_INDEX, MQARDataModule, PreparedDataModule, SequenceDataModule, TextDataModule
 from dma_lightning.data.samplers import EvalSampler, FilledUp, TrainSampler
+from dma_lightning.prepare_command import prepare
 
 EXAMPLES, BATCH = 45, 4  # 11 batches an epoch
 
@@ -173,6 +174,7 @@ def test_limited_epochs_go_on_too(tmp_path: Path) -> None:
     [
         ({"batch_size": 5}, r"as many sequences in a step as there, 1 processes x batch_size 4, got 1 x 5; .* is 4"),
         ({"train_examples": 44}, "expected its 45 training sequences, got 44; give the same data"),
+        ({"seed": 1}, r"expected its training data \(.* seed 0\), got others \(.* seed 1\); give the same data"),
     ],
 )
 def test_what_cannot_go_on_exactly_is_told(tmp_path: Path, changed: dict[str, int], message: str) -> None:
@@ -183,6 +185,28 @@ def test_what_cannot_go_on_exactly_is_told(tmp_path: Path, changed: dict[str, in
     pl.Trainer(logger=False, accelerator="cpu").validate(fresh(), data, ckpt_path=checkpoint, weights_only=True)
     data.trainer = None
     assert len(data.train_dataloader()) == data.counts[0] // data.batch_size
+
+
+def test_other_text_is_no_way_on_within_an_epoch(tmp_path: Path) -> None:
+    checkpoint = interrupted(tmp_path, make_text(tmp_path), 4, "training_step")
+    other = make_text(tmp_path)
+    file = tmp_path / "a.txt"
+    file.write_bytes(file.read_bytes()[::-1])
+    with pytest.raises(ValueError, match=r"expected its training data \(bytes-.*-8\), got others \(bytes-"):
+        fit(tmp_path, other, fresh(), checkpoint)
+    end = interrupted(tmp_path / "end", make_text(tmp_path), 10, "on_train_batch_end")
+    file.write_bytes(file.read_bytes()[::-1])
+    fit(tmp_path, make_text(tmp_path), fresh(), end)
+
+
+def test_other_shards_are_no_way_on_within_an_epoch(tmp_path: Path) -> None:
+    for name, letter in (("one", "1"), ("other", "2")):
+        (tmp_path / f"{name}.txt").write_text(letter * 1000)
+        prepare(str(tmp_path / f"{name}.txt"), tmp_path / name, processes=1)
+    options = {"sequence_length": 8, "batch_size": BATCH, "val_fraction": 0.1}
+    checkpoint = interrupted(tmp_path, PreparedDataModule(str(tmp_path / "one"), **options), 4, "training_step")
+    with pytest.raises(ValueError, match="expected its training data"):
+        fit(tmp_path, PreparedDataModule(str(tmp_path / "other"), **options), fresh(), checkpoint)
 
 
 def test_processes_may_change_where_that_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -32,6 +33,14 @@ class Announce(pl.Callback):
         if trainer.global_step == 2:
             Path(f"rank{trainer.global_rank}.tmp").write_text(str(os.getpid()))
             Path(f"rank{trainer.global_rank}.tmp").rename(f"rank{trainer.global_rank}.txt")
+
+
+class Late(pl.Callback):
+    """Keeps the second process from its last batch until the first has been done for long."""
+
+    def on_predict_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_rank == 1:
+            time.sleep(4)
 
 
 class Spoil(pl.Callback):
