@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from dma_lightning.checkpoints import read_checkpoint
+from dma_lightning.sharded_checkpoints import load_sharded
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -29,7 +30,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     Args:
         save_distributed_checkpoint: write a folder with a file of each process, instead of one file that is the same
-            as that of one process. Reading such a folder unpickles what it holds: take only your own.
+            as that of one process.
         process_group_backend: nccl or gloo. Default: as the device needs.
         timeout: after which a process that waits for another gives up.
     """
@@ -67,7 +68,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Give every process its part of what any number of processes have saved."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
-            return super().load_checkpoint(path, weights_only)
+            return load_sharded(path, self.model, self.optimizers)
         checkpoint = read_checkpoint(path)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=_WHOLE)
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):

@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import io
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -17,11 +19,14 @@ from pathlib import Path
 import kill_runs
 import pytest
 import torch
+from test_interruption import Harmful
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import TOGETHER, train
 
 from dma_lightning import LanguageModel
 from dma_lightning.checkpoints import newest_checkpoint
+from dma_lightning.sharded_checkpoints import load_sharded
 from dma_lightning.strategies import _watch
 
 HERE = Path(__file__).parent
@@ -155,6 +160,39 @@ def test_sharded_checkpoints(two: Outcome, tmp_path: Path) -> None:
     (tmp_path / "saved/step=20.ckpt/meta.pt").unlink()  # which is written last
     with pytest.warns(UserWarning, match=r"step=20\.ckpt: left out, since it cannot be read"):
         assert newest_checkpoint([tmp_path]) == tmp_path / "saved/step=13.ckpt"
+
+
+@pytest.mark.parametrize("where", [".metadata", "value"])
+def test_sharded_checkpoints_run_no_code(
+    where: str, two: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "saved"
+    shutil.copytree(two.folder / "fsdp-sharded/step=10.ckpt", path)
+    monkeypatch.chdir(tmp_path)
+    module = train(tmp_path / "one")
+    optimizer = module.optimizers(use_pl_optimizer=False)
+    assert load_sharded(path, module, [optimizer])["global_step"] == 10
+    expected = load(two, "one-dma-1", 10)
+    torch.testing.assert_close(module.state_dict(), expected["state_dict"], rtol=0, atol=1e-10)
+    moments = (state["state"][0]["exp_avg"] for state in (optimizer.state_dict(), expected["optimizer_states"][0]))
+    torch.testing.assert_close(*moments, rtol=0, atol=1e-10)
+
+    index = pickle.loads((path / ".metadata").read_bytes())
+    if where == ".metadata":
+        index.storage_meta = Harmful()
+    else:
+        entry = next(x for key, x in index.storage_data.items() if key.fqn.endswith("weight_decay"))
+        harm = io.BytesIO()
+        torch.save(Harmful(), harm)
+        entry.length, entry.offset = len(harm.getvalue()), (path / entry.relative_path).stat().st_size
+        with (path / entry.relative_path).open("ab") as file:
+            file.write(harm.getvalue())
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(
+        (ValueError, CheckpointException), match=r"expected the index of a sharded|Weights only load failed"
+    ):
+        load_sharded(path, module, [optimizer])
+    assert not Path("harm").exists()
 
 
 @pytest.mark.parametrize("run", ["ddp-dma-1", "fsdp-dma-1"])
