@@ -2,11 +2,13 @@
 
     python benchmarks/kill_runs.py --kills 100
 
-A run has dropout, gradient accumulation over batches of which an epoch has no multiple, a schedule, validations also
-between optimizer steps, and several epochs. It is killed (SIGKILL) and resumed until it has finished; then the next
-begins, until there were as many kills. Every loss of a batch and of a validation must be that of the uninterrupted run
-bit for bit, whenever it is computed, and so must the weights at the end. A process is forked from one that has imported
-all, so that a kill costs no imports; it goes through the whole command line.
+There are three kinds of runs: `mqar`, a plain one; `text`, with all callbacks of `configs/trainer/cpu.yaml`, packed
+documents and workers that load them; and `processes`, two with DDP, of which one is killed and the other must end
+within a minute. All have dropout, gradient accumulation over batches of which an epoch has no multiple, a schedule,
+validations also between optimizer steps, and several epochs. A run is killed (SIGKILL) and resumed until it has
+finished; then the next begins, until there were as many kills. Every loss of a batch and of a validation must be that
+of the uninterrupted run bit for bit, whenever it is computed, and so must the weights at the end. A process is forked
+from one that has imported all, so that a kill costs no imports; it goes through the whole command line.
 """
 
 import argparse
@@ -16,20 +18,24 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from environment import describe
 from torch import Tensor
 
 from dma_lightning.cli import build_cli
+from dma_lightning.prepare_command import prepare
 
-OPTIONS = [
+MODEL = [
     "--model.num_hidden_layers=1",
     "--model.hidden_size=16",
     "--model.intermediate_size=16",
@@ -37,6 +43,9 @@ OPTIONS = [
     "--model.num_key_value_heads=1",
     "--model.keep_window_size=4",
     "--model.hidden_dropout=0.2",
+]
+OPTIONS = [
+    *MODEL,
     "--data=dma_lightning.MQARDataModule",
     "--data.sequence_length=16",
     "--data.num_pairs=2",
@@ -60,6 +69,41 @@ LOGGER = [
     "--trainer.logger.save_dir=runs",
     "--trainer.logger.name=killed",
 ]
+TRAINER = Path(__file__).parents[1] / "configs" / "trainer" / "cpu.yaml"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of runs: what `fit` is asked for, and by how many processes."""
+
+    options: list[str]
+    processes: int = 1
+
+
+def kinds(folder: Path) -> dict[str, Kind]:
+    """All by name; text and configuration of one are written to a folder."""
+    return {
+        "mqar": Kind([*OPTIONS, *LOGGER]),
+        "text": Kind(_text_options(folder)),
+        "processes": Kind([*OPTIONS, *LOGGER, "--trainer.strategy=ddp", "--trainer.devices=2"], processes=2),
+    }
+
+
+def _text_options(folder: Path) -> list[str]:
+    texts = [f"document {i} of {i % 9} things; " * (2 + i % 5) for i in range(46)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare(str(folder / "text.jsonl"), folder / "prepared", processes=1)
+    config = yaml.safe_load(TRAINER.read_text())
+    often = {"log_every_n_steps": 2, "val_check_interval": 5, "accumulate_grad_batches": 2, "num_sanity_val_steps": 1}
+    config["trainer"] |= often
+    callbacks = {callback["class_path"].rsplit(".", 1)[-1]: callback for callback in config["trainer"]["callbacks"]}
+    callbacks["ResumableCheckpoint"]["init_args"]["every_n_train_steps"] = 3
+    callbacks["DynamicMaskMonitor"]["init_args"] = {"every_n_steps": 8}
+    config["trainer"]["callbacks"].append({"class_path": "kill_runs.Recorder"})
+    (folder / "trainer.yaml").write_text(yaml.safe_dump(config))
+    data = [f"--data.path={folder / 'prepared'}", "--data.sequence_length=64", "--data.val_fraction=0.1"]
+    data = ["--data=dma_lightning.PreparedDataModule", *data, "--data.batch_size=4", "--data.num_workers=2"]
+    return [f"--config={folder / 'trainer.yaml'}", *MODEL, *data]
 
 
 class Recorder(pl.Callback):
@@ -77,49 +121,60 @@ class Recorder(pl.Callback):
         digest = hashlib.sha256()
         for tensor in pl_module.model.state_dict().values():
             digest.update(tensor.numpy().tobytes())
-        Path("weights.txt").write_text(digest.hexdigest())
+        if trainer.is_global_zero:
+            Path("weights.txt").write_text(digest.hexdigest())
 
     @staticmethod
     def _write(trainer: pl.Trainer, kind: str, value: Tensor) -> None:
         batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        line = json.dumps([f"{kind} of rank {trainer.global_rank}", batches, value.double().item().hex()])
         with Path("losses.jsonl").open("a") as file:
-            file.write(json.dumps([kind, batches, value.double().item().hex()]) + "\n")
+            file.write(line + "\n")
 
 
-def start(folder: Path, steps: int) -> int:
-    """Fork a process that runs in a folder, with its output in `log.txt`; the process id."""
+def start(folder: Path, steps: int, kind: Kind) -> list[int]:
+    """Fork the processes of a run in a folder, with their output in `log.txt`; their ids."""
+    if kind.processes == 1:
+        return [_fork(folder, steps, kind, {})]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    number = str(kind.processes)
+    common = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "kill_runs"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = map(str, range(kind.processes))
+    return [_fork(folder, steps, kind, common | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ranks]
+
+
+def _fork(folder: Path, steps: int, kind: Kind, environment: dict[str, str]) -> int:
     sys.stdout.flush()
     process = os.fork()
     if process:
         return process
     code = 1
     try:
+        os.environ.update(environment)
         os.chdir(folder)
         # By lines, so that a kill loses none; open until the process ends. Some loggers have kept the old streams.
         sys.stdout = sys.stderr = Path("log.txt").open("a", buffering=1)  # noqa: SIM115
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stdout.fileno(), 2)
-        fit(steps)
+        torch.set_num_threads(1)
+        build_cli(["fit", *kind.options, f"--trainer.max_steps={steps}", "--ckpt_path=last"])
         code = 0
     except BaseException:  # SystemExit, too: nothing of the parent's must run here
         traceback.print_exc()
     os._exit(code)
 
 
-def fit(steps: int) -> None:
-    """Begin or go on with the run of the working folder."""
-    torch.set_num_threads(1)
-    build_cli(["fit", *OPTIONS, *LOGGER, f"--trainer.max_steps={steps}", "--ckpt_path=last"])
-
-
-def finish(folder: Path, steps: int) -> None:
+def finish(folder: Path, steps: int, kind: Kind) -> None:
     """Run without an interruption.
 
     Raises:
         RuntimeError: if it fails.
     """
-    _, status = os.waitpid(start(folder, steps), 0)
-    check_status(folder, status)
+    for process in start(folder, steps, kind):
+        check_status(folder, os.waitpid(process, 0)[1])
 
 
 def check_status(folder: Path, status: int) -> None:
@@ -139,7 +194,9 @@ def recorded(folder: Path) -> tuple[dict[tuple[str, int], set[str]], str]:
     return curve, (folder / "weights.txt").read_text()
 
 
-def killed_run(folder: Path, steps: int, most: int, random_: random.Random, seconds: float) -> list[dict[str, object]]:
+def killed_run(
+    folder: Path, steps: int, kind: Kind, most: int, random_: random.Random, seconds: float
+) -> list[dict[str, object]]:
     """Kill and resume a run until it has finished, at most so many times.
 
     A kill comes within `seconds` of the start (one of four) or of the first batch that is new.
@@ -147,29 +204,51 @@ def killed_run(folder: Path, steps: int, most: int, random_: random.Random, seco
     kills: list[dict[str, object]] = []
     while len(kills) < most:
         before, after = _batches(folder), random_.uniform(0, seconds)
-        process = start(folder, steps)
+        first, *others = processes = start(folder, steps, kind)
         begun = time.monotonic() if random_.random() < 0.25 else None
         ended, status = 0, 0
         while not ended and (begun is None or time.monotonic() < begun + after):
             time.sleep(0.002)
             if begun is None and _batches(folder) > before:
                 begun = time.monotonic()
-            ended, status = os.waitpid(process, os.WNOHANG)
+            ended, status = os.waitpid(first, os.WNOHANG)
         if ended:
             check_status(folder, status)
+            for process in others:
+                check_status(folder, os.waitpid(process, 0)[1])
             return kills
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
+        killed = random_.choice(processes)
+        os.kill(killed, signal.SIGKILL)
+        os.waitpid(killed, 0)
         unfinished = len(list(folder.glob("runs/**/*.tmp")))
-        kills.append({"new_batches": _batches(folder) - before, "unfinished_files_so_far": unfinished})
-    finish(folder, steps)
+        kill = {"new_batches": _batches(folder) - before, "unfinished_files_so_far": unfinished}
+        if others:
+            (other,) = (process for process in processes if process != killed)
+            kill |= {"killed_rank": processes.index(killed), "seconds_to_the_other's_end": _await_end(folder, other)}
+        kills.append(kill)
+    finish(folder, steps, kind)
     return kills
+
+
+def _await_end(folder: Path, process: int, most: float = 60.0) -> float:
+    """How long a process takes to end, in seconds.
+
+    Raises:
+        RuntimeError: if it takes longer than a minute.
+    """
+    began = time.monotonic()
+    while not os.waitpid(process, os.WNOHANG)[0]:
+        if time.monotonic() > began + most:
+            os.kill(process, signal.SIGKILL)
+            raise RuntimeError(f"{folder}: a process still ran {most:.0f} s after the other was killed")
+        time.sleep(0.01)
+    return round(time.monotonic() - began, 2)
 
 
 def _batches(folder: Path) -> int:
     """Computed so far, repeated ones included."""
     losses = folder / "losses.jsonl"
-    return losses.read_text().count('"loss"') if losses.exists() else 0
+    return losses.read_text().count('"loss of rank 0"') if losses.exists() else 0
 
 
 def compare(folder: Path, whole: Path) -> int:
@@ -187,15 +266,15 @@ def compare(folder: Path, whole: Path) -> int:
     return len((folder / "losses.jsonl").read_text().splitlines())
 
 
-def kill_runs(folder: Path, kills: int, steps: int, seed: int = 0) -> list[dict[str, object]]:
+def kill_runs(folder: Path, kind: Kind, kills: int, steps: int, seed: int = 0) -> list[dict[str, object]]:
     """Kill so often; one dictionary for each run.
 
     Raises:
-        RuntimeError: if anything differs from the uninterrupted run.
+        RuntimeError: if anything differs from the uninterrupted run, or a process outlives another that was killed.
     """
     whole = folder / "whole"
     whole.mkdir(parents=True)
-    finish(whole, steps)
+    finish(whole, steps, kind)
     created = (whole / "runs").stat().st_ctime  # before the first batch
     seconds = (whole / "weights.txt").stat().st_mtime - created
     seconds /= 3  # several kills a run
@@ -204,7 +283,7 @@ def kill_runs(folder: Path, kills: int, steps: int, seed: int = 0) -> list[dict[
     while (left := kills - sum(len(run["kills"]) for run in runs)) > 0:
         run = folder / f"run{len(runs)}"
         run.mkdir()
-        made = killed_run(run, steps, left, random_, seconds)
+        made = killed_run(run, steps, kind, left, random_, seconds)
         runs.append({"kills": made, "numbers_compared": compare(run, whole)})
         print(f"run {len(runs)}: {len(made)} kills, {runs[-1]['numbers_compared']} numbers equal", flush=True)
         shutil.rmtree(run)
@@ -213,27 +292,34 @@ def kill_runs(folder: Path, kills: int, steps: int, seed: int = 0) -> list[dict[
 
 def main() -> None:
     """Kill, compare, and write the file."""
+    names = ["mqar", "text", "processes"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=100, help="of each kind")
+    parser.add_argument("--kinds", nargs="+", default=names, choices=names)
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of a run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kill_runs.json")
     args = parser.parse_args()
     sys.argv = sys.argv[:1]  # LightningCLI looks at them
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        runs = kill_runs(Path(folder), args.kills, args.steps, args.seed)
-    result = {
-        "environment": describe(),
-        "arguments": {"kills": args.kills, "seed": args.seed, "steps": args.steps, "options": [*OPTIONS, *LOGGER]},
-        "kills": sum(len(run["kills"]) for run in runs),
-        "numbers_compared": sum(run["numbers_compared"] for run in runs),
-        "seconds": round(time.monotonic() - began, 1),
-        "runs": runs,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{result['kills']} kills, {result['numbers_compared']} numbers, all equal; written to {args.out}")
+    result = {"environment": describe(), "arguments": {"kills": args.kills, "seed": args.seed, "steps": args.steps}}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        all_kinds = kinds(folder)
+        for kind in args.kinds:
+            began = time.monotonic()
+            print(kind)
+            runs = kill_runs(folder / kind, all_kinds[kind], args.kills, args.steps, args.seed)
+            result[kind] = {
+                "options": [option.replace(name, "FOLDER") for option in all_kinds[kind].options],
+                "kills": sum(len(run["kills"]) for run in runs),
+                "numbers_compared": sum(run["numbers_compared"] for run in runs),
+                "seconds": round(time.monotonic() - began, 1),
+                "runs": runs,
+            }
+            print(f"{kind}: {result[kind]['kills']} kills, {result[kind]['numbers_compared']} numbers, all equal")
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {args.out}")
 
 
 if __name__ == "__main__":

@@ -23,12 +23,20 @@ class FitReport(pl.Callback):
 
     Args:
         metric: name of a logged validation metric.
+
+    Raises:
+        ValueError: after the first validation, if there is no such metric.
     """
 
     def __init__(self, metric: str = "val/loss") -> None:
         self.metric = metric
         self.start: float | None = None
         self.trained = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.metric not in trainer.callback_metrics:
+            known = [name for name in trainer.callback_metrics if name.startswith("val/")]
+            raise ValueError(f"metric: expected one of {known}, got {self.metric!r}")
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         value = trainer.callback_metrics.get(self.metric)

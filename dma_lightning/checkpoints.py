@@ -1,6 +1,7 @@
 """Checkpoints that survive any interruption: written whole or not at all, found again, and exact to go on from."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -52,7 +53,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # on a full disk, torch's writer has an error of its own
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            raise OSError(f"{path}: cannot be written ({cause}); make room; earlier checkpoints are whole") from error
+            full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            advice = "make room" if full else "see to the folder"
+            raise OSError(f"{path}: cannot be written ({cause}); {advice}; earlier checkpoints are whole") from error
         _sync_folder(path.parent)
 
     def load_checkpoint(

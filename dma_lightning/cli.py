@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 from jsonargparse import Namespace, auto_cli, set_parsing_settings
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, LearningRateMonitor
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -51,6 +51,36 @@ _LIGHTNING_CHECKPOINTS = {"best", "last", "hpc", "registry"}
 _CALLBACKS_OF = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint, "logger": LearningRateMonitor}
 
 
+class ConfigOfRun(SaveConfigCallback):
+    """Writes the configuration to the logger's folder, as Lightning's, and says what to do if one is there.
+
+    Args:
+        *args: as of `SaveConfigCallback`.
+        may_be_killed: whether one that is there is that of this run, killed before its first checkpoint.
+        **kwargs: as of `SaveConfigCallback`.
+
+    Raises:
+        ValueError: in `setup`, if the folder has one of another run.
+    """
+
+    def __init__(self, *args: Any, may_be_killed: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.may_be_killed = may_be_killed
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        try:
+            super().setup(trainer, pl_module, stage)
+        except RuntimeError as error:
+            if not self.may_be_killed:
+                path = Path(trainer.log_dir, self.config_filename)
+                raise ValueError(
+                    f"{path}: expected none of another run, got one; name another version of the logger, go on by "
+                    "`fit --ckpt_path last`, or move it away"
+                ) from error
+            self.config_filename, self.overwrite = "config_from_step_0.yaml", True
+            super().setup(trainer, pl_module, stage)
+
+
 class DMACLI(LightningCLI):
     """LightningCLI whose model takes from the data what the data dictates, and whose checkpoints know both.
 
@@ -75,9 +105,11 @@ class DMACLI(LightningCLI):
         if self.checkpoint is None:  # then a config may name one, or `last` stands for one of this run
             super().parse_arguments(parser, args)
             self.checkpoint = self._configured_checkpoint()
+            asks = self.config.get("subcommand") == "fit" and self._subcommand_config().ckpt_path == "last"
             if self.checkpoint is None:
+                self.save_config_kwargs = {"may_be_killed": asks}
                 return
-            self.goes_on = self.config.subcommand == "fit" and self._subcommand_config().ckpt_path == "last"
+            self.goes_on = asks
         saved = _saved_arguments(self.checkpoint)
         for subparser in self._subcommand_parsers.values():
             subparser.set_defaults(saved)
@@ -118,7 +150,7 @@ class DMACLI(LightningCLI):
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         if self.checkpoint is not None:
-            _check_weights(self.checkpoint, self.model)
+            _check_weights(self.checkpoint, self.model, trains=self.subcommand == "fit")
         if self.subcommand is not None:
             config = self.config_init[self.subcommand]
             if self.checkpoint is not None:
@@ -217,7 +249,7 @@ def _logger_folder(trainer: Namespace) -> Path:
     root = Path(trainer.get("default_root_dir") or ".").expanduser()
     if not isinstance(logger, Namespace):
         return root / ("checkpoints" if logger is False else "lightning_logs")
-    options = logger.init_args
+    options = logger.get("init_args") or Namespace()
     folder = Path(options.get("save_dir") or root).expanduser() / (options.get("project") or options.get("name") or "")
     version = options.get("version")
     return folder if version is None else folder / (version if isinstance(version, str) else f"version_{version}")
@@ -247,13 +279,18 @@ def _saved_arguments(checkpoint: Path) -> dict[str, Any]:
     return defaults
 
 
-def _check_weights(checkpoint: Path, module: LanguageModel) -> None:
+def _check_weights(checkpoint: Path, module: LanguageModel, trains: bool) -> None:
     """Compare the names and shapes of a checkpoint's weights with those of a model; a folder does not tell its own.
 
     Raises:
-        ValueError: if they differ, with the options that do.
+        ValueError: if they differ, with the options that do; if training is to go on from weights alone.
     """
     saved = read_checkpoint(checkpoint)
+    if trains and "optimizer_states" not in saved and "lr_schedulers" not in saved:
+        raise ValueError(
+            f"ckpt_path: expected a checkpoint of `fit`, got {checkpoint}, which holds weights alone; training cannot "
+            "go on from it"
+        )
     shapes, expected = (
         {name: weight.shape for name, weight in state.items()}
         for state in (saved.get("state_dict", {}), module.state_dict())
@@ -282,6 +319,7 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
         SequenceDataModule,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        save_config_callback=ConfigOfRun,
         seed_everything_default=0,
         parser_kwargs={
             "prog": "dma-lightning",
@@ -296,6 +334,9 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
 def main() -> None:
     """The console script."""
     name, *args = sys.argv[1:] or [""]
+    commands = [*DMACLI.subcommands(), *_COMMANDS]
+    if name not in commands and not name.startswith("-"):
+        sys.exit(f"dma-lightning: expected a command of {', '.join(commands)}, got {name!r}; or --help")
     if name not in _COMMANDS:
         try:
             build_cli()

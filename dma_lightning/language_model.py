@@ -17,10 +17,9 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
-from torchmetrics.text import Perplexity
 
 from dma_lightning.data.base import IGNORE_INDEX, Batch
-from dma_lightning.metrics import BitsPerByte, bits_per_byte
+from dma_lightning.metrics import BitsPerByte, LossPerplexity, bits_per_byte
 from dma_lightning.model import DogeForCausalLM, ModelConfig
 from dma_lightning.monitoring.steps import is_logging_step
 from dma_lightning.schedules import Schedule, lr_factor
@@ -65,6 +64,8 @@ class LanguageModel(pl.LightningModule):
         super().__init__()
         if lr <= 0 or weight_decay < 0:
             raise ValueError(f"expected lr > 0 and weight_decay >= 0, got {lr} and {weight_decay}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas: expected two numbers, each at least 0 and below 1, got {betas}")
         if schedule not in get_args(Schedule):
             raise ValueError(f"schedule: expected one of {list(get_args(Schedule))}, got {schedule!r}")
         if min(warmup_fraction, decay_fraction) < 0 or warmup_fraction + decay_fraction > 1:
@@ -81,6 +82,7 @@ class LanguageModel(pl.LightningModule):
         self.model = DogeForCausalLM(ModelConfig(**config))
         self.model.activation_checkpointing = activation_checkpointing
         self._token_losses = _token_losses
+        self._losses: list[Tensor] = []  # of the batches of a step so far
         self.val_metrics = self._metrics()
         self.test_metrics = self._metrics()
 
@@ -127,14 +129,18 @@ class LanguageModel(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, _ = self._loss(batch)
-        if self._trainer is not None and is_logging_step(
-            self._trainer, before_step=True
-        ):  # Lightning's mean over processes waits for all of them
-            logs = {"train/loss": loss.detach(), "train/perplexity": loss.detach().exp()}
+        if self._trainer is None:
+            return loss
+        self._losses.append(loss.detach())
+        if is_logging_step(self._trainer, before_step=True):  # Lightning's mean over processes waits for all of them
+            mean = torch.stack(self._losses).mean()
+            logs = {"train/loss": mean, "train/perplexity": mean.exp()}
             if self.hparams.bytes_per_token is not None:
-                logs["train/bits_per_byte"] = bits_per_byte(loss.detach(), self.hparams.bytes_per_token)
+                logs["train/bits_per_byte"] = bits_per_byte(mean, self.hparams.bytes_per_token)
             # SpeedMonitor puts the loss into the progress bar; Lightning would wait for the device in every step.
             self.log_dict(logs, sync_dist=True)
+        if not self._trainer.fit_loop._should_accumulate():
+            self._losses.clear()
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -151,7 +157,9 @@ class LanguageModel(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if not is_logging_step(self.trainer, before_step=True):
             return
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        # A step that GradientGuard leaves out has none; without a value, Lightning would log that of the step before.
+        norm = nn.utils.get_total_norm(gradients) if gradients else torch.nan
         self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -183,6 +191,7 @@ class LanguageModel(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Let the arguments of this run win over what a checkpoint has restored of another's."""
+        self._losses.clear()  # of a step that was interrupted
         scheduler = self.lr_schedulers()
         self._set_rates(self.optimizers(use_pl_optimizer=False), scheduler.last_epoch)
         scheduler.base_lrs = [self.hparams.lr] * len(scheduler.base_lrs)
@@ -217,7 +226,7 @@ class LanguageModel(pl.LightningModule):
         vocabulary = self.model.config.vocab_size
         metrics: dict[str, nn.Module] = {
             "loss": MeanMetric(),
-            "perplexity": Perplexity(ignore_index=IGNORE_INDEX),
+            "perplexity": LossPerplexity(),
             "accuracy": MulticlassAccuracy(vocabulary, average="micro", ignore_index=IGNORE_INDEX),
         }
         if self.hparams.bytes_per_token is not None:
@@ -231,8 +240,6 @@ class LanguageModel(pl.LightningModule):
         for name, metric in metrics.items():
             if isinstance(metric, MeanMetric):
                 metric.update(loss, weight=labelled)
-            elif isinstance(metric, Perplexity):
-                metric.update(logits.float(), labels)
             else:
                 metric.update(logits.argmax(-1), labels)
             self.log(f"{split}/{name}", metric, prog_bar=name in ("loss", "bits_per_byte", "accuracy"))

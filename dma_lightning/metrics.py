@@ -1,4 +1,4 @@
-"""Bits per byte, the figure that compares models of bytes and of tokens."""
+"""What a mean loss means: bits per byte, which compares models of bytes and of tokens, and perplexity."""
 
 import math
 
@@ -9,6 +9,16 @@ from torchmetrics import MeanMetric
 def bits_per_byte(loss: Tensor, bytes_per_token: float) -> Tensor:
     """Convert a mean loss in nats per token."""
     return loss / (math.log(2) * bytes_per_token)
+
+
+class LossPerplexity(MeanMetric):
+    """Exponential of the mean of token losses in nats; infinite only if the mean is (or is above 88, in float32).
+
+    (torchmetrics' `Perplexity` is infinite as soon as one token's probability is below the smallest float.)
+    """
+
+    def compute(self) -> Tensor:
+        return super().compute().exp()
 
 
 class BitsPerByte(MeanMetric):

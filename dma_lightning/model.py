@@ -84,7 +84,8 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
     attention_bias: bool = False
-    """Whether the projections of the attention, Δ included, have a bias."""
+    """Whether the projections of the attention, Δ included, have a bias (not: gates and compression of nsa, and what
+    mla makes of its latent vectors)."""
     mlp_bias: bool = False
     """Whether the projections of the feed-forward network have a bias."""
     hidden_dropout: float = 0.0
@@ -98,8 +99,9 @@ class ModelConfig:
     eos_token_id: int | list[int] | None = None
     """Token or tokens with which a text of `DogeForCausalLM.generate` or `dma-lightning generate` ends, if any."""
     backend: Backend = "auto"
-    """Attention backend: auto (the fastest that can), triton (CUDA), flex (compiled FlexAttention; trains on CUDA
-    only), torch (any device), or reference (O(N²), for tests)."""
+    """Attention backend of dma, swa and nsa (mha, mla and a window that holds the whole sequence are PyTorch's
+    own): auto (the fastest that can), triton (CUDA), flex (compiled FlexAttention; trains on CUDA only), torch (any
+    device), or reference (O(N²), for tests)."""
 
     def __post_init__(self) -> None:
         if self.attention not in MIXERS:

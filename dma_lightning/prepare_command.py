@@ -72,6 +72,7 @@ def prepare(
         raise ValueError(f"expected shard_tokens and processes of at least 1, got {shard_tokens} and {processes}")
     if eos_token_id is not None and not 0 <= eos_token_id < reader.vocab_size:
         raise ValueError(f"eos_token_id: expected one of the {reader.vocab_size} tokens, got {eos_token_id}")
+    output = output.expanduser()
     if output.resolve().is_relative_to(source := Path(path).expanduser().resolve()):
         raise ValueError(f"output: expected a folder outside {source}, whose files are read, got {output}")
     files = [file for file in text_files(path) if not file.resolve().is_relative_to(output.resolve())]

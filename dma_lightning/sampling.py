@@ -25,7 +25,7 @@ class Sampling:
     temperature: float = 0.0
     """Logits are divided by it before tokens are drawn; 0 takes the likeliest token."""
     top_k: int | None = None
-    """Draw from the k likeliest tokens."""
+    """Draw from the k likeliest tokens; this and what follows need a temperature."""
     top_p: float | None = None
     """Draw from the likeliest tokens that together reach this probability (arXiv 1904.09751)."""
     min_p: float | None = None
@@ -43,6 +43,12 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"{name}: expected 0 < {name} <= 1, got {value}")
+        filters = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
+        if filters and self.temperature == 0:
+            raise ValueError(
+                f"temperature: expected more than 0 with {' and '.join(filters)}, got 0, which always takes the "
+                "likeliest token; set it, such as to 1"
+            )
 
     def filtered(self, logits: Tensor, occurred: Tensor) -> Tensor:
         """Logits that tokens are drawn from, float32 `[B, V]`; -inf where none is.

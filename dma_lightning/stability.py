@@ -135,10 +135,11 @@ class GradientGuard(pl.Callback):
     def _act(self, action: Literal["stop", "skip"], what: str) -> bool:
         self.skipped_in_a_row += 1
         if action == "stop" or self.skipped_in_a_row > self.max_skipped:
-            after = f" after {self.max_skipped} skipped steps in a row" if action == "skip" else ""
+            skips = action == "skip"
+            after = f" after {self.max_skipped} skipped steps in a row" if skips else ""
             raise UnstableTrainingError(
                 f"{what}; stopped{after}. The last checkpoint is from before: go on from there with another learning "
-                "rate, data or precision, or let the guard skip such steps"
+                f"rate, data or precision, or let the guard skip {'more (max_skipped)' if skips else 'such steps'}"
             )
         rank_zero_warn(f"{what}; this step is left out")
         return True

@@ -119,7 +119,10 @@ class GroupedQueryMixer(TokenMixer):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads} (of a model: "
+                "num_attention_heads and num_key_value_heads)"
+            )
         if head_dim is None and hidden_size % num_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_heads, got {hidden_size} and {num_heads}; or set head_dim"

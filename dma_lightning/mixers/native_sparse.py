@@ -43,6 +43,7 @@ class NativeSparseAttention(GroupedQueryMixer):
         nsa_select_count: blocks that a query attends to.
         nsa_window: positions of the window, the query's own included.
         nsa_separate_kv: keys and values of its own for each branch, as in the paper; else one of all.
+        initializer_range: standard deviation of what is added to the tokens of a compressed block by their place.
         backend: of the window and the selected branch. The selected one has Triton kernels, which `auto` takes where it
             takes `triton` and the blocks allow, and else gathers the keys of a few queries at a time.
         shape: the arguments of `GroupedQueryMixer`.
@@ -64,6 +65,7 @@ class NativeSparseAttention(GroupedQueryMixer):
         nsa_select_count: int = 16,
         nsa_window: int = 512,
         nsa_separate_kv: bool = True,
+        initializer_range: float = 0.02,
         backend: Backend = "auto",
         **shape: Any,
     ) -> None:
@@ -82,14 +84,15 @@ class NativeSparseAttention(GroupedQueryMixer):
             for projections in (self.extra_k_proj, self.extra_v_proj):
                 projections[kind] = nn.Linear(self.hidden_size, self.num_kv_heads * self.head_dim, bias=kv_bias)
             self.extra_k_norm[kind] = nn.RMSNorm(self.head_dim, eps=eps)
-        self.compress_k = BlockCompression(self.grid, self.head_dim, nsa_compress_hidden)
-        self.compress_v = BlockCompression(self.grid, self.head_dim, nsa_compress_hidden)
+        sizes = (self.grid, self.head_dim, nsa_compress_hidden, initializer_range)
+        self.compress_k, self.compress_v = BlockCompression(*sizes), BlockCompression(*sizes)
         self.gate_proj = nn.Linear(self.hidden_size, 3 * self.num_heads, bias=False)
 
     @classmethod
     def of_config(cls, config: "ModelConfig") -> Self:
         sizes = {name: x for name, x in vars(config).items() if name.startswith("nsa_")}
-        return cls(**cls.shape_of(config), **sizes, backend=config.backend)
+        shared = {"initializer_range": config.initializer_range, "backend": config.backend}
+        return cls(**cls.shape_of(config), **sizes, **shared)
 
     def forward(
         self,
@@ -223,12 +226,13 @@ class BlockCompression(nn.Module):
         grid: sizes of blocks.
         head_dim: D.
         hidden: width of the network's hidden layer.
+        std: standard deviation of the places at initialisation.
     """
 
-    def __init__(self, grid: BlockGrid, head_dim: int, hidden: int) -> None:
+    def __init__(self, grid: BlockGrid, head_dim: int, hidden: int, std: float) -> None:
         super().__init__()
         self.grid = grid
-        self.places = nn.Parameter(torch.randn(grid.compress_block, head_dim) * 0.02)
+        self.places = nn.Parameter(torch.randn(grid.compress_block, head_dim) * std)
         self.network = nn.Sequential(
             nn.Linear(grid.compress_block * head_dim, hidden, bias=False),
             nn.SiLU(),

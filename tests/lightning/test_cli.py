@@ -181,6 +181,7 @@ def test_mistyped_key_in_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--model.warmup_fraction=0.9"], "two shares of at most 1 in all, got 0.9 and 0.2"),
         (["--model.num_key_value_heads=3"], "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
         (["--model.keep_window_size=0"], "expected keep_window_size >= 1"),
+        (["--model.betas=[0.9,1.0]"], r"betas: expected two numbers, each at least 0 and below 1, got \(0\.9, 1\.0\)"),
         (["--data.sequence_length=0"], "sequence_length: expected at least 1, got 0"),
     ],
 )
@@ -204,6 +205,31 @@ def test_mistakes_are_told_in_a_line(arg: str, message: str, monkeypatch: pytest
         main()
     assert f"{stop.value}".startswith(f"dma-lightning fit: {message}")
     assert "\n" not in f"{stop.value}"
+
+
+@pytest.mark.parametrize("args", [["fti"], []])
+def test_an_unknown_command_is_told_all(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["dma-lightning", *args])
+    with pytest.raises(
+        SystemExit, match=r"expected a command of fit, validate, test, predict, generate, prepare, .*, got"
+    ):
+        main()
+
+
+def test_another_class_keeps_what_it_has_too() -> None:
+    """As README says; of the arguments of the class before, the others are dropped."""
+    data = ["--data.sequence_length=32", "--data.val_fraction=0.2", "--data=MQARDataModule"]
+    cli = build(config("model/tiny"), config("data/pydoc"), *data, "--data.num_pairs=2")
+    assert (cli.datamodule.sequence_length, type(cli.datamodule)) == (32, MQARDataModule)
+
+
+def test_metrics_that_nobody_logs_are_told() -> None:
+    report = ["--trainer.callbacks=dma_lightning.callbacks.FitReport", "--trainer.callbacks.metric=val/los"]
+    cli = build(
+        config("model/tiny"), config("data/pydoc"), *report, "--trainer.max_steps=1", "--trainer.limit_val_batches=1"
+    )
+    with pytest.raises(ValueError, match=r"metric: expected one of \['val/loss', .*\], got 'val/los'"):
+        cli.trainer.fit(cli.model, cli.datamodule)
 
 
 def test_errors_that_are_no_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dma_lightning import LanguageModel, callbacks, generation
 from dma_lightning.callbacks import ContinuationWriter
 from dma_lightning.cli import build_cli, main
+from dma_lightning.metrics import LossPerplexity
 from dma_lightning.monitoring import samples
 from dma_lightning.prepare_command import prepare
 
@@ -60,6 +61,30 @@ def test_the_device_decides_how_the_optimizer_computes() -> None:
     checkpoint = {"optimizer_states": [{"param_groups": [{"fused": True}]}]}  # of a GPU
     LanguageModel().on_load_checkpoint(checkpoint)
     assert checkpoint["optimizer_states"][0]["param_groups"][0]["fused"] is None
+
+
+def test_the_loss_of_a_step_is_that_of_all_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    losses, real = [], LanguageModel.training_step
+
+    def record(*args: object) -> torch.Tensor:
+        loss = real(*args)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(LanguageModel, "training_step", record)
+    options = ["--trainer.accumulate_grad_batches=3", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1"]
+    build_cli(small_run(tmp_path, "fit", *options, "--trainer.limit_val_batches=0"))
+    curves = scalars(tmp_path / "cpu/version_0")
+    assert curves["train/loss"] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3], rel=1e-5)
+    assert curves["train/perplexity"] == pytest.approx([math.exp(loss) for loss in curves["train/loss"]], rel=1e-5)
+
+
+def test_perplexity_is_that_of_the_loss() -> None:
+    metric = LossPerplexity()
+    metric.update(torch.tensor(85.0), weight=3)  # of a token whose probability is below the smallest float
+    metric.update(torch.tensor(1.0), weight=1)
+    assert metric.compute().item() == pytest.approx(math.exp(64), rel=1e-4)
 
 
 def scalars(folder: Path) -> dict[str, list[float]]:

@@ -248,6 +248,7 @@ def test_bad_input() -> None:
         ({"top_k": 0}, "top_k: expected at least 1, got 0"),
         ({"top_p": 1.5}, "top_p: expected 0 < top_p <= 1, got 1.5"),
         ({"min_p": 0.0}, "min_p"),
+        ({"top_k": 5, "min_p": 0.1}, "temperature: expected more than 0 with top_k and min_p, got 0, which always"),
     ):
         with pytest.raises(ValueError, match=message):
             Sampling(**sampling)

@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
@@ -295,9 +297,14 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pyt
         real(torch.ones(3), file)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", disk_fills)
-    with pytest.raises(OSError, match=r"a\.ckpt: cannot be written \(.*No space left on device\); make room"):
-        AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(5)}, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", disk_fills)
+        with pytest.raises(OSError, match=r"a\.ckpt: cannot be written \(.*No space left on device\); make room"):
+            AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(5)}, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: Path("no such file").stat())
+        with pytest.raises(OSError, match=r"a\.ckpt: cannot be written \(.*No such file.*\); see to the folder"):
+            AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(5)}, path)
     assert list(tmp_path.iterdir()) == [path]
     assert AtomicCheckpointIO().load_checkpoint(path)["x"].sum() == 5
 
@@ -564,6 +571,51 @@ def test_a_version_that_is_named_is_a_run_of_its_own(working_folder: Path) -> No
     assert [first, *others] == [Path("runs/it", name) for name in ("a", "b", "a")]
 
 
+@pytest.mark.parametrize("option", ["--trainer.logger=false", "--trainer.logger.version=mine"])
+def test_a_run_without_a_checkpoint_yet_begins_again_where_it_was(option: str, working_folder: Path) -> None:
+    def start(*args: str) -> None:
+        logger = [option] if option.endswith("false") else [*TENSORBOARD, option]
+        cli(*logger, "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ResumableCheckpoint, "on_exception", lambda *_: None)
+        patch.setattr(LanguageModel, "training_step", lambda *_: fail())
+        for _ in range(3):  # with the configuration of an earlier attempt, and that of an attempt after it
+            with pytest.raises(OnPurposeError):
+                start("--ckpt_path=last")
+    start("--ckpt_path=last")
+    assert {file.name for file in working_folder.rglob("config*")} == {"config.yaml", "config_from_step_0.yaml"}
+    with pytest.raises(ValueError, match=r"config\.yaml: expected none of another run, got one; name another version"):
+        start()
+
+
+class PlainLogger(CSVLogger):
+    """Takes no arguments."""
+
+    def __init__(self) -> None:
+        super().__init__("logs")
+
+
+def test_a_logger_without_arguments_has_a_last(working_folder: Path) -> None:
+    warnings.filterwarnings("ignore", "The dirpath has changed")
+    for steps in (2, 4):
+        run = ["--trainer.log_every_n_steps=1", f"--trainer.max_steps={steps}", "--ckpt_path=last"]
+        done = build_cli(["fit", *kill_runs.OPTIONS[:-1], "--trainer.logger=test_interruption.PlainLogger", *run])
+        done.trainer.strategy.teardown()
+    assert done.checkpoint.name == "step=2.ckpt"
+
+
+def test_all_that_an_optimizer_has_may_change(working_folder: Path) -> None:
+    logged("runs", "--trainer.max_steps=2")
+    changed = ["--trainer.max_steps=4", "--model.weight_decay=0.5", "--model.betas=[0.5,0.25]"]
+    run = ["--trainer.logger.save_dir=runs", "--trainer.log_every_n_steps=1", "--ckpt_path=last"]
+    done = cli(*TENSORBOARD, *run, *changed)
+    assert done.checkpoint.name == "step=2.ckpt"
+    groups = done.trainer.optimizers[0].param_groups
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert [group["betas"] for group in groups] == [(0.5, 0.25)] * 2
+
+
 def test_runs_without_a_logger_go_on(working_folder: Path) -> None:
     for steps in (2, 4):
         done = cli("--trainer.logger=false", f"--trainer.max_steps={steps}", "--ckpt_path=last")
@@ -619,11 +671,14 @@ def test_validations_between_checkpoints_save_nothing_if_told_so(whole: tuple, t
         torch.testing.assert_close(weights, whole[1], rtol=0, atol=0)
 
 
-def test_killed_runs_are_the_uninterrupted_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "kills"), [("mqar", 3), ("text", 2), ("processes", 2)])
+def test_killed_runs_are_the_uninterrupted_run(kind: str, kills: int, tmp_path: Path) -> None:
     # In a process of its own: autograd refuses to run in forks of one in which it has started threads.
-    command = [sys.executable, kill_runs.__file__, "--kills=3", "--steps=20", f"--out={tmp_path}/kills.json"]
+    command = [sys.executable, kill_runs.__file__, f"--kills={kills}", f"--kinds={kind}", "--steps=20"]
     paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=paths, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, f"--out={tmp_path}/kills.json"], env=paths, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
-    runs = json.loads((tmp_path / "kills.json").read_text())["runs"]
-    assert sum(len(run["kills"]) for run in runs) == 3
+    runs = json.loads((tmp_path / "kills.json").read_text())[kind]["runs"]
+    assert sum(len(run["kills"]) for run in runs) == kills

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dma_kernels.block_attention import block_attention_reference
 from dma_kernels.scores import ordered_bits
-from dma_lightning import NativeSparseAttention
+from dma_lightning import DogeForCausalLM, ModelConfig, NativeSparseAttention
 from dma_lightning.mixers import native_sparse
 from dma_lightning.mixers.block_selection import BlockGrid
 from dma_lightning.mixers.masked import masked_attention
@@ -208,3 +208,10 @@ def test_numbers_of_flash_linear_attention() -> None:
     for out, name in ((compressed, "compressed"), (selected, "selected")):
         found = out[0].transpose(0, 1)[golden["rows"]].float()
         torch.testing.assert_close(found, torch.tensor(golden[name]), rtol=1e-4, atol=1e-5)
+
+
+def test_places_begin_with_the_range_of_the_model() -> None:
+    for std in (0.02, 0.5):
+        model = DogeForCausalLM(ModelConfig(attention="nsa", initializer_range=std, nsa_compress_block=64, head_dim=64))
+        places = model.layers[0].self_attn.compress_k.places
+        assert places.std().item() == pytest.approx(std, rel=0.1)

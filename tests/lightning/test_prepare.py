@@ -370,6 +370,13 @@ def test_a_window_of_a_large_shard_reads_no_more(tmp_path: Path) -> None:
     assert peak < 1 << 20
 
 
+def test_a_folder_below_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("text")
+    prepare("~/a.txt", Path("~/out"), processes=1)
+    assert (tmp_path / "out/manifest.json").exists()
+
+
 def test_a_first_attempt_without_a_shard_decides_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a document"}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl"):

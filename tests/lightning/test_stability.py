@@ -1,10 +1,12 @@
 """Steps with a NaN, an infinity or a jump of the loss end the run or are left out, and are named."""
 
+import csv
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from dma_lightning import LanguageModel, MQARDataModule
@@ -128,10 +130,14 @@ def test_a_gpu_is_waited_for_at_logging_steps_and_checkpoints_alone(
     assert trainers[-1].global_step == 2
 
 
-def test_skipped_step_changes_nothing() -> None:
+def test_skipped_step_changes_nothing(tmp_path: Path) -> None:
     spoil = Spoil({3: float("nan")})
+    logger = CSVLogger(tmp_path)
     with pytest.warns(UserWarning, match=r"step 3: the gradient of .* is left out"):
-        trainer = train(spoil, GradientGuard(not_finite="skip"))
+        trainer = train(spoil, GradientGuard(not_finite="skip"), logger=logger, log_every_n_steps=1)
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    assert [row["step"] for row in rows if row["grad_norm"] == "nan"] == ["2"]
+    assert len(rows) == 6
     assert trainer.global_step == 6
     same = [bool((a == b).all()) for a, b in zip(spoil.weights, spoil.weights[1:], strict=False)]
     assert same == [False, True, False, False, False]
@@ -142,7 +148,10 @@ def test_skips_in_a_row_end() -> None:
     guard = GradientGuard(not_finite="skip", max_skipped=2)
     with (
         pytest.warns(UserWarning, match="left out"),
-        pytest.raises(UnstableTrainingError, match=r"step 5: .* stopped after 2 skipped steps in a row"),
+        pytest.raises(
+            UnstableTrainingError,
+            match=r"step 5: .* stopped after 2 skipped .* let the guard skip more \(max_skipped\)",
+        ),
     ):
         train(Spoil({1: float("nan"), 3: float("nan"), 4: float("nan"), 5: float("nan")}), guard)
 
@@ -161,8 +170,7 @@ def test_jump_of_the_loss() -> None:
 def test_mean_of_the_loss_is_of_whole_steps_and_saved() -> None:
     guard = GradientGuard()
     trainer = train(guard, accumulate_grad_batches=3)
-    expected = trainer.callback_metrics["train/loss"].item()
-    assert guard.state_dict()["mean"] == pytest.approx(expected, rel=0.1)
+    assert guard.state_dict()["mean"] == pytest.approx(trainer.callback_metrics["train/loss"].item(), rel=0.1)
     assert guard.state_dict()["count"] == 6
     again = GradientGuard()
     again.load_state_dict(guard.state_dict())
