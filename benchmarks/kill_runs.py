@@ -4,11 +4,12 @@
 
 There are three kinds of runs: `mqar`, a plain one; `text`, with all callbacks of `configs/trainer/cpu.yaml`, packed
 documents and workers that load them; and `processes`, two with DDP, of which one is killed and the other must end
-within a minute. All have dropout, gradient accumulation over batches of which an epoch has no multiple, a schedule,
-validations also between optimizer steps, and several epochs. A run is killed (SIGKILL) and resumed until it has
-finished; then the next begins, until there were as many kills. Every loss of a batch and of a validation must be that
-of the uninterrupted run bit for bit, whenever it is computed, and so must the weights at the end. A process is forked
-from one that has imported all, so that a kill costs no imports; it goes through the whole command line.
+within a minute, unless it has not begun to train. All have dropout, gradient accumulation over batches of which an
+epoch has no multiple, a schedule, validations also between optimizer steps, and several epochs. A run is killed
+(SIGKILL) and resumed until it has finished; then the next begins, until there were as many kills. Every loss of a batch
+and of a validation must be that of the uninterrupted run bit for bit, whenever it is computed, and so must the weights
+at the end. A process is forked from one that has imported all, so that a kill costs no imports; it goes through the
+whole command line.
 """
 
 import argparse
@@ -224,6 +225,8 @@ def killed_run(
         kill = {"new_batches": _batches(folder) - before, "unfinished_files_so_far": unfinished}
         if others:
             (other,) = (process for process in processes if process != killed)
+            if not kill["new_batches"]:  # before both have met, what started them must end them, as torchrun does
+                os.kill(other, signal.SIGKILL)
             kill |= {"killed_rank": processes.index(killed), "seconds_to_the_other's_end": _await_end(folder, other)}
         kills.append(kill)
     finish(folder, steps, kind)
