@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kill_runs.json")
     args = parser.parse_args()
     sys.argv = sys.argv[:1]  # LightningCLI looks at them
-    result = {"environment": describe(), "arguments": {"kills": args.kills, "seed": args.seed, "steps": args.steps}}
+    result = json.loads(args.out.read_text()) if args.out.exists() else {}  # of other kinds
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         all_kinds = kinds(folder)
@@ -313,6 +313,8 @@ def main() -> None:
             print(kind)
             runs = kill_runs(folder / kind, all_kinds[kind], args.kills, args.steps, args.seed)
             result[kind] = {
+                "environment": describe(),
+                "arguments": {"kills": args.kills, "seed": args.seed, "steps": args.steps},
                 "options": [option.replace(name, "FOLDER") for option in all_kinds[kind].options],
                 "kills": sum(len(run["kills"]) for run in runs),
                 "numbers_compared": sum(run["numbers_compared"] for run in runs),

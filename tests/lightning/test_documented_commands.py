@@ -83,3 +83,24 @@ def test_commands_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
             main()
         if "last" in command:
             assert "step=2.ckpt" in capsys.readouterr().out, "begins anew"
+
+
+@pytest.mark.usefixtures("_new_user")
+@pytest.mark.parametrize("program", ["dma-lightning", "torchrun"])
+def test_sharded_training_runs(program: str) -> None:
+    """The commands of docs/training.md with FSDP2, on two processes of one machine."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/training.md").read_text(), flags=re.DOTALL)
+    lines = [shlex.split(line) for line in "\n".join(blocks).replace("\\\n", " ").splitlines()]
+    (command,) = (line for line in lines if line[:1] == [program] and "configs/trainer/fsdp.yaml" in line)
+    options = command[command.index("fit") :]
+    modules = ["-m", "dma_lightning"]
+    if program == "torchrun":
+        assert command[: command.index("fit")][-2:] == modules
+        modules = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *modules]
+    one_machine = ["--trainer.devices", "2", "--trainer.num_nodes", "1"]
+    done = subprocess.run(
+        [sys.executable, *modules, *options, *SHORT, *SMALL, *one_machine], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2/2" in done.stderr + done.stdout  # processes
+    assert list(Path("runs").rglob("step=2.ckpt"))
