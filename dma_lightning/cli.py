@@ -71,6 +71,8 @@ class ConfigOfRun(SaveConfigCallback):
         try:
             super().setup(trainer, pl_module, stage)
         except RuntimeError as error:
+            if "to NOT exist" not in str(error):  # such as a lost connection
+                raise
             if not self.may_be_killed:
                 path = Path(trainer.log_dir, self.config_filename)
                 raise ValueError(
