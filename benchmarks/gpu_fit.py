@@ -8,10 +8,11 @@ step out of a vocabulary of 32,768, in sequences of one length without document 
 else is as configured. `mha` takes cuDNN's attention where it can.
 
 Speed and utilisation are what `SpeedMonitor` logs at each logging step after the second: minimum, median and maximum.
-Behind these steps PyTorch's profiler looks at a few more: how long the GPU is at work, and how long it waits between
-kernels. Milliseconds of kernels by what they are for, and of the processor in Lightning's hooks for data and in
-callbacks, are those of the same steps where there are no CUDA graphs; else of a short run without them, since the
-profiler cannot tell what their kernels are for. Such a run ends before the GPU is warm, so its kernels are faster.
+What a logging step costs is how much longer it and the step behind it take on the GPU than two others. Behind these
+steps PyTorch's profiler looks at a few more: how long the GPU is at work, and how long it waits between kernels.
+Milliseconds of kernels by what they are for, and of the processor in Lightning's hooks for data and in callbacks, are
+those of the same steps where there are no CUDA graphs; else of a short run without them, since the profiler cannot
+tell what their kernels are for. Such a run ends before the GPU is warm, so its kernels are faster.
 """
 
 import argparse
@@ -27,7 +28,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import product
+from dataclasses import asdict
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +108,13 @@ class Measurement(pl.Callback):
     def __init__(self, profiled: int) -> None:
         self.profiled = profiled
         self.figures: list[dict[str, float]] = []
+        self.begun: list[torch.cuda.Event] = []  # on the GPU, by step
         self.state: dict[str, float] = {}
         self.profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        self.begun.append(torch.cuda.Event(enable_timing=True))
+        self.begun[-1].record()
         if self.profiled and trainer.global_step == trainer.max_steps - self.profiled - 1:
             self.state = gpu_state()  # while it computes what is before
             torch.cuda.synchronize()
@@ -130,9 +135,8 @@ def write_corpus(folder: Path) -> None:
     writer.add(np.random.default_rng(0).integers(VOCABULARY, size=CORPUS), 4 * CORPUS)
     writer.end_document()
     record = writer.finish(1, 0)
-    shard = {"name": record.name, "tokens": record.tokens}
     counts = {"tokens": CORPUS, "bytes": 4 * CORPUS, "vocab_size": VOCABULARY, "tokenizer_sha256": None}
-    write_json(folder / MANIFEST, {"version": VERSION, "dtype": "uint16", "shards": [shard], **counts})
+    write_json(folder / MANIFEST, {"version": VERSION, "dtype": "uint16", "shards": [asdict(record)], **counts})
 
 
 def build(
@@ -185,6 +189,14 @@ def fit(
     return measurement
 
 
+def logging_ms(begun: list[torch.cuda.Event], log_every: int) -> list[float]:
+    """Milliseconds that a logging step costs; the GPU waits in the step behind it, the first of the next interval."""
+    torch.cuda.synchronize()
+    steps = [a.elapsed_time(b) for a, b in pairwise(begun)]
+    intervals = [steps[i : i + log_every] for i in range(0, log_every * (COMPILING + FIGURES), log_every)]
+    return [first + last - 2 * statistics.median(others) for first, *others, last in intervals[COMPILING:]]
+
+
 def gpu_state() -> dict[str, float]:
     """Clock and power, and the most of each that the GPU may have."""
     command = ["nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader,nounits"]
@@ -208,6 +220,7 @@ def measure(corpus: Path, cases: list[tuple[str, int, str]]) -> Iterator[dict[st
         every, graphs = INTERVAL[shape], shape != RECOMPUTED
         found = fit(corpus, shape, length, attention, every * (COMPILING + FIGURES), every, graphs)
         row = {"shape": shape, "length": length, "attention": attention, **spreads(found.figures)}
+        row["logging_ms"] = spread(logging_ms(found.begun, every))
         row |= {"step_ms": 1e3 * TOKENS / row["tokens_per_s"][1], "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
         row |= found.state | busy_and_waiting(found.profile)
         if graphs:
@@ -227,8 +240,12 @@ def forget() -> None:
 
 def spreads(figures: list[dict[str, float]]) -> dict[str, list[float]]:
     """Minimum, median and maximum of each figure that counts."""
-    columns = {name: [row[name] for row in figures[COMPILING:]] for name in figures[0]}
-    return {name: [min(column), statistics.median(column), max(column)] for name, column in columns.items()}
+    return {name: spread([row[name] for row in figures[COMPILING:]]) for name in figures[0]}
+
+
+def spread(values: list[float]) -> list[float]:
+    """Minimum, median and maximum."""
+    return [min(values), statistics.median(values), max(values)]
 
 
 def busy_and_waiting(profiled: profile) -> dict[str, float]:
