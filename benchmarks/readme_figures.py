@@ -246,12 +246,13 @@ def breakdown_lines() -> list[str]:
         "other",
     )
     beside = {"data": "processor: data", "callbacks": "processor: callbacks"}
-    heads = [*parts, "waiting", *beside.values()]
+    heads = [*parts, "waiting", *beside.values(), "logging, once in 25 steps"]
     lines = [f"| | step | {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) + 1)]
     for row in fit_rows():
         times = [row["gpu_ms"].get(part, 0.0) for part in parts]
         times[-1] += row["gpu_ms"]["data"]
         times += [row["waiting_ms"], *(row["processor_ms"][part] for part in beside)]
+        times.append(row["logging_ms"][1])
         cells = [f"{time:.1f}" for time in (row["step_ms"], *times)]
         lines.append(f"| {row['shape']}, {row['length'] // 1024}k, `{row['attention']}` | {' | '.join(cells)} |")
     return lines
@@ -370,7 +371,8 @@ def figures() -> str:
         "\n".join(fit_lines()),
         "Milliseconds of such a step by what the GPU's kernels are for, from PyTorch's profiler, how long the GPU "
         "waits between them, and what the processor spends on data and in callbacks in a step that does not log "
-        "(launches that wait for a busy GPU included). A GPU waits longer in steps that are profiled than in those "
+        "(launches that wait for a busy GPU included); the last column says how much longer a step takes that logs, "
+        "which is each 25th with that config, median of 3. A GPU waits longer in steps that are profiled than in those "
         "that are measured, by much at 1.7b, 4k, `dma`, whose parts are more than the step. Kernels of 80m are those "
         "of a short run without CUDA graphs, in which the GPU is cooler and they are faster than in the measured one: "
         f"{warm()}:",
