@@ -26,7 +26,8 @@ from dma_lightning.stability import UnstableTrainingError
 from dma_lightning.whole_files import whole_file
 
 RNG_KEY = "rng_states"  # in a checkpoint: of each process, in the order of their ranks
-_OTHER_INTERVALS = ("every_n_epochs", "train_time_interval")  # of `ModelCheckpoint`
+# Options of `ModelCheckpoint` that a run which shall go on exactly cannot have.
+_REFUSED = ("every_n_epochs", "train_time_interval", "save_weights_only")
 _SHARDED = "meta.pt"  # what a sharded checkpoint, a folder, holds besides weights and optimizer states; written last
 
 
@@ -74,30 +75,31 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class ResumableCheckpoint(ModelCheckpoint):
     """Saves between optimizer steps only, with all states of random numbers, so that a resumed run is the same run.
 
-    Saves every so many steps, after each validation, and at the end; on SIGTERM it saves after the step that is being
-    made (and the validation that follows, if one does) and ends the run, with several processes after the next step
-    that logs; on an exception it saves what the last whole step left, with one process. With several, one of them
-    cannot save alone, and the last regular checkpoint stands; but Ctrl+C is then taken as SIGTERM is, the first time.
-    With `monitor`, what is not among the best is saved as the last.
-    Between accumulated batches, in the midst of a step and within a validation nothing is saved. When a validation
-    follows a step, it is saved after the validation, so that resuming leaves no validation out. On SIGTERM before the
-    first step, the run ends at once.
-
-    Without `monitor`, the checkpoint before the newest is kept as well, in case the newest turns out to be damaged;
-    with it, give a `save_top_k` of at least 2.
+    - It saves every so many steps, after each validation, and at the end. A step that a validation follows is saved
+      after the validation, so that resuming leaves none out; between accumulated batches nothing is saved.
+    - On SIGTERM it saves after the step that is being made (and its validation), and ends the run; with several
+      processes, after the next step that logs. These take the first Ctrl+C as SIGTERM. Before the first step, the run
+      ends at once.
+    - On an exception in a run of one process it saves what the last whole step left. Several cannot save alone, and
+      the last regular checkpoint stands.
+    - Without `monitor`, the newest two checkpoints are kept, in case the newest turns out to be damaged, and the one
+      that the run went on from.
+    - With `monitor`, the `save_top_k` best of those that were validated are kept (give at least 2), and the newest as
+      the last.
 
     Args:
         every_n_train_steps: optimizer steps between two checkpoints.
-        filename: as of `ModelCheckpoint`.
-        save_last: as of `ModelCheckpoint`; by default a link to the newest, which is never missing.
-        save_on_exception: as of `ModelCheckpoint`.
+        filename: see `ModelCheckpoint`.
+        save_last: see `ModelCheckpoint`; by default a link to the newest, which is never missing.
+        save_on_exception: see `ModelCheckpoint`.
         save_on_validation_end: whether every validation is followed by a checkpoint, or those alone that come when
             `every_n_train_steps` have passed.
-        **kwargs: what else `ModelCheckpoint` takes, less its other intervals.
+        **kwargs: further options of `ModelCheckpoint`, except other intervals and `save_weights_only`.
 
     Raises:
-        ValueError: if `monitor` is a figure of training, which is there at logging steps alone, or if `filename` would
-            make folders, or on intervals that this callback has not.
+        ValueError: if `monitor` is a figure of training, which is there at logging steps alone; if `filename` would
+            make folders, or give all checkpoints one name; on options that are refused, or with which the newest
+            would not be saved.
     """
 
     def __init__(
@@ -109,16 +111,18 @@ class ResumableCheckpoint(ModelCheckpoint):
         save_on_validation_end: bool = True,
         **kwargs: Any,
     ) -> None:
-        others = {name: value for name in _OTHER_INTERVALS if (value := kwargs.get(name)) is not None}
-        if every_n_train_steps < 1 or others:
+        refused = {name: value for name in _REFUSED if (value := kwargs.get(name))}
+        if every_n_train_steps < 1 or refused:
             raise ValueError(
-                f"expected every_n_train_steps >= 1 and no other interval, got {every_n_train_steps} and {others}"
+                f"expected every_n_train_steps >= 1 and none of {', '.join(_REFUSED)}, got {every_n_train_steps} and "
+                f"{refused}"
             )
         super().__init__(
             every_n_train_steps=every_n_train_steps,
             filename=filename,
             save_last=save_last,
             save_on_exception=save_on_exception,
+            save_on_train_epoch_end=False,
             **kwargs,
         )
         # Names of metrics have a slash, and become part of a name that tells them.
@@ -127,13 +131,21 @@ class ResumableCheckpoint(ModelCheckpoint):
                 f"filename: expected one without a folder, got {filename!r}; of {{val/loss}}, "
                 "auto_insert_metric_name: false leaves the number alone"
             )
+        if "{step" not in filename and not self.monitor:
+            raise ValueError(f"filename: expected {{step}} in it, so that none is written over, got {filename!r}")
         if (self.monitor or "").startswith("train/"):
             raise ValueError(f"monitor: expected a figure of validation, such as val/loss, got {self.monitor!r}")
+        if not save_last and (self.monitor or self.save_top_k == 0):
+            raise ValueError(
+                f"save_last: expected link or true, since training goes on from the last, which monitor {self.monitor} "
+                f"and save_top_k {self.save_top_k} do not keep; got {save_last}"
+            )
         self.save_on_validation_end = save_on_validation_end
         self._kept: list[str] = []  # without `monitor`: paths that are this callback's to remove, the newest last
         self._whole: _WholeStep | None = None
         self._rewind = False  # whether what is saved is the last whole step, of which counters are ahead
         self._rng_to_load: list[dict[str, Any]] | None = None
+        self._validated: int | None = None  # the step whose weights were validated last
         self._asked_to_stop: int | None = None  # the signal that did
         self._stepping = False  # whether the optimizer may have changed some of the weights
 
@@ -166,14 +178,15 @@ class ResumableCheckpoint(ModelCheckpoint):
     def on_before_optimizer_step(self, *_: Any) -> None:
         self._stepping = True
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         loop = trainer.fit_loop.epoch_loop
         if loop._should_accumulate():
             return  # gradients are in no checkpoint
         self._stepping = False
         self._whole = _WholeStep.now(trainer)
         if not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
-            super().on_train_batch_end(trainer, pl_module, *args)
+            if trainer.global_step % self._every_n_train_steps == 0:
+                self._save_now(trainer)
             # Several processes ask each other, and wait for their GPUs; if no step logs, after each all the same.
             if trainer.world_size == 1 or not trainer.log_every_n_steps or is_logging_step(trainer):
                 self._stop_if_asked(trainer)
@@ -181,15 +194,14 @@ class ResumableCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fit_loop.epoch_loop._should_accumulate():
             return
-        self._whole = _WholeStep.now(trainer)
+        self._whole, self._validated = _WholeStep.now(trainer), trainer.global_step
         if self.save_on_validation_end or trainer.global_step % self._every_n_train_steps == 0:
-            self._defer_save_until_validation = True  # to this moment
-            super().on_validation_end(trainer, pl_module)
+            self._save_now(trainer)
         self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._leave_interrupts()
-        if not self._should_skip_saving_checkpoint(trainer) and not trainer.fit_loop.epoch_loop._should_accumulate():
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
             self._save_now(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -210,9 +222,9 @@ class ResumableCheckpoint(ModelCheckpoint):
         stepped = trainer.global_step > self._whole.step and progress.processed == progress.ready
         here = (trainer.global_step, progress.processed)
         self._rewind = not self._stepping and here == (self._whole.step, self._whole.batches)
-        if (stepped or self._rewind) and not trainer.validating:
+        if (stepped or self._rewind) and not trainer.validating and self.save_on_exception:
             try:
-                super().on_exception(trainer, pl_module, exception)
+                self._save_now(trainer)
             except OSError as error:
                 rank_zero_warn(str(error))
         self._rewind = False
@@ -263,8 +275,7 @@ class ResumableCheckpoint(ModelCheckpoint):
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
         """End the run, in all processes after the same step, if one of them was asked to."""
         if trainer.strategy.reduce_boolean_decision(self._asked_to_stop is not None, all=False):
-            if not self._should_skip_saving_checkpoint(trainer):
-                self._save_now(trainer)
+            self._save_now(trainer)
             if not trainer.validating:  # what this step logs, which Lightning writes after this hook
                 trainer._logger_connector.on_batch_end()
                 trainer._logger_connector.update_train_step_metrics()
@@ -273,11 +284,13 @@ class ResumableCheckpoint(ModelCheckpoint):
             raise SIGTERMException(128 + number)  # the status by which it is told from a finished run
 
     def _save_now(self, trainer: pl.Trainer) -> None:
+        """Save, unless this step is saved already."""
+        if self._should_skip_saving_checkpoint(trainer):
+            return
         candidates = self._monitor_candidates(trainer)
-        self._save_topk_checkpoint(trainer, candidates)
+        if self.monitor is None or self._validated == trainer.global_step:  # else the figure is of other weights
+            self._save_topk_checkpoint(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
-        if self._last_global_step_saved != trainer.global_step:  # neither among the best nor as the last
-            self._save_checkpoint(trainer, self._get_metric_interpolated_filepath_name(candidates, trainer))
 
     def _save_none_monitor_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """As Lightning's, but the one before stays until the next is there."""
@@ -286,9 +299,9 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._kept, self.best_model_path = [*before, path], path  # before saving, because both are part of the state
         self._save_checkpoint(trainer, path)
         for outdated in before[:-1]:
-            if self._should_remove_checkpoint(trainer, outdated, path):
+            if self._should_remove_checkpoint(trainer, outdated, path):  # not the one that the run went on from
                 self._remove_checkpoint(trainer, outdated)
-        self._kept = self._kept[-2:]
+                self._kept.remove(outdated)
 
     def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         # Not among the best, so there is nothing to link to.

@@ -223,6 +223,24 @@ def test_the_checkpoint_before_the_newest_is_kept(whole: tuple, tmp_path: Path) 
     assert steps() == {"step=4.ckpt", "step=8.ckpt", "step=9.ckpt"}  # the one gone on from stays
 
 
+def test_a_validation_at_the_end_of_an_epoch_is_followed_by_a_checkpoint(tmp_path: Path) -> None:
+    train(tmp_path, val_check_interval=1.0, check_val_every_n_epoch=1)  # as Lightning does by default
+    assert {file.name for file in tmp_path.iterdir()} == {"step=7.ckpt", "step=9.ckpt", "last.ckpt"}
+
+
+@pytest.mark.parametrize("action", [fail, terminate])
+def test_parts_of_a_run_leave_no_more_than_one(action: Callable[[], None], whole: tuple, tmp_path: Path) -> None:
+    path = None
+    for step in (2, 3, 5, 6):
+        with pytest.raises((OnPurposeError, SystemExit)):
+            train(tmp_path, Interrupt("on_train_batch_end", 2 * step, action), ckpt_path=path)
+        path = newest_checkpoint([tmp_path])
+        assert path.name == f"step={step}.ckpt"
+    assert {file.name for file in tmp_path.iterdir()} == {"step=5.ckpt", "step=6.ckpt", "last.ckpt"}
+    _, weights = train(tmp_path, ckpt_path=path)
+    torch.testing.assert_close(weights, whole[1], rtol=0, atol=0)
+
+
 def test_what_a_kill_left_behind_is_removed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(ResumableCheckpoint, "_remove_checkpoint", lambda *_: fail())
@@ -233,10 +251,18 @@ def test_what_a_kill_left_behind_is_removed_later(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "step=1.ckpt").exists()
 
 
-@pytest.mark.parametrize("options", [{"every_n_train_steps": 0}, {"every_n_epochs": 1}])
-def test_intervals_that_are_not_there(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="expected every_n_train_steps >= 1 and no other interval, got"):
+@pytest.mark.parametrize("options", [{"every_n_train_steps": 0}, {"every_n_epochs": 1}, {"save_weights_only": True}])
+def test_options_that_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"expected every_n_train_steps >= 1 and none of every_n_epochs, .*, got"):
         ResumableCheckpoint(**options)
+
+
+def test_options_that_would_lose_the_newest() -> None:
+    with pytest.raises(ValueError, match=r"filename: expected \{step\} in it, .*, got 'model'"):
+        ResumableCheckpoint(filename="model")
+    for options in ({"monitor": "val/loss"}, {"save_top_k": 0}):
+        with pytest.raises(ValueError, match=r"save_last: expected link or true, .* got None"):
+            ResumableCheckpoint(save_last=None, **options)
 
 
 def test_monitored_figures_are_of_validation() -> None:
@@ -647,16 +673,17 @@ def test_what_is_not_among_the_best_is_saved_as_the_last(whole: tuple, tmp_path:
             pl_module.log("val/falling", -float(trainer.global_step))
 
     def run(steps: int, **options: object) -> dict[int, float]:
-        saving = ResumableCheckpoint(1, dirpath=tmp_path / "monitored", monitor="val/falling", mode="max")
+        best = {"monitor": "val/falling", "mode": "max", "save_top_k": 2}  # of the figures, not of steps between them
+        saving = ResumableCheckpoint(1, dirpath=tmp_path / "monitored", **best)
         train(tmp_path / "other", Falling(), saving, max_steps=steps, **options)
         return train.losses
 
     before = run(5)
     path = newest_checkpoint([tmp_path / "monitored"])
-    assert {file.name for file in path.parent.iterdir()} == {"step=2.ckpt", "last.ckpt"}
+    assert {file.name for file in path.parent.iterdir()} == {"step=2.ckpt", "step=4.ckpt", "last.ckpt"}
     assert (path.name, torch.load(path, weights_only=True)["global_step"]) == ("last.ckpt", 5)
     assert before | run(STEPS, ckpt_path=path) == whole[0]
-    assert {file.name for file in path.parent.iterdir()} == {"step=2.ckpt", "last.ckpt"}
+    assert {file.name for file in path.parent.iterdir()} == {"step=2.ckpt", "step=4.ckpt", "last.ckpt"}
 
 
 def test_validations_between_checkpoints_save_nothing_if_told_so(whole: tuple, tmp_path: Path) -> None:
