@@ -1,75 +1,28 @@
-"""Checkpoints that survive any interruption: written whole or not at all, found again, and exact to go on from."""
+"""When a run is saved, so that it survives any interruption and is exact to go on from."""
 
-import contextlib
-import errno
 import os
 import re
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
-import torch
-from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from dma_lightning.monitoring.steps import is_logging_step
+from dma_lightning.random_states import restore_rng_states, rng_states, without_arrays
 from dma_lightning.stability import UnstableTrainingError
-from dma_lightning.whole_files import whole_file
+from dma_lightning.strategies import of_all_processes
 
 RNG_KEY = "rng_states"  # in a checkpoint: of each process, in the order of their ranks
 # Options of `ModelCheckpoint` that a run which shall go on exactly cannot have.
 _REFUSED = ("every_n_epochs", "train_time_interval", "save_weights_only")
-_SHARDED = "meta.pt"  # what a sharded checkpoint, a folder, holds besides weights and optimizer states; written last
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, to the disk, and moves it there: a path holds a whole checkpoint or none.
-
-    (Lightning's own writes to the folder for temporary files, and copies from there if that is another file system.)
-    Loading refuses whatever is no tensor, number, text or container of them.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint; a URL as Lightning does.
-
-        Raises:
-            OSError: if it cannot be written; what was at `path` before is whole.
-        """
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        path = Path(path).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with whole_file(path) as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:  # on a full disk, torch's writer has an error of its own
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            advice = "make room" if full else "see to the folder"
-            raise OSError(f"{path}: cannot be written ({cause}); {advice}; earlier checkpoints are whole") from error
-        _sync_folder(path.parent)
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read a checkpoint.
-
-        Raises:
-            ValueError: if asked to read arbitrary objects, which runs whatever code the file holds.
-        """
-        if weights_only is False:
-            raise ValueError("weights_only: expected true, since other checkpoints can run any code; got false")
-        return super().load_checkpoint(path, map_location, weights_only=True)
 
 
 class ResumableCheckpoint(ModelCheckpoint):
@@ -159,7 +112,7 @@ class ResumableCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if self._rng_to_load is not None:
-            _load_rng(self._rng_to_load, trainer)
+            restore_rng_states(self._rng_to_load, trainer)
             self._rng_to_load = None
             self._last_global_step_saved = trainer.global_step
         here = Path(self.dirpath).expanduser().resolve()
@@ -232,8 +185,8 @@ class ResumableCheckpoint(ModelCheckpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        rng = self._whole.rng if self._rewind else _rng_states(trainer)
-        checkpoint[RNG_KEY] = _of_all_processes(_plain_rng(rng), trainer)
+        rng = self._whole.rng if self._rewind else rng_states(trainer)
+        checkpoint[RNG_KEY] = of_all_processes(without_arrays(rng), trainer)
         if self._rewind:
             checkpoint["loops"]["fit_loop"] = self._whole.loops
 
@@ -344,107 +297,4 @@ class _WholeStep(NamedTuple):
     def now(cls, trainer: pl.Trainer) -> "_WholeStep":
         loop = trainer.fit_loop
         batches = loop.epoch_loop.batch_progress.total.processed
-        return cls(trainer.global_step, batches, loop.state_dict(), _rng_states(trainer))
-
-
-class SameCheckpoint(pl.Callback):
-    """Lets no process go on from another checkpoint than the others.
-
-    Args:
-        path: what this process has found; None if there is none.
-
-    Raises:
-        ValueError: when processes meet, if they differ, as where a file system shows to one of them what is not there
-            yet for another.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        paths = _of_all_processes(self.path and str(self.path.resolve()), trainer)
-        if len(set(paths)) > 1:
-            each = "; ".join(f"rank {rank} {path or 'none'}" for rank, path in enumerate(paths))
-            raise ValueError(
-                f"ckpt_path: expected the same checkpoint in all processes, got {each}; start again when all see the "
-                "same files"
-            )
-
-
-def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
-    """The checkpoint written last of those at any depth below some folders that training can go on from.
-
-    Those that cannot be read are told and left out.
-
-    Raises:
-        ValueError: if there are some, and none can be read.
-    """
-    damaged = []
-    found = {file.resolve() for folder in folders for file in folder.rglob("*.ckpt") if file.exists()}
-    for path in sorted(found, key=_time_written, reverse=True):
-        try:
-            saved = read_checkpoint(path)
-        except Exception as error:  # torch raises whatever the damage leads to
-            reason, *_ = f"{error}\n".splitlines()
-            rank_zero_warn(f"{path}: left out, since it cannot be read ({reason})")
-            damaged.append(path)
-            continue
-        if "lr_schedulers" in saved:
-            return path
-    if damaged:
-        raise ValueError(
-            f"ckpt_path last: expected a whole checkpoint, got {len(damaged)} that cannot be read, the newest "
-            f"{damaged[0]}; bring back a copy, or move them away to begin anew"
-        )
-    return None
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, without reading the tensors from the disk; of a folder, without weights."""
-    file = path / _SHARDED if path.is_dir() else path
-    return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-
-
-def _time_written(path: Path) -> int:
-    return (path / _SHARDED if (path / _SHARDED).exists() else path).stat().st_mtime_ns
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make names in a folder last beyond a loss of power, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        with contextlib.suppress(OSError):  # which some network file systems refuse
-            os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def _rng_states(trainer: pl.Trainer) -> dict[str, Any]:
-    """Of this process; of GPUs, its own alone."""
-    states, device = _collect_rng_states(include_cuda=False), trainer.strategy.root_device
-    return states | ({"device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def _plain_rng(states: dict[str, Any]) -> dict[str, Any]:
-    """States of random numbers without arrays, which a safe load refuses."""
-    name, keys, *rest = states["numpy"]
-    return states | {"numpy": (name, keys.tolist(), *rest)}
-
-
-def _of_all_processes(value: Any, trainer: pl.Trainer) -> list[Any]:
-    values = [value] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def _load_rng(states: list[dict[str, Any]], trainer: pl.Trainer) -> None:
-    if len(states) == trainer.world_size:
-        own = states[trainer.global_rank]
-        _set_rng_states(own)
-        if "device" in own and trainer.strategy.root_device.type == "cuda":
-            torch.cuda.set_rng_state(own["device"], trainer.strategy.root_device)
-    else:
-        rank_zero_warn(
-            f"the checkpoint is of {len(states)} processes and this run of {trainer.world_size}: "
-            "random numbers (of dropout) go on from the seed instead"
-        )
+        return cls(trainer.global_step, batches, loop.state_dict(), rng_states(trainer))

@@ -1,12 +1,9 @@
 """The command line: `dma-lightning fit | validate | test | predict`, which are Lightning's, and commands of our own."""
 
-import argparse
-import dataclasses
 import sys
 import traceback
 import warnings
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +15,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from dma_lightning.callbacks import ContinuationWriter
-from dma_lightning.checkpoints import AtomicCheckpointIO, SameCheckpoint, newest_checkpoint, read_checkpoint
+from dma_lightning.checkpoint_arguments import (
+    LINKS,
+    check_weights,
+    checkpoint_argument,
+    checkpoint_file,
+    run_folders,
+    saved_arguments,
+)
+from dma_lightning.checkpoint_files import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from dma_lightning.data import SequenceDataModule
 from dma_lightning.generate_command import generate
 from dma_lightning.huggingface_commands import export_hf, import_hf
@@ -26,14 +31,8 @@ from dma_lightning.language_model import LanguageModel
 from dma_lightning.monitoring import ProgressBar
 from dma_lightning.prepare_command import prepare
 from dma_lightning.sizes_command import sizes
-from dma_lightning.strategies import end_with_first_process
-
-# What the data dictates to the model: attribute of the data module, and argument of the model.
-_LINKS = {
-    "vocab_size": "vocab_size",
-    "sequence_length": "max_position_embeddings",
-    "bytes_per_token": "bytes_per_token",
-}
+from dma_lightning.stability import UnstableTrainingError
+from dma_lightning.strategies import SameCheckpoint, end_with_first_process
 
 _COMMANDS = {
     "generate": generate,
@@ -43,9 +42,9 @@ _COMMANDS = {
     "export-hf": export_hf,
 }
 
-_PACKAGES = {"dma_flex", "dma_kernels", "dma_lightning"}  # whose `ValueError`s are the user's mistakes
-
-_LIGHTNING_CHECKPOINTS = {"best", "last", "hpc", "registry"}
+# Errors of these kinds, if code of these packages raises them, say all that a user needs.
+_PACKAGES = {"dma_flex", "dma_kernels", "dma_lightning"}
+_TOLD = (ValueError, OSError, UnstableTrainingError)
 
 # Callbacks of our configs that Lightning refuses where an option of the trainer is false.
 _CALLBACKS_OF = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint, "logger": LearningRateMonitor}
@@ -99,11 +98,11 @@ class DMACLI(LightningCLI):
         return super().init_parser(allow_abbrev=False, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for source, target in _LINKS.items():
+        for source, target in LINKS.items():
             parser.link_arguments(f"data.{source}", f"model.{target}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.checkpoint = _checkpoint_argument(args)
+        self.checkpoint = checkpoint_argument(args)
         if self.checkpoint is None:  # then a config may name one, or `last` stands for one of this run
             super().parse_arguments(parser, args)
             self.checkpoint = self._configured_checkpoint()
@@ -112,7 +111,7 @@ class DMACLI(LightningCLI):
                 self.save_config_kwargs = {"may_be_killed": asks}
                 return
             self.goes_on = asks
-        saved = _saved_arguments(self.checkpoint)
+        saved = saved_arguments(self.checkpoint)
         for subparser in self._subcommand_parsers.values():
             subparser.set_defaults(saved)
         super().parse_arguments(parser, args)
@@ -136,8 +135,8 @@ class DMACLI(LightningCLI):
         config = self._subcommand_config()
         path = config.get("ckpt_path")
         if path != "last":
-            return _checkpoint_file(path)
-        folders = _run_folders(config.trainer)
+            return checkpoint_file(path)
+        folders = run_folders(config.trainer)
         found = newest_checkpoint(folders)
         where = " or ".join(str(folder) for folder in folders)
         if found is None and self.config.subcommand != "fit":
@@ -152,7 +151,7 @@ class DMACLI(LightningCLI):
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         if self.checkpoint is not None:
-            _check_weights(self.checkpoint, self.model, trains=self.subcommand == "fit")
+            check_weights(self.checkpoint, self.model, trains=self.subcommand == "fit")
         if self.subcommand is not None:
             config = self.config_init[self.subcommand]
             if self.checkpoint is not None:
@@ -209,105 +208,6 @@ class DMACLI(LightningCLI):
         """Do nothing: Lightning's own would let the checkpoint's values win over the command line's."""
 
 
-def _checkpoint_argument(args: ArgsType) -> Path | None:
-    """The checkpoint that the command line names, unless by a URL or one of Lightning's keywords.
-
-    Raises:
-        ValueError: if there is no such file.
-    """
-    if args is not None and not isinstance(args, list):
-        return None
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--ckpt_path")
-    return _checkpoint_file(parser.parse_known_args(args)[0].ckpt_path)
-
-
-def _checkpoint_file(path: str | None) -> Path | None:
-    """The file or folder of a `ckpt_path`, unless it is a URL or one of Lightning's keywords.
-
-    Raises:
-        ValueError: if there is no such file.
-    """
-    if path in (None, "", "null") or "://" in path or path.split(":")[0] in _LIGHTNING_CHECKPOINTS:
-        return None
-    if not Path(path).exists():
-        raise ValueError(f"--ckpt_path: expected an existing checkpoint, got {path!r}; look under runs/")
-    return Path(path)
-
-
-def _run_folders(trainer: Namespace) -> list[Path]:
-    """Where a trainer puts its checkpoints: the folders that its callbacks name, and its logger's if one names none."""
-    callbacks = trainer.get("callbacks") or []
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    checkpoints = [x for x in callbacks if issubclass(locate(x.class_path), Checkpoint)]
-    chosen = {x.get("init_args", {}).get("dirpath") for x in checkpoints} or {None}
-    folders = [Path(folder).expanduser() for folder in sorted(chosen - {None})]
-    return folders + [_logger_folder(trainer)] * (None in chosen)
-
-
-def _logger_folder(trainer: Namespace) -> Path:
-    loggers = trainer.get("logger")
-    logger = loggers[0] if isinstance(loggers, list) and loggers else loggers
-    root = Path(trainer.get("default_root_dir") or ".").expanduser()
-    if not isinstance(logger, Namespace):
-        return root / ("checkpoints" if logger is False else "lightning_logs")
-    options = logger.get("init_args") or Namespace()
-    folder = Path(options.get("save_dir") or root).expanduser() / (options.get("project") or options.get("name") or "")
-    version = options.get("version")
-    return folder if version is None else folder / (version if isinstance(version, str) else f"version_{version}")
-
-
-def _saved_arguments(checkpoint: Path) -> dict[str, Any]:
-    """Arguments of model and data that a checkpoint was made with.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    try:
-        saved = read_checkpoint(checkpoint)
-    except Exception as error:  # torch raises whatever the damage leads to
-        reason, *_ = f"{error}\n".splitlines()
-        raise ValueError(
-            f"ckpt_path: expected a whole checkpoint, got {str(checkpoint)!r}, which cannot be read ({reason}); "
-            "`last` takes the newest whole one"
-        ) from error
-    model = saved.get(LanguageModel.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    data = saved.get(SequenceDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    dictated = {"_instantiator", *_LINKS.values()}
-    defaults: dict[str, Any] = {f"model.{name}": value for name, value in model.items() if name not in dictated}
-    if "_class_path" in data:
-        init_args = {name: value for name, value in data.items() if not name.startswith("_")}
-        defaults["data"] = {"class_path": data["_class_path"], "init_args": init_args}
-    return defaults
-
-
-def _check_weights(checkpoint: Path, module: LanguageModel, trains: bool) -> None:
-    """Compare the names and shapes of a checkpoint's weights with those of a model; a folder does not tell its own.
-
-    Raises:
-        ValueError: if they differ, with the options that do; if training is to go on from weights alone.
-    """
-    saved = read_checkpoint(checkpoint)
-    if trains and "optimizer_states" not in saved and "lr_schedulers" not in saved:
-        raise ValueError(
-            f"ckpt_path: expected a checkpoint of `fit`, got {checkpoint}, which holds weights alone; training cannot "
-            "go on from it"
-        )
-    shapes, expected = (
-        {name: weight.shape for name, weight in state.items()}
-        for state in (saved.get("state_dict", {}), module.state_dict())
-    )
-    if not shapes or shapes == expected:
-        return
-    options = saved.get(LanguageModel.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    found = dataclasses.asdict(module.model.config)
-    differ = [f"{x} {found[x]!r} instead of {was!r}" for x, was in options.items() if x in found and found[x] != was]
-    raise ValueError(
-        f"ckpt_path: expected a model with the weights of {checkpoint}, got one with "
-        f"{' and '.join(differ) or 'others'}; leave these as they were, or begin a run of its own"
-    )
-
-
 def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
     """Parse arguments (by default the command line's), build trainer, model and data, and run the subcommand.
 
@@ -342,10 +242,10 @@ def main() -> None:
     if name not in _COMMANDS:
         try:
             build_cli()
-        except ValueError as error:
-            if (mistake := _users_mistake(error)) is None:
+        except _TOLD as error:
+            if (ours := _error_of_ours(error)) is None:
                 raise
-            sys.exit(f"dma-lightning {name}: {mistake}")
+            sys.exit(f"dma-lightning {name}: {ours}")
         return
     try:
         options = {"as_positional": name != "generate", "prog": f"dma-lightning {name}", "allow_abbrev": False}
@@ -356,11 +256,11 @@ def main() -> None:
         sys.exit(f"dma-lightning {name}: interrupted")
 
 
-def _users_mistake(error: BaseException | None) -> ValueError | None:
-    """The first of an error and its causes that is a `ValueError` of our own code, which raises these for mistakes."""
+def _error_of_ours(error: BaseException | None) -> BaseException | None:
+    """The first of an error and its causes that our own code has raised to be read by users."""
     while error is not None:
         modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if isinstance(error, ValueError) and modules and modules[-1].partition(".")[0] in _PACKAGES:
+        if isinstance(error, _TOLD) and modules and modules[-1].partition(".")[0] in _PACKAGES:
             return error
         error = error.__cause__ or error.__context__
     return None

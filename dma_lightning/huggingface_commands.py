@@ -6,10 +6,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from dma_lightning.generate_command import carried_tokenizer, load_checkpoint
 from dma_lightning.huggingface import copy_tokenizer, load_doge, new_folder, save_doge
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.tokenizers import ByteTokenizer
+from dma_lightning.trained_models import carried_tokenizer, load_checkpoint
 
 
 def import_hf(source: Path, target: Path) -> None:

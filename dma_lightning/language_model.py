@@ -91,18 +91,24 @@ class LanguageModel(pl.LightningModule):
         return self.model(input_ids, documents, padding)
 
     def setup(self, stage: str) -> None:
-        """Take the length of validation's tokens from the data, and refuse to train with CUDA graphs what they cannot.
+        """Take the length of validation's tokens from the data, and refuse what the strategy cannot do.
 
         Raises:
-            ValueError: if they are asked for and there is no GPU, or gradients outlive the memory that a graph has.
+            ValueError: if CUDA graphs are asked for and there is no GPU, or gradients outlive the memory that a graph
+                has; for `predict` by processes that share the weights.
         """
         if (length := getattr(self.trainer.datamodule, "val_bytes_per_token", None)) is not None:
             for metrics in (self.val_metrics, self.test_metrics):
                 if "bits_per_byte" in metrics:
                     metrics["bits_per_byte"].bytes_per_token = length
+        strategy, accumulate = self.trainer.strategy, self.trainer.accumulate_grad_batches
+        if stage == "predict" and isinstance(strategy, ModelParallelStrategy) and self.trainer.world_size > 1:
+            raise ValueError(
+                "predict: expected one process, or DDP, since processes that share the weights must read as often; got "
+                f"{self.trainer.world_size} with {type(strategy).__name__}"
+            )
         if stage != "fit" or not self.hparams.cuda_graphs:
             return
-        strategy, accumulate = self.trainer.strategy, self.trainer.accumulate_grad_batches
         if strategy.root_device.type != "cuda" or isinstance(strategy, ModelParallelStrategy) or accumulate > 1:
             raise ValueError(
                 "cuda_graphs: expected a GPU, weights that are not sharded and accumulate_grad_batches 1, got "
@@ -126,6 +132,8 @@ class LanguageModel(pl.LightningModule):
         length = getattr(self.trainer.datamodule, "sequence_length", config.max_position_embeddings)
         if reason := self.model.layers[0].self_attn.unused_at(length):
             rank_zero_warn(reason)
+        if self.global_rank > 0:  # weights are drawn; dropout shall differ from that of the first process
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, _ = self._loss(batch)
@@ -227,7 +235,9 @@ class LanguageModel(pl.LightningModule):
         metrics: dict[str, nn.Module] = {
             "loss": MeanMetric(),
             "perplexity": LossPerplexity(),
-            "accuracy": MulticlassAccuracy(vocabulary, average="micro", ignore_index=IGNORE_INDEX),
+            "accuracy": MulticlassAccuracy(
+                vocabulary, average="micro", ignore_index=IGNORE_INDEX, validate_args=False
+            ),  # whose validation would wait for the device
         }
         if self.hparams.bytes_per_token is not None:
             metrics["bits_per_byte"] = BitsPerByte(self.hparams.bytes_per_token)

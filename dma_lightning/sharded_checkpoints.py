@@ -1,13 +1,16 @@
 """Checkpoints of which every process has written its part to a folder: reading them runs no code that they hold."""
 
 import io
+import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -17,7 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from dma_lightning.checkpoints import read_checkpoint
+from dma_lightning.whole_files import sync_folder
+
+META = "meta.pt"  # a file of such a folder, with all but weights and optimizer states; written last
 
 # What an index may be made of besides plain containers, numbers and text, by module.
 _INDEX_TYPES = {
@@ -39,7 +44,7 @@ _INDEX_TYPES = {
 }
 
 
-def load_sharded(path: Path, model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Any]:
+def load_sharded(path: Path, model: nn.Module, optimizers: list[Optimizer]) -> None:
     """Read the weights and moments of this process out of a folder that any number of processes has written.
 
     Args:
@@ -47,15 +52,11 @@ def load_sharded(path: Path, model: nn.Module, optimizers: list[Optimizer]) -> d
         model: whose weights are replaced.
         optimizers: of it, whose states are replaced.
 
-    Returns:
-        All else that the checkpoint holds.
-
     Raises:
-        ValueError: if its index could run code.
+        ValueError: if its index could run code, or files are not whole.
         torch.distributed.checkpoint.api.CheckpointException: if another value is no tensor, number, text or container.
     """
-    for index in path.glob("*.metadata"):
-        _check_index(index)
+    check_shards(path)
     weights = get_model_state_dict(model)
     _fill({"state_dict": weights}, path)
     model.load_state_dict(weights)
@@ -64,7 +65,38 @@ def load_sharded(path: Path, model: nn.Module, optimizers: list[Optimizer]) -> d
         _fill(state, path)
         (moments,) = state.values()
         set_optimizer_state_dict(model, optimizer, moments, options=StateDictOptions(cpu_offload=True))
-    return read_checkpoint(path)
+
+
+def check_shards(path: Path) -> None:
+    """Read the indices of a folder as if they were harmful, and compare the sizes of its files with them.
+
+    Raises:
+        ValueError: if there is none, one holds anything that an index does not, or a file is not whole.
+    """
+    indices = list(path.glob("*.metadata"))
+    if not indices:
+        raise ValueError(f"{path}: expected an index of the files in it, got none")
+    for index in indices:
+        for place in _read_index(index).storage_data.values():
+            file, end = path / place.relative_path, place.offset + place.length
+            size = file.stat().st_size if file.exists() else 0
+            if size < end:
+                raise ValueError(f"{file}: expected at least {end} bytes, got {size}")
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Give a folder its name; what had it before, a folder, a file or a link, stands until then."""
+    before = path.with_stem(f"{path.stem}-before")
+    shutil.rmtree(before, ignore_errors=True)
+    with (new / META).open("rb") as file:
+        os.fsync(file.fileno())
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        path.rename(before)  # still a checkpoint
+    new.rename(path)
+    sync_folder(path.parent)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _fill(state: dict[str, Any], path: Path) -> None:
@@ -90,15 +122,15 @@ class _IndexUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _check_index(file: Path) -> None:
-    """Read an index as if it were harmful.
+def _read_index(file: Path) -> Metadata:
+    """An index, read as if it were harmful.
 
     Raises:
         ValueError: if it holds anything that an index does not.
     """
     with file.open("rb") as stream:
         try:
-            _IndexUnpickler(stream).load()
+            return _IndexUnpickler(stream).load()
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{file}: expected the index of a sharded checkpoint, got {error}, which could run any code; take "

@@ -1,6 +1,7 @@
 """Training of one model by several processes, as configurations name it."""
 
 import os
+import shutil
 import sys
 import threading
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import (
@@ -19,8 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from dma_lightning.checkpoints import read_checkpoint
-from dma_lightning.sharded_checkpoints import load_sharded
+from dma_lightning.checkpoint_files import read_checkpoint
+from dma_lightning.sharded_checkpoints import load_sharded, replace_folder
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -64,11 +66,28 @@ class FullyShardedStrategy(ModelParallelStrategy):
         numbers = {name: number for number, name in enumerate(self._names(optimizer))}
         return _renamed(state, numbers) if self.is_global_zero else {}
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint; a folder gets its name when it is whole."""
+        path = Path(self.broadcast(filepath))
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        unfinished = path.with_name(f"{path.name}.tmp")
+        if self.is_global_zero:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.barrier()
+        super().save_checkpoint(checkpoint, unfinished, storage_options)
+        self.barrier()
+        if self.is_global_zero:
+            replace_folder(unfinished, path)
+        self.barrier()
+
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Give every process its part of what any number of processes have saved."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
-            return load_sharded(path, self.model, self.optimizers)
+            load_sharded(path, self.model, self.optimizers)
+            return read_checkpoint(path)
         checkpoint = read_checkpoint(path)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=_WHOLE)
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
@@ -88,6 +107,38 @@ def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
     """A state of an optimizer with other keys for the parameters."""
     groups = [group | {"params": [names[key] for key in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[key]: value for key, value in state["state"].items()}, "param_groups": groups}
+
+
+class SameCheckpoint(pl.Callback):
+    """Lets no process go on from another checkpoint than the others.
+
+    Args:
+        path: what this process has found; None if there is none.
+
+    Raises:
+        ValueError: when processes meet, if they differ, as where a file system shows to one of them what is not there
+            yet for another.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        paths = of_all_processes(self.path and str(self.path.resolve()), trainer)
+        if len(set(paths)) > 1:
+            each = "; ".join(f"rank {rank} {path or 'none'}" for rank, path in enumerate(paths))
+            raise ValueError(
+                f"ckpt_path: expected the same checkpoint in all processes, got {each}; start again when all see the "
+                "same files"
+            )
+
+
+def of_all_processes(value: Any, trainer: pl.Trainer) -> list[Any]:
+    """What each process has, in the order of their ranks; each must ask."""
+    values = [value] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def end_with_first_process(trainer: pl.Trainer) -> None:

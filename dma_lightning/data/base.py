@@ -91,16 +91,16 @@ class SequenceDataModule(pl.LightningDataModule):
         """Batches of this process, from the position on.
 
         Raises:
-            ValueError: if a checkpoint was made within an epoch of other data or batches.
+            ValueError: if a checkpoint was made within an epoch of other data or batches, or of another length.
         """
         if not self._batches_trained:
             self._saved = {}  # of a checkpoint that was looked at, not gone on from
         seed = self._saved.get("seed", int(os.environ.get("PL_GLOBAL_SEED", 0)))
         position = self._position if self.trainer is not None else None
         sampler = TrainSampler(len(self.train_set), self.batch_size, *self._processes, seed, position)
-        if self._saved.get("batches"):
-            _check_same_batches(self._saved, sampler, self.content)
         self._train_sampler = sampler
+        if self._saved.get("batches"):
+            _check_same_batches(self._saved, sampler, self.content, self._batches_per_epoch)
         # Lightning asks loaders for their state, and does not see the data module's.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
         return self._loader(self.train_set, sampler)
@@ -121,6 +121,7 @@ class SequenceDataModule(pl.LightningDataModule):
             return {POSITION_KEY: self._saved} if self._saved else {}
         epoch, batches = self._position()
         position = {"epoch": epoch, "batches": batches, "batches_trained": self._batches_trained}
+        position["batches_per_epoch"] = self._batches_per_epoch
         order = {"seed": sampler.seed, "sequences": sampler.count, "content": self.content}
         return {POSITION_KEY: position | order | {"processes": sampler.num_replicas, "batch_size": sampler.batch_size}}
 
@@ -139,14 +140,17 @@ class SequenceDataModule(pl.LightningDataModule):
         """In all epochs; loaders with workers are ahead of it."""
         return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
+    @property
+    def _batches_per_epoch(self) -> int:
+        batches, limit = self._train_sampler.batches, 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
     def _position(self) -> tuple[int, int]:
         """Epoch, and how many of its batches were trained on."""
-        batches, limit = self._train_sampler.batches, self.trainer.limit_train_batches
-        per_epoch = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         done, saved = self._batches_trained, self._saved
         if saved:  # epochs before may have had another number of batches
-            done += saved["epoch"] * per_epoch + saved["batches"] - saved["batches_trained"]
-        return divmod(done, max(1, per_epoch))
+            done += saved["epoch"] * self._batches_per_epoch + saved["batches"] - saved["batches_trained"]
+        return divmod(done, max(1, self._batches_per_epoch))
 
     def _eval_loader(self, dataset: Dataset) -> DataLoader:
         return self._loader(FilledUp(dataset, IGNORE_INDEX), EvalSampler(len(dataset), *self._processes))
@@ -170,7 +174,9 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _check_same_batches(saved: dict[str, Any], sampler: TrainSampler, content: str | None) -> None:
+def _check_same_batches(
+    saved: dict[str, Any], sampler: TrainSampler, content: str | None, batches_per_epoch: int
+) -> None:
     """That a position within an epoch means the same.
 
     Raises:
@@ -192,4 +198,10 @@ def _check_same_batches(saved: dict[str, Any], sampler: TrainSampler, content: s
         raise ValueError(
             f"the checkpoint was made within an epoch: expected its training data ({saved['content']}), got others "
             f"({content}); give the same data, or go on from a checkpoint of an epoch's end"
+        )
+    if saved.get("batches_per_epoch") not in (None, batches_per_epoch):
+        raise ValueError(
+            f"the checkpoint was made within an epoch: expected its {saved['batches_per_epoch']} batches, got "
+            f"{batches_per_epoch}; give the same trainer.limit_train_batches, or go on from a checkpoint of an epoch's "
+            "end"
         )

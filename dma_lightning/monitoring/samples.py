@@ -128,7 +128,9 @@ class SampleMonitor(pl.Callback):
         tokenizer: Tokenizer | None,
     ) -> None:
         prompt, rest = prompt_and_rest(sequence, row=0)
-        new = generate(pl_module.model, prompt[None], self.max_new_tokens, self.sampling, seed=self.seed)[0]
+        # In one piece, since processes that share a model must read as often, however long their prompts are.
+        options = {"seed": self.seed, "chunk_size": sequence["input_ids"].shape[1]}
+        new = generate(pl_module.model, prompt[None], self.max_new_tokens, self.sampling, **options)[0]
         if writer is not None:
             real = rest[: self.max_new_tokens]
             before, made, real = (text_pieces(tokenizer, x.tolist()) for x in (prompt, new, real))

@@ -10,10 +10,12 @@ from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from lightning.pytorch.cli import SaveConfigCallback
 
 from dma_lightning import MQARDataModule
+from dma_lightning.checkpoint_files import AtomicCheckpointIO
 from dma_lightning.cli import DMACLI, ConfigOfRun, build_cli, main
 from dma_lightning.monitoring import ProgressBar
 from dma_lightning.prepare_command import prepare
 from dma_lightning.stability import GradientGuard
+from dma_lightning.strategies import SameCheckpoint
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -57,6 +59,12 @@ def test_every_shipped_config_builds(file: Path) -> None:
     assert isinstance(cli.trainer, pl.Trainer)
     assert cli.model.model.config.max_position_embeddings == cli.datamodule.sequence_length
     assert cli.model.model.config.vocab_size == cli.datamodule.vocab_size
+
+
+def test_runs_have_whole_checkpoints_and_agree_on_them() -> None:
+    cli = build_cli([config("model/mqar"), config("data/mqar"), config("trainer/cpu")], run=False)
+    assert isinstance(cli.trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+    assert any(isinstance(callback, SameCheckpoint) for callback in cli.trainer.callbacks)
 
 
 def test_all_runs_are_watched_alike() -> None:

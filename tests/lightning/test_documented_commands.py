@@ -5,9 +5,11 @@ import shlex
 import subprocess
 import sys
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dma_lightning.cli import main
@@ -43,9 +45,9 @@ def shortened(command: list[str]) -> list[str]:
     options = ["--trainer.devices", "2" if "ddp" in command else "1"]
     if "ddp" in command:  # whose batches are others than those of the run that `last` goes on with
         options += ["--trainer.logger.init_args.name", "ddp"]
-    if "last" in command:
-        options += ["--trainer.max_steps", "3"]
     from_checkpoint = any(argument.endswith(".ckpt") for argument in command)
+    if "last" in command or from_checkpoint:
+        options += ["--trainer.max_steps", "3"]
     return [*command, *SHORT, *options, *([] if from_checkpoint else SMALL)]
 
 
@@ -75,14 +77,31 @@ def test_commands_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
             program = [sys.executable, "-m", "dma_lightning", *arguments]
             done = subprocess.run(program, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr
-            assert "2/2" in done.stderr + done.stdout, done.stderr  # processes
+            assert "MEMBER: 2/2" in done.stderr, done.stderr
             continue
         monkeypatch.setattr("sys.argv", ["dma-lightning", *arguments])
         capsys.readouterr()
         with pytest.raises(SystemExit, match="0") if SHOWS & set(command) else nullcontext():
             main()
-        if "last" in command:
-            assert "step=2.ckpt" in capsys.readouterr().out, "begins anew"
+        if "--ckpt_path" in command and command[0] == "fit":
+            output = capsys.readouterr().out
+            assert "step=2.ckpt" in output or "last" not in command, "begins anew"
+            assert "nothing to do" not in output
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_documented_training_exercises_the_selection(page: str) -> None:
+    """Sequences are longer than the window."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in text.splitlines() if " fit -c " in line and "`" not in line]
+    lines = [line for line in lines if "--ckpt_path" not in line or "last" in line]  # a file says what it was made with
+    assert len(lines) > 2
+    for line in lines:
+        options = dict(pairwise(line))
+        files = [yaml.safe_load((ROOT / file).read_text()) for flag, file in pairwise(line) if flag == "-c"]
+        configured = next(file["data"]["init_args"]["sequence_length"] for file in files if "data" in file)
+        window = next(file["model"]["keep_window_size"] for file in files if "model" in file)
+        assert window < int(options.get("--data.sequence_length", configured)), line
 
 
 @pytest.mark.usefixtures("_new_user")
@@ -102,5 +121,5 @@ def test_sharded_training_runs(program: str) -> None:
         [sys.executable, *modules, *options, *SHORT, *SMALL, *one_machine], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert "2/2" in done.stderr + done.stdout  # processes
+    assert "MEMBER: 2/2" in done.stderr
     assert list(Path("runs").rglob("step=2.ckpt"))

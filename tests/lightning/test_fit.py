@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from dma_lightning.cli import build_cli, main
 from dma_lightning.metrics import LossPerplexity
 from dma_lightning.monitoring import samples
 from dma_lightning.prepare_command import prepare
+from dma_lightning.strategies import FullyShardedStrategy
 
 ROOT = Path(__file__).parents[2]
 TINY = ["-c", "configs/model/tiny.yaml", "-c", "configs/data/pydoc.yaml", "-c", "configs/trainer/cpu.yaml"]
@@ -55,6 +57,16 @@ def test_cuda_graphs_where_there_are_none(
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=message):
         build_cli(small_run(tmp_path, "fit", "--model.cuda_graphs=true", *options))
+
+
+def test_processes_that_share_weights_do_not_predict() -> None:
+    model = LanguageModel(vocab_size=16)
+    model._trainer = SimpleNamespace(
+        datamodule=None, strategy=FullyShardedStrategy(), world_size=2, accumulate_grad_batches=1
+    )
+    model.setup("validate")
+    with pytest.raises(ValueError, match=r"predict: expected one process, or DDP, .* got 2 with FullyShardedStrategy"):
+        model.setup("predict")
 
 
 def test_the_device_decides_how_the_optimizer_computes() -> None:
@@ -289,6 +301,7 @@ def test_resumed_run_continues(run: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_two_processes_agree(tmp_path: Path) -> None:
     args = small_run(tmp_path, "fit", "--trainer.max_steps=3", "--trainer.strategy=ddp", "--trainer.devices=2")
+    args += ["--trainer.log_every_n_steps=1"]
     args += ["--trainer.callbacks+=write_metrics.WriteMetrics", f"--trainer.callbacks.init_args.folder={tmp_path}"]
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
@@ -302,6 +315,7 @@ def test_two_processes_agree(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [rank["speed/tokens_seen"] for rank in ranks] == [2 * 3 * 8 * 256] * 2  # in both, steps, sequences, length
     assert all(math.isfinite(value) for value in ranks[0].values())
     reduced = [name for name in ranks[0] if name.startswith(("train/", "val/"))]
     assert {"train/loss", "val/loss", "val/perplexity", "val/bits_per_byte"} <= set(reduced)

@@ -23,7 +23,8 @@ from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
 from dma_lightning import LanguageModel, MQARDataModule
-from dma_lightning.checkpoints import AtomicCheckpointIO, ResumableCheckpoint, newest_checkpoint
+from dma_lightning.checkpoint_files import AtomicCheckpointIO, newest_checkpoint
+from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.cli import DMACLI, build_cli
 
 STEPS = 9
@@ -214,7 +215,7 @@ def test_the_checkpoint_before_the_newest_is_kept(whole: tuple, tmp_path: Path) 
     train(tmp_path, max_steps=5, every=1)
     assert steps() == {"step=4.ckpt", "step=5.ckpt"}
     (tmp_path / "step=5.ckpt").write_bytes((tmp_path / "step=5.ckpt").read_bytes()[:5000])
-    with pytest.warns(UserWarning, match=r"step=5\.ckpt: left out"):
+    with pytest.warns(UserWarning, match=r"leaves out .*step=5\.ckpt"):
         path = newest_checkpoint([tmp_path])
     (tmp_path / "step=5.ckpt").unlink()
     assert path.name == "step=4.ckpt"
@@ -388,7 +389,7 @@ def test_loading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="weights_only: expected true"):
         AtomicCheckpointIO().load_checkpoint("runs.ckpt", weights_only=False)
     with (
-        pytest.warns(UserWarning, match=r"runs\.ckpt: left out"),
+        pytest.warns(UserWarning, match=r"leaves out .*runs\.ckpt"),
         pytest.raises(ValueError, match=r"expected a whole checkpoint, got 1 that cannot be read, .*runs\.ckpt; bring"),
     ):
         newest_checkpoint([tmp_path])
@@ -468,7 +469,7 @@ def test_damaged_checkpoint_is_left_out(damage: str, copied: Path, capsys: pytes
     else:
         newest.write_bytes(content[: len(content) // 2 if damage == "truncated" else 0])
     if damage in ("truncated", "empty"):
-        with pytest.warns(UserWarning, match=r"step=6\.ckpt: left out, since it cannot be read"):
+        with pytest.warns(UserWarning, match=r"leaves out .*step=6\.ckpt: expected a whole"):
             done, _ = resolved(capsys, "--ckpt_path=last")
         with pytest.raises(ValueError, match=r"expected a whole checkpoint, got .*`last` takes the newest"):
             cli(f"--ckpt_path={newest}")
@@ -481,7 +482,7 @@ def test_no_run_begins_anew_beside_damaged_checkpoints(copied: Path) -> None:
     for file in copied.rglob("*.ckpt"):
         file.write_bytes(b"")
     with (
-        pytest.warns(UserWarning, match="left out"),
+        pytest.warns(UserWarning, match="leaves out"),
         pytest.raises(ValueError, match=r"expected a whole checkpoint, got 4 that cannot be read, the newest .*\.ckpt"),
     ):
         cli("--ckpt_path=last")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dma_kernels import Lifetimes, reference_mask
 from dma_lightning.cli import build_cli
 from dma_lightning.data.base import Batch
+from dma_lightning.generation import stream_tokens
 from dma_lightning.model import DogeForCausalLM, ModelConfig
 from dma_lightning.monitoring import DynamicMaskMonitor, SampleMonitor
 from dma_lightning.monitoring.recording import RecordedMask, record_masks
@@ -150,6 +151,15 @@ def test_monitors_keep_their_intervals(tmp_path: Path) -> None:
     assert read.Tags()["images"] == ["masks/layer_0"]
     assert read.Tags()["tensors"] == ["kept/layer_0/text_summary"]
     assert values(read, "dma/layer_0/own_key")[0] <= 1
+
+
+def test_a_sample_takes_as_many_passes_whatever_its_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that share the weights would wait for each other."""
+    monkeypatch.setitem(stream_tokens.__wrapped__.__kwdefaults__, "chunk_size", 4)
+    model, passes = small_model(), []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    SampleMonitor(max_new_tokens=3)._show_continuation(None, 0, SimpleNamespace(model=model), sequence(), None)
+    assert len(passes) == 3
 
 
 def test_data_without_text_shows_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

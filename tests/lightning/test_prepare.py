@@ -24,9 +24,9 @@ from torch.utils.data import default_collate
 from dma_lightning import LanguageModel, PreparedDataModule, cli, prepare_command
 from dma_lightning.data import IGNORE_INDEX, shards
 from dma_lightning.data.documents import read_documents
-from dma_lightning.generate_command import tokenizer_of
 from dma_lightning.prepare_command import prepare
 from dma_lightning.tokenizers import ByteTokenizer
+from dma_lightning.trained_models import tokenizer_of
 
 DOCUMENTS = [f"document {i}: " + "Größe 𝄞 " * (i % 7) + "\nend\n" for i in range(60)]
 

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from two_processes import TOGETHER, train
 
 from dma_lightning import LanguageModel
-from dma_lightning.checkpoints import newest_checkpoint
+from dma_lightning.checkpoint_files import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from dma_lightning.sharded_checkpoints import load_sharded
 from dma_lightning.strategies import _watch
 
@@ -151,15 +151,30 @@ def test_dropout_goes_on_in_each(two: Outcome) -> None:
     assert_same(load(two, "dropout-resumed"), load(two, "dropout"))
     with pytest.raises(AssertionError):
         assert_same(load(two, "dropout"), load(two, "ddp-dma-1"))
+    first, second = (states["torch"] for states in load(two, "dropout", 10)["rng_states"])
+    assert not torch.equal(first, second)
 
 
 def test_sharded_checkpoints(two: Outcome, tmp_path: Path) -> None:
     assert_same(load(two, "fsdp-from-sharded"), load(two, "one-dma-1"))
     shutil.copytree(two.folder / "fsdp-sharded", tmp_path / "saved", symlinks=True)
     assert newest_checkpoint([tmp_path]) == tmp_path / "saved/step=20.ckpt"
-    (tmp_path / "saved/step=20.ckpt/meta.pt").unlink()  # which is written last
-    with pytest.warns(UserWarning, match=r"step=20\.ckpt: left out, since it cannot be read"):
+    shard = next((tmp_path / "saved/step=20.ckpt").glob("__1_*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"leaves out .*step=20\.ckpt: expected a whole .*distcp: expected at least"):
         assert newest_checkpoint([tmp_path]) == tmp_path / "saved/step=13.ckpt"
+    (tmp_path / "saved/step=13.ckpt/meta.pt").unlink()
+    with pytest.warns(UserWarning, match=r"leaves out .*step=13\.ckpt"):
+        assert newest_checkpoint([tmp_path]) == tmp_path / "saved/step=10.ckpt"
+    with pytest.raises(ValueError, match=r"expected a checkpoint of one file, got .*step=10\.ckpt"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "saved/step=10.ckpt")
+
+
+def test_a_killed_write_of_a_sharded_checkpoint_leaves_the_one_before(two: Outcome) -> None:
+    """There is one at step 13, after the validation; that of step 20 never came to its name."""
+    assert (two.folder / "fsdp-torn/last.ckpt.tmp").is_dir()
+    path = newest_checkpoint([two.folder / "fsdp-torn"])
+    assert (path.name, read_checkpoint(path)["global_step"]) == ("last.ckpt", 13)
 
 
 @pytest.mark.parametrize("where", [".metadata", "value"])
@@ -171,7 +186,7 @@ def test_sharded_checkpoints_run_no_code(
     monkeypatch.chdir(tmp_path)
     module = train(tmp_path / "one")
     optimizer = module.optimizers(use_pl_optimizer=False)
-    assert load_sharded(path, module, [optimizer])["global_step"] == 10
+    load_sharded(path, module, [optimizer])
     expected = load(two, "one-dma-1", 10)
     torch.testing.assert_close(module.state_dict(), expected["state_dict"], rtol=0, atol=1e-10)
     moments = (state["state"][0]["exp_avg"] for state in (optimizer.state_dict(), expected["optimizer_states"][0]))

@@ -167,6 +167,8 @@ def test_limited_epochs_go_on_too(tmp_path: Path) -> None:
     checkpoint = interrupted(tmp_path, make_mqar(tmp_path), 12, "training_step", **options)
     assert torch.load(checkpoint, weights_only=True)["MQARDataModule"]["position"]["epoch"] == 2
     assert fit(tmp_path, make_mqar(tmp_path), fresh(), checkpoint, **options)[0].seen == model.seen[12:]
+    with pytest.raises(ValueError, match=r"expected its 5 batches, got 3; give the same trainer.limit_train_batches"):
+        fit(tmp_path, make_mqar(tmp_path), fresh(), checkpoint, limit_train_batches=3)
 
 
 @pytest.mark.parametrize(

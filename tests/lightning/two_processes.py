@@ -5,6 +5,7 @@
 What comes out is written to the folder, and compared there with what one process does.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -15,12 +16,13 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from dma_lightning import LanguageModel, MQARDataModule
-from dma_lightning.checkpoints import AtomicCheckpointIO, ResumableCheckpoint, SameCheckpoint
+from dma_lightning.checkpoint_files import AtomicCheckpointIO
+from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.stability import GradientGuard
-from dma_lightning.strategies import FullyShardedStrategy
+from dma_lightning.strategies import FullyShardedStrategy, SameCheckpoint
 
 STEPS = 20
 TOGETHER = "gpu" if torch.cuda.device_count() > 1 else "cpu"  # where two processes train
@@ -33,6 +35,24 @@ class Announce(pl.Callback):
         if trainer.global_step == 2:
             Path(f"rank{trainer.global_rank}.tmp").write_text(str(os.getpid()))
             Path(f"rank{trainer.global_rank}.tmp").rename(f"rank{trainer.global_rank}.txt")
+
+
+class OnPurposeError(Exception):
+    """What ends a run of `TornStrategy`."""
+
+
+class _EndsAfterWriting(ModelParallelStrategy):
+    """Writes the checkpoint of the last step, and is ended then."""
+
+    def save_checkpoint(self, checkpoint: dict, filepath: str | Path, storage_options: object = None) -> None:
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if checkpoint["global_step"] == STEPS:
+            self.barrier()
+            raise OnPurposeError
+
+
+class TornStrategy(FullyShardedStrategy, _EndsAfterWriting):
+    """FSDP2, ended before the last checkpoint has its name."""
 
 
 class Late(pl.Callback):
@@ -74,6 +94,7 @@ def train(
     ckpt_path: Path | None = None,
     callbacks: tuple[pl.Callback, ...] = (),
     accelerator: str = TOGETHER,
+    saving: dict[str, object] | None = None,
     **model_options: object,
 ) -> LanguageModel:
     """Train in float64 on 8 sequences a batch of all processes together, with checkpoints after steps 10 and 20."""
@@ -97,7 +118,7 @@ def train(
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*callbacks, ResumableCheckpoint(10, dirpath=folder, save_top_k=-1)],
+        callbacks=[*callbacks, ResumableCheckpoint(10, dirpath=folder, **saving or {"save_top_k": -1})],
         plugins=[AtomicCheckpointIO()],
     )
     trainer.fit(model, data, ckpt_path=ckpt_path)
@@ -129,6 +150,9 @@ def main(folder: Path) -> None:
     together(folder / "fsdp-sharded", strategy=FullyShardedStrategy(save_distributed_checkpoint=True))
     path = folder / "fsdp-sharded/step=10.ckpt"
     together(folder / "fsdp-from-sharded", strategy=FullyShardedStrategy(), ckpt_path=path)
+    with contextlib.suppress(OnPurposeError):
+        strategy = TornStrategy(save_distributed_checkpoint=True)
+        together(folder / "fsdp-torn", strategy=strategy, saving={"save_last": True, "save_top_k": 0})
     for strategy in ("ddp", FullyShardedStrategy()):
         name = f"guarded-{strategy if isinstance(strategy, str) else 'fsdp'}"
         together(folder / name, strategy=strategy, callbacks=(Spoil(rank), GradientGuard(not_finite="skip")))

@@ -1,0 +1,34 @@
+"""States of random numbers, so that a resumed run draws what the uninterrupted one does."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.utilities import rank_zero_warn
+
+
+def rng_states(trainer: pl.Trainer) -> dict[str, Any]:
+    """Of this process; of GPUs, its own alone."""
+    states, device = _collect_rng_states(include_cuda=False), trainer.strategy.root_device
+    return states | ({"device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def without_arrays(states: dict[str, Any]) -> dict[str, Any]:
+    """The same states, for a checkpoint: a safe load refuses arrays."""
+    name, keys, *rest = states["numpy"]
+    return states | {"numpy": (name, keys.tolist(), *rest)}
+
+
+def restore_rng_states(states: list[dict[str, Any]], trainer: pl.Trainer) -> None:
+    """Go on with those that a checkpoint has of all processes, in the order of their ranks; else with the seed's."""
+    if len(states) == trainer.world_size:
+        own = states[trainer.global_rank]
+        _set_rng_states(own)
+        if "device" in own and trainer.strategy.root_device.type == "cuda":
+            torch.cuda.set_rng_state(own["device"], trainer.strategy.root_device)
+    else:
+        rank_zero_warn(
+            f"the checkpoint is of {len(states)} processes and this run of {trainer.world_size}: "
+            "random numbers (of dropout) go on from the seed instead"
+        )
