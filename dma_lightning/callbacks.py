@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from dma_lightning.data.base import Batch
 from dma_lightning.generation import generate, pad_prompts, prompt_and_rest
+from dma_lightning.monitoring.steps import is_last_step
 from dma_lightning.sampling import Sampling
 from dma_lightning.tokenizers import Tokenizer
 
@@ -47,7 +48,7 @@ class FitReport(pl.Callback):
         self.trained = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
-        if 0 < trainer.max_steps <= trainer.global_step:
+        if is_last_step(trainer):
             trainer.should_stop = True  # it stops anyway; asked to, Lightning validates first
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

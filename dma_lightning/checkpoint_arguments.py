@@ -93,7 +93,7 @@ def saved_arguments(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_weights(checkpoint: Path, module: LanguageModel, trains: bool) -> None:
-    """Compare the names and shapes of a checkpoint's weights with those of a model; a folder does not tell its own.
+    """Compare the names and shapes of a checkpoint's weights with those of a model; those of a folder are not known.
 
     Raises:
         ValueError: if they differ, with the options that do; if training is to go on from weights alone.

@@ -9,8 +9,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
+from dma_lightning.atomic_files import atomic_write
 from dma_lightning.sharded_checkpoints import META, check_shards
-from dma_lightning.whole_files import whole_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -32,7 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with whole_file(path) as file:
+            with atomic_write(path) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # on a full disk, torch's writer has an error of its own
             cause = error.__context__ if isinstance(error.__context__, OSError) else error

@@ -78,7 +78,7 @@ class ResumableCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
             **kwargs,
         )
-        # Names of metrics have a slash, and become part of a name that tells them.
+        # Names of metrics have a slash, and are inserted before their values.
         if "/" in (filename if self.auto_insert_metric_name else re.sub(r"\{.*?\}", "", filename)):
             raise ValueError(
                 f"filename: expected one without a folder, got {filename!r}; of {{val/loss}}, "
@@ -95,7 +95,7 @@ class ResumableCheckpoint(ModelCheckpoint):
             )
         self.save_on_validation_end = save_on_validation_end
         self._kept: list[str] = []  # without `monitor`: paths that are this callback's to remove, the newest last
-        self._whole: _WholeStep | None = None
+        self._whole: _StepSnapshot | None = None
         self._rewind = False  # whether what is saved is the last whole step, of which counters are ahead
         self._rng_to_load: list[dict[str, Any]] | None = None
         self._validated: int | None = None  # the step whose weights were validated last
@@ -119,7 +119,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         if self.save_last and trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent == here:
             # The link that is there is this run's; Lightning would make another beside it.
             self.last_model_path = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
-        self._whole = _WholeStep.now(trainer)
+        self._whole = _StepSnapshot.now(trainer)
         self._take(signal.SIGTERM)
         if trainer.world_size > 1:
             self._take(signal.SIGINT, instead_of=signal.default_int_handler)
@@ -136,7 +136,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         if loop._should_accumulate():
             return  # gradients are in no checkpoint
         self._stepping = False
-        self._whole = _WholeStep.now(trainer)
+        self._whole = _StepSnapshot.now(trainer)
         if not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
             if trainer.global_step % self._every_n_train_steps == 0:
                 self._save_now(trainer)
@@ -147,7 +147,7 @@ class ResumableCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fit_loop.epoch_loop._should_accumulate():
             return
-        self._whole, self._validated = _WholeStep.now(trainer), trainer.global_step
+        self._whole, self._validated = _StepSnapshot.now(trainer), trainer.global_step
         if self.save_on_validation_end or trainer.global_step % self._every_n_train_steps == 0:
             self._save_now(trainer)
         self._stop_if_asked(trainer)
@@ -204,9 +204,13 @@ class ResumableCheckpoint(ModelCheckpoint):
             self._kept = state_dict.get("kept", [state_dict["best_model_path"]])
 
     def _take(self, number: int, instead_of: Any = None) -> None:
-        """Be asked to stop by a signal, instead of by what else (or but that) takes it now, where signals can be taken.
+        """Let a signal ask this callback to stop; from the main thread only, where Python allows it.
 
         Lightning's own handler may end processes at different steps. At the end, it puts back what was before.
+
+        Args:
+            number: of the signal.
+            instead_of: the handler to replace; if another is installed, that stays. Default: any.
         """
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread and instead_of in (None, signal.getsignal(number)):
@@ -234,7 +238,7 @@ class ResumableCheckpoint(ModelCheckpoint):
                 trainer._logger_connector.update_train_step_metrics()
             number = signal.Signals(self._asked_to_stop or signal.SIGTERM)
             rank_zero_info(f"{number.name}: step {trainer.global_step} is saved; `--ckpt_path last` goes on")
-            raise SIGTERMException(128 + number)  # the status by which it is told from a finished run
+            raise SIGTERMException(128 + number)  # a status other than that of a finished run
 
     def _save_now(self, trainer: pl.Trainer) -> None:
         """Save, unless this step is saved already."""
@@ -285,7 +289,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier()
 
 
-class _WholeStep(NamedTuple):
+class _StepSnapshot(NamedTuple):
     """Where training was when it had just made a whole optimizer step."""
 
     step: int
@@ -294,7 +298,7 @@ class _WholeStep(NamedTuple):
     rng: dict[str, Any]
 
     @classmethod
-    def now(cls, trainer: pl.Trainer) -> "_WholeStep":
+    def now(cls, trainer: pl.Trainer) -> "_StepSnapshot":
         loop = trainer.fit_loop
         batches = loop.epoch_loop.batch_progress.total.processed
         return cls(trainer.global_step, batches, loop.state_dict(), rng_states(trainer))

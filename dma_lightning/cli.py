@@ -91,7 +91,7 @@ class DMACLI(LightningCLI):
     """
 
     checkpoint: Path | None = None  # what `ckpt_path` stands for, if it is a file or folder
-    goes_on = False  # whether that is the last of the run that `fit` was asked to go on with
+    resuming = False  # whether that is the last of the run that `fit` was asked to go on with
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser that takes no abbreviated options, so that a typo is an error."""
@@ -110,13 +110,13 @@ class DMACLI(LightningCLI):
             if self.checkpoint is None:
                 self.save_config_kwargs = {"may_be_killed": asks}
                 return
-            self.goes_on = asks
+            self.resuming = asks
         saved = saved_arguments(self.checkpoint)
         for subparser in self._subcommand_parsers.values():
             subparser.set_defaults(saved)
         super().parse_arguments(parser, args)
         attention = self._subcommand_config().model.attention
-        if self.goes_on and attention != saved.get("model.attention", attention):
+        if self.resuming and attention != saved.get("model.attention", attention):
             raise ValueError(
                 f"ckpt_path last: expected attention {saved['model.attention']!r} as in {self.checkpoint}, got "
                 f"{attention!r}; give each experiment a folder of its own by --trainer.logger.init_args.name, or "
@@ -161,7 +161,7 @@ class DMACLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with atomic checkpoints; for `predict` with a writer of continuations, if no other is there."""
-        if self.goes_on:
+        if self.resuming:
             self._log_where_it_was()
         if self.subcommand not in (None, "fit"):  # the callbacks that a checkpoint has states of are for training
             warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")

@@ -64,7 +64,7 @@ def generate(
 
     start = time.perf_counter()
     pieces = decode_until(tokenizer, tokens(), [stop] if isinstance(stop, str) else stop or (), prompt_tokens)
-    print(prompt + next(pieces, ""), end="", flush=True)  # not before what is wrong has been told
+    print(prompt + next(pieces, ""), end="", flush=True)  # errors come first
     for piece in pieces:
         print(piece, end="", flush=True)
     seconds = time.perf_counter() - start

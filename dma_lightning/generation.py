@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from dma_lightning.data.base import Batch
 from dma_lightning.mixers.base import MixerCache
@@ -111,10 +112,10 @@ def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device | str | N
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError(f"prompts: expected at least one, each with a token, got lengths {[len(x) for x in prompts]}")
-    longest = max(len(prompt) for prompt in prompts)
-    rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    padded = [[True] * (longest - len(prompt)) + [False] * len(prompt) for prompt in prompts]
-    return torch.tensor(rows, device=device), torch.tensor(padded, device=device)
+    rows = [torch.tensor(prompt, dtype=torch.int64, device=device) for prompt in prompts]
+    real = [torch.zeros_like(row, dtype=torch.bool) for row in rows]
+    left = {"batch_first": True, "padding_side": "left"}
+    return pad_sequence(rows, **left), pad_sequence(real, padding_value=True, **left)
 
 
 def prompt_and_rest(batch: Batch, row: int, length: int | None = None) -> tuple[Tensor, Tensor]:

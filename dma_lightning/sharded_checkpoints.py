@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from dma_lightning.whole_files import sync_folder
+from dma_lightning.atomic_files import sync_folder
 
 META = "meta.pt"  # a file of such a folder, with all but weights and optimizer states; written last
 

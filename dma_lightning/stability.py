@@ -26,7 +26,7 @@ class UnstableTrainingError(RuntimeError):
 class GradientGuard(pl.Callback):
     """Ends the run at, or leaves out, optimizer steps whose gradient is not finite or whose loss jumps up.
 
-    What is told names the step, and the parameter whose gradient was the first in the backward pass that is not
+    Messages name the step, and the parameter whose gradient was the first in the backward pass that is not
     finite. A step that is left out changes no weight and no moment; the schedule goes on.
 
     To skip, the processor must wait for the gradients of every step. If nothing is to be skipped, it reads those of a

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from dma_lightning.checkpoint_files import read_checkpoint
 from dma_lightning.sharded_checkpoints import load_sharded, replace_folder
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -62,7 +62,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         if self._save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
         optimizer = getattr(optimizer, "_optimizer", optimizer)
-        state = get_optimizer_state_dict(self.model, optimizer, options=_WHOLE)
+        state = get_optimizer_state_dict(self.model, optimizer, options=_FULL_STATE)
         numbers = {name: number for number, name in enumerate(self._names(optimizer))}
         return _renamed(state, numbers) if self.is_global_zero else {}
 
@@ -89,12 +89,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
             load_sharded(path, self.model, self.optimizers)
             return read_checkpoint(path)
         checkpoint = read_checkpoint(path)
-        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=_WHOLE)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=_FULL_STATE)
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
             named = _renamed(state, dict(enumerate(self._names(optimizer))))
             for group, own in zip(named["param_groups"], optimizer.param_groups, strict=True):
                 group["fused"] = own["fused"]  # as `LanguageModel.on_load_checkpoint`, which comes too late here
-            set_optimizer_state_dict(self.model, optimizer, named, options=_WHOLE)
+            set_optimizer_state_dict(self.model, optimizer, named, options=_FULL_STATE)
         return checkpoint
 
     def _names(self, optimizer: Optimizer) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dma_lightning.data.samplers import EvalSampler, FilledUp, TrainSampler
+from dma_lightning.data.samplers import EvalSampler, PaddedDataset, TrainSampler
 
 IGNORE_INDEX = -100
 POSITION_KEY = "position"  # in a checkpoint's state of the data
@@ -59,12 +59,12 @@ class SequenceDataModule(pl.LightningDataModule):
 
     @property
     def val_bytes_per_token(self) -> float | None:
-        """That of the data for validation and test."""
+        """Mean length of a token of the validation and test data."""
         return self.bytes_per_token
 
     @property
-    def content(self) -> str | None:
-        """What differs where the training data do, such as a hash; None where nothing tells."""
+    def fingerprint(self) -> str | None:
+        """Of the training data, such as a hash, other for others; None if there is none."""
         return None
 
     def __init__(
@@ -100,7 +100,7 @@ class SequenceDataModule(pl.LightningDataModule):
         sampler = TrainSampler(len(self.train_set), self.batch_size, *self._processes, seed, position)
         self._train_sampler = sampler
         if self._saved.get("batches"):
-            _check_same_batches(self._saved, sampler, self.content, self._batches_per_epoch)
+            _check_same_batches(self._saved, sampler, self.fingerprint, self._batches_per_epoch)
         # Lightning asks loaders for their state, and does not see the data module's.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
         return self._loader(self.train_set, sampler)
@@ -112,7 +112,7 @@ class SequenceDataModule(pl.LightningDataModule):
         return self._eval_loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader:
-        return self._loader(self.test_set)  # Lightning divides it, and tells a writer which sequences are whose
+        return self._loader(self.test_set)  # Lightning divides it, and gives writers the indices
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint carries along: the position in the training data."""
@@ -122,11 +122,11 @@ class SequenceDataModule(pl.LightningDataModule):
         epoch, batches = self._position()
         position = {"epoch": epoch, "batches": batches, "batches_trained": self._batches_trained}
         position["batches_per_epoch"] = self._batches_per_epoch
-        order = {"seed": sampler.seed, "sequences": sampler.count, "content": self.content}
+        order = {"seed": sampler.seed, "sequences": sampler.count, "fingerprint": self.fingerprint}
         return {POSITION_KEY: position | order | {"processes": sampler.num_replicas, "batch_size": sampler.batch_size}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the position of a checkpoint; those made before there was one are told by the trainer's count."""
+        """Go on from the position of a checkpoint; older ones go on by the trainer's count."""
         self._saved = state.get(POSITION_KEY, {})
 
     @property
@@ -153,7 +153,7 @@ class SequenceDataModule(pl.LightningDataModule):
         return divmod(done, max(1, self._batches_per_epoch))
 
     def _eval_loader(self, dataset: Dataset) -> DataLoader:
-        return self._loader(FilledUp(dataset, IGNORE_INDEX), EvalSampler(len(dataset), *self._processes))
+        return self._loader(PaddedDataset(dataset, IGNORE_INDEX), EvalSampler(len(dataset), *self._processes))
 
     def _loader(self, dataset: Dataset, sampler: Sampler | None = None) -> DataLoader:
         return DataLoader(
@@ -175,7 +175,7 @@ def _ignore_signals(worker: int) -> None:
 
 
 def _check_same_batches(
-    saved: dict[str, Any], sampler: TrainSampler, content: str | None, batches_per_epoch: int
+    saved: dict[str, Any], sampler: TrainSampler, fingerprint: str | None, batches_per_epoch: int
 ) -> None:
     """That a position within an epoch means the same.
 
@@ -194,10 +194,10 @@ def _check_same_batches(
             f"the checkpoint was made within an epoch: expected its {saved['sequences']} training sequences, got "
             f"{sampler.count}; give the same data, or go on from a checkpoint of an epoch's end"
         )
-    if saved.get("content") not in (None, content):
+    if saved.get("fingerprint") not in (None, fingerprint):
         raise ValueError(
-            f"the checkpoint was made within an epoch: expected its training data ({saved['content']}), got others "
-            f"({content}); give the same data, or go on from a checkpoint of an epoch's end"
+            f"the checkpoint was made within an epoch: expected its training data ({saved['fingerprint']}), got others "
+            f"({fingerprint}); give the same data, or go on from a checkpoint of an epoch's end"
         )
     if saved.get("batches_per_epoch") not in (None, batches_per_epoch):
         raise ValueError(

@@ -136,7 +136,7 @@ class MQARDataModule(SequenceDataModule):
         self.seed = seed
 
     @property
-    def content(self) -> str:
+    def fingerprint(self) -> str:
         """All that examples are drawn from."""
         names = ("vocab_size", "sequence_length", "num_pairs", "power", "random_fillers", "seed")
         return ", ".join(f"{name} {self.hparams[name]}" for name in names)

@@ -63,7 +63,7 @@ class PreparedDataModule(TokenizedDataModule):
         return self._val_manifest["bytes"] / self._val_manifest["tokens"]
 
     @property
-    def content(self) -> str:
+    def fingerprint(self) -> str:
         """Hash of the shards', and how long sequences are."""
         hashes = [shard[name] for shard in self.manifest["shards"] for name in ("tokens_sha256", "ends_sha256")]
         return f"{hashlib.sha256(''.join(hashes).encode()).hexdigest()}-{self.sequence_length}"

@@ -59,7 +59,7 @@ class EvalSampler(DistributedSampler):
     """Every sequence once, in order; process r takes the r-th of each `ranks`.
 
     All processes get equally many, as collective operations need it: indices from `count` on are filled up, see
-    `FilledUp`.
+    `PaddedDataset`.
 
     Args:
         count: number of sequences.
@@ -74,7 +74,7 @@ class EvalSampler(DistributedSampler):
         return iter(range(self.rank, self.total_size, self.num_replicas))
 
 
-class FilledUp(Dataset):
+class PaddedDataset(Dataset):
     """A data set whose indices from its length on give sequences without labels, which no metric counts.
 
     Args:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dma_lightning.whole_files import whole_file
+from dma_lightning.atomic_files import atomic_write
 
 VERSION = 1
 PLAN, MANIFEST, TOKENIZER = "plan.json", "manifest.json", "tokenizer.json"
@@ -101,7 +101,7 @@ class ShardWriter:
         self.file.close()
         _unfinished(self.path).replace(self.path)
         ends = self.folder / f"{self.name}.ends.npy"
-        with whole_file(ends) as file:
+        with atomic_write(ends) as file:
             np.save(file, np.frombuffer(self.ends, dtype=np.int64))
         hashes = self.digest.hexdigest(), _sha256(ends)
         record = ShardRecord(self.name, self.tokens, len(self.ends), self.bytes, *hashes, next_file, next_line)
@@ -208,7 +208,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from dma_lightning.atomic_files import atomic_write
 from dma_lightning.data.base import SequenceDataModule
 from dma_lightning.data.files import COMPRESSED, JSONL, text_files
 from dma_lightning.data.shards import Shard
 from dma_lightning.data.windows import TokenWindows
 from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
-from dma_lightning.whole_files import whole_file
 
 _CHUNK = 1 << 20
 _SEPARATOR = b"\n"
@@ -101,7 +101,7 @@ class TextDataModule(TokenizedDataModule):
         return self._content[1] / max(1, tokens)
 
     @property
-    def content(self) -> str:
+    def fingerprint(self) -> str:
         """Hashes of text and tokenizer, and how long sequences are."""
         return f"{self._cache_file.stem}-{self.sequence_length}"
 
@@ -109,7 +109,7 @@ class TextDataModule(TokenizedDataModule):
         """Write the array, unless it is there. Called on one process per node."""
         if not self._cache_file.exists():
             self.cache_dir.mkdir(parents=True, exist_ok=True)
-            with whole_file(self._cache_file, f".{secrets.token_hex(8)}.tmp") as file:
+            with atomic_write(self._cache_file, f".{secrets.token_hex(8)}.tmp") as file:
                 file.writelines(self._tokens())
 
     def setup(self, stage: str) -> None:

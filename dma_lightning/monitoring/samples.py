@@ -15,7 +15,7 @@ from dma_kernels import Lifetimes
 from dma_lightning.data.base import Batch
 from dma_lightning.generation import generate, prompt_and_rest
 from dma_lightning.monitoring.recording import RecordedMask, dynamic_layers, first_sequence, record_masks
-from dma_lightning.monitoring.steps import logged_step, tensorboard
+from dma_lightning.monitoring.steps import is_last_step, logged_step, tensorboard
 from dma_lightning.sampling import Sampling
 from dma_lightning.tokenizers import Tokenizer
 
@@ -91,8 +91,7 @@ class SampleMonitor(pl.Callback):
         if sequence is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self.validations += 1
-        last = 0 < trainer.max_steps <= trainer.global_step
-        if (self.validations - 1) % self.every_n_validations and not last:
+        if (self.validations - 1) % self.every_n_validations and not is_last_step(trainer):
             return
         writer, step = tensorboard(trainer), logged_step(trainer)
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)

@@ -21,7 +21,12 @@ def is_logging_step(trainer: pl.Trainer, before_step: bool = False) -> bool:
     """
     if trainer.fit_loop._should_accumulate():
         return False
-    return trainer._logger_connector.should_update_logs or 0 < trainer.max_steps <= trainer.global_step + before_step
+    return trainer._logger_connector.should_update_logs or is_last_step(trainer, before_step)
+
+
+def is_last_step(trainer: pl.Trainer, before_step: bool = False) -> bool:
+    """Whether `max_steps` are made, if there is such a limit; with `before_step`, after the step that is being made."""
+    return 0 < trainer.max_steps <= trainer.global_step + before_step
 
 
 def wait_for(device: torch.device) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import SumMetric
 
 from dma_lightning.data import IGNORE_INDEX, MQARDataModule, PreparedDataModule, SequenceDataModule, TextDataModule
-from dma_lightning.data.samplers import EvalSampler, FilledUp, TrainSampler
+from dma_lightning.data.samplers import EvalSampler, PaddedDataset, TrainSampler
 from dma_lightning.prepare_command import prepare
 
 EXAMPLES, BATCH = 45, 4  # 11 batches an epoch
@@ -318,7 +318,7 @@ def test_processes_share_the_batches_of_one(ranks: int) -> None:
 def test_processes_evaluate_every_sequence_once(count: int, ranks: int) -> None:
     """What fills up has no labels, so that no metric counts it."""
     items = [{"input_ids": torch.tensor([i]), "labels": torch.tensor([i])} for i in range(count)]
-    dataset = FilledUp(items, IGNORE_INDEX)
+    dataset = PaddedDataset(items, IGNORE_INDEX)
     read = [[dataset[i]["labels"].item() for i in EvalSampler(count, ranks, rank)] for rank in range(ranks)]
     assert len({len(part) for part in read}) == 1
     assert sorted(x for part in read for x in part if x != IGNORE_INDEX) == list(range(count))

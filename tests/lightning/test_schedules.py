@@ -1,10 +1,12 @@
 """Learning-rate schedules and metrics."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dma_lightning import LanguageModel
 from dma_lightning.metrics import BitsPerByte
 from dma_lightning.schedules import lr_factor
 
@@ -28,6 +30,13 @@ def test_cosine() -> None:
 def test_short_runs_and_steps_beyond_the_end(schedule: str, max_steps: int) -> None:
     assert all(0 <= lr_factor(schedule, step, max_steps, 0.1, 0.2) <= 1 for step in range(10))
     assert lr_factor(schedule, 0, max_steps, 0.1, 0.2) > 0
+
+
+def test_the_number_of_steps_is_that_of_the_trainer() -> None:
+    """To ask Lightning for an estimate would begin the training data before their position is restored."""
+    module = LanguageModel(vocab_size=16)
+    module._trainer = SimpleNamespace(max_steps=10)  # has no estimated_stepping_batches
+    assert module.configure_optimizers()["lr_scheduler"]["interval"] == "step"
 
 
 def test_constant() -> None:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever ends the process that writes them."""
+"""Atomic writes: a file is there whole or not at all, whatever ends the process that writes it."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 
 @contextmanager
-def whole_file(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
+def atomic_write(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
     """A file to write that gets its name at the end, when it is on the disk; one that fails leaves nothing.
 
     Args:
