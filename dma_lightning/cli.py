@@ -12,7 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, LearningRateMonitor
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from dma_lightning.callbacks import ContinuationWriter
 from dma_lightning.checkpoint_arguments import (
@@ -158,6 +158,8 @@ class DMACLI(LightningCLI):
                 config.ckpt_path = str(self.checkpoint)
             elif config.ckpt_path == "last":
                 config.ckpt_path = None
+            elif config.ckpt_path is None and self.subcommand != "fit":
+                rank_zero_warn(f"{self.subcommand}: no --ckpt_path is given, so the weights are random")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with atomic checkpoints; for `predict` with a writer of continuations, if no other is there."""

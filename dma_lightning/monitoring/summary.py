@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from dma_lightning.data.base import Batch
-from dma_lightning.monitoring.peaks import compute_dtype
+from dma_lightning.monitoring.peaks import compute_dtype, peak_flops
 from dma_lightning.monitoring.steps import is_logging_step, wait_for
 
 
@@ -68,7 +68,11 @@ def summary_rows(trainer: pl.Trainer, pl_module: pl.LightningModule, sequences: 
         return rows | {"run": "no end is set"}
     left = steps - trainer.global_step
     done = f" ({trainer.global_step:,} of {steps:,} are done)" if trainer.global_step else ""
-    return rows | {"run": f"{left:,} steps{done}, {left * per_step:,} tokens, {flops * left * per_step:.3g} FLOPs"}
+    shortest = flops * left * per_step / devices / peak_flops(device, dtype)[0]
+    return rows | {
+        "run": f"{left:,} steps{done}, {left * per_step:,} tokens, {flops * left * per_step:.3g} FLOPs",
+        "time": f"at least {duration(shortest)}, at a utilisation of 100 %; measured and estimated after a few steps",
+    }
 
 
 def total_steps(trainer: pl.Trainer) -> int | None:

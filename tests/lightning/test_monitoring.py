@@ -212,6 +212,10 @@ def test_summary_tells_the_run_and_how_long_it_takes(tmp_path: Path, capsys: pyt
     flops = model.training_flops(64)
     assert f"FLOPs {flops:.3g} per token, forward and backward; {flops * 384:.3g} per step" in words
     assert f"run 3 steps, 1,152 tokens, {flops * 1152:.3g} FLOPs" in words
+    assert (
+        f"time at least {duration(flops * 1152 / peaks.peak_flops(torch.device('cpu'), torch.float32)[0])}, at a"
+        in words
+    )
     assert re.search(r"estimated time: \d+ s \(1 steps x [\d,]+ ms, without validation\)", words)
 
 
