@@ -1,5 +1,6 @@
 """Atomic writes: a file is there whole or not at all, whatever ends the process that writes it."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,9 @@ def atomic_write(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
     Args:
         path: its name; a file that has it stands until then.
         suffix: of its name until then, in the same folder; what writes from several hosts needs one for each.
+
+    Raises:
+        OSError: if it cannot be written.
     """
     unfinished = path.with_name(f"{path.name}{suffix}")
     try:
@@ -23,9 +27,19 @@ def atomic_write(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         unfinished.replace(path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise write_error(path, error) from error
         raise
+
+
+def write_error(path: Path, error: BaseException) -> OSError:
+    """What says that a file cannot be written, why, and what to do."""
+    cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch's writer has its own
+    full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    advice = "make room" if full else "see to the folder"
+    return OSError(f"{path}: cannot be written ({cause}); {advice}; what was there before is whole")
 
 
 def sync_folder(folder: Path) -> None:

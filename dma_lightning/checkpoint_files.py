@@ -1,6 +1,5 @@
 """Files of checkpoints: written whole or not at all, found again, and read without running code."""
 
-import errno
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dma_lightning.atomic_files import atomic_write
+from dma_lightning.atomic_files import atomic_write, write_error
 from dma_lightning.sharded_checkpoints import META, check_shards
 
 
@@ -34,11 +33,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with atomic_write(path) as file:
                 torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:  # on a full disk, torch's writer has an error of its own
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            advice = "make room" if full else "see to the folder"
-            raise OSError(f"{path}: cannot be written ({cause}); {advice}; earlier checkpoints are whole") from error
+        except RuntimeError as error:  # of torch's writer, on a full disk
+            raise write_error(path, error) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None

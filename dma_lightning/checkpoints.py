@@ -47,7 +47,8 @@ class ResumableCheckpoint(ModelCheckpoint):
         save_on_exception: see `ModelCheckpoint`.
         save_on_validation_end: whether every validation is followed by a checkpoint, or those alone that come when
             `every_n_train_steps` have passed.
-        **kwargs: further options of `ModelCheckpoint`, except other intervals and `save_weights_only`.
+        **kwargs: further options of `ModelCheckpoint`, except other intervals, `save_on_train_epoch_end` and
+            `save_weights_only`.
 
     Raises:
         ValueError: if `monitor` is a figure of training, which is there at logging steps alone; if `filename` would
@@ -173,9 +174,10 @@ class ResumableCheckpoint(ModelCheckpoint):
             return
         progress = trainer.fit_loop.epoch_loop.batch_progress.total
         stepped = trainer.global_step > self._whole.step and progress.processed == progress.ready
+        validation_follows = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
         here = (trainer.global_step, progress.processed)
         self._rewind = not self._stepping and here == (self._whole.step, self._whole.batches)
-        if (stepped or self._rewind) and not trainer.validating and self.save_on_exception:
+        if (self._rewind or (stepped and not validation_follows)) and not trainer.validating and self.save_on_exception:
             try:
                 self._save_now(trainer)
             except OSError as error:
@@ -255,8 +257,9 @@ class ResumableCheckpoint(ModelCheckpoint):
         before = [x for x in self._kept if x != path] if self.save_top_k == 1 else []
         self._kept, self.best_model_path = [*before, path], path  # before saving, because both are part of the state
         self._save_checkpoint(trainer, path)
+        began_with = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
         for outdated in before[:-1]:
-            if self._should_remove_checkpoint(trainer, outdated, path):  # not the one that the run went on from
+            if Path(outdated).resolve() != began_with and self._should_remove_checkpoint(trainer, outdated, path):
                 self._remove_checkpoint(trainer, outdated)
                 self._kept.remove(outdated)
 

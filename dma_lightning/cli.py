@@ -262,7 +262,8 @@ def _error_of_ours(error: BaseException | None) -> BaseException | None:
     """The first of an error and its causes that our own code has raised to be read by users."""
     while error is not None:
         modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if isinstance(error, _TOLD) and modules and modules[-1].partition(".")[0] in _PACKAGES:
+        from_system = isinstance(error, OSError) and error.errno is not None
+        if isinstance(error, _TOLD) and not from_system and modules and modules[-1].partition(".")[0] in _PACKAGES:
             return error
         error = error.__cause__ or error.__context__
     return None

@@ -86,17 +86,24 @@ def check_shards(path: Path) -> None:
 
 def replace_folder(new: Path, path: Path) -> None:
     """Give a folder its name; what had it before, a folder, a file or a link, stands until then."""
-    before = path.with_stem(f"{path.stem}-before")
-    shutil.rmtree(before, ignore_errors=True)
     with (new / META).open("rb") as file:
         os.fsync(file.fileno())
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
+    sync_folder(new)
+    before = path.with_stem(f"{path.stem}-before")
+    if path.exists() or path.is_symlink():
+        _remove(before)
         path.rename(before)  # still a checkpoint
     new.rename(path)
     sync_folder(path.parent)
-    shutil.rmtree(before, ignore_errors=True)
+    _remove(before)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, a file or a link, if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _fill(state: dict[str, Any], path: Path) -> None:

@@ -23,9 +23,11 @@ from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
 from dma_lightning import LanguageModel, MQARDataModule
+from dma_lightning.atomic_files import atomic_write
 from dma_lightning.checkpoint_files import AtomicCheckpointIO, newest_checkpoint
 from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.cli import DMACLI, build_cli
+from dma_lightning.sharded_checkpoints import replace_folder
 
 STEPS = 9
 CSV = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", *kill_runs.LOGGER[1:]]
@@ -143,6 +145,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float], d
         ("on_before_backward", 4, fail, None),  # the second: its gradients are lost
         ("on_before_optimizer_step", 2, fail, None),
         ("on_train_batch_end", 6, fail, 3),  # stepped, and the checkpoint's own hook has not come
+        ("on_train_batch_end", 12, fail, 4),  # as before, and a validation of step 6 would be left out
         ("on_train_batch_end", 13, fail, 7),  # the last of an epoch
         ("on_train_epoch_end", 13, fail, 7),
         ("on_train_epoch_start", 13, fail, 7),
@@ -232,12 +235,12 @@ def test_a_validation_at_the_end_of_an_epoch_is_followed_by_a_checkpoint(tmp_pat
 @pytest.mark.parametrize("action", [fail, terminate])
 def test_parts_of_a_run_leave_no_more_than_one(action: Callable[[], None], whole: tuple, tmp_path: Path) -> None:
     path = None
-    for step in (2, 3, 5, 6):
+    for step in (1, 3, 5):
         with pytest.raises((OnPurposeError, SystemExit)):
             train(tmp_path, Interrupt("on_train_batch_end", 2 * step, action), ckpt_path=path)
         path = newest_checkpoint([tmp_path])
         assert path.name == f"step={step}.ckpt"
-    assert {file.name for file in tmp_path.iterdir()} == {"step=5.ckpt", "step=6.ckpt", "last.ckpt"}
+    assert {file.name for file in tmp_path.iterdir()} == {f"step={n}.ckpt" for n in (3, 4, 5)} | {"last.ckpt"}
     _, weights = train(tmp_path, ckpt_path=path)
     torch.testing.assert_close(weights, whole[1], rtol=0, atol=0)
 
@@ -355,6 +358,31 @@ def test_run_whose_disk_fills_goes_on(whole: tuple, tmp_path: Path, monkeypatch:
     losses, weights = train(tmp_path, ckpt_path=path)
     assert before | losses == whole[0]
     torch.testing.assert_close(weights, whole[1], rtol=0, atol=0)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    message = r"tokens: cannot be written \(.*No space left on device\); make room; what was"
+    with pytest.raises(OSError, match=message), atomic_write(tmp_path / "tokens"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_stands_until_the_new_one_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the two renames, and then again."""
+    for name in ("last-before.ckpt", "last.ckpt.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.pt").write_text(name)
+    new, path, rename = tmp_path / "last.ckpt.tmp", tmp_path / "last.ckpt", Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, target: fail() if self == new else rename(self, target))
+    with pytest.raises(OnPurposeError):
+        replace_folder(new, path)
+    assert (tmp_path / "last-before.ckpt/meta.pt").exists()
+    monkeypatch.undo()
+    for _ in range(2):  # the second over a file
+        replace_folder(new, path)
+        assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+        path.rename(new)
+        path.write_text("a file")
 
 
 def test_file_size_limit_is_met_by_the_real_writer(tmp_path: Path) -> None:
@@ -576,6 +604,17 @@ def test_an_interrupted_run_is_one_run_in_tensorboard(working_folder: Path, monk
     ]  # 2 was saved to stay; 6 was gone on from
     configs = {file.name for file in folder.glob("config*")}
     assert configs == {"config.yaml", "config_from_step_4.yaml", "config_from_step_6.yaml"}
+
+
+def test_the_checkpoint_gone_on_from_stays_behind_links(working_folder: Path) -> None:
+    Path("scratch").mkdir()
+    Path("runs").symlink_to("scratch")
+    logged("runs", "--trainer.max_steps=2")
+    folder = logged("runs", "--trainer.max_steps=8")
+    assert {file.name for file in (folder / "checkpoints").iterdir()} == {
+        "last.ckpt",
+        *(f"step={step}.ckpt" for step in (2, 6, 8)),
+    }
 
 
 def test_a_run_goes_on_in_another_precision(working_folder: Path) -> None:
