@@ -22,6 +22,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ import torch
 import yaml
 from environment import describe
 from torch import Tensor
+from tqdm import tqdm
 
 from dma_lightning.cli import build_cli
 from dma_lightning.prepare_command import prepare
@@ -161,6 +163,7 @@ def _fork(folder: Path, steps: int, kind: Kind, environment: dict[str, str]) -> 
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stdout.fileno(), 2)
         torch.set_num_threads(1)
+        tqdm.set_lock(threading.RLock())  # its own is shared by all that are forked, and a killed one never lets it go
         build_cli(["fit", *kind.options, f"--trainer.max_steps={steps}", "--ckpt_path=last"])
         code = 0
     except BaseException:  # SystemExit, too: nothing of the parent's must run here

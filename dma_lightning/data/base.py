@@ -3,6 +3,7 @@
 B batch, N length.
 """
 
+import multiprocessing
 import os
 import signal
 import warnings
@@ -164,12 +165,15 @@ class SequenceDataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator(),  # the global one is the model's alone
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_begin_worker,
         )
 
 
-def _ignore_signals(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     """Preemption and Ctrl+C reach workers, too; they are needed until the training process has saved, and end then."""
+    parent = multiprocessing.parent_process()
+    if multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent.pid:
+        os._exit(1)  # torch ends workers whose parent is killed later, but not before they have begun
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

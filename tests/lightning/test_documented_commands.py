@@ -21,7 +21,7 @@ SMALL = shlex.split(
 )
 SHORT = shlex.split(
     "--trainer.max_steps 2 --trainer.limit_val_batches 1 --trainer.num_sanity_val_steps 0 --trainer.accelerator cpu "
-    "--trainer.precision 32-true"
+    "--trainer.precision 32-true --model.compile_layers false --model.cuda_graphs false"
 )
 SHOWS = {"--help", "--print_config"}
 

@@ -1,6 +1,10 @@
 """Training data in an order of seed and epoch alone, and going on exactly where a checkpoint was made."""
 
+import multiprocessing
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -10,7 +14,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torchmetrics import SumMetric
 
-from dma_lightning.data import IGNORE_INDEX, MQARDataModule, PreparedDataModule, SequenceDataModule, TextDataModule
+from dma_lightning.data import (
+    IGNORE_INDEX,
+    MQARDataModule,
+    PreparedDataModule,
+    SequenceDataModule,
+    TextDataModule,
+    base,
+)
 from dma_lightning.data.samplers import EvalSampler, PaddedDataset, TrainSampler
 from dma_lightning.prepare_command import prepare
 
@@ -148,6 +159,13 @@ def test_workers_may_change(tmp_path: Path) -> None:
     assert resumed.seen == model.seen[14:]
     assert torch.equal(resumed.embedding.weight, model.embedding.weight)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_workers_end_if_the_training_process_was_killed_before_they_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(pid=os.getppid() + 1))
+    monkeypatch.setattr(os, "_exit", lambda status: sys.exit(status))
+    with pytest.raises(SystemExit):
+        base._begin_worker(0)
 
 
 def test_twice_interrupted(tmp_path: Path) -> None:
