@@ -29,7 +29,7 @@ def atomic_write(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.filename in (None, str(unfinished)):  # not one that is read
             raise write_error(path, error) from error
         raise
 

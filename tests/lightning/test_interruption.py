@@ -327,13 +327,16 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pyt
         real(torch.ones(3), file)
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def disk_breaks(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", disk_fills)
         with pytest.raises(OSError, match=r"a\.ckpt: cannot be written \(.*No space left on device\); make room"):
             AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(5)}, path)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: Path("no such file").stat())
-        with pytest.raises(OSError, match=r"a\.ckpt: cannot be written \(.*No such file.*\); see to the folder"):
+        patch.setattr(os, "fsync", disk_breaks)
+        with pytest.raises(OSError, match=r"a\.ckpt: cannot be written \(.*Input/output error\); see to the folder"):
             AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(5)}, path)
     assert list(tmp_path.iterdir()) == [path]
     assert AtomicCheckpointIO().load_checkpoint(path)["x"].sum() == 5
@@ -364,6 +367,13 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     message = r"tokens: cannot be written \(.*No space left on device\); make room; what was"
     with pytest.raises(OSError, match=message), atomic_write(tmp_path / "tokens"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with (
+        pytest.raises(OSError, match=r"tokens: cannot be written \(.*No such file"),
+        atomic_write(tmp_path / "no/tokens"),
+    ):
+        pass
+    with pytest.raises(FileNotFoundError, match="book"), atomic_write(tmp_path / "tokens"):
+        (tmp_path / "book").read_text()
     assert not list(tmp_path.iterdir())
 
 
