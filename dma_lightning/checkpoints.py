@@ -7,22 +7,21 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from dma_lightning.monitoring.steps import is_logging_step
-from dma_lightning.random_states import restore_rng_states, rng_states, without_arrays
-from dma_lightning.stability import UnstableTrainingError
+from dma_lightning.random_states import restore_rng_states, rng_states
 from dma_lightning.strategies import of_all_processes
 
 RNG_KEY = "rng_states"  # in a checkpoint: of each process, in the order of their ranks
 # Options of `ModelCheckpoint` that a run which shall go on exactly cannot have.
-_REFUSED = ("every_n_epochs", "train_time_interval", "save_weights_only")
+_REFUSED = ("every_n_epochs", "train_time_interval", "save_on_exception", "save_weights_only")
 
 
 class ResumableCheckpoint(ModelCheckpoint):
@@ -30,11 +29,10 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     - It saves every so many steps, after each validation, and at the end. A step that a validation follows is saved
       after the validation, so that resuming leaves none out; between accumulated batches nothing is saved.
-    - On SIGTERM it saves after the step that is being made (and its validation), and ends the run; with several
-      processes, after the next step that logs. These take the first Ctrl+C as SIGTERM. Before the first step, the run
-      ends at once.
-    - On an exception in a run of one process it saves what the last whole step left. Several cannot save alone, and
-      the last regular checkpoint stands.
+    - On SIGTERM, and the first Ctrl+C, it saves after the step that is being made (and its validation), and ends the
+      run; with several processes, after the next step that logs. Before the first step, SIGTERM ends the run at once.
+    - On an exception nothing is saved, since some callbacks have seen more of the step than others: the last regular
+      checkpoint stands.
     - Without `monitor`, the newest two checkpoints are kept, in case the newest turns out to be damaged, and the one
       that the run went on from.
     - With `monitor`, the `save_top_k` best of those that were validated are kept (give at least 2), and the newest as
@@ -44,11 +42,10 @@ class ResumableCheckpoint(ModelCheckpoint):
         every_n_train_steps: optimizer steps between two checkpoints.
         filename: see `ModelCheckpoint`.
         save_last: see `ModelCheckpoint`; by default a link to the newest, which is never missing.
-        save_on_exception: see `ModelCheckpoint`.
         save_on_validation_end: whether every validation is followed by a checkpoint, or those alone that come when
             `every_n_train_steps` have passed.
-        **kwargs: further options of `ModelCheckpoint`, except other intervals, `save_on_train_epoch_end` and
-            `save_weights_only`.
+        **kwargs: further options of `ModelCheckpoint`, except other intervals, `save_on_train_epoch_end`,
+            `save_on_exception` and `save_weights_only`.
 
     Raises:
         ValueError: if `monitor` is a figure of training, which is there at logging steps alone; if `filename` would
@@ -61,7 +58,6 @@ class ResumableCheckpoint(ModelCheckpoint):
         every_n_train_steps: int = 500,
         filename: str = "{step}",
         save_last: bool | Literal["link"] | None = "link",
-        save_on_exception: bool = True,
         save_on_validation_end: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -75,7 +71,6 @@ class ResumableCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_train_steps,
             filename=filename,
             save_last=save_last,
-            save_on_exception=save_on_exception,
             save_on_train_epoch_end=False,
             **kwargs,
         )
@@ -96,16 +91,14 @@ class ResumableCheckpoint(ModelCheckpoint):
             )
         self.save_on_validation_end = save_on_validation_end
         self._kept: list[str] = []  # without `monitor`: paths that are this callback's to remove, the newest last
-        self._whole: _StepSnapshot | None = None
-        self._rewind = False  # whether what is saved is the last whole step, of which counters are ahead
+        self._training = False  # whether there is something to save
         self._rng_to_load: list[dict[str, Any]] | None = None
         self._validated: int | None = None  # the step whose weights were validated last
         self._asked_to_stop: int | None = None  # the signal that did
-        self._stepping = False  # whether the optimizer may have changed some of the weights
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._whole, self._asked_to_stop, self._stepping = None, None, False
+        self._training, self._asked_to_stop = False, None
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._take(signal.SIGTERM)
@@ -120,24 +113,18 @@ class ResumableCheckpoint(ModelCheckpoint):
         if self.save_last and trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent == here:
             # The link that is there is this run's; Lightning would make another beside it.
             self.last_model_path = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
-        self._whole = _StepSnapshot.now(trainer)
+        self._training = True
         self._take(signal.SIGTERM)
-        if trainer.world_size > 1:
-            self._take(signal.SIGINT, instead_of=signal.default_int_handler)
+        self._take(signal.SIGINT, instead_of=signal.default_int_handler)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         # Lightning counts the steps of what is logged apart, and resumes with one less where a validation followed.
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
-    def on_before_optimizer_step(self, *_: Any) -> None:
-        self._stepping = True
-
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         loop = trainer.fit_loop.epoch_loop
         if loop._should_accumulate():
             return  # gradients are in no checkpoint
-        self._stepping = False
-        self._whole = _StepSnapshot.now(trainer)
         if not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
             if trainer.global_step % self._every_n_train_steps == 0:
                 self._save_now(trainer)
@@ -148,7 +135,7 @@ class ResumableCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fit_loop.epoch_loop._should_accumulate():
             return
-        self._whole, self._validated = _StepSnapshot.now(trainer), trainer.global_step
+        self._validated = trainer.global_step
         if self.save_on_validation_end or trainer.global_step % self._every_n_train_steps == 0:
             self._save_now(trainer)
         self._stop_if_asked(trainer)
@@ -170,27 +157,11 @@ class ResumableCheckpoint(ModelCheckpoint):
                 file=sys.stderr,
                 flush=True,
             )
-        if self._whole is None or isinstance(exception, UnstableTrainingError) or trainer.world_size > 1:
-            return
-        progress = trainer.fit_loop.epoch_loop.batch_progress.total
-        stepped = trainer.global_step > self._whole.step and progress.processed == progress.ready
-        validation_follows = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
-        here = (trainer.global_step, progress.processed)
-        self._rewind = not self._stepping and here == (self._whole.step, self._whole.batches)
-        if (self._rewind or (stepped and not validation_follows)) and not trainer.validating and self.save_on_exception:
-            try:
-                self._save_now(trainer)
-            except OSError as error:
-                rank_zero_warn(str(error))
-        self._rewind = False
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        rng = self._whole.rng if self._rewind else rng_states(trainer)
-        checkpoint[RNG_KEY] = of_all_processes(without_arrays(rng), trainer)
-        if self._rewind:
-            checkpoint["loops"]["fit_loop"] = self._whole.loops
+        checkpoint[RNG_KEY] = of_all_processes(rng_states(trainer), trainer)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -219,12 +190,15 @@ class ResumableCheckpoint(ModelCheckpoint):
             signal.signal(number, self._ask_to_stop)
 
     def _ask_to_stop(self, number: int, *_: Any) -> None:
-        if self._whole is None:  # nothing is made yet that could be saved
+        if not self._training:  # nothing is made yet that could be saved
             raise SIGTERMException(128 + number)
         self._asked_to_stop = number
         if number == signal.SIGINT:
             self._leave_interrupts()
-            rank_zero_info("\nCtrl+C: the run is saved and ends after the next step that logs; once more ends it now")
+            rank_zero_info(
+                "\nCtrl+C: the run is saved and ends after this step (of several processes, the next that logs); "
+                "once more ends it now"
+            )
 
     def _leave_interrupts(self) -> None:
         """Let Ctrl+C raise `KeyboardInterrupt` again."""
@@ -290,18 +264,3 @@ class ResumableCheckpoint(ModelCheckpoint):
                 shutil.rmtree(link)
             new.replace(link)
         trainer.strategy.barrier()
-
-
-class _StepSnapshot(NamedTuple):
-    """Where training was when it had just made a whole optimizer step."""
-
-    step: int
-    batches: int
-    loops: dict[str, Any]
-    rng: dict[str, Any]
-
-    @classmethod
-    def now(cls, trainer: pl.Trainer) -> "_StepSnapshot":
-        loop = trainer.fit_loop
-        batches = loop.epoch_loop.batch_progress.total.processed
-        return cls(trainer.global_step, batches, loop.state_dict(), rng_states(trainer))

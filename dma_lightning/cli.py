@@ -1,5 +1,6 @@
 """The command line: `dma-lightning fit | validate | test | predict`, which are Lightning's, and commands of our own."""
 
+import errno
 import sys
 import traceback
 import warnings
@@ -46,12 +47,17 @@ _COMMANDS = {
 _PACKAGES = {"dma_flex", "dma_kernels", "dma_lightning"}
 _TOLD = (ValueError, OSError, UnstableTrainingError)
 
+# Errors of the system, whoever meets them, that are for users to mend.
+_ABOUT_PLACES = {errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT}
+
 # Callbacks of our configs that Lightning refuses where an option of the trainer is false.
 _CALLBACKS_OF = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint, "logger": LearningRateMonitor}
 
 
 class ConfigOfRun(SaveConfigCallback):
     """Writes the configuration to the logger's folder, as Lightning's, and says what to do if one is there.
+
+    Without a logger, subcommands other than `fit` leave nothing, and write none.
 
     Args:
         *args: as of `SaveConfigCallback`.
@@ -67,6 +73,8 @@ class ConfigOfRun(SaveConfigCallback):
         self.may_be_killed = may_be_killed
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit" and not trainer.loggers:
+            return
         try:
             super().setup(trainer, pl_module, stage)
         except RuntimeError as error:
@@ -75,8 +83,8 @@ class ConfigOfRun(SaveConfigCallback):
             if not self.may_be_killed:
                 path = Path(trainer.log_dir, self.config_filename)
                 raise ValueError(
-                    f"{path}: expected none of another run, got one; name another version of the logger, go on by "
-                    "`fit --ckpt_path last`, or move it away"
+                    f"{path}: expected none of another run, got one; name another version of the logger (without one, "
+                    "another trainer.default_root_dir), go on by `fit --ckpt_path last`, or move it away"
                 ) from error
             self.config_filename, self.overwrite = "config_from_step_0.yaml", True
             super().setup(trainer, pl_module, stage)
@@ -245,7 +253,10 @@ def main() -> None:
         try:
             build_cli()
         except _TOLD as error:
-            if (ours := _error_of_ours(error)) is None:
+            ours = _error_of_ours(error)
+            if ours is None and isinstance(error, OSError) and error.errno in _ABOUT_PLACES:
+                sys.exit(f"dma-lightning {name}: {error}; make room, or name a place where files can be written")
+            if ours is None:
                 raise
             sys.exit(f"dma-lightning {name}: {ours}")
         return
@@ -253,7 +264,8 @@ def main() -> None:
         options = {"as_positional": name != "generate", "prog": f"dma-lightning {name}", "allow_abbrev": False}
         auto_cli(_COMMANDS[name], args=args, **options)
     except (ValueError, OSError) as error:
-        sys.exit(f"dma-lightning {name}: {error}")
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        sys.exit(f"dma-lightning {name}: {error}{'; make room' if full else ''}")
     except KeyboardInterrupt:
         sys.exit(f"dma-lightning {name}: interrupted")
 

@@ -140,13 +140,13 @@ class LanguageModel(pl.LightningModule):
         if self._trainer is None:
             return loss
         self._losses.append(loss.detach())
-        if is_logging_step(self._trainer, before_step=True):  # Lightning's mean over processes waits for all of them
-            mean = torch.stack(self._losses).mean()
+        if is_logging_step(self._trainer, before_step=True):  # the mean over processes waits for all of them
+            mean = self._trainer.strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")
             logs = {"train/loss": mean, "train/perplexity": mean.exp()}
             if self.hparams.bytes_per_token is not None:
                 logs["train/bits_per_byte"] = bits_per_byte(mean, self.hparams.bytes_per_token)
             # SpeedMonitor puts the loss into the progress bar; Lightning would wait for the device in every step.
-            self.log_dict(logs, sync_dist=True)
+            self.log_dict(logs)
         if not self._trainer.fit_loop._should_accumulate():
             self._losses.clear()
         return loss

@@ -9,15 +9,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 
 def rng_states(trainer: pl.Trainer) -> dict[str, Any]:
-    """Of this process; of GPUs, its own alone."""
+    """Of this process, without arrays, which a safe load refuses; of GPUs, its own alone."""
     states, device = _collect_rng_states(include_cuda=False), trainer.strategy.root_device
-    return states | ({"device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def without_arrays(states: dict[str, Any]) -> dict[str, Any]:
-    """The same states, for a checkpoint: a safe load refuses arrays."""
     name, keys, *rest = states["numpy"]
-    return states | {"numpy": (name, keys.tolist(), *rest)}
+    states["numpy"] = (name, keys.tolist(), *rest)
+    return states | ({"device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def restore_rng_states(states: list[dict[str, Any]], trainer: pl.Trainer) -> None:

@@ -8,6 +8,7 @@
 - `manifest.json`: everything about the finished whole.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -110,7 +111,8 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Leave nothing."""
-        self.file.close()
+        with contextlib.suppress(OSError):  # of a full disk, for what was not written yet
+            self.file.close()
         _unfinished(self.path).unlink(missing_ok=True)
 
 

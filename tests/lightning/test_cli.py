@@ -204,11 +204,13 @@ def test_values_out_of_range(args: list[str], message: str) -> None:
     [
         ("--model.keep_window_size=0", "expected keep_window_size >= 1, keep_last >= 0 and sinks >= 0, got 0, 0 and 0"),
         ("--data.batch_size=0", "batch_size: expected at least 1, got 0"),  # of which jsonargparse makes ten lines
+        ("--data.cache_dir=a_file/cache", "[Errno 20] Not a directory: 'a_file/cache'; make room, or name a place"),
         ("--data.path=/no/such/text", "path: expected a text file, a folder with files or a glob that matches, got "),
     ],
 )
 def test_mistakes_are_told_in_a_line(arg: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = [config(name) for name in ("model/tiny", "data/pydoc", "trainer/cpu")]
+    Path("a_file").touch()
     monkeypatch.setattr("sys.argv", ["dma-lightning", "fit", *configs, "--trainer.logger=false", arg])
     with pytest.raises(SystemExit) as stop:
         main()

@@ -137,7 +137,9 @@ def test_validate_prints_the_figure_of_the_checkpoint(
 
 def validate(run: Path, *args: str) -> dict[str, float]:
     """Figures of `validate` on the run's checkpoint, without any config."""
-    cli = build_cli(["validate", f"--ckpt_path={run / 'checkpoints/last.ckpt'}", "--trainer.logger=false", *args])
+    arguments = ["validate", f"--ckpt_path={run / 'checkpoints/last.ckpt'}", "--trainer.logger=false", *args]
+    for _ in range(2):  # it leaves nothing in the folder
+        cli = build_cli(arguments)
     return {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
 
 
@@ -321,24 +323,9 @@ def test_two_processes_agree(tmp_path: Path) -> None:
     reduced = [name for name in ranks[0] if name.startswith(("train/", "val/"))]
     assert {"train/loss", "val/loss", "val/perplexity", "val/bits_per_byte"} <= set(reduced)
     assert all(ranks[0][name] == ranks[1][name] for name in reduced)
+    assert ranks[0]["train/perplexity"] == pytest.approx(math.exp(ranks[0]["train/loss"]))
     checkpoints = [file for file in tmp_path.rglob("*.ckpt") if not file.is_symlink()]
     assert len(checkpoints) == 1
-
-
-def test_an_exception_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    steps = []
-
-    def fail_at_third_step(self: LanguageModel) -> None:
-        steps.append(1)
-        if len(steps) == 3:
-            raise RuntimeError("on purpose")
-
-    monkeypatch.setattr(LanguageModel, "on_after_backward", fail_at_third_step)
-    with pytest.raises(RuntimeError, match="on purpose"):
-        build_cli(small_run(tmp_path, "fit", "--trainer.max_steps=5"))
-    (checkpoint,) = (file for file in tmp_path.rglob("*.ckpt") if not file.is_symlink())
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
 
 
 def generate(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
