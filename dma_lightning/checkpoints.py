@@ -61,7 +61,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         save_on_validation_end: bool = True,
         **kwargs: Any,
     ) -> None:
-        refused = {name: value for name in _REFUSED if (value := kwargs.get(name))}
+        refused = {name: value for name in _REFUSED if (value := kwargs.get(name)) not in (None, False)}
         if every_n_train_steps < 1 or refused:
             raise ValueError(
                 f"expected every_n_train_steps >= 1 and none of {', '.join(_REFUSED)}, got {every_n_train_steps} and "

@@ -231,13 +231,12 @@ class LanguageModel(pl.LightningModule):
         return self._token_losses(logits, batch["labels"]).sum() / labelled, logits
 
     def _metrics(self) -> nn.ModuleDict:
-        vocabulary = self.model.config.vocab_size
+        tokens = {"num_classes": self.model.config.vocab_size, "ignore_index": IGNORE_INDEX}
         metrics: dict[str, nn.Module] = {
             "loss": MeanMetric(),
             "perplexity": LossPerplexity(),
-            "accuracy": MulticlassAccuracy(
-                vocabulary, average="micro", ignore_index=IGNORE_INDEX, validate_args=False
-            ),  # whose validation would wait for the device
+            # To validate its arguments would wait for the device.
+            "accuracy": MulticlassAccuracy(**tokens, average="micro", validate_args=False),
         }
         if self.hparams.bytes_per_token is not None:
             metrics["bits_per_byte"] = BitsPerByte(self.hparams.bytes_per_token)

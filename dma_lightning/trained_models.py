@@ -33,7 +33,8 @@ def load_checkpoint(path: Path, device: str, backend: str | None = None) -> Lang
         torch.set_default_dtype(read_checkpoint(path)["state_dict"]["model.embed_tokens.weight"].dtype)
         module = LanguageModel.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changed)
     except (RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected a checkpoint of `dma-lightning`, got another ({error})") from error
+        reason, *_ = f"{error}\n".splitlines()  # of a line for each weight that differs
+        raise ValueError(f"{path}: expected a checkpoint of `dma-lightning`, got another ({reason})") from error
     finally:
         torch.set_default_dtype(before)
     return module.to(device).eval()

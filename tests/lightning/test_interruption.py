@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import kill_runs
@@ -259,7 +260,16 @@ def test_what_a_kill_left_behind_is_removed_later(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "step=1.ckpt").exists()
 
 
-@pytest.mark.parametrize("options", [{"every_n_train_steps": 0}, {"every_n_epochs": 1}, {"save_weights_only": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"every_n_train_steps": 0},
+        {"every_n_epochs": 1},
+        {"train_time_interval": timedelta(0)},  # with which Lightning's own saves after every step
+        {"save_on_exception": True},
+        {"save_weights_only": True},
+    ],
+)
 def test_options_that_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"expected every_n_train_steps >= 1 and none of every_n_epochs, .*, got"):
         ResumableCheckpoint(**options)
