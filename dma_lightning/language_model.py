@@ -15,14 +15,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from dma_lightning.data.base import IGNORE_INDEX, Batch
-from dma_lightning.metrics import BitsPerByte, LossPerplexity, bits_per_byte
+from dma_lightning.metrics import BitsPerByte, MeanLoss, Perplexity, bits_per_byte
 from dma_lightning.model import DogeForCausalLM, ModelConfig
 from dma_lightning.monitoring.steps import is_logging_step
 from dma_lightning.schedules import Schedule, lr_factor
+from dma_lightning.step_means import StepTotals, scale_gradients
 
 # How layers are compiled: what two kernels read, such as the rotary embedding's gradient, is computed in both of them
 # instead of being written out in float32.
@@ -39,7 +39,8 @@ class LanguageModel(pl.LightningModule):
         schedule: learning rate over the steps: wsd (warm-up, stable, linear decay to 0), cosine, or constant.
         warmup_fraction: share of trainer.max_steps in which the learning rate rises linearly.
         decay_fraction: share of trainer.max_steps in which wsd falls linearly.
-        bytes_per_token: mean length of a token, to report bits per byte; none for data that is no text.
+        bytes_per_token: mean bytes of a token; none for data that is no text. With it, bits per byte are reported, by
+            the exact `label_bytes` of batches that have them.
         compile_layers: compile every layer and the loss (torch.compile), when a trainer runs the model.
         cuda_graphs: let the GPU start the kernels of compiled layers by itself, where the processor is too slow for
             them: small models, long steps of many kernels. For one GPU or DDP; each new shape of a batch costs memory.
@@ -82,7 +83,10 @@ class LanguageModel(pl.LightningModule):
         self.model = DogeForCausalLM(ModelConfig(**config))
         self.model.activation_checkpointing = activation_checkpointing
         self._token_losses = _token_losses
-        self._losses: list[Tensor] = []  # of the batches of a step so far
+        self._batches: list[StepTotals] = []  # of the step that is being made
+        self._restored = False  # whether optimizer and schedule are those of a checkpoint
+        self.step_loss: Tensor | None = None
+        """Mean loss of the last step over all of its labels, once its gradients are there; 0 if it has none."""
         self.val_metrics = self._metrics()
         self.test_metrics = self._metrics()
 
@@ -91,16 +95,12 @@ class LanguageModel(pl.LightningModule):
         return self.model(input_ids, documents, padding)
 
     def setup(self, stage: str) -> None:
-        """Take the length of validation's tokens from the data, and refuse what the strategy cannot do.
+        """Refuse what the strategy cannot do.
 
         Raises:
             ValueError: if CUDA graphs are asked for and there is no GPU, or gradients outlive the memory that a graph
                 has; for `predict` by processes that share the weights.
         """
-        if (length := getattr(self.trainer.datamodule, "val_bytes_per_token", None)) is not None:
-            for metrics in (self.val_metrics, self.test_metrics):
-                if "bits_per_byte" in metrics:
-                    metrics["bits_per_byte"].bytes_per_token = length
         strategy, accumulate = self.trainer.strategy, self.trainer.accumulate_grad_batches
         if stage == "predict" and isinstance(strategy, ModelParallelStrategy) and self.trainer.world_size > 1:
             raise ValueError(
@@ -136,20 +136,39 @@ class LanguageModel(pl.LightningModule):
             torch.manual_seed(torch.initial_seed() + self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss, _ = self._loss(batch)
-        if self._trainer is None:
-            return loss
-        self._losses.append(loss.detach())
-        if is_logging_step(self._trainer, before_step=True):  # the mean over processes waits for all of them
-            mean = self._trainer.strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")
-            logs = {"train/loss": mean, "train/perplexity": mean.exp()}
+        """Mean loss over the labels of a batch; `backward` weighs it where a step has several batches."""
+        loss, _, totals = self._loss(batch)
+        if self._trainer is not None:
+            self._batches.append(totals)
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate; where a step has several batches, the sum over labels instead of the mean.
+
+        Lightning and DDP divide by the number of batches; `on_after_backward` replaces that by the number of labels.
+        """
+        if self._batches_in_step == 1:
+            loss.backward()
+        else:
+            # Divided by a constant, so that gradients in half precision are of the size of the mean's.
+            loss.backward(self._batches[-1].labels / self.model.config.max_position_embeddings)
+
+    def on_after_backward(self) -> None:
+        """Make the gradient of a step that of the mean over all of its labels, and log that mean."""
+        if self.trainer.fit_loop._should_accumulate():
+            return
+        totals = StepTotals.of(self._batches, self.trainer.world_size)
+        self._batches.clear()
+        if self._batches_in_step > 1:
+            scale = self.model.config.max_position_embeddings * self._batches_in_step
+            scale_gradients(self.parameters(), scale / totals.labels.clamp(min=1))
+        self.step_loss = totals.mean
+        if is_logging_step(self.trainer, before_step=True):
+            logs = {"train/loss": self.step_loss, "train/perplexity": self.step_loss.exp()}
             if self.hparams.bytes_per_token is not None:
-                logs["train/bits_per_byte"] = bits_per_byte(mean, self.hparams.bytes_per_token)
+                logs["train/bits_per_byte"] = bits_per_byte(totals.nats_per_byte)
             # SpeedMonitor puts the loss into the progress bar; Lightning would wait for the device in every step.
             self.log_dict(logs)
-        if not self._trainer.fit_loop._should_accumulate():
-            self._losses.clear()
-        return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "val", self.val_metrics)
@@ -193,16 +212,24 @@ class LanguageModel(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the device of this run decide how the optimizer computes, not that of the checkpoint's."""
+        self._restored = True
         for state in checkpoint.get("optimizer_states", []):
             for group in state["param_groups"]:
                 group["fused"] = self._fuses_optimizer
 
     def on_train_start(self) -> None:
-        """Let the arguments of this run win over what a checkpoint has restored of another's."""
-        self._losses.clear()  # of a step that was interrupted
-        scheduler = self.lr_schedulers()
-        self._set_rates(self.optimizers(use_pl_optimizer=False), scheduler.last_epoch)
-        scheduler.base_lrs = [self.hparams.lr] * len(scheduler.base_lrs)
+        """Let the arguments of this run win over those of another that a checkpoint has restored."""
+        self._batches.clear()  # of a step that was interrupted
+        if self._restored:  # else rates may be those that a learning-rate finder tries
+            self._restored = False
+            scheduler = self.lr_schedulers()
+            self._set_rates(self.optimizers(use_pl_optimizer=False), scheduler.last_epoch)
+            scheduler.base_lrs = [self.hparams.lr] * len(scheduler.base_lrs)
+
+    @property
+    def _batches_in_step(self) -> int:
+        """How many batches Lightning and DDP divide the gradients of a step by."""
+        return self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     @property
     def _fuses_optimizer(self) -> bool | None:
@@ -224,33 +251,35 @@ class LanguageModel(pl.LightningModule):
             torch.compiler.cudagraph_mark_step_begin()  # else without gradients each layer would be a step of its own
         return self.model(batch["input_ids"], batch.get("documents"), batch.get("padding"))
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean cross entropy over the labelled positions, and the logits `[B, N, V]`."""
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, StepTotals]:
+        """Mean loss over the labels of a batch, logits `[B, N, V]`, and what the labels add up to, without gradient."""
         logits = self._logits(batch)
-        labelled = (batch["labels"] != IGNORE_INDEX).sum().clamp(min=1)
-        return self._token_losses(logits, batch["labels"]).sum() / labelled, logits
+        nats = self._token_losses(logits, batch["labels"]).sum()
+        labels = (batch["labels"] != IGNORE_INDEX).sum(dtype=nats.dtype)
+        size = labels * (self.hparams.bytes_per_token or 0.0)
+        if "label_bytes" in batch:
+            size = batch["label_bytes"].sum(dtype=nats.dtype)
+        return nats / labels.clamp(min=1), logits, StepTotals(nats.detach(), labels, size)
 
     def _metrics(self) -> nn.ModuleDict:
         tokens = {"num_classes": self.model.config.vocab_size, "ignore_index": IGNORE_INDEX}
         metrics: dict[str, nn.Module] = {
-            "loss": MeanMetric(),
-            "perplexity": LossPerplexity(),
+            "loss": MeanLoss(),
+            "perplexity": Perplexity(),
             # To validate its arguments would wait for the device.
             "accuracy": MulticlassAccuracy(**tokens, average="micro", validate_args=False),
         }
         if self.hparams.bytes_per_token is not None:
-            metrics["bits_per_byte"] = BitsPerByte(self.hparams.bytes_per_token)
+            metrics["bits_per_byte"] = BitsPerByte()
         return nn.ModuleDict(metrics)
 
     def _evaluate(self, batch: Batch, split: Literal["val", "test"], metrics: nn.ModuleDict) -> None:
-        loss, logits = self._loss(batch)
-        labels = batch["labels"]
-        labelled = (labels != IGNORE_INDEX).sum()
+        _, logits, totals = self._loss(batch)
         for name, metric in metrics.items():
-            if isinstance(metric, MeanMetric):
-                metric.update(loss, weight=labelled)
+            if isinstance(metric, MeanLoss):
+                metric.update(totals.nats, totals.size if isinstance(metric, BitsPerByte) else totals.labels)
             else:
-                metric.update(logits.argmax(-1), labels)
+                metric.update(logits.argmax(-1), batch["labels"])
             self.log(f"{split}/{name}", metric, prog_bar=name in ("loss", "bits_per_byte", "accuracy"))
 
 

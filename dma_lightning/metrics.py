@@ -1,18 +1,52 @@
-"""What a mean loss means: bits per byte, which compares models of bytes and of tokens, and perplexity."""
+"""Figures made of token losses: mean, perplexity, and bits per byte, which compares models of bytes and of tokens."""
 
 import math
+from collections.abc import Callable
+from typing import Self
 
+import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 
 
-def bits_per_byte(loss: Tensor, bytes_per_token: float) -> Tensor:
-    """Convert a mean loss in nats per token."""
-    return loss / (math.log(2) * bytes_per_token)
+def bits_per_byte(nats_per_byte: Tensor) -> Tensor:
+    """Convert nats per byte."""
+    return nats_per_byte / math.log(2)
 
 
-class LossPerplexity(MeanMetric):
-    """Exponential of the mean of token losses in nats; infinite only if the mean is (or is above 88, in float32).
+class MeanLoss(Metric):
+    """Sum of token losses in nats, divided by the number of tokens.
+
+    A NaN shows. (torchmetrics' `MeanMetric` leaves NaNs out, and is cast to half precision with the model.)
+    Sums are compensated (Kahan), because not every device has float64.
+    """
+
+    sums: Tensor
+    excess: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(2, dtype=torch.float32), dist_reduce_fx="sum")  # losses, tokens
+        self.add_state("excess", torch.zeros(2, dtype=torch.float32), dist_reduce_fx="sum")  # of sums, by rounding
+
+    def update(self, nats: Tensor, count: Tensor) -> None:
+        """Add a sum of losses over so many tokens."""
+        added = torch.stack([nats, count]).float() - self.excess
+        sums = self.sums + added
+        self.excess = (sums - self.sums) - added
+        self.sums = sums
+
+    def compute(self) -> Tensor:
+        nats, count = self.sums - self.excess
+        return nats / count
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: object) -> Self:
+        """Move to another device, but keep float32 whatever the dtype of the model becomes."""
+        return super()._apply(lambda x: fn(x).to(x.dtype), *args)
+
+
+class Perplexity(MeanLoss):
+    """Exponential of the mean loss; infinite only if that mean is infinite, or above 88 (in float32).
 
     (torchmetrics' `Perplexity` is infinite as soon as one token's probability is below the smallest float.)
     """
@@ -21,12 +55,8 @@ class LossPerplexity(MeanMetric):
         return super().compute().exp()
 
 
-class BitsPerByte(MeanMetric):
-    """Mean of token losses in nats, in bits per byte of text."""
-
-    def __init__(self, bytes_per_token: float) -> None:
-        super().__init__()
-        self.bytes_per_token = bytes_per_token
+class BitsPerByte(MeanLoss):
+    """Sum of token losses in bits, divided by the bytes of source text that their labels span: the `count`."""
 
     def compute(self) -> Tensor:
-        return bits_per_byte(super().compute(), self.bytes_per_token)
+        return bits_per_byte(super().compute())

@@ -26,6 +26,8 @@ class UnstableTrainingError(RuntimeError):
 class GradientGuard(pl.Callback):
     """Ends the run at, or leaves out, optimizer steps whose gradient is not finite or whose loss jumps up.
 
+    It watches a `LanguageModel`, and judges the mean loss over all labels of a step.
+
     Messages name the step, and the parameter whose gradient was the first in the backward pass that is not
     finite. A step that is left out changes no weight and no moment; the schedule goes on.
 
@@ -66,7 +68,6 @@ class GradientGuard(pl.Callback):
         self.window, self.max_skipped = window, max_skipped
         self.skipped_in_a_row = 0
         self._mean, self._count = 0.0, 0  # of the losses
-        self._loss: Tensor | None = None  # of the step that is being made
         self._unread: deque[_Readings] = deque()
 
     def state_dict(self) -> dict[str, Any]:
@@ -81,19 +82,11 @@ class GradientGuard(pl.Callback):
         if trainer.precision == "16-mixed":
             raise ValueError("GradientGuard: expected a precision other than 16-mixed, which skips steps by itself")
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        loss = loss.detach().float()  # a share of the step's, if gradients accumulate
-        self._loss = loss if self._loss is None else self._loss + loss
-
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         self._read(wait=is_logging_step(trainer, before_step=True))
-        loss = self._loss
-        self._loss = None
-        if self.spike != "ignore":
-            loss = trainer.strategy.reduce(loss, reduce_op="mean")
-        self._unread.append(_Readings.take(trainer.global_step + 1, loss, pl_module))
+        self._unread.append(_Readings.take(trainer.global_step + 1, pl_module.step_loss.float(), pl_module))
         if "skip" in (self.not_finite, self.spike) and self._read(wait=True):
             for parameter in pl_module.parameters():
                 parameter.grad = None  # nothing to step with
@@ -127,6 +120,8 @@ class GradientGuard(pl.Callback):
                 f"{self._mean:.4g}; the largest gradient, {largest[0]:.4g}, is that of {largest[1]}"
             )
             return self._act(self.spike, what)
+        if loss == 0:  # of a step without labels, which says nothing of the next
+            return False
         self._count = min(self._count + 1, self.window)
         self._mean += (loss - self._mean) / self._count
         self.skipped_in_a_row = 0

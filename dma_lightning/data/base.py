@@ -24,13 +24,15 @@ class Batch(TypedDict):
     """One batch: what the model reads, and what it must say at each position.
 
     `input_ids` and `labels` are int64 `[B, N]`; the label of a position is the token to predict there, or
-    `IGNORE_INDEX`. `documents` (int64) and `padding` (bool) `[B, N]` are optional.
+    `IGNORE_INDEX`. `documents` (int64) and `padding` (bool) `[B, N]` are optional, as is `label_bytes`, int64 `[B]`:
+    the bytes of source text that the labels of a sequence span.
     """
 
     input_ids: Tensor
     labels: Tensor
     documents: NotRequired[Tensor]
     padding: NotRequired[Tensor]
+    label_bytes: NotRequired[Tensor]
 
 
 class SequenceDataModule(pl.LightningDataModule):

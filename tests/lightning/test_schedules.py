@@ -1,13 +1,10 @@
 """Learning-rate schedules and metrics."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from dma_lightning import LanguageModel
-from dma_lightning.metrics import BitsPerByte
 from dma_lightning.schedules import lr_factor
 
 
@@ -41,10 +38,3 @@ def test_the_number_of_steps_is_that_of_the_trainer() -> None:
 
 def test_constant() -> None:
     assert lr_factor("constant", 5, -1, 0.1, 0.2) == 1
-
-
-def test_bits_per_byte_are_weighted_by_tokens() -> None:
-    metric = BitsPerByte(bytes_per_token=4.0)
-    metric.update(torch.tensor(2.0), weight=torch.tensor(30))
-    metric.update(torch.tensor(6.0), weight=torch.tensor(10))
-    assert metric.compute().item() == pytest.approx(3.0 / math.log(2) / 4)

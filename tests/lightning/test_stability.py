@@ -1,6 +1,7 @@
 """Steps with a NaN, an infinity or a jump of the loss end the run or are left out, and are named."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from dma_lightning import LanguageModel, MQARDataModule
 from dma_lightning.checkpoints import ResumableCheckpoint
+from dma_lightning.data import Batch
 from dma_lightning.stability import GradientGuard, UnstableTrainingError, _Readings
+from dma_lightning.step_means import StepTotals
 
 
 class Spoil(pl.Callback):
@@ -33,8 +36,10 @@ class Jump(LanguageModel):
 
     jumps: dict[int, float]
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx) * self.jumps.get(self.global_step + 1, 1.0)
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, StepTotals]:
+        loss, logits, totals = super()._loss(batch)
+        factor = self.jumps.get(self.global_step + 1, 1.0)
+        return loss * factor, logits, replace(totals, nats=totals.nats * factor)
 
 
 def train(*callbacks: pl.Callback, jumps: dict[int, float] | None = None, **options: object) -> pl.Trainer:

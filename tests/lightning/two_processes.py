@@ -17,10 +17,12 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch.utils.data import Dataset
 
 from dma_lightning import LanguageModel, MQARDataModule
 from dma_lightning.checkpoint_files import AtomicCheckpointIO
 from dma_lightning.checkpoints import ResumableCheckpoint
+from dma_lightning.data import IGNORE_INDEX
 from dma_lightning.stability import GradientGuard
 from dma_lightning.strategies import FullyShardedStrategy, SameCheckpoint
 
@@ -85,6 +87,30 @@ class At(pl.Callback):
             self.action()
 
 
+class FewerLabels(Dataset):
+    """Examples of which some have no labels, and others one."""
+
+    def __init__(self, examples: Dataset) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        item = self.examples[index]
+        labelled = (item["labels"] != IGNORE_INDEX).nonzero()
+        item["labels"][labelled[index % 4 :]] = IGNORE_INDEX
+        return item
+
+
+class Unequal(MQARDataModule):
+    """Training sequences with unequal numbers of labels."""
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.train_set = FewerLabels(self.train_set)
+
+
 def train(
     folder: Path,
     attention: str = "dma",
@@ -103,7 +129,7 @@ def train(
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     tokens = {"vocab_size": 64, "max_position_embeddings": 16, "num_key_value_heads": 1, "keep_window_size": 4}
     model = LanguageModel(attention=attention, **sizes, **tokens, **model_options)
-    data = MQARDataModule(64, 16, 2, train_examples=168, val_examples=3, batch_size=8 // processes)
+    data = Unequal(64, 16, 2, train_examples=168, val_examples=3, batch_size=8 // processes)
     trainer = pl.Trainer(
         accelerator=accelerator,
         devices=processes,

@@ -1,0 +1,54 @@
+"""The mean loss of an optimizer step over all of its labels: those of accumulated batches, and of all processes.
+
+Lightning and DDP weigh batches equally, whatever number of labels they have, and divide an incomplete group at an
+epoch's end by the full number of batches.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+@dataclass
+class StepTotals:
+    """What the labels of a batch or step add up to, each a scalar tensor in the dtype of the losses.
+
+    Attributes:
+        nats: sum of their losses.
+        labels: how many there are.
+        size: bytes of text that they span; 0 where the data is no text.
+    """
+
+    nats: Tensor
+    labels: Tensor
+    size: Tensor
+
+    @classmethod
+    def of(cls, batches: list["StepTotals"], processes: int) -> "StepTotals":
+        """The sum over the batches of this process, and over all processes; each must ask."""
+        if len(batches) == processes == 1:
+            return batches[0]
+        totals = torch.stack([torch.stack([x.nats, x.labels, x.size]) for x in batches]).sum(0)
+        if processes > 1:
+            torch.distributed.all_reduce(totals)
+        return cls(*totals)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean loss in nats; 0 for a step without labels."""
+        return self.nats / self.labels.clamp(min=1)
+
+    @property
+    def nats_per_byte(self) -> Tensor:
+        """Loss for each byte of text; 0 for a step without labels."""
+        return self.nats / self.size.clamp(min=1)
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    """Multiply all gradients in place, without waiting for the device; `factor` is a scalar tensor."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)

@@ -1,0 +1,109 @@
+"""Loss, perplexity and bits per byte of a split are those of all its labels, whatever the precision, and show a NaN."""
+
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dma_lightning import LanguageModel
+from dma_lightning.data import IGNORE_INDEX
+from dma_lightning.metrics import BitsPerByte, MeanLoss, Perplexity
+
+
+class Sequences(Dataset):
+    """Random sequences, of which the first part has labels; one in five has none."""
+
+    def __init__(self, count: int, **fields: Tensor) -> None:
+        self.count, self.fields = count, fields
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = torch.randint(0, 64, (33,), generator=torch.Generator().manual_seed(index))
+        labels = ids[1:].clone()
+        labels[8 * (index % 5) :] = IGNORE_INDEX
+        return {"input_ids": ids[:-1], "labels": labels} | {name: x[index] for name, x in self.fields.items()}
+
+
+def small_model(**options: object) -> LanguageModel:
+    """A layer, with weights far from those that give every token the same loss."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"vocab_size": 64, "max_position_embeddings": 32, "num_key_value_heads": 1, "keep_window_size": 8}
+    return LanguageModel(**sizes, **tokens, initializer_range=0.3, schedule="constant", **options)
+
+
+def quiet_trainer(**options: object) -> pl.Trainer:
+    """Without files and output."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return pl.Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **options)
+
+
+def test_sums_are_compensated() -> None:
+    metric, total = MeanLoss(), 0.0
+    for value in (0.1 + 1e-3 * torch.rand(20_000, dtype=torch.float64)).float():
+        metric.update(value, torch.tensor(3))
+        total += value.double().item()
+    assert metric.compute().item() == pytest.approx(total / 60_000, rel=1e-7)
+
+
+@pytest.mark.parametrize("kind", [MeanLoss, Perplexity, BitsPerByte])
+def test_a_nan_shows(kind: type[MeanLoss]) -> None:
+    metric = kind()
+    for value in (1.0, math.nan, 1.0):
+        metric.update(torch.tensor(value), torch.tensor(4))
+    assert metric.compute().isnan()
+
+
+def test_perplexity_is_that_of_the_mean() -> None:
+    metric = Perplexity()
+    metric.update(torch.tensor(255.0), torch.tensor(3))  # each token's probability is below the smallest float
+    metric.update(torch.tensor(1.0), torch.tensor(1))
+    assert metric.compute().item() == pytest.approx(math.exp(64), rel=1e-4)
+
+
+def test_bits_per_byte() -> None:
+    metric = BitsPerByte()
+    metric.update(torch.tensor(60.0), torch.tensor(110))
+    metric.update(torch.tensor(30.0), torch.tensor(10))
+    assert metric.compute().item() == pytest.approx(90 / 120 / math.log(2))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true", "16-true"])
+def test_figures_do_not_depend_on_the_dtype_of_the_model(precision: str) -> None:
+    module, trainer = small_model(bytes_per_token=2.0), quiet_trainer(precision=precision)
+    loader = DataLoader(Sequences(300), batch_size=1)
+    found = trainer.validate(module, loader, verbose=False)[0]
+    nats = labels = right = 0
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
+        for batch in loader:
+            _, logits, totals = module._loss(batch)
+            nats += totals.nats.double().item()
+            labels += totals.labels.item()
+            right += (logits.argmax(-1) == batch["labels"]).sum().item()
+    assert found["val/loss"] == pytest.approx(nats / labels, rel=1e-6)
+    assert found["val/perplexity"] == pytest.approx(math.exp(nats / labels), rel=1e-5)
+    assert found["val/bits_per_byte"] == pytest.approx(nats / labels / 2 / math.log(2), rel=1e-6)
+    assert found["val/accuracy"] == pytest.approx(right / labels, rel=1e-6)
+
+
+def test_bits_per_byte_take_the_bytes_of_the_labels() -> None:
+    sizes = torch.arange(30) ** 2
+    module = small_model(bytes_per_token=7.0)
+    loader = DataLoader(Sequences(30, label_bytes=sizes), batch_size=4)
+    found = quiet_trainer().test(module, loader, verbose=False)[0]
+    nats = sum(module._loss(batch)[2].nats.item() for batch in loader)
+    assert found["test/bits_per_byte"] == pytest.approx(nats / sizes.sum().item() / math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_nan_in_one_batch_shows_in_all_losses(split: str) -> None:
+    module = small_model(bytes_per_token=1.0, tie_word_embeddings=False)
+    with torch.no_grad():
+        module.model.embed_tokens.weight[Sequences(8)[6]["input_ids"][0]] = math.nan
+    run = {"val": quiet_trainer().validate, "test": quiet_trainer().test}[split]
+    found = run(module, DataLoader(Sequences(8), batch_size=2), verbose=False)[0]
+    assert all(math.isnan(found[f"{split}/{name}"]) for name in ("loss", "perplexity", "bits_per_byte"))
