@@ -256,9 +256,9 @@ class LanguageModel(pl.LightningModule):
         logits = self._logits(batch)
         nats = self._token_losses(logits, batch["labels"]).sum()
         labels = (batch["labels"] != IGNORE_INDEX).sum(dtype=nats.dtype)
-        size = labels * (self.hparams.bytes_per_token or 0.0)
-        if "label_bytes" in batch:
-            size = batch["label_bytes"].sum(dtype=nats.dtype)
+        sizes = batch.get("label_bytes")
+        mean = self.hparams.bytes_per_token or 0.0
+        size = labels * mean if sizes is None else sizes.sum(dtype=nats.dtype)
         return nats / labels.clamp(min=1), logits, StepTotals(nats.detach(), labels, size)
 
     def _metrics(self) -> nn.ModuleDict:

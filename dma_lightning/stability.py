@@ -3,6 +3,7 @@
 P number of parameter tensors.
 """
 
+import math
 from collections import deque
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -113,14 +114,14 @@ class GradientGuard(pl.Callback):
                 f"{len(bad)} of {len(norms)}, and the loss is {loss:.4g}"
             )
             return self._act(self.not_finite, what)
-        if self.spike != "ignore" and self._count >= self.window and loss > self.spike_factor * self._mean:
+        if self.spike != "ignore" and self._count >= self.window and not loss <= self.spike_factor * self._mean:
             largest = max(zip(norms, step.names, strict=True))
             what = (
                 f"step {step.number}: the loss of {loss:.4g} is more than {self.spike_factor} times its mean of "
                 f"{self._mean:.4g}; the largest gradient, {largest[0]:.4g}, is that of {largest[1]}"
             )
             return self._act(self.spike, what)
-        if loss == 0:  # of a step without labels, which says nothing of the next
+        if loss == 0 or not math.isfinite(loss):  # of a step without labels, or with finite gradients all the same
             return False
         self._count = min(self._count + 1, self.window)
         self._mean += (loss - self._mean) / self._count
