@@ -50,7 +50,8 @@ class ModelConfig:
     sinks: int = 0
     """dma: number of first keys of each document that stay visible besides."""
     score_form: ScoreForm = "exp"
-    """dma: bias that a key's rank adds to its logits: exp(rank), or the rank itself (linear)."""
+    """dma: bias that a key's rank adds to its logits: exp(rank), or the rank itself (linear). exp overflows above a
+    rank of 88.7, which shows as a loss of NaN."""
     sliding_window: int = 64
     """swa: number of last positions that a query attends to, its own included."""
     kv_lora_rank: int = 32

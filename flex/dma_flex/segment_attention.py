@@ -21,6 +21,7 @@ from dma_kernels.attention_inputs import check_attention_inputs, check_lifetimes
 from dma_kernels.gather import sum_copies
 from dma_kernels.key_gradients import key_gradients
 from dma_kernels.precision import without_autocast
+from dma_kernels.scores import saturated
 
 
 def flex_segment_attention(
@@ -92,6 +93,7 @@ def told_recompile_limit(q: Tensor) -> Iterator[None]:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
     """Attend over segments, `[B, H, T * S, D]`."""
+    scores = saturated(scores)
     if not q.is_cuda:
         return _attend_on_cpu(q, k, v, scores, plan, scale)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, scores)):

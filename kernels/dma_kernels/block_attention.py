@@ -127,7 +127,7 @@ def attend_blocks(
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp in base 2 `[B, H, N]`. Arguments as `block_attention` and `Tiles`."""
-    check_machine(q.device)  # here, since torch.compile cannot trace it
+    check_machine(q.device, q.dtype)  # here, since torch.compile cannot trace it
     from dma_kernels.triton_block_attention import launch_attend_blocks
 
     with torch.cuda.device_of(q):  # Triton launches on the current device

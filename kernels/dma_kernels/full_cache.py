@@ -10,6 +10,7 @@ from torch import Tensor
 from dma_kernels.decode_attention import decode_attention
 from dma_kernels.key_cache import FEW, Attention, check_new_keys
 from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.scores import saturated
 from dma_kernels.segment_attention import segment_attention
 
 
@@ -54,7 +55,8 @@ class FullCache:
         batch, new = k.shape[0], k.shape[2]
         real = torch.ones(batch, new, dtype=torch.bool, device=k.device) if padding is None else ~padding
         documents = self.document[:, None].expand(batch, new) if documents is None else documents.long()
-        kept = {"key": k, "value": v, "score": scores, "rank": ranks, "document": documents, "padding": ~real}
+        kept = {"key": k, "value": v, "score": saturated(scores), "rank": ranks}
+        kept |= {"document": documents, "padding": ~real}
         self._check_fits(kept)
         if self._kept:
             kept = {name: torch.cat([self._kept[name], x], dim=min(2, x.ndim - 1)) for name, x in kept.items()}

@@ -15,6 +15,7 @@ from torch.utils._triton import has_triton_package
 
 from dma_kernels.attention_inputs import check_attention_inputs, check_lifetimes, check_no_tangents
 from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.scores import saturated
 from dma_kernels.segment_slots import SegmentSlots
 
 # What the kernels can do.
@@ -69,8 +70,9 @@ def fused_attention(
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
     copies = slots.copies
     out, *_ = attend_slots(
-        q, k, v, scores, copies.row, copies.first, copies.slot, slots.birth, slots.death, slots.segment_length, scale
-    )
+        q, k, v, saturated(scores), copies.row, copies.first, copies.slot, slots.birth, slots.death,
+        slots.segment_length, scale,
+    )  # fmt: skip
     return out[..., :head_dim] if missing else out
 
 
@@ -86,8 +88,8 @@ def check_kernels_can(dtype: torch.dtype, head_dim: int) -> None:
         )
 
 
-def check_machine(device: torch.device) -> None:
-    """Raise `ValueError` for a machine on which the kernels cannot run, naming a backend that can."""
+def check_machine(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise `ValueError` for a machine on which the kernels cannot compute in a dtype, naming what can."""
     if not has_triton_package():
         raise ValueError("backend 'triton' needs the package triton; install it, or use backend 'flex' or 'torch'")
     if device.type == "cuda":
@@ -101,10 +103,14 @@ def check_machine(device: torch.device) -> None:
         raise ValueError(
             f"backend 'triton' runs on CUDA, got tensors on {device}; use backend 'torch', or 'flex' to infer on a CPU"
         )
+    if dtype == torch.bfloat16 and _interpreted():  # whose tl.dot multiplies the bits of bfloat16 as integers
+        raise ValueError(
+            f"backend 'triton' under Triton's interpreter computes in float32 or float16, got {dtype}; use one of these"
+        )
 
 
 def _interpreted() -> bool:
-    """Whether Triton's kernels run under its interpreter, on the CPU."""
+    """Whether Triton's kernels run under its interpreter."""
     import triton
 
     return triton.knobs.runtime.interpret
@@ -128,7 +134,7 @@ def attend_slots(
 
     Arguments as `fused_attention` and `SegmentSlots`; head dims in steps of 16 bytes.
     """
-    check_machine(q.device)  # here, since torch.compile cannot trace it
+    check_machine(q.device, q.dtype)  # here, since torch.compile cannot trace it
     from dma_kernels.triton_forward import launch_forward
     from dma_kernels.triton_gather import launch_gather_rows
 

@@ -22,7 +22,7 @@ from dma_kernels.decode_attention import decode_attention
 from dma_kernels.decode_step import decode_step
 from dma_kernels.fused_attention import check_kernels_can, check_machine
 from dma_kernels.lifetimes import Lifetimes, check_documents, document_ends, document_runs
-from dma_kernels.scores import ordered_bits
+from dma_kernels.scores import ordered_bits, saturated
 from dma_kernels.segment_attention import segment_attention
 from dma_kernels.selection import deaths_by_rank
 
@@ -159,7 +159,7 @@ class DynamicMaskCache:
         self._lengths, self._seen = (torch.zeros(shape[:2], dtype=torch.int64, device=device) for _ in range(2))
         if backend == "triton":
             check_kernels_can(dtype, head_dim)
-            check_machine(self.key.device)
+            check_machine(self.key.device, dtype)
         self.backend = backend
         self._arrivals = torch.zeros(shape[:2], dtype=torch.int32, device=device)
         self._started = False  # whether any slot can hold a key; known without looking at the device
@@ -379,7 +379,7 @@ class DynamicMaskCache:
             return x[:, None].expand(batch, kv_heads, new)
 
         slots = _Slots(
-            k, v, scores.to(self.score.dtype), ranks.to(self.rank.dtype), by_head(position), by_head(real),
+            k, v, saturated(scores).to(self.score.dtype), ranks.to(self.rank.dtype), by_head(position), by_head(real),
             by_head(real & (number <= self.sinks)),
         )  # fmt: skip
         if self._started:
@@ -469,7 +469,7 @@ class DynamicMaskCache:
         kept = wins | sink | (real & (self.keep_last > 0))[:, None]
         rows = free[..., None].expand(-1, -1, -1, k.shape[-1])
         written = {
-            "key": (rows, k), "value": (rows, v), "score": (free, scores), "rank": (free, ranks),
+            "key": (rows, k), "value": (rows, v), "score": (free, saturated(scores)), "rank": (free, ranks),
             "position": (free, now[:, None, None].expand_as(free)), "ranked": (free, wins[..., None]),
             "sink": (free, sink[..., None].expand_as(free)),
         }  # fmt: skip

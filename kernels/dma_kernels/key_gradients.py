@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from dma_kernels.fused_attention import check_machine
+
 
 @torch.library.custom_op("dma_kernels::key_gradients", mutates_args=())
 def key_gradients(
@@ -45,6 +47,7 @@ def key_gradients(
     arguments = (q, k, v, bias, birth, death, lse, delta, grad_out, scale)
     if not q.is_cuda:
         return key_gradients_reference(*arguments)
+    check_machine(q.device, q.dtype)
     from dma_kernels.triton_key_gradients import launch_key_gradients
 
     with torch.cuda.device_of(q):  # Triton launches on the current device

@@ -9,7 +9,7 @@ from torch import Tensor
 from dma_kernels.attention_inputs import check_attention_inputs
 from dma_kernels.lifetimes import check_selection, document_runs
 from dma_kernels.precision import without_autocast
-from dma_kernels.scores import ordered_bits
+from dma_kernels.scores import ordered_bits, saturated
 
 
 def reference_mask(
@@ -69,7 +69,7 @@ def reference_attention(
         q: `[B, H, N, D]`.
         k: `[B, G, N, D]`, H a multiple of G.
         v: `[B, G, N, D]`.
-        scores: bias of each key, `[B, G, N]`.
+        scores: bias of each key, `[B, G, N]`, as `saturated` leaves it; so does every other backend.
         mask: bool `[B or 1, G or 1, N, N]` (query, key), True where the query sees the key.
         scale: factor of q·k, by default `1 / sqrt(D)`.
         return_lse: also return the log-sum-exp of each query's logits.
@@ -88,7 +88,7 @@ def reference_attention(
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k_full, v_full, scores_full = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v, scores))
+    k_full, v_full, scores_full = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v, saturated(scores)))
     mask = mask.expand(-1, k.shape[1], -1, -1).repeat_interleave(group, dim=1)
 
     with without_autocast(q.device):
@@ -119,11 +119,12 @@ def masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def _fill_masked(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits with masked ones at the least finite number, and which rows have no key with a larger one."""
+    """Logits with masked ones at -inf, and which rows have no key above that; these rows are filled with 0."""
     # A finite fill keeps rows without a key free of NaN, in the backward too; the caller clears their result.
-    least = torch.finfo(logits.dtype).min
-    filled = logits.masked_fill(~mask | (logits == -torch.inf), least)
-    return filled, filled.detach().amax(-1) <= least
+    seen = mask & (logits != -torch.inf)
+    empty = ~seen.any(-1)
+    fill = torch.zeros_like(empty, dtype=logits.dtype).masked_fill(~empty, -torch.inf)
+    return torch.where(seen, logits, fill[..., None]), empty
 
 
 def _check_mask(mask: Tensor, k: Tensor) -> None:

@@ -17,6 +17,7 @@ ScoreForm = Literal["exp", "linear"]
 # whose last bits depend on their shape (training, chunked prefill and decoding differ in it).
 DROPPED_MANTISSA_BITS = 7
 CANONICAL_NAN = 0x7FC00000
+SATURATION = 4  # scores end at the largest number of their dtype over this
 
 
 def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor | None = None) -> Tensor:
@@ -58,11 +59,23 @@ def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor | No
 def key_scores(ranks: Tensor, form: ScoreForm = "exp") -> Tensor:
     """Score of every key, the additive bias of its logits: `exp(rank)`, or the rank itself for `"linear"`.
 
-    Both forms are monotone in the rank, so they select the same keys; selection always compares ranks.
+    Both forms are monotone in the rank, so they select the same keys; selection always compares ranks. In float32 `exp`
+    overflows above a rank of 88.7: the score is infinite, every query that sees the key gets NaN, and so does the loss.
     """
     if form not in get_args(ScoreForm):
         raise ValueError(f"score_form: expected one of {list(get_args(ScoreForm))}, got {form!r}")
     return ranks.exp() if form == "exp" else ranks
+
+
+def saturated(scores: Tensor) -> Tensor:
+    """The scores that attention adds to its logits: finite ones up to a quarter of the dtype's largest number.
+
+    So neither the factor log2(e) nor the sum with q·k overflows. Keys beyond the bound have equal scores, which get no
+    gradient. Infinities and NaN stay as they are, so that they show.
+    """
+    largest = torch.finfo(scores.dtype).max
+    clamped = scores.clamp(-largest / SATURATION, largest / SATURATION)
+    return torch.where(scores.abs() > largest, scores, clamped)
 
 
 def ordered_bits(ranks: Tensor) -> Tensor:

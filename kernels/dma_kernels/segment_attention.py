@@ -10,6 +10,7 @@ from dma_kernels.attention_inputs import check_attention_inputs, check_lifetimes
 from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.precision import without_autocast
 from dma_kernels.reference import masked_average, masked_logsumexp
+from dma_kernels.scores import saturated
 from dma_kernels.segments import SegmentLayout
 
 
@@ -52,7 +53,7 @@ def segment_attention(
     layout = SegmentLayout.of(lifetimes, segment_length)
     with without_autocast(q.device):
         k_seg, v_seg = layout.gather(k).to(dtype), layout.gather(v).to(dtype)  # [B, G, T, K, D]
-        scores_seg = layout.gather(scores.to(dtype)[..., None])  # [B, G, T, K, 1]
+        scores_seg = layout.gather(saturated(scores).to(dtype)[..., None])  # [B, G, T, K, 1]
         q_seg = layout.split_queries(q.to(dtype) * scale)  # [B, H, T, S, D]
         q_seg = q_seg.unflatten(1, (kv_heads, -1)).transpose(2, 3)  # [B, G, T, R, S, D]
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dma_kernels.triton_common import LOG2_E, float32_precision, padded_head_dim
-from dma_kernels.triton_scores import ordered_bits
+from dma_kernels.triton_scores import ordered_bits, saturated
 
 
 class DecodeConfig(NamedTuple):
@@ -194,7 +194,7 @@ def _decode_step_kernel(
     b_bias = tl.load(p_bias + o_c, mask=o_c < end, other=0.0)
     real = tl.full([], 1, tl.int1) if p_real is None else tl.load(p_real + i_b) != 0
     new_rank = tl.load(p_new_rank + i_b * rank_b + i_g * rank_g).to(tl.float32)
-    score = tl.load(p_score + i_b * score_b + i_g * score_g)
+    score = saturated(tl.load(p_score + i_b * score_b + i_g * score_g))
     p_q += i_b * q_b + i_g * group * q_h
     b_q = tl.load(p_q + tl.minimum(o_r, group - 1)[:, None] * q_h + o_d[None, :], mask=m_d[None, :], other=0.0)
     b_key = _load_rows(p_key, o_c, o_c < end, D, BLOCK_D, WHOLE)

@@ -1,11 +1,13 @@
-"""What Triton kernels compare ranks by."""
+"""What Triton kernels compare ranks by, and the scores that they add."""
 
+import torch
 import triton
 import triton.language as tl
 
-from dma_kernels.scores import CANONICAL_NAN, DROPPED_MANTISSA_BITS
+from dma_kernels.scores import CANONICAL_NAN, DROPPED_MANTISSA_BITS, SATURATION
 
 _DROPPED, _NAN = tl.constexpr(DROPPED_MANTISSA_BITS), tl.constexpr(CANONICAL_NAN)
+_BOUND, _INFINITY = tl.constexpr(torch.finfo(torch.float32).max / SATURATION), tl.constexpr(float("inf"))
 _HALF, _KEPT = tl.constexpr((1 << (DROPPED_MANTISSA_BITS - 1)) - 1), tl.constexpr(-(1 << DROPPED_MANTISSA_BITS))
 
 
@@ -18,3 +20,10 @@ def ordered_bits(b_rank):
     b_bits = (b_bits + _HALF + b_odd) & _KEPT
     b_ordered = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
     return tl.where((b_bits & 0x7FFFFFFF) == 0, 0, b_ordered)
+
+
+@triton.jit
+def saturated(score):
+    """`scores.saturated` of float32."""
+    bounded = tl.where(score > _BOUND, _BOUND, tl.where(score < -_BOUND, -_BOUND, score))  # keeps NaN
+    return tl.where(tl.abs(score) == _INFINITY, score, bounded)

@@ -134,6 +134,16 @@ def test_nan_scores_reach_the_output(device: str) -> None:
     assert out[1].isfinite().all()
 
 
+@pytest.mark.parametrize("score", [torch.finfo(torch.float32).min, -3e38, 3e38])
+def test_equal_scores_are_no_preference_however_large(score: float, device: str) -> None:
+    q, k, v, scores = small_inputs(device)
+    mask = Lifetimes.sliding_window(SHAPE[1], 40, device)
+    with torch.no_grad():
+        out = flex_segment_attention(q * 0, k, v, torch.full_like(scores, score).contiguous(), mask, segment_length=128)
+    share = mask.to_dense() / mask.to_dense().sum(-1, keepdim=True)
+    torch.testing.assert_close(out, share @ v.repeat_interleave(HEADS // KV_HEADS, dim=1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("which", range(3), ids=["q", "k", "v"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_in_q_k_and_v_reaches_the_output(which: int, bad: float, device: str) -> None:

@@ -16,6 +16,7 @@ from dma_kernels import (
     reference_mask,
     segment_attention,
 )
+from dma_kernels.reference import masked_average, masked_logsumexp
 
 KV_HEADS, HEAD_DIM = 2, 4
 
@@ -188,3 +189,42 @@ def test_equals_the_cpu_on_a_gpu(case: masks.Case) -> None:
     found = run(moved, 20, arguments, "torch", weight.cuda(), "exp")
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x.cpu(), y, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("score", [torch.finfo(torch.float32).min, -3e38, 3e38])
+@pytest.mark.parametrize("function", [segment_attention, reference_attention])
+def test_equal_scores_are_no_preference_however_large(function: Callable[..., Tensor], score: float) -> None:
+    k, v, weight = torch.randn(3, 1, 1, 20, 4)
+    inputs = [x.requires_grad_() for x in (torch.zeros(1, 1, 20, 4), k, v, torch.full((1, 1, 20), score))]
+    mask = Lifetimes.sliding_window(20, 7)
+    dense = mask.to_dense()
+    out, lse = function(*inputs, mask if function is segment_attention else dense, return_lse=True)
+    share = (dense / dense.sum(-1, keepdim=True))[0, 0]
+    torch.testing.assert_close(out[0, 0], share @ v[0, 0])
+    torch.testing.assert_close(lse, torch.full_like(lse, score).clamp(-torch.finfo(lse.dtype).max / 4, 8.507059e37))
+    gradients = torch.autograd.grad((out * weight).sum(), inputs)
+    torch.testing.assert_close(gradients[2][0, 0], share.T @ weight[0, 0])
+    centered = weight @ v.transpose(-1, -2) - (weight * out).sum(-1, keepdim=True)
+    torch.testing.assert_close(gradients[0][0, 0], (share * centered[0, 0]) @ k[0, 0] / 2)
+    assert not gradients[1].any()
+    assert not gradients[3].any()
+
+
+def test_a_logit_equal_to_the_least_number_is_a_key() -> None:
+    """So are keys whose q·k is as low as it can be; masked ones beside them get no weight."""
+    logits, mask = torch.full((2, 3), torch.finfo(torch.float32).min), torch.tensor([[True, True, False], [False] * 3])
+    v = torch.tensor([[1.0], [2.0], [7.0]])
+    assert masked_average(logits, mask, v).tolist() == [[1.5], [0.0]]
+    assert masked_logsumexp(logits, mask).tolist() == [torch.finfo(torch.float32).min, -torch.inf]
+
+
+@pytest.mark.parametrize("function", [segment_attention, reference_attention])
+def test_an_infinite_score_shows(function: Callable[..., Tensor]) -> None:
+    """exp(rank) of a rank above 88.7."""
+    q, k, v = torch.randn(3, 1, 1, 20, 4)
+    ranks = torch.zeros(1, 1, 20)
+    ranks[..., 9] = 89
+    mask = Lifetimes.top_w(ranks, 3)
+    out = function(q, k, v, key_scores(ranks), mask if function is segment_attention else mask.to_dense())
+    assert out[:, :, 9:].isnan().all()
+    assert out[:, :, :9].isfinite().all() or function is segment_attention  # of the segment, which is passed over whole

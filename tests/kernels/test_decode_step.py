@@ -229,3 +229,25 @@ def test_a_captured_step_and_a_captured_verification_go_on() -> None:
         torch.testing.assert_close(outs[which], expected, atol=2e-2, rtol=2e-2)
         check_equal(plain, fused)
         t += (1, 2)[which]
+
+
+@pytest.mark.parametrize("score", [torch.finfo(torch.float32).min, -3e38, 3e38])
+def test_equal_scores_are_no_preference_however_large(score: float) -> None:
+    inputs = make_inputs(12, 2, 16, False, torch.float32)
+    inputs |= {"q": torch.zeros_like(inputs["q"]), "scores": torch.full_like(inputs["scores"], score)}
+    plain, fused = caches(16, (20, 0, 0), torch.float32)
+    for cache in (plain, fused):
+        cache.attend(**at(inputs, 0, 8))
+        for t in range(8, 12):
+            mean = inputs["v"][:, :, : t + 1].mean(2, keepdim=True).repeat_interleave(2, dim=1)
+            torch.testing.assert_close(cache.attend(**at(inputs, t)), mean)
+    check_equal(plain, fused)
+
+
+def test_an_infinite_score_shows() -> None:
+    inputs = make_inputs(9, 2, 16, False, torch.float32)
+    inputs["scores"] = inputs["scores"].clone()
+    inputs["scores"][:, :, 8] = torch.inf
+    for cache in caches(16, (20, 0, 0), torch.float32):
+        cache.attend(**at(inputs, 0, 8))
+        assert cache.attend(**at(inputs, 8)).isnan().all()

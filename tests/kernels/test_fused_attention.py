@@ -12,7 +12,8 @@ from poison import poisoned_buffers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dma_kernels import Lifetimes, SegmentSlots, fused_attention, segment_attention
+from dma_kernels import DynamicMaskCache, Lifetimes, SegmentSlots, fused_attention, segment_attention
+from dma_kernels.block_attention import block_attention
 from dma_kernels.kernel_configs import KernelConfig
 
 ON_GPU = torch.cuda.is_available()
@@ -91,7 +92,7 @@ def test_equals_the_definition(
         assert_as_exact_as_plain(lambda *x: attend(x[-1], segment, x[:-1]), [*qkv, ranks.exp()], mask, grad)
 
 
-# The interpreter cuts bfloat16 off where GPUs round.
+# The interpreter's tl.dot multiplies bfloat16 wrong, so it is refused there.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16] if ON_GPU else [torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [20, 64, 128, 256] if ON_GPU else [20])
 def test_half_precision(head_dim: int, dtype: torch.dtype, device: str) -> None:
@@ -359,4 +360,36 @@ def test_a_machine_that_cannot_names_the_backends_that_can(monkeypatch: pytest.M
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(ValueError, match=r"compute capability 8.0 or newer, got \(7, 5\); use backend 'torch'"):
-        module.check_machine(torch.device("cuda"))
+        module.check_machine(torch.device("cuda"), torch.float32)
+
+
+@pytest.mark.parametrize("score", [torch.finfo(torch.float32).min, -3e38, 3e38])
+def test_equal_scores_are_no_preference_however_large(score: float, device: str) -> None:
+    *_, k, v, _ = make_inputs(40, 1, 16, device)
+    scores, mask = torch.full((2, KV_HEADS, 40), score, device=device), Lifetimes.sliding_window(40, 7, device)
+    with torch.no_grad():
+        out = fused_attention(torch.zeros_like(k), k, v, scores, mask)
+    share = mask.to_dense() / mask.to_dense().sum(-1, keepdim=True)
+    torch.testing.assert_close(out, share @ v)
+
+
+def test_an_infinite_score_shows(device: str) -> None:
+    *qkv, _ = make_inputs(40, 1, 16, device)
+    scores = torch.zeros(2, KV_HEADS, 40, device=device)
+    scores[:, :, 9] = torch.inf
+    with torch.no_grad():
+        out = fused_attention(*qkv, scores, Lifetimes.causal(40, device))
+    assert out[:, :, 9:].isnan().all()
+
+
+@pytest.mark.skipif(ON_GPU, reason="needs the interpreter")
+def test_bfloat16_is_refused_under_the_interpreter(device: str) -> None:
+    q, scores, mask = torch.zeros(1, 2, 20, 16).bfloat16(), torch.zeros(1, 2, 20), Lifetimes.causal(20)
+    blocks, first = torch.zeros(1, 2, 20, 1, dtype=torch.int64), torch.zeros(1, 20, dtype=torch.int64)
+    for refused in (
+        lambda: fused_attention(q, q, q, scores, mask),
+        lambda: block_attention(q, q, q, blocks, first, None, 16),
+        lambda: DynamicMaskCache(1, 2, 16, 4, dtype=torch.bfloat16, backend="triton"),
+    ):
+        with pytest.raises(ValueError, match=r"interpreter computes in float32 or float16, got torch\.bfloat16; use"):
+            refused()

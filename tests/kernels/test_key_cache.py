@@ -315,3 +315,16 @@ def test_a_document_goes_on_behind_padding(few: int, monkeypatch: pytest.MonkeyP
     ).to_dense()
     expected = reference_attention(*(inputs[name] for name in ("q", "k", "v", "scores")), expected)
     torch.testing.assert_close(outs[0], expected[:, :, 4:])
+
+
+@pytest.mark.parametrize("cut", [[12], [5, 4, 1, 1, 1]])
+def test_equal_scores_are_no_preference_however_large(cut: list[int]) -> None:
+    inputs = make_inputs(12, ties=True)
+    inputs |= {"q": torch.zeros_like(inputs["q"]), "scores": torch.full_like(inputs["scores"], 1.7e308)}
+    expected = inputs["v"].cumsum(2) / torch.arange(1, 13)[:, None]
+    for cache in (FullCache(BATCH, 20), DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 20, dtype=torch.float64)):
+        outs, start = [], 0
+        for count in cut:
+            outs.append(cache.attend(**part(inputs, start, start + count)))
+            start += count
+        torch.testing.assert_close(torch.cat(outs, dim=2), expected.repeat_interleave(HEADS // KV_HEADS, dim=1))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dma_kernels import key_ranks, key_scores
-from dma_kernels.scores import ordered_bits
+from dma_kernels.scores import ordered_bits, saturated
 
 
 def test_ranks_follow_the_formula() -> None:
@@ -60,3 +60,17 @@ def test_bits_compare_sixteen_mantissa_bits() -> None:
     assert ((a - b).abs() <= 128).all()  # never further than one step of the grid
     order = random.argsort()
     assert (a[order][1:] >= a[order][:-1]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_finite_scores_are_bounded_and_others_stay(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    scores = torch.tensor([-largest, -0.0, 1.5, 2e37, largest], dtype=dtype, requires_grad=True)
+    out = saturated(scores)
+    assert out.tolist() == [-largest / 4, 0.0, 1.5, scores[3].item(), largest / 4]
+    out.sum().backward()
+    assert scores.grad.tolist() == [0, 1, 1, 1, 0]
+    shown = torch.tensor([-torch.inf, torch.inf, torch.nan], dtype=dtype)
+    torch.testing.assert_close(saturated(shown), shown, rtol=0, atol=0, equal_nan=True)
+    compiled = torch.compile(saturated, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(scores), out)
