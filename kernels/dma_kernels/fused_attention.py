@@ -15,7 +15,6 @@ from torch.utils._triton import has_triton_package
 
 from dma_kernels.attention_inputs import check_attention_inputs, check_lifetimes, check_no_tangents
 from dma_kernels.lifetimes import Lifetimes
-from dma_kernels.scores import saturated
 from dma_kernels.segment_slots import SegmentSlots
 
 # What the kernels can do.
@@ -70,9 +69,8 @@ def fused_attention(
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
     copies = slots.copies
     out, *_ = attend_slots(
-        q, k, v, saturated(scores), copies.row, copies.first, copies.slot, slots.birth, slots.death,
-        slots.segment_length, scale,
-    )  # fmt: skip
+        q, k, v, scores, copies.row, copies.first, copies.slot, slots.birth, slots.death, slots.segment_length, scale
+    )
     return out[..., :head_dim] if missing else out
 
 
@@ -130,7 +128,7 @@ def attend_slots(
     segment_length: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output and log-sum-exp in base 2, and keys, values and biases in segment order, which the backward needs.
+    """Output and log-sum-exp in base 2, and keys, values and saturated scores in segment order, for the backward.
 
     Arguments as `fused_attention` and `SegmentSlots`; head dims in steps of 16 bytes.
     """
@@ -140,8 +138,8 @@ def attend_slots(
 
     rows = (first.numel() - 1) // (k.shape[0] * k.shape[1])  # of each head, those behind its end included
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        k_seg, v_seg, bias = (launch_gather_rows(x, row, rows) for x in (k, v, scores[..., None]))
-        bias = bias.squeeze(-1)
+        k_seg, v_seg = (launch_gather_rows(x, row, rows) for x in (k, v))
+        bias = launch_gather_rows(scores[..., None], row, rows, scores=True).squeeze(-1)
         out, lse = launch_forward(q, k_seg, v_seg, bias, birth, death, segment_length, scale)
     return out, lse, k_seg, v_seg, bias
 

@@ -23,6 +23,7 @@ from dma_kernels.triton_common import (
     slot_block,
     slot_tiles,
 )
+from dma_kernels.triton_scores import LARGEST_SCORE
 
 
 @triton.jit
@@ -68,7 +69,8 @@ def _key_gradients_kernel(
     o_k = i_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     o_mask = (i_z * mask_heads + i_g % mask_heads).to(tl.int64) * keys + o_k
     b_birth, b_death = tl.load(p_birth + o_mask), tl.load(p_death + o_mask)
-    b_bias = tl.load(p_bias + i_zg.to(tl.int64) * keys + o_k).to(tl.float32) * LOG2_E
+    b_score = tl.load(p_bias + i_zg.to(tl.int64) * keys + o_k).to(tl.float32)
+    b_bias = b_score * LOG2_E
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     b_dbias = tl.zeros([BLOCK_K], dtype=tl.float32)
@@ -102,6 +104,7 @@ def _key_gradients_kernel(
             )  # fmt: skip
     d_dk.store([i_line, 0], (b_dk * scale).to(d_dk.dtype))
     d_dv.store([i_line, 0], b_dv.to(d_dv.dtype))
+    b_dbias = tl.where(tl.abs(b_score) == LARGEST_SCORE, 0.0, b_dbias)  # saturated
     tl.store(p_dbias + i_zg.to(tl.int64) * keys + o_k, b_dbias)
 
 

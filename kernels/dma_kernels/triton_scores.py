@@ -7,7 +7,8 @@ import triton.language as tl
 from dma_kernels.scores import CANONICAL_NAN, DROPPED_MANTISSA_BITS, SATURATION
 
 _DROPPED, _NAN = tl.constexpr(DROPPED_MANTISSA_BITS), tl.constexpr(CANONICAL_NAN)
-_BOUND, _INFINITY = tl.constexpr(torch.finfo(torch.float32).max / SATURATION), tl.constexpr(float("inf"))
+LARGEST_SCORE = tl.constexpr(torch.finfo(torch.float32).max / SATURATION)
+_INFINITY = tl.constexpr(float("inf"))
 _HALF, _KEPT = tl.constexpr((1 << (DROPPED_MANTISSA_BITS - 1)) - 1), tl.constexpr(-(1 << DROPPED_MANTISSA_BITS))
 
 
@@ -25,5 +26,6 @@ def ordered_bits(b_rank):
 @triton.jit
 def saturated(score):
     """`scores.saturated` of float32."""
-    bounded = tl.where(score > _BOUND, _BOUND, tl.where(score < -_BOUND, -_BOUND, score))  # keeps NaN
+    below = tl.where(score > LARGEST_SCORE, LARGEST_SCORE, score)  # keeps NaN
+    bounded = tl.where(below < -LARGEST_SCORE, -LARGEST_SCORE, below)
     return tl.where(tl.abs(score) == _INFINITY, score, bounded)

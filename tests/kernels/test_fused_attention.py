@@ -373,6 +373,19 @@ def test_equal_scores_are_no_preference_however_large(score: float, device: str)
     torch.testing.assert_close(out, share @ v)
 
 
+def test_scores_beyond_the_bound_get_no_gradient(device: str) -> None:
+    q, k, v, _ = make_inputs(40, 1, 16, device)
+    scores = torch.randn(2, KV_HEADS, 40, device=device)
+    scores[:, :, 3], scores[:, :, 5] = 3e38, -3e38
+    gradients = []
+    for attend in (fused_attention, segment_attention):
+        biases = scores.clone().requires_grad_()
+        attend(q, k, v, biases, Lifetimes.sliding_window(40, 4, device)).square().sum().backward()
+        gradients.append(biases.grad)
+    assert gradients[0][:, :, [3, 5]].abs().max() == 0
+    torch.testing.assert_close(*gradients)
+
+
 def test_an_infinite_score_shows(device: str) -> None:
     *qkv, _ = make_inputs(40, 1, 16, device)
     scores = torch.zeros(2, KV_HEADS, 40, device=device)
