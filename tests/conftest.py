@@ -21,6 +21,14 @@ def _reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """A test that trained with DDP leaves no process group, in which later tests would sum up their figures."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
 def _many_shapes() -> Iterator[None]:
     """All tests of a process together compile more shapes than torch allows by default, as a program should not."""
     with torch._dynamo.config.patch(recompile_limit=100):
