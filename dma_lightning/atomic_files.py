@@ -9,19 +9,21 @@ from typing import BinaryIO
 
 
 @contextmanager
-def atomic_write(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
+def atomic_write(path: Path, suffix: str = ".tmp", mode: int = 0o666) -> Iterator[BinaryIO]:
     """A file to write that gets its name at the end, when it is on the disk; one that fails leaves nothing.
 
     Args:
         path: its name; a file that has it stands until then.
         suffix: of its name until then, in the same folder; what writes from several hosts needs one for each.
+        mode: who may read and write it from the first byte on, before the umask; an unfinished file that is there
+            already keeps its own.
 
     Raises:
         OSError: if it cannot be written.
     """
     unfinished = path.with_name(f"{path.name}{suffix}")
     try:
-        with unfinished.open("wb") as file:
+        with open(unfinished, "w+b", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

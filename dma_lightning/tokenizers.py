@@ -1,16 +1,44 @@
 """Text to tokens and back."""
 
 import codecs
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
+import msgspec
+import numpy as np
 import tokenizers
 
+from dma_lightning.reading import check_regular
+
+_FILE = "a tokenizer.json of the library tokenizers"
+_ESCAPED = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of a byte that is no UTF-8
 _NO_UTF8 = 0xFF  # a byte that stands in no UTF-8
 _CONTEXT = 8  # tokens before the new ones that are decoded with them
 _RECENT = _CONTEXT + 3  # so that it can begin with a character, of four bytes at most
 _LONGEST = 64  # tokens after which what is no whole character is shown as it is
+
+
+# The library takes memory for every id up to the largest, and ends the process if there is none left.
+_TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
+
+
+class _AddedToken(msgspec.Struct):
+    id: _TokenId
+
+
+class _Model(msgspec.Struct):
+    vocab: dict[str, _TokenId] | list = msgspec.field(default_factory=list)  # Unigram's are numbered by their order
+
+
+class _Content(msgspec.Struct):
+    """What is checked of a file before the library reads it."""
+
+    model: _Model
+    added_tokens: list[_AddedToken] = msgspec.field(default_factory=list)
 
 
 class Tokenizer(Protocol):
@@ -57,37 +85,55 @@ class FileTokenizer:
     """
 
     def __init__(self, path: Path | str) -> None:
-        try:
-            self._load(Path(path).read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises no other
-            raise ValueError(f"{path}: expected a tokenizer.json of the library tokenizers: {error}") from error
+        path = Path(path)
+        check_regular(path, _FILE)
+        with library_errors(f"{path}: expected {_FILE}"):
+            self._load(path.read_text(encoding="utf-8"))
 
     @classmethod
     def of_json(cls, text: str) -> "FileTokenizer":
         """The tokenizer of what a file says."""
         tokenizer = cls.__new__(cls)
-        try:
+        with library_errors("expected what a tokenizer.json says, got something else"):
             tokenizer._load(text)
-        except Exception as error:  # the library raises no other
-            raise ValueError(f"expected what a tokenizer.json says, got something else: {error}") from error
         return tokenizer
 
     def _load(self, text: str) -> None:
+        msgspec.json.decode(text, type=_Content)
         self.tokenizer = tokenizers.Tokenizer.from_str(text)
         self.tokenizer.no_truncation()  # a file may ask for both, which would cut the text
         self.tokenizer.no_padding()
         self.vocab_size = 1 + max(self.tokenizer.get_vocab().values(), default=0)
+        self._json = self.tokenizer.to_str()
+        self.tokenizer.post_processor = None  # it adds special tokens, or moves offsets away from white space
 
     def to_json(self) -> str:
         """What the file says."""
-        return self.tokenizer.to_str()
+        return self._json
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text."""
-        try:
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # the library raises no other
-            raise ValueError(f"the tokenizer cannot encode {text[:40]!r}...: {error}") from error
+        return self._encode(text).ids
+
+    def encode_with_ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of a text, and how many bytes of it end with each.
+
+        A character that several tokens share ends with the first of them.
+
+        Args:
+            text: bytes that are no UTF-8 stand in it as `surrogateescape` decodes them. Each is read as U+FFFD.
+
+        Returns:
+            ids, int64 `[tokens]`, and ends, int64 `[tokens]`, that never fall. Text that the tokenizer drops lies
+            between two of them, or behind the last.
+        """
+        encoding = self._encode(text if text.isascii() else _ESCAPED.sub("\ufffd", text))
+        characters = np.fromiter(chain.from_iterable(encoding.offsets), np.int64)[1::2]
+        return np.array(encoding.ids, np.int64), _bytes_before(text)[np.maximum.accumulate(characters)]
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        with library_errors(f"the tokenizer cannot encode {text[:40]!r}..."):
+            return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode_stream(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
         """Pieces as soon as they are whole characters, with the space that a token has only behind another."""
@@ -113,3 +159,24 @@ class FileTokenizer:
     def _text_behind(self, context: list[int], new: list[int]) -> str:
         """What tokens add to the text of others."""
         return self.tokenizer.decode(context + new)[len(self.tokenizer.decode(context)) :]
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Make a `ValueError` of one line of whatever the library raises; its panics are no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {' '.join(str(error).split())}") from error
+
+
+def _bytes_before(text: str) -> np.ndarray:
+    """How many bytes stand before each character, and at last in the whole, int64 `[characters + 1]`."""
+    if text.isascii():
+        return np.arange(len(text) + 1)
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    sizes = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
+    sizes[(points >= 0xDC80) & (points <= 0xDCFF)] = 1  # one byte that is no UTF-8
+    return np.concatenate([[0], sizes.cumsum()])
