@@ -3,40 +3,44 @@
 import hashlib
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from dma_lightning.data.documents import Piece, read_documents
-from dma_lightning.data.files import text_files
-from dma_lightning.data.shards import (
+from dma_lightning.data.files import text_files, user_path
+from dma_lightning.data.manifests import (
     MANIFEST,
     PLAN,
     TOKENIZER,
     VERSION,
+    Manifest,
+    Plan,
     ShardRecord,
-    ShardWriter,
-    read_json,
+    read_plan,
     read_records,
-    write_json,
-    write_text,
 )
+from dma_lightning.data.shards import ShardWriter, write_json, write_text
+from dma_lightning.locks import HOLDER, LOCK, locked_folder
 from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 
 _TASK_BYTES = 1 << 20  # text that a process takes at once
 _TASKS_AHEAD = 3  # for each process
 
+_SHARD_FILE = re.compile(r"(shard-\d{5,})\.(tokens|ends\.npy|lengths|json)(\.tmp)?")
+
 _Place = tuple[int, int]  # number of a file, lines of it that are done
+_Encoded = tuple[np.ndarray, np.ndarray | None]  # tokens, and how many bytes of the text end with each
 
 
 def prepare(
@@ -64,7 +68,7 @@ def prepare(
         processes: that tokenise; by default one per core.
 
     Raises:
-        ValueError: if a file or line is none of that, or output holds something else.
+        ValueError: if a file or line is none of that, output holds something else, or another process writes there.
     """
     reader = ByteTokenizer() if tokenizer is None else FileTokenizer(tokenizer)
     processes = _usable_cores() if processes is None else processes
@@ -72,19 +76,22 @@ def prepare(
         raise ValueError(f"expected shard_tokens and processes of at least 1, got {shard_tokens} and {processes}")
     if eos_token_id is not None and not 0 <= eos_token_id < reader.vocab_size:
         raise ValueError(f"eos_token_id: expected one of the {reader.vocab_size} tokens, got {eos_token_id}")
-    output = output.expanduser()
-    if output.resolve().is_relative_to(source := Path(path).expanduser().resolve()):
+    output = user_path(output)
+    if output.resolve().is_relative_to(source := user_path(path).resolve()):
         raise ValueError(f"output: expected a folder outside {source}, whose files are read, got {output}")
     files = [file for file in text_files(path) if not file.resolve().is_relative_to(output.resolve())]
     plan = _plan(files, reader, text_field, eos_token_id, shard_tokens)
-    records = _begin(output, plan, reader)
-    if not (output / MANIFEST).exists():
-        pool = ProcessPoolExecutor(processes, initializer=_start_worker, initargs=(_carried(reader),))
-        try:
-            records += _write_shards(output, files, plan, records, pool, processes)
-        finally:
-            pool.shutdown(cancel_futures=True)
-        _finish(output, plan, records)
+    _refuse_other_files(output)
+    output.mkdir(parents=True, exist_ok=True)
+    with locked_folder(output, "wait for it, or name another folder"):
+        records = _begin(output, plan, reader)
+        if not (output / MANIFEST).exists():
+            pool = ProcessPoolExecutor(processes, initializer=_start_worker, initargs=(_carried(reader),))
+            try:
+                records += _write_shards(output, files, plan, records, pool, processes)
+            finally:
+                pool.shutdown(cancel_futures=True)
+            _finish(output, files, plan, records)
     print(
         f"{output}: {sum(r.tokens for r in records):,} tokens, {sum(r.documents for r in records):,} documents, "
         f"{sum(r.bytes for r in records):,} bytes, {len(records)} shards"
@@ -97,19 +104,24 @@ def _usable_cores() -> int:
 
 def _plan(
     files: list[Path], tokenizer: Tokenizer, text_field: str, eos_token_id: int | None, shard_tokens: int
-) -> dict[str, Any]:
-    """What decides every byte of the output, in plain values."""
+) -> Plan:
     carried = _carried(tokenizer)
-    return {
-        "version": VERSION,
-        "tokenizer_sha256": carried and hashlib.sha256(carried.encode()).hexdigest(),
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": np.min_scalar_type(tokenizer.vocab_size - 1).name,
-        "text_field": text_field,
-        "eos_token_id": eos_token_id,
-        "shard_tokens": shard_tokens,
-        "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
-    }
+    return Plan(
+        version=VERSION,
+        tokenizer_sha256=carried and hashlib.sha256(carried.encode()).hexdigest(),
+        vocab_size=tokenizer.vocab_size,
+        dtype=np.min_scalar_type(tokenizer.vocab_size - 1).name,
+        text_field=text_field,
+        eos_token_id=eos_token_id,
+        shard_tokens=shard_tokens,
+        files=_state(files),
+    )
+
+
+def _state(files: list[Path]) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of files; bytes of a name that are no UTF-8 are spelled out, as JSON cannot hold them."""
+    names = (os.fsencode(file).decode(errors="backslashreplace") for file in files)
+    return [(name, x.st_size, x.st_mtime_ns) for name, x in zip(names, map(Path.stat, files), strict=True)]
 
 
 def _carried(tokenizer: Tokenizer) -> str | None:
@@ -117,71 +129,97 @@ def _carried(tokenizer: Tokenizer) -> str | None:
     return None if isinstance(tokenizer, ByteTokenizer) else tokenizer.to_json()
 
 
-def _begin(output: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> list[ShardRecord]:
+def _refuse_other_files(output: Path) -> None:
+    """Leave a folder of somebody else as it is.
+
+    Raises:
+        ValueError: if it holds anything but what this command writes.
+    """
+    if not output.exists() or (output / PLAN).exists():
+        return
+    if not output.is_dir() or any(
+        not file.name.endswith(".tmp") and file.name not in (LOCK, HOLDER) for file in output.iterdir()
+    ):
+        raise ValueError(f"{output}: expected no folder, an empty one, or one of this command; got other files there")
+
+
+def _begin(output: Path, plan: Plan, tokenizer: Tokenizer) -> list[ShardRecord]:
     """Take up a folder: the shards that are there, checked.
 
     Raises:
-        ValueError: if the folder holds something else, or a damaged shard.
+        ValueError: if the folder was begun with something else, or holds a damaged shard.
     """
-    records = read_records(output)
-    if (output / PLAN).exists():
-        begun, finished = read_json(output / PLAN), (output / MANIFEST).exists()
-        changed = [name for name in plan if name != "files" and begun.get(name) != plan[name]]
-        changed += _changed_files(begun["files"], plan["files"], None if finished else records)
-        if changed and (finished or records):
-            raise ValueError(
-                f"{output}: expected what it was begun with, got other {', '.join(changed)}; name another folder"
-            )
-    elif output.exists() and (not output.is_dir() or any(not file.name.endswith(".tmp") for file in output.iterdir())):
-        raise ValueError(f"{output}: expected no folder, an empty one, or one of this command; got other files there")
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / PLAN, plan)
+    records, finished = read_records(output), (output / MANIFEST).exists()
+    if (output / PLAN).exists() and (records or finished):
+        _refuse_other_plan(output, plan, records, finished)
+    write_json(output / PLAN, asdict(plan))
     if carried := _carried(tokenizer):
         write_text(output / TOKENIZER, carried)
-    for file in output.glob("shard-[0-9]*"):  # behind one that is missing, perhaps of another plan
-        if int(file.name.split("-")[1].split(".")[0]) >= len(records):
+    kept = {record.name for record in records}
+    for file in output.iterdir():  # behind one that is missing, perhaps of another plan
+        if (match := _SHARD_FILE.fullmatch(file.name)) and match[1] not in kept:
             file.unlink()
     for record in tqdm(records, desc="check", unit="shard", disable=not records):
         record.verify(output)
     return records
 
 
-def _changed_files(begun: list[list], files: list[list], records: list[ShardRecord] | None) -> list[str]:
+def _refuse_other_plan(output: Path, plan: Plan, records: list[ShardRecord], finished: bool) -> None:
+    """Keep the shards of a folder from being mixed with others.
+
+    Raises:
+        ValueError: if it was begun with other options or input files.
+    """
+    begun = read_plan(output)
+    if records and records[-1].next_file > len(begun.files):
+        raise ValueError(
+            f"{output / records[-1].name}.json: next_file: expected at most the {len(begun.files)} files of {PLAN}, "
+            f"got {records[-1].next_file}; delete the file and prepare again"
+        )
+    names = [field.name for field in fields(Plan) if field.name != "files"]
+    changed = [name for name in names if getattr(begun, name) != getattr(plan, name)]
+    if changed := changed + _changed_files(begun, plan, None if finished else records):
+        raise ValueError(
+            f"{output}: expected what it was begun with, got other {', '.join(changed)}; name another folder"
+        )
+
+
+def _changed_files(begun: Plan, plan: Plan, records: list[ShardRecord] | None) -> list[str]:
     """The first input file that is another, of those in finished shards, or of all without them; in words."""
+    old, new = begun.files, plan.files
     if records is not None:
         read = records[-1].next_file + (records[-1].next_line > 0) if records else 0
-        begun, files = begun[:read], files[:read]
-    pairs = zip_longest(begun, files)
-    return next(([f"files (first {(new or old)[0]})"] for old, new in pairs if old != new), [])
+        old, new = old[:read], new[:read]
+    return next(([f"files (first {(b or a)[0]})"] for a, b in zip_longest(old, new) if a != b), [])
 
 
 def _write_shards(
     output: Path,
     files: list[Path],
-    plan: dict[str, Any],
+    plan: Plan,
     done: list[ShardRecord],
     pool: ProcessPoolExecutor,
     processes: int,
 ) -> list[ShardRecord]:
     """Write the shards behind those that are done."""
-    before = np.cumsum([0, *(size for _, size, _ in plan["files"])])
+    before = np.cumsum([0, *(size for _, size, _ in plan.files)])
     place = (done[-1].next_file, done[-1].next_line) if done else (0, 0)
-    eos = np.array([] if plan["eos_token_id"] is None else [plan["eos_token_id"]], plan["dtype"])
+    eos = np.array([] if plan.eos_token_id is None else [plan.eos_token_id], plan.dtype)
     records: list[ShardRecord] = []
-    writer = ShardWriter(output, len(done), np.dtype(plan["dtype"]))
+    shape = np.dtype(plan.dtype), plan.tokenizer_sha256 is not None
+    writer = ShardWriter(output, len(done), *shape)
     bar = tqdm(total=int(before[-1]), initial=int(before[place[0]]), desc="prepare", unit="B", unit_scale=True)
     try:
-        for file, piece, tokens in _tokenised(pool, processes, _pieces(files, place, plan["text_field"])):
-            writer.add(tokens, piece.bytes)
+        for file, piece, (tokens, ends) in _tokenised(pool, processes, _pieces(files, place, plan.text_field)):
+            writer.add(tokens, piece.bytes, ends)
             bar.update(int(before[file]) + piece.read - bar.n)
             if piece.next_line == -1:
                 continue
-            writer.add(eos, 0)
-            writer.end_document()
+            writer.end_document(eos)
             place = (file + 1, 0) if piece.next_line is None else (file, piece.next_line)
-            if writer.tokens >= plan["shard_tokens"]:
+            if writer.tokens >= plan.shard_tokens:
                 records.append(writer.finish(*place))
-                writer = ShardWriter(output, len(done) + len(records), writer.dtype)
+                writer = ShardWriter(output, len(done) + len(records), *shape)
         if writer.tokens:
             records.append(writer.finish(*place))
     except BrokenProcessPool as error:
@@ -194,12 +232,21 @@ def _write_shards(
     return records
 
 
-def _finish(output: Path, plan: dict[str, Any], records: list[ShardRecord]) -> None:
-    """Write the manifest."""
+def _finish(output: Path, files: list[Path], plan: Plan, records: list[ShardRecord]) -> None:
+    """Write the manifest.
+
+    Raises:
+        ValueError: if there was no text, or it has changed meanwhile.
+    """
     if not records:
-        raise ValueError(f"expected text, got {len(plan['files'])} files without any")
+        raise ValueError(f"expected text, got {len(files)} files without any")
+    if changed := next((old[0] for old, new in zip(plan.files, _state(files), strict=True) if old != new), None):
+        raise ValueError(
+            f"{changed}: expected a file that nobody changes while it is read, got another size or time than before; "
+            f"delete {output} or name another folder, and prepare again"
+        )
     totals = {name: sum(getattr(record, name) for record in records) for name in ("tokens", "documents", "bytes")}
-    write_json(output / MANIFEST, totals | plan | {"shards": [asdict(record) for record in records]})
+    write_json(output / MANIFEST, asdict(Manifest(**vars(plan), **totals, shards=records)))
 
 
 def _pieces(files: list[Path], start: _Place, text_field: str) -> Iterator[tuple[int, Piece]]:
@@ -212,14 +259,14 @@ def _pieces(files: list[Path], start: _Place, text_field: str) -> Iterator[tuple
 
 def _tokenised(
     pool: ProcessPoolExecutor, processes: int, pieces: Iterable[tuple[int, Piece]]
-) -> Iterator[tuple[int, Piece, np.ndarray]]:
+) -> Iterator[tuple[int, Piece, _Encoded]]:
     """Pieces with their tokens, in order; no more of the text is read than the processes need."""
     waiting: deque[tuple[list[tuple[int, Piece]], Future]] = deque()
 
-    def first() -> Iterator[tuple[int, Piece, np.ndarray]]:
+    def first() -> Iterator[tuple[int, Piece, _Encoded]]:
         task, future = waiting.popleft()
-        for (file, piece), tokens in zip(task, future.result(), strict=True):
-            yield file, piece, tokens
+        for (file, piece), encoded in zip(task, future.result(), strict=True):
+            yield file, piece, encoded
 
     for task in _tasks(pieces):
         waiting.append((task, pool.submit(_encode, [piece.text for _, piece in task])))
@@ -259,7 +306,9 @@ def _start_worker(tokenizer: str | None) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _encode(texts: list[str]) -> list[np.ndarray]:
+def _encode(texts: list[str]) -> list[_Encoded]:
     if isinstance(_tokenizer, ByteTokenizer):  # without a list of them
-        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
-    return [np.array(_tokenizer.encode(text), np.min_scalar_type(_tokenizer.vocab_size - 1)) for text in texts]
+        return [(np.frombuffer(text.encode(), np.uint8), None) for text in texts]
+    dtype = np.min_scalar_type(_tokenizer.vocab_size - 1)
+    encoded = (_tokenizer.encode_with_ends(text) for text in texts)
+    return [(tokens.astype(dtype), ends.astype(np.uint32)) for tokens, ends in encoded]  # less to send

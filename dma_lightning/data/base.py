@@ -24,8 +24,9 @@ class Batch(TypedDict):
     """One batch: what the model reads, and what it must say at each position.
 
     `input_ids` and `labels` are int64 `[B, N]`; the label of a position is the token to predict there, or
-    `IGNORE_INDEX`. `documents` (int64) and `padding` (bool) `[B, N]` are optional, as is `label_bytes`, int64 `[B]`:
-    the bytes of source text that the labels of a sequence span.
+    `IGNORE_INDEX`. `documents` (int64) and `padding` (bool) `[B, N]` are optional. So is `label_bytes`, int64 `[B]`: the
+    bytes of source text that the labels of each sequence stand for. A token stands for what lies between the end of the
+    token before it in its document and its own end; an end token stands for none.
     """
 
     input_ids: Tensor
@@ -59,11 +60,6 @@ class SequenceDataModule(pl.LightningDataModule):
     def bytes_per_token(self) -> float | None:
         """Mean length of a token where the data is text, passed on to the model."""
         return None
-
-    @property
-    def val_bytes_per_token(self) -> float | None:
-        """Mean length of a token of the validation and test data."""
-        return self.bytes_per_token
 
     @property
     def fingerprint(self) -> str | None:

@@ -2,7 +2,8 @@
 
 import glob
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 JSONL, COMPRESSED = (".jsonl", ".ndjson"), (".gz", ".zst")  # endings of names, in small letters
@@ -15,7 +16,7 @@ def text_files(path: str) -> list[Path]:
         ValueError: if there is none, or a link points nowhere.
         OSError: if a folder cannot be read.
     """
-    root = Path(path).expanduser()
+    root = user_path(path)
     found = [root] if root.exists() else [Path(match) for match in glob.glob(str(root), recursive=True)]
     files: set[Path] = set()
     for match in found:
@@ -23,6 +24,26 @@ def text_files(path: str) -> list[Path]:
     if not files:
         raise ValueError(f"path: expected a text file, a folder with files or a glob that matches, got {path!r}")
     return sorted(files)
+
+
+def user_path(path: str | Path) -> Path:
+    """A path with `~` resolved.
+
+    Raises:
+        ValueError: if it is in the home of a user that is not known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"path: expected a known user behind ~, got {str(path)!r}; write the whole path") from error
+
+
+def everybody_may_read(files: Iterable[Path]) -> bool:
+    """Whether all users may read the files, and enter every folder that they are in."""
+    real = [Path(os.path.realpath(file)) for file in files]
+    folders = {folder for file in real for folder in file.parents}
+    needed = [(file, stat.S_IROTH) for file in real] + [(folder, stat.S_IXOTH) for folder in folders]
+    return all(path.stat().st_mode & permission for path, permission in needed)
 
 
 def _below(folder: Path) -> Iterator[Path]:

@@ -4,20 +4,23 @@ N sequence length.
 """
 
 import hashlib
-from functools import cached_property
+import warnings
 from pathlib import Path
-from typing import Any
 
-from dma_lightning.data.shards import TOKENIZER, Shard, read_manifest
+from dma_lightning.data.files import user_path
+from dma_lightning.data.manifests import TOKENIZER, Manifest, read_manifest
+from dma_lightning.data.shards import Shard
 from dma_lightning.data.text import TokenizedDataModule
 from dma_lightning.data.windows import TokenWindows
+from dma_lightning.reading import sha256, verifies_content
 from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 
 
 class PreparedDataModule(TokenizedDataModule):
     """Language modelling on a folder of `dma-lightning prepare`, memory-mapped: no more is read than a batch needs.
 
-    Training draws windows of all shards in random order. `test` and `predict` use the validation part.
+    Training draws windows of all shards in random order. `test` and `predict` use the validation part. `prepare_data`
+    reads all shards once and compares their hashes, unless the environment variable DMA_VERIFY_FILES is 0.
 
     Args:
         path: the folder.
@@ -30,7 +33,8 @@ class PreparedDataModule(TokenizedDataModule):
         num_workers: processes that load data beside each training process.
 
     Raises:
-        ValueError: if a folder is not finished or damaged, or has other tokens; in `setup`, if it is too short.
+        ValueError: if a folder is not finished or damaged, or has other tokens; in `prepare_data`, if a shard is not
+            what was written; in `setup`, if it is too short.
     """
 
     def __init__(
@@ -43,46 +47,63 @@ class PreparedDataModule(TokenizedDataModule):
         batch_size: int = 16,
         num_workers: int = 0,
     ) -> None:
-        self.path = Path(path).expanduser()
+        self.path = user_path(path)
         self.manifest = read_manifest(self.path)
         self.tokenizer = _tokenizer(self.path, self.manifest)
-        super().__init__(self.manifest["vocab_size"], sequence_length, batch_size, num_workers)
+        super().__init__(self.manifest.vocab_size, sequence_length, batch_size, num_workers)
         self.save_hyperparameters()
         if val_path is None and not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction: expected a share between 0 and 1, got {val_fraction}")
         self.separate_documents, self.val_fraction = separate_documents, val_fraction
-        self.val_path = None if val_path is None else Path(val_path).expanduser()
+        self.val_path = None if val_path is None else user_path(val_path)
+        self.val_manifest = self.manifest if self.val_path is None else read_manifest(self.val_path)
+        self._is_verified = False
+        for folder, manifest in self._folders.items():
+            if not manifest.knows_bytes:
+                warnings.warn(
+                    f"{folder}: bits per byte are not reported, since a folder of version 1 does not know the bytes of "
+                    "its tokens; prepare the text again for them",
+                    stacklevel=2,
+                )
 
     @property
-    def bytes_per_token(self) -> float:
-        """Mean length of a token in the whole folder."""
-        return self.manifest["bytes"] / self.manifest["tokens"]
-
-    @property
-    def val_bytes_per_token(self) -> float:
-        return self._val_manifest["bytes"] / self._val_manifest["tokens"]
+    def bytes_per_token(self) -> float | None:
+        """Mean length of a token in the whole folder; None if the bytes of single tokens are not known."""
+        knows_bytes = all(manifest.knows_bytes for manifest in self._folders.values())
+        return self.manifest.bytes / self.manifest.tokens if knows_bytes else None
 
     @property
     def fingerprint(self) -> str:
         """Hash of the shards', and how long sequences are."""
-        hashes = [shard[name] for shard in self.manifest["shards"] for name in ("tokens_sha256", "ends_sha256")]
+        hashes = [x for shard in self.manifest.shards for x in (shard.tokens_sha256, shard.ends_sha256)]
         return f"{hashlib.sha256(''.join(hashes).encode()).hexdigest()}-{self.sequence_length}"
 
-    @cached_property
-    def _val_manifest(self) -> dict[str, Any]:
-        return self.manifest if self.val_path is None else read_manifest(self.val_path)
+    @property
+    def _folders(self) -> dict[Path, Manifest]:
+        return {self.path: self.manifest} | ({} if self.val_path is None else {self.val_path: self.val_manifest})
+
+    def prepare_data(self) -> None:
+        """Check that all shards are what was written. Called on one process per node.
+
+        Raises:
+            ValueError: if one is not.
+        """
+        if verifies_content() and not self._is_verified:
+            for folder, manifest in self._folders.items():
+                manifest.verify(folder)
+            self._is_verified = True
 
     def setup(self, stage: str) -> None:
         """Find the shards and split them."""
         if self.val_path is None:
             train, val = (_shards(self.path, self.manifest, part, self.val_fraction) for part in ("train", "val"))
         else:
-            if self._val_manifest["tokenizer_sha256"] != self.manifest["tokenizer_sha256"]:
+            if self.val_manifest.tokenizer_sha256 != self.manifest.tokenizer_sha256:
                 raise ValueError(
                     f"val_path: expected a folder with the tokenizer of {self.path}, got {self.val_path} with another; "
                     "prepare it with the same"
                 )
-            train, val = _shards(self.path, self.manifest), _shards(self.val_path, self._val_manifest)
+            train, val = _shards(self.path, self.manifest), _shards(self.val_path, self.val_manifest)
         self.train_set = TokenWindows(train, self.sequence_length, self.separate_documents)
         self.val_set = self.test_set = TokenWindows(val, self.sequence_length, self.separate_documents)
         for name, windows, folder in (
@@ -98,17 +119,41 @@ class PreparedDataModule(TokenizedDataModule):
                 )
 
 
-def _tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a prepared folder."""
-    return ByteTokenizer() if manifest["tokenizer_sha256"] is None else FileTokenizer(folder / TOKENIZER)
+def _tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+    """The tokenizer of a prepared folder.
+
+    Raises:
+        ValueError: if it is not the one that made the tokens.
+    """
+    if manifest.tokenizer_sha256 is None:
+        return ByteTokenizer()
+    file = folder / TOKENIZER
+    tokenizer = FileTokenizer(file)
+    if tokenizer.vocab_size != manifest.vocab_size:
+        raise ValueError(f"{file}: expected {manifest.vocab_size} tokens, got {tokenizer.vocab_size}; copy it again")
+    if verifies_content() and sha256(file) != manifest.tokenizer_sha256:
+        raise ValueError(f"{file}: expected the tokenizer that made the tokens, got another; copy the folder again")
+    return tokenizer
 
 
-def _shards(folder: Path, manifest: dict[str, Any], part: str = "all", val_fraction: float = 0.0) -> list[Shard]:
+def _shards(folder: Path, manifest: Manifest, part: str = "all", val_fraction: float = 0.0) -> list[Shard]:
     """All tokens of a folder, or the first or last of each shard."""
     shards = []
-    for shard in manifest["shards"]:
-        tokens, border = shard["tokens"], shard["tokens"] - round(shard["tokens"] * val_fraction)
+    for record in manifest.shards:
+        tokens, border = record.tokens, record.tokens - round(record.tokens * val_fraction)
         start, stop = {"all": (0, tokens), "train": (0, border), "val": (border, tokens)}[part]
-        files = str(folder / f"{shard['name']}.tokens"), str(folder / f"{shard['name']}.ends.npy")
-        shards.append(Shard(*files, manifest["dtype"], start, stop))
+        file = folder / record.name
+        shards.append(
+            Shard(
+                f"{file}.tokens",
+                f"{file}.ends.npy",
+                manifest.dtype,
+                start,
+                stop,
+                f"{file}.lengths" if manifest.has_lengths else None,
+                record.lengths_dtype,
+                byte_tokens=manifest.tokenizer_sha256 is None,
+                eos=manifest.eos_token_id is not None,
+            )
+        )
     return shards

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 
@@ -92,4 +93,5 @@ class PaddedDataset(Dataset):
         item = self.dataset[index % len(self)]
         if index < len(self):
             return item
-        return item | {"labels": item["labels"].clone().fill_(self.ignore_index)}
+        label_bytes = {"label_bytes": torch.tensor(0)} if "label_bytes" in item else {}
+        return item | {"labels": item["labels"].clone().fill_(self.ignore_index)} | label_bytes

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import secrets
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from dma_lightning.atomic_files import atomic_write
 from dma_lightning.data.base import SequenceDataModule
-from dma_lightning.data.files import COMPRESSED, JSONL, text_files
+from dma_lightning.data.files import COMPRESSED, JSONL, everybody_may_read, text_files, user_path
 from dma_lightning.data.shards import Shard
+from dma_lightning.data.text_cache import TextCache
 from dma_lightning.data.windows import TokenWindows
 from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 
@@ -55,8 +54,10 @@ class TokenizedDataModule(SequenceDataModule):
 class TextDataModule(TokenizedDataModule):
     """Language modelling on text files, byte by byte or with a tokenizer.
 
-    The text is written once into a memory-mapped array in a cache folder, under a name made from its content. Its
-    first part is for training and its last for validation; `test` and `predict` use the validation part as well.
+    The text is written once into a memory-mapped array in a cache folder, under a name made from its content, that is
+    as private as the text. Its first part is for training and its last for validation; `test` and `predict` use the
+    validation part as well. Each file ends with a line feed more. Bytes that are no UTF-8 are read as they are, or as
+    U+FFFD each by a tokenizer.
 
     Args:
         path: a file, a folder (all files below it that are not hidden) or a glob. Default: the English help topics
@@ -69,8 +70,9 @@ class TextDataModule(TokenizedDataModule):
         tokenizer: a `tokenizer.json` of the library tokenizers, which checkpoints then carry along. Default: bytes.
 
     Raises:
-        ValueError: if the tokenizer cannot be read; in `prepare_data` or `setup`, if the path holds no text or the text
-            is too short (with a tokenizer, a model that is linked to the data asks for it at once).
+        ValueError: if the tokenizer cannot be read; in `prepare_data` or `setup`, if the path holds no text, the text
+            is too short or changes while it is read, or a link is in the place of an array (with a tokenizer, a model
+            that is linked to the data asks for it at once).
     """
 
     def __init__(
@@ -89,7 +91,8 @@ class TextDataModule(TokenizedDataModule):
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction: expected a share between 0 and 1, got {val_fraction}")
         self.path, self.val_fraction = path, val_fraction
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else _user_cache() / "dma-lightning"
+        self.cache_dir = user_path(cache_dir) if cache_dir else _user_cache() / "dma-lightning"
+        self._is_prepared = False
 
     @property
     def bytes_per_token(self) -> float:
@@ -97,27 +100,34 @@ class TextDataModule(TokenizedDataModule):
         if isinstance(self.tokenizer, ByteTokenizer):
             return 1.0
         self.prepare_data()
-        tokens = self._cache_file.stat().st_size // self._dtype.itemsize
-        return self._content[1] / max(1, tokens)
+        return self._content[1] / max(1, self._cache.read().tokens)
 
     @property
     def fingerprint(self) -> str:
         """Hashes of text and tokenizer, and how long sequences are."""
-        return f"{self._cache_file.stem}-{self.sequence_length}"
+        return f"{self._cache.array.stem}-{self.sequence_length}"
 
     def prepare_data(self) -> None:
-        """Write the array, unless it is there. Called on one process per node."""
-        if not self._cache_file.exists():
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self._cache_file, f".{secrets.token_hex(8)}.tmp") as file:
-                file.writelines(self._tokens())
+        """Write the array, unless it is there and whole. Called on one process per node."""
+        if self._is_prepared:
+            return
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        private = self.path is not None and not everybody_may_read(text_files(self.path))
+        if not self._cache.is_whole():
+            self._cache.write(self._tokens(), self._content[1], private)
+        elif private:
+            self._cache.make_private()
+        self._is_prepared = True
 
     def setup(self, stage: str) -> None:
         """Map the array and split it."""
-        tokens = self._cache_file.stat().st_size // self._dtype.itemsize
+        cache, record = self._cache, self._cache.read()
+        tokens = record.tokens
         border = tokens - round(tokens * self.val_fraction)
+        lengths = (str(cache.lengths), record.lengths_dtype) if cache.with_lengths else (None, None)
         train, val = (
-            Shard(str(self._cache_file), None, self._dtype.name, *part) for part in ((0, border), (border, tokens))
+            Shard(str(cache.array), None, cache.dtype.name, *part, *lengths, byte_tokens=not cache.with_lengths)
+            for part in ((0, border), (border, tokens))
         )
         self.train_set = TokenWindows([train], self.sequence_length)
         self.val_set = self.test_set = TokenWindows([val], self.sequence_length)
@@ -127,11 +137,6 @@ class TextDataModule(TokenizedDataModule):
                 f"{tokens - border} tokens) must each exceed sequence_length = {self.sequence_length}; "
                 "give more text, shorten sequence_length or change val_fraction"
             )
-
-    @property
-    def _dtype(self) -> np.dtype:
-        """The smallest that holds every token."""
-        return np.min_scalar_type(self.vocab_size - 1)
 
     @cached_property
     def _content(self) -> tuple[str, int]:
@@ -143,20 +148,43 @@ class TextDataModule(TokenizedDataModule):
         return digest.hexdigest()[:32], size
 
     @cached_property
-    def _cache_file(self) -> Path:
+    def _cache(self) -> TextCache:
         digest, _ = self._content
-        if isinstance(self.tokenizer, ByteTokenizer):
-            return self.cache_dir / f"bytes-{digest}.bin"
-        tokenizer = hashlib.sha256(self.tokenizer.to_json().encode()).hexdigest()
-        return self.cache_dir / f"tokens-{digest}-{tokenizer[:16]}.bin"
+        is_bytes = isinstance(self.tokenizer, ByteTokenizer)
+        name = f"bytes-{digest}"
+        if not is_bytes:
+            tokenizer = hashlib.sha256(self.tokenizer.to_json().encode()).hexdigest()
+            name = f"tokens-{digest}-{tokenizer[:16]}"
+        return TextCache(self.cache_dir / f"{name}.bin", self.vocab_size, with_lengths=not is_bytes)
 
-    def _tokens(self) -> Iterator[bytes]:
-        """The array, piece by piece."""
+    def _tokens(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Tokens of the text, piece by piece, and how many bytes of it each stands for."""
         if isinstance(self.tokenizer, ByteTokenizer):
-            yield from self._chunks()
+            for chunk in self._unchanged_chunks():
+                yield np.frombuffer(chunk, np.uint8), None
             return
-        for text in _pieces(self._chunks()):
-            yield np.array(self.tokenizer.encode(text), dtype=self._dtype).tobytes()
+        dropped = 0  # bytes behind the last token, which count for the next
+        for text in _pieces(self._unchanged_chunks()):
+            tokens, ends = self.tokenizer.encode_with_ends(text)
+            size = len(text.encode(errors="surrogateescape"))
+            yield tokens, np.diff(ends, prepend=-dropped)
+            dropped = size - int(ends[-1]) if len(ends) else dropped + size
+
+    def _unchanged_chunks(self) -> Iterator[bytes]:
+        """The text piece by piece, if it is still the one that the array is named after.
+
+        Raises:
+            ValueError: at the end, if it is another.
+        """
+        digest = hashlib.sha256()
+        for chunk in self._chunks():
+            digest.update(chunk)
+            yield chunk
+        if digest.hexdigest()[:32] != self._content[0]:
+            raise ValueError(
+                f"path: expected a text that nobody changes while it is read, got another at {self.path!r} the second "
+                "time; run again when it is finished"
+            )
 
     def _chunks(self) -> Iterator[bytes]:
         """The whole text, piece by piece."""
@@ -182,8 +210,8 @@ class TextDataModule(TokenizedDataModule):
 
 
 def _pieces(chunks: Iterable[bytes]) -> Iterator[str]:
-    """The text in pieces that a tokenizer takes at once; what is no UTF-8 becomes U+FFFD."""
-    return (piece.decode(errors="replace") for piece in byte_pieces(chunks))
+    """The text in pieces that a tokenizer takes at once; bytes that are no UTF-8 are escaped."""
+    return (piece.decode(errors="surrogateescape") for piece in byte_pieces(chunks))
 
 
 def byte_pieces(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -216,4 +244,4 @@ def _character_end(text: bytes) -> int:
 
 
 def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")

@@ -36,13 +36,23 @@ class TokenWindows(Dataset):
         number = int(np.searchsorted(self.first, index, side="right")) - 1
         shard, start = self.shards[number], (index - int(self.first[number])) * self.sequence_length
         tokens = torch.from_numpy(shard.tokens[start : start + self.sequence_length + 1].astype(np.int64))
-        if not self.separate_documents:
-            return {"input_ids": tokens[:-1], "labels": tokens[1:]}
-        labels, documents = tokens[1:].clone(), torch.zeros(self.sequence_length, dtype=torch.int64)
+        item = {"input_ids": tokens[:-1], "labels": tokens[1:]}
+        if self.separate_documents:
+            item |= self._separated(shard, start, tokens[1:].clone())
+        lengths = shard.lengths(start + 1, start + self.sequence_length + 1)
+        if lengths is not None:
+            unlabelled = lengths[item["labels"].numpy() == IGNORE_INDEX]
+            label_bytes = lengths.sum(dtype=np.int64) - unlabelled.sum(dtype=np.int64)
+            item["label_bytes"] = torch.tensor(int(label_bytes))
+        return item
+
+    def _separated(self, shard: Shard, start: int, labels: Tensor) -> dict[str, Tensor]:
+        """Labels within each document, and the number of each token's document."""
+        documents = torch.zeros(self.sequence_length, dtype=torch.int64)
         # A document that ends at e has its last token at e - 1, and the next its first at e.
         position = shard.start + start
         span = np.searchsorted(shard.ends, (position + 1, position + self.sequence_length), side="left")
         ends = torch.from_numpy(shard.ends[span[0] : span[1] + 1] - position)
         labels[ends[ends <= self.sequence_length] - 1] = IGNORE_INDEX
         documents[ends[ends < self.sequence_length]] = 1
-        return {"input_ids": tokens[:-1], "labels": labels, "documents": documents.cumsum(0)}
+        return {"labels": labels, "documents": documents.cumsum(0)}

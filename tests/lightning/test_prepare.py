@@ -24,6 +24,7 @@ from torch.utils.data import default_collate
 from dma_lightning import LanguageModel, PreparedDataModule, cli, prepare_command
 from dma_lightning.data import IGNORE_INDEX, shards
 from dma_lightning.data.documents import read_documents
+from dma_lightning.data.manifests import read_manifest, read_records
 from dma_lightning.prepare_command import prepare
 from dma_lightning.tokenizers import ByteTokenizer
 from dma_lightning.trained_models import tokenizer_of
@@ -50,15 +51,15 @@ def write_corpus(folder: Path) -> list[str]:
 
 def read_back(folder: Path) -> list[bytes]:
     """The documents of a prepared folder of bytes."""
-    manifest = shards.read_manifest(folder)
+    manifest = read_manifest(folder)
     found = []
-    for shard in manifest["shards"]:
-        tokens = np.fromfile(folder / f"{shard['name']}.tokens", manifest["dtype"])
-        ends = np.load(folder / f"{shard['name']}.ends.npy")
-        assert (len(tokens), len(ends)) == (shard["tokens"], shard["documents"])
+    for shard in manifest.shards:
+        tokens = np.fromfile(folder / f"{shard.name}.tokens", manifest.dtype)
+        ends = np.load(folder / f"{shard.name}.ends.npy")
+        assert (len(tokens), len(ends)) == (shard.tokens, shard.documents)
         found += [tokens[a:b].tobytes() for a, b in itertools.pairwise([0, *ends])]
-    assert manifest["documents"] == len(found)
-    assert manifest["tokens"] == manifest["bytes"] == sum(map(len, found))
+    assert manifest.documents == len(found)
+    assert manifest.tokens == manifest.bytes == sum(map(len, found))
     return found
 
 
@@ -74,10 +75,10 @@ def test_every_kind_of_file_becomes_documents(tmp_path: Path, capsys: pytest.Cap
     printed = capsys.readouterr()
     assert "47 documents" in printed.out
     assert "100%" in printed.err
-    manifest = shards.read_manifest(tmp_path / "out")
-    assert len(manifest["shards"]) > 3
-    assert all(shard["tokens"] >= 700 for shard in manifest["shards"][:-1])
-    for record in shards.read_records(tmp_path / "out"):
+    manifest = read_manifest(tmp_path / "out")
+    assert len(manifest.shards) > 3
+    assert all(shard.tokens >= 700 for shard in manifest.shards[:-1])
+    for record in read_records(tmp_path / "out"):
         record.verify(tmp_path / "out")
 
 
@@ -229,7 +230,7 @@ def test_kill_9_at_every_file(tmp_path: Path) -> None:
         process.start()
         process.join(60)
         assert process.exitcode == (0 if at == 100 else -signal.SIGKILL)
-        records = shards.read_records(out)
+        records = read_records(out)
         for record in records:
             record.verify(out)
         times = {record.name: (out / f"{record.name}.tokens").stat().st_mtime_ns for record in records}
@@ -250,7 +251,7 @@ def test_a_bad_line_keeps_the_shards_before_it_but_another_plan_is_refused(
     (tmp_path / "text/f.md.gz").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"f\.md\.gz: expected a whole"):
         prepare(str(tmp_path / "text"), tmp_path / "out", shard_tokens=500, processes=1)
-    assert len(shards.read_records(tmp_path / "out")) > 1
+    assert len(read_records(tmp_path / "out")) > 1
     with pytest.raises(
         ValueError, match="expected what it was begun with, got other shard_tokens; name another folder"
     ):
@@ -274,10 +275,10 @@ def test_mended_files_behind_the_finished_shards_are_taken(tmp_path: Path) -> No
     bad.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"f\.md\.gz: expected a whole"):
         prepare(str(tmp_path / "text"), tmp_path / "out", shard_tokens=500, processes=1)
-    kept = shards.read_records(tmp_path / "out")
+    kept = read_records(tmp_path / "out")
     bad.write_bytes(whole)
     prepare(str(tmp_path / "text"), tmp_path / "out", shard_tokens=500, processes=1)
-    assert shards.read_records(tmp_path / "out")[: len(kept)] == kept
+    assert read_records(tmp_path / "out")[: len(kept)] == kept
     assert read_back(tmp_path / "out") == [text.encode() for text in documents]
     (tmp_path / "text/h.txt").write_text("more")
     with pytest.raises(ValueError, match=r"got other files \(first .*h\.txt\)"):  # than the finished whole
@@ -334,7 +335,7 @@ def test_shards_of_another_plan_are_not_taken_for_those_of_this(tmp_path: Path) 
     )
     process.start()
     process.join(60)
-    assert len(shards.read_records(tmp_path / "out")) == 1
+    assert len(read_records(tmp_path / "out")) == 1
     prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", text_field="body", shard_tokens=4, processes=1)
     assert read_back(tmp_path / "out") == [f"b{i}".encode() for i in range(9)]
 
@@ -440,13 +441,13 @@ def test_windows_are_the_text_with_its_borders(prepared: Path, length: int, val_
                 same = torch.from_numpy(mine[1:] == mine[:-1])
                 assert torch.equal(item["labels"], text[1:].where(same, torch.tensor(IGNORE_INDEX)))
                 assert torch.equal(plain[index]["labels"], text[1:])
-                assert set(plain[index]) == {"input_ids", "labels"}
+                assert set(plain[index]) == {"input_ids", "labels", "label_bytes"}
         assert next(windows, None) is None
         with pytest.raises(IndexError):
             packed[len(packed)]
     if val_fraction is not None:
         train, val = (sum(len(s.tokens) for s in part.shards) for part in (modules[0].train_set, modules[0].val_set))
-        assert (train + val, val) == (modules[0].manifest["tokens"], pytest.approx(0.3 * (train + val), abs=9))
+        assert (train + val, val) == (modules[0].manifest.tokens, pytest.approx(0.3 * (train + val), abs=9))
 
 
 def test_workers_get_where_the_tokens_are(prepared: Path) -> None:
@@ -466,8 +467,8 @@ def test_bits_per_byte_are_those_of_the_validation_text(tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").write_text(text)
         prepare(str(tmp_path / f"{name}.txt"), tmp_path / name, str(tmp_path / "tokenizer.json"), processes=1)
     data = PreparedDataModule(str(tmp_path / "train"), 16, val_path=str(tmp_path / "val"))
-    val = shards.read_manifest(tmp_path / "val")
-    ratio = val["bytes"] / val["tokens"]
+    val = read_manifest(tmp_path / "val")
+    ratio = val.bytes / val.tokens
     assert data.bytes_per_token > 1.2 * ratio
     shape = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "vocab_size": data.vocab_size}
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)

@@ -1,0 +1,108 @@
+"""Arrays on disk: tokens, the bytes of each, and the ends of documents; they are mapped, never read as a whole."""
+
+import io
+import os
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+import torch
+
+_CHUNK = 1 << 20
+
+LengthType = Literal["uint8", "uint32"]
+
+
+class LengthWriter:
+    """Writes how many bytes of text each token stands for, in uint8 until one is longer, then all of them in uint32.
+
+    Args:
+        file: to write to, and to read from.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.dtype = file, np.dtype("uint8")
+
+    def add(self, lengths: np.ndarray) -> None:
+        """Append the lengths of tokens.
+
+        Raises:
+            ValueError: if one is 4 GiB or more.
+        """
+        largest = lengths.max(initial=0)
+        if largest >= 1 << 32:
+            raise ValueError(
+                f"expected tokens of less than 4 GiB of text, got one of {largest} bytes, most of which the tokenizer "
+                "drops; use another tokenizer"
+            )
+        if largest > 255 and self.dtype == np.uint8:
+            self._widen()
+        self.file.write(lengths.astype(self.dtype).data)
+
+    def _widen(self) -> None:
+        """Write anew what is there, from the end on: what is read next is not overwritten before."""
+        self.dtype, count = np.dtype("uint32"), self.file.tell()
+        for start in reversed(range(0, count, _CHUNK)):
+            self.file.seek(start)
+            chunk = np.frombuffer(self.file.read(min(_CHUNK, count - start)), np.uint8)
+            self.file.seek(start * self.dtype.itemsize)
+            self.file.write(chunk.astype(self.dtype).data)
+        self.file.seek(0, os.SEEK_END)
+
+
+def mapped(file: str, dtype: str, start: int = 0) -> np.ndarray:
+    """A file from a byte on as an array, without a file descriptor: thousands of shards are mapped at once."""
+    size = Path(file).stat().st_size
+    if not size:
+        return np.empty(0, dtype)
+    content = torch.from_file(file, size=size, dtype=torch.uint8).numpy()
+    content.setflags(write=False)
+    return content[start:].view(dtype)
+
+
+def largest_token(file: Path, dtype: str) -> int:
+    """The largest id in a file of tokens; -1 if there is none."""
+    tokens = mapped(str(file), dtype)
+    return int(tokens.max()) if len(tokens) else -1
+
+
+def mapped_ends(file: Path, tokens: int) -> np.ndarray:
+    """Where documents end, int64 `[documents]`.
+
+    Args:
+        file: of them.
+        tokens: in the shard.
+
+    Raises:
+        ValueError: if the file is damaged: ends rise, up to the number of tokens.
+    """
+    ends = mapped(str(file), "int64", _read_ends_header(file))
+    if ends[0] < 1 or ends[-1] != tokens or (ends[1:] <= ends[:-1]).any():
+        raise _damaged(file, f"ends of documents that rise up to the {tokens} tokens of the shard, got others")
+    return ends
+
+
+def _read_ends_header(file: Path) -> int:
+    """The byte of a file where its ends begin, as many as it says."""
+    try:
+        with file.open("rb") as stream:
+            np.lib.format.read_magic(stream)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            start = stream.tell()
+    except ValueError as error:
+        raise _damaged(file, f"an array of NumPy: {' '.join(str(error).split())}") from error
+    if dtype != np.int64 or len(shape) != 1 or file.stat().st_size != start + 8 * shape[0] or not shape[0]:
+        raise _damaged(file, f"int64 [documents], got {dtype} {list(shape)} in {file.stat().st_size} bytes")
+    return start
+
+
+def _damaged(file: Path, message: str) -> ValueError:
+    return ValueError(f"{file}: expected {message}; copy the folder again, or prepare the text again")
+
+
+def ends_size(documents: int) -> int:
+    """Bytes of the file of so many ends."""
+    header, dtype = io.BytesIO(), np.dtype("int64")
+    description = {"shape": (documents,), "fortran_order": False, "descr": np.lib.format.dtype_to_descr(dtype)}
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.tell() + documents * dtype.itemsize

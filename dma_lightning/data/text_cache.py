@@ -1,0 +1,174 @@
+"""The tokens of a text in a cache folder: an array, its lengths, and a record that is written last.
+
+- `NAME.bin`: the tokens;
+- `NAME.lengths`: how many bytes of text each token stands for, unless tokens are bytes;
+- `NAME.json`: counts and hashes of these.
+"""
+
+import secrets
+import warnings
+from collections.abc import Iterable
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+
+from dma_lightning.atomic_files import atomic_write
+from dma_lightning.data.arrays import LengthType, LengthWriter, largest_token
+from dma_lightning.data.manifests import SHA256, Count
+from dma_lightning.reading import check_regular, read_json, sha256, verifies_content
+
+_VERSION = 1
+_PRIVATE = 0o600
+
+
+@dataclass(frozen=True)
+class CacheRecord:
+    """What is known of an array.
+
+    Attributes:
+        version: of the format.
+        tokens: how many.
+        bytes: of the text.
+        largest: id of a token; -1 without any.
+        sha256: hash of the array.
+        lengths_dtype: of the file of lengths, if there is one.
+        lengths_sha256: its hash.
+    """
+
+    version: Annotated[int, msgspec.Meta(ge=_VERSION, le=_VERSION)]
+    tokens: Count
+    bytes: Count
+    largest: Annotated[int, msgspec.Meta(ge=-1)]
+    sha256: SHA256
+    lengths_dtype: LengthType | None
+    lengths_sha256: SHA256 | None
+
+
+@dataclass(frozen=True)
+class TextCache:
+    """The files of one text and tokenizer. Several processes may write them at once.
+
+    Args:
+        array: file of the tokens.
+        vocab_size: number of different tokens.
+        with_lengths: whether there is a file of lengths.
+    """
+
+    array: Path
+    vocab_size: int
+    with_lengths: bool
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest that holds every token."""
+        return np.min_scalar_type(self.vocab_size - 1)
+
+    @property
+    def lengths(self) -> Path:
+        """File of how many bytes of text each token stands for."""
+        return self.array.with_suffix(".lengths")
+
+    @property
+    def record(self) -> Path:
+        """File of counts and hashes."""
+        return self.array.with_suffix(".json")
+
+    @property
+    def files(self) -> list[Path]:
+        """All of them, in the order in which they are written."""
+        return [self.array, *([self.lengths] if self.with_lengths else []), self.record]
+
+    def is_whole(self) -> bool:
+        """Whether the files are there and can be believed; a warning tells why not, if some are there.
+
+        Raises:
+            ValueError: if a link is in the place of one.
+        """
+        if not any(file.exists() or file.is_symlink() for file in self.files):
+            return False
+        try:
+            record = self.read()
+            if verifies_content():
+                self._verify(record)
+        except _NotWholeError as error:
+            warnings.warn(f"{error}; the text is read again, and the file is written anew", stacklevel=2)
+            return False
+        return True
+
+    def read(self) -> CacheRecord:
+        """What is known of the array; what can be seen at once is checked.
+
+        Raises:
+            ValueError: if a file is missing, a link, or cannot be what was written.
+        """
+        for file in self.files:
+            if file.is_symlink():
+                raise ValueError(f"{file}: expected a file of this cache, got a link; remove it")
+        try:
+            for file in self.files:
+                check_regular(file, "a file of the text cache")
+            record = read_json(self.record, CacheRecord, "a record of the text cache")
+        except ValueError as error:
+            raise _NotWholeError(str(error)) from error
+        self._check_sizes(record)
+        return record
+
+    def write(self, pieces: Iterable[tuple[np.ndarray, np.ndarray | None]], text_bytes: int, private: bool) -> None:
+        """Write all files.
+
+        Args:
+            pieces: tokens of the text, and how many bytes of it each stands for.
+            text_bytes: of the text.
+            private: whether nobody else may read them.
+        """
+        options = {"suffix": f".{secrets.token_hex(8)}.tmp"} | ({"mode": _PRIVATE} if private else {})
+        with (
+            atomic_write(self.array, **options) as array,
+            atomic_write(self.lengths, **options) if self.with_lengths else nullcontext() as lengths,
+        ):
+            writer = LengthWriter(lengths) if self.with_lengths else None
+            for tokens, sizes in pieces:
+                array.write(tokens.astype(self.dtype).data)
+                if writer:
+                    writer.add(sizes)
+        known = (writer.dtype.name, sha256(self.lengths)) if writer else (None, None)
+        tokens = self.array.stat().st_size // self.dtype.itemsize
+        largest = largest_token(self.array, self.dtype.name)
+        record = CacheRecord(_VERSION, tokens, text_bytes, largest, sha256(self.array), *known)
+        with atomic_write(self.record, **options) as file:
+            file.write(msgspec.json.encode(asdict(record)))
+
+    def make_private(self) -> None:
+        """Let nobody else read the files, whose text has become private."""
+        for file in self.files:
+            if file.stat().st_mode & 0o077:
+                with suppress(PermissionError):  # of another user, who may have published the text
+                    file.chmod(_PRIVATE)
+
+    def _check_sizes(self, record: CacheRecord) -> None:
+        sizes = {self.array: record.tokens * self.dtype.itemsize}
+        if self.with_lengths:
+            if record.lengths_dtype is None:
+                raise _NotWholeError(f"{self.record}: expected lengths_dtype, got none")
+            sizes[self.lengths] = record.tokens * np.dtype(record.lengths_dtype).itemsize
+        for file, size in sizes.items():
+            if (found := file.stat().st_size) != size:
+                raise _NotWholeError(f"{file}: expected {size} bytes, got {found}")
+        if record.largest >= self.vocab_size:
+            raise _NotWholeError(f"{self.record}: largest: expected a token below {self.vocab_size}, got another")
+
+    def _verify(self, record: CacheRecord) -> None:
+        hashes = {self.array: record.sha256} | ({self.lengths: record.lengths_sha256} if self.with_lengths else {})
+        for file, digest in hashes.items():
+            if sha256(file) != digest:
+                raise _NotWholeError(f"{file}: expected what was written, got other content")
+        if (largest := largest_token(self.array, self.dtype.name)) != record.largest:
+            raise _NotWholeError(f"{self.array}: expected {record.largest} as the largest token, got {largest}")
+
+
+class _NotWholeError(ValueError):
+    """A file of the cache that cannot be believed."""
