@@ -37,7 +37,7 @@ from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 _TASK_BYTES = 1 << 20  # text that a process takes at once
 _TASKS_AHEAD = 3  # for each process
 
-_SHARD_FILE = re.compile(r"(shard-\d{5,})\.(tokens|ends\.npy|lengths|json)(\.tmp)?")
+_SHARD_FILE = re.compile(r"(shard-[0-9]{5,})\.(tokens|ends\.npy|lengths|json)(\.tmp)?")
 
 _Place = tuple[int, int]  # number of a file, lines of it that are done
 _Encoded = tuple[np.ndarray, np.ndarray | None]  # tokens, and how many bytes of the text end with each
