@@ -10,6 +10,8 @@ import os
 import pickle
 import signal
 import tracemalloc
+from collections.abc import Iterator
+from multiprocessing.synchronize import Event as EventType
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -23,7 +25,7 @@ from torch.utils.data import default_collate
 
 from dma_lightning import LanguageModel, PreparedDataModule, cli, prepare_command
 from dma_lightning.data import IGNORE_INDEX, shards
-from dma_lightning.data.documents import read_documents
+from dma_lightning.data.documents import Piece, read_documents
 from dma_lightning.data.manifests import read_manifest, read_records
 from dma_lightning.prepare_command import prepare
 from dma_lightning.tokenizers import ByteTokenizer
@@ -407,6 +409,83 @@ def test_a_damaged_shard_is_found_and_made_anew(file: str, tmp_path: Path) -> No
     (out / file).unlink()
     with pytest.raises(ValueError, match=rf"{file}: expected a file of .* bytes, got None"):
         PreparedDataModule(str(out))
+
+
+def wait_and_finish(text: str, out: Path, begun: EventType, go_on: EventType) -> None:
+    """Prepare, and wait before the manifest is written."""
+    finish = prepare_command._finish
+
+    def waiting(*arguments: object) -> None:
+        begun.set()
+        go_on.wait(60)
+        finish(*arguments)
+
+    prepare_command._finish = waiting
+    prepare(text, out, shard_tokens=500, processes=1)
+
+
+def test_only_one_process_writes_to_a_folder(tmp_path: Path) -> None:
+    """The second names the first, and leaves its files alone."""
+    documents = write_corpus(tmp_path / "text")
+    context = multiprocessing.get_context("fork")
+    begun, go_on = context.Event(), context.Event()
+    arguments = str(tmp_path / "text"), tmp_path / "out"
+    first = context.Process(target=wait_and_finish, args=(*arguments, begun, go_on))
+    first.start()
+    assert begun.wait(60)
+    (tmp_path / "out/shard-00099.tokens.tmp").write_text("what the first is at")
+    before = content(tmp_path / "out")
+    for options in ({}, {"shard_tokens": 500}):
+        with pytest.raises(
+            ValueError,
+            match=rf"/out: expected no other process .* got process {first.pid} on .*; wait for it, or name another",
+        ):
+            prepare(*arguments, processes=1, **options)
+        assert content(tmp_path / "out") == before
+    go_on.set()
+    first.join(60)
+    assert first.exitcode == 0
+    assert read_back(tmp_path / "out") == [text.encode() for text in documents]
+    prepare(*arguments, shard_tokens=500, processes=1)
+    assert not (tmp_path / "out/.lock-holder").exists()
+
+
+def test_a_text_that_changes_while_it_is_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path / "text")
+
+    def changing(path: Path, *arguments: object) -> Iterator[Piece]:
+        yield from read_documents(path, *arguments)
+        (tmp_path / "text/a.jsonl").write_text('{"text": "other"}\n')
+
+    monkeypatch.setattr(prepare_command, "read_documents", changing)
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl: expected a file that nobody changes while it is read, got another"
+    ):
+        prepare(str(tmp_path / "text"), tmp_path / "out", processes=1)
+    assert not (tmp_path / "out/manifest.json").exists()
+    with pytest.raises(ValueError, match=r"got other files \(first .*a\.jsonl\); name another folder"):
+        prepare(str(tmp_path / "text"), tmp_path / "out", processes=1)
+
+
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    """They are legal, but JSON cannot hold them."""
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.txt"))
+    file.write_text("text")
+    prepare(str(file), tmp_path / "out", processes=1)
+    (tmp_path / "out/manifest.json").unlink()
+    prepare(str(file), tmp_path / "out", processes=1)
+    assert read_back(tmp_path / "out") == [b"text"]
+    assert read_manifest(tmp_path / "out").files[0][0] == f"{tmp_path}/\\xe9.txt"
+
+
+def test_an_unknown_home_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    for path, output in (
+        ("~no-such-user/a.txt", tmp_path / "out"),
+        (str(tmp_path / "a.txt"), Path("~no-such-user/out")),
+    ):
+        with pytest.raises(ValueError, match="path: expected a known user behind ~, got '~no-such-user/"):
+            prepare(path, output, processes=1)
 
 
 @pytest.fixture(scope="module")
