@@ -1,6 +1,7 @@
 """`dma-lightning prepare`: folders of text into shards of tokens, once and for all."""
 
 import hashlib
+import itertools
 import multiprocessing
 import os
 import re
@@ -10,8 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, fields
-from itertools import zip_longest
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,30 @@ _TASKS_AHEAD = 3  # for each process
 _SHARD_FILE = re.compile(r"(shard-[0-9]{5,})\.(tokens|ends\.npy|lengths|json)(\.tmp)?")
 
 _Place = tuple[int, int]  # number of a file, lines of it that are done
-_Encoded = tuple[np.ndarray, np.ndarray | None]  # tokens, and how many bytes of the text end with each
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Pieces of text as tokens, in few arrays, since many are slow to send.
+
+    Attributes:
+        tokens: of all pieces.
+        counts: how many of them each piece has.
+        lengths: how many bytes of its piece each token stands for; none if tokens are bytes.
+        covered: sum of these in each piece.
+    """
+
+    tokens: np.ndarray
+    counts: list[int]
+    lengths: np.ndarray | None
+    covered: list[int]
+
+    def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
+        """Tokens, lengths and their sum of each piece."""
+        starts = itertools.accumulate(self.counts, initial=0)
+        for start, count, covered in zip(starts, self.counts, self.covered, strict=False):
+            part = slice(start, start + count)
+            yield self.tokens[part], None if self.lengths is None else self.lengths[part], covered
 
 
 def prepare(
@@ -190,7 +213,7 @@ def _changed_files(begun: Plan, plan: Plan, records: list[ShardRecord] | None) -
     if records is not None:
         read = records[-1].next_file + (records[-1].next_line > 0) if records else 0
         old, new = old[:read], new[:read]
-    return next(([f"files (first {(b or a)[0]})"] for a, b in zip_longest(old, new) if a != b), [])
+    return next(([f"files (first {(b or a)[0]})"] for a, b in itertools.zip_longest(old, new) if a != b), [])
 
 
 def _write_shards(
@@ -210,8 +233,10 @@ def _write_shards(
     writer = ShardWriter(output, len(done), *shape)
     bar = tqdm(total=int(before[-1]), initial=int(before[place[0]]), desc="prepare", unit="B", unit_scale=True)
     try:
-        for file, piece, (tokens, ends) in _tokenised(pool, processes, _pieces(files, place, plan.text_field)):
-            writer.add(tokens, piece.bytes, ends)
+        for file, piece, (tokens, lengths, covered) in _tokenised(
+            pool, processes, _pieces(files, place, plan.text_field)
+        ):
+            writer.add(tokens, piece.bytes, lengths, covered)
             bar.update(int(before[file]) + piece.read - bar.n)
             if piece.next_line == -1:
                 continue
@@ -259,13 +284,13 @@ def _pieces(files: list[Path], start: _Place, text_field: str) -> Iterator[tuple
 
 def _tokenised(
     pool: ProcessPoolExecutor, processes: int, pieces: Iterable[tuple[int, Piece]]
-) -> Iterator[tuple[int, Piece, _Encoded]]:
+) -> Iterator[tuple[int, Piece, tuple]]:
     """Pieces with their tokens, in order; no more of the text is read than the processes need."""
     waiting: deque[tuple[list[tuple[int, Piece]], Future]] = deque()
 
-    def first() -> Iterator[tuple[int, Piece, _Encoded]]:
+    def first() -> Iterator[tuple[int, Piece, tuple]]:
         task, future = waiting.popleft()
-        for (file, piece), encoded in zip(task, future.result(), strict=True):
+        for (file, piece), encoded in zip(task, future.result().pieces(), strict=True):
             yield file, piece, encoded
 
     for task in _tasks(pieces):
@@ -306,9 +331,16 @@ def _start_worker(tokenizer: str | None) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _encode(texts: list[str]) -> list[_Encoded]:
+def _encode(texts: list[str]) -> _Encoded:
     if isinstance(_tokenizer, ByteTokenizer):  # without a list of them
-        return [(np.frombuffer(text.encode(), np.uint8), None) for text in texts]
-    dtype = np.min_scalar_type(_tokenizer.vocab_size - 1)
-    encoded = (_tokenizer.encode_with_ends(text) for text in texts)
-    return [(tokens.astype(dtype), ends.astype(np.uint32)) for tokens, ends in encoded]  # less to send
+        data = [text.encode() for text in texts]
+        sizes = [len(text) for text in data]
+        return _Encoded(np.frombuffer(b"".join(data), np.uint8), sizes, None, sizes)
+    tokens, ends = zip(*map(_tokenizer.encode_with_ends, texts), strict=True)
+    lengths = np.concatenate([np.diff(x, prepend=0) for x in ends])
+    return _Encoded(
+        np.concatenate(tokens).astype(np.min_scalar_type(_tokenizer.vocab_size - 1)),
+        [len(x) for x in tokens],
+        lengths.astype(np.uint8 if lengths.max(initial=0) < 256 else np.uint32),
+        [int(x[-1]) if len(x) else 0 for x in ends],
+    )

@@ -4,7 +4,6 @@ import codecs
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Protocol
 
@@ -128,7 +127,7 @@ class FileTokenizer:
             between two of them, or behind the last.
         """
         encoding = self._encode(text if text.isascii() else _ESCAPED.sub("\ufffd", text))
-        characters = np.fromiter(chain.from_iterable(encoding.offsets), np.int64)[1::2]
+        characters = np.array([end for _, end in encoding.offsets], np.int64)  # NumPy is slower with pairs
         return np.array(encoding.ids, np.int64), _bytes_before(text)[np.maximum.accumulate(characters)]
 
     def _encode(self, text: str) -> tokenizers.Encoding:

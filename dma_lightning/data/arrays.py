@@ -29,7 +29,7 @@ class LengthWriter:
         Raises:
             ValueError: if one is 4 GiB or more.
         """
-        largest = lengths.max(initial=0)
+        largest = 0 if lengths.dtype == np.uint8 else lengths.max(initial=0)
         if largest >= 1 << 32:
             raise ValueError(
                 f"expected tokens of less than 4 GiB of text, got one of {largest} bytes, most of which the tokenizer "

@@ -47,19 +47,23 @@ class ShardWriter:
         self.lengths_path = folder / f"{self.name}.lengths"
         self.lengths = LengthWriter(_unfinished(self.lengths_path).open("w+b")) if with_lengths else None
 
-    def add(self, tokens: np.ndarray, size: int, ends: np.ndarray | None = None) -> None:
+    def add(self, tokens: np.ndarray, size: int, lengths: np.ndarray | None = None, covered: int = 0) -> None:
         """Append tokens of so many bytes of text.
 
         Args:
             tokens: of a piece of a document.
             size: of the piece in bytes.
-            ends: how many bytes of the piece end with each token; for shards with lengths.
+            lengths: how many bytes of the piece each token stands for; for shards with lengths.
+            covered: their sum; what is left of the piece has no token.
         """
         self._write(tokens)
         self.bytes += size
-        if self.lengths and len(tokens):  # what the piece before has dropped counts for the first token
-            self.lengths.add(np.diff(ends.astype(np.int64), prepend=-self.dropped))
-            self.dropped = size - int(ends[-1])
+        if self.lengths and len(tokens):
+            if self.dropped:  # text without tokens counts for the next one
+                lengths = lengths.astype(np.int64)
+                lengths[0] += self.dropped
+            self.lengths.add(lengths)
+            self.dropped = size - covered
         else:
             self.dropped += size
 
@@ -140,23 +144,27 @@ class Shard:
         tokens = Path(self.tokens_file).stat().st_size // np.dtype(self.dtype).itemsize
         return mapped_ends(Path(self.ends_file), tokens)
 
-    def lengths(self, start: int, stop: int) -> np.ndarray | None:
-        """How many bytes of text each of some tokens stands for; None if nobody knows.
+    def bytes_of(self, start: int, stop: int, without: np.ndarray) -> int | None:
+        """How many bytes of text tokens stand for; None if nobody knows.
 
         Args:
             start: first of them, counted from that of the part.
             stop: token behind them.
+            without: those that do not count, counted from the first.
         """
         start, stop = start + self.start, stop + self.start
         if self.lengths_file is not None:
-            return self._lengths[start:stop]
+            lengths = self._lengths[start:stop]
+            return int(lengths.sum()) - (int(lengths[without].sum()) if len(without) else 0)
         if not self.byte_tokens:
             return None
-        lengths = np.ones(stop - start, np.uint8)
-        if self.eos:
-            first, last = np.searchsorted(self.ends, (start, stop), side="right")
-            lengths[self.ends[first:last] - 1 - start] = 0
-        return lengths
+        if not self.eos:
+            return stop - start - len(without)
+        is_text = np.ones(stop - start, np.bool_)
+        first, last = np.searchsorted(self.ends, (start, stop), side="right")
+        is_text[self.ends[first:last] - 1 - start] = False
+        is_text[without] = False
+        return int(np.count_nonzero(is_text))
 
     @cached_property
     def _lengths(self) -> np.ndarray:
