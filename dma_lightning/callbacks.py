@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from dma_lightning.data.base import Batch
-from dma_lightning.generation import generate, pad_prompts, prompt_and_rest
+from dma_lightning.generation import generate, pad_prompts, prompt_and_rest, split_text
 from dma_lightning.monitoring.steps import is_last_step
 from dma_lightning.sampling import Sampling
 from dma_lightning.tokenizers import Tokenizer
@@ -76,8 +76,9 @@ class ContinuationWriter(BasePredictionWriter):
     """Goes on with the beginning of every sequence of `predict`, and writes what comes to a JSONL file.
 
     A line has `index` (of the sequence), `prompt`, `continuation` and `expected` (what follows in the data): text where
-    the data has a tokenizer, else lists of tokens. Where documents are separate, prompt and what follows are of one. Of
-    several processes, each writes a file of its own.
+    the data has a tokenizer, else lists of tokens. Both stand directly behind the prompt, and begin with the character
+    that its last token cuts, if any. Where documents are separate, prompt and what follows are of one. Of several
+    processes, each writes a file of its own.
 
     Args:
         path: of the file, which must not exist. Default: `continuations.jsonl` in the logger's folder.
@@ -141,7 +142,7 @@ class ContinuationWriter(BasePredictionWriter):
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)
         with self.file.open("a") as file:
             for index, *values in lines:
-                texts = values if tokenizer is None else [_text(tokenizer, value) for value in values]
+                texts = values if tokenizer is None else _texts(tokenizer, *values)
                 line = dict(zip(("prompt", "continuation", "expected"), texts, strict=True))
                 file.write(json.dumps({"index": index, **line}, ensure_ascii=False) + "\n")
 
@@ -150,5 +151,8 @@ class ContinuationWriter(BasePredictionWriter):
         trainer.strategy.barrier()  # so that all are there when the command ends
 
 
-def _text(tokenizer: Tokenizer, tokens: list[int]) -> str:
-    return "".join(tokenizer.decode_stream(tokens))
+def _texts(tokenizer: Tokenizer, prompt: list[int], new: list[int], expected: list[int]) -> list[str]:
+    """The prompt, and what both add to its text."""
+    before, made = split_text(tokenizer, prompt, new)
+    _, real = split_text(tokenizer, prompt, expected)
+    return ["".join(pieces) for pieces in (before, made, real)]

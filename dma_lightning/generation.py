@@ -137,6 +137,21 @@ def prompt_and_rest(batch: Batch, row: int, length: int | None = None) -> tuple[
     return tokens[:end][same[:end]], tokens[end:][same[end:]]
 
 
+def split_text(tokenizer: Tokenizer, tokens: Sequence[int], more: Sequence[int]) -> tuple[list[str], list[str]]:
+    """The text of tokens and of more tokens behind them, in a piece for each token and what is left over.
+
+    All pieces together are the text of all tokens. A character that the border cuts stands in the second part.
+    """
+    pieces = list(tokenizer.decode_stream([*tokens, *more]))
+    first, second = pieces[: len(tokens)], pieces[len(tokens) :]
+    *_, begun = tokenizer.decode_stream(tokens)  # a last token may hold whole characters and a part of one
+    whole, place = begun.rstrip("\ufffd"), next((i for i, piece in enumerate(second) if piece), 0)
+    if whole and second[place].startswith(whole):
+        first[-1] += whole
+        second[place] = second[place].removeprefix(whole)
+    return first, second
+
+
 def stream_text(
     model: Decoder,
     tokenizer: Tokenizer,

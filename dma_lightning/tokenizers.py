@@ -3,13 +3,14 @@
 import codecs
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Protocol
 
 import msgspec
 import numpy as np
 import tokenizers
+from tokenizers.decoders import DecodeStream
 
 from dma_lightning.reading import check_regular
 
@@ -136,28 +137,52 @@ class FileTokenizer:
 
     def decode_stream(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
         """Pieces as soon as they are whole characters, with the space that a token has only behind another."""
-        # Decoded anew from the token before the last piece on: a token's text depends on the one before it.
-        recent, new = list(after)[-_RECENT:], []
-        context = self._whole_characters(recent)
+        recent, new = list(after)[-_RECENT:], []  # tokens whose text is out, and others behind them
+        fast = self._fast_decoder(recent)
         for token in tokens:
             new.append(token)
-            text = self._text_behind(context, new)
-            if text.endswith("\ufffd") and len(new) < _LONGEST:
-                yield ""
-                continue
-            yield text
-            recent, new = (recent + new)[-_RECENT:], []
-            context = self._whole_characters(recent)
-        yield self._text_behind(context, new)
+            text, fast = self._completed(recent, new, fast)
+            yield text or ""
+            if text is not None:
+                recent, new = (recent + new)[-_RECENT:], []
+                fast = fast or self._fast_decoder(recent)
+        before, text = self._texts(recent, new)
+        yield text[len(before) :]
+
+    def _fast_decoder(self, recent: list[int]) -> DecodeStream | None:
+        """The library's decoder of what comes behind tokens; None if not all of them are whole characters."""
+        context, decoder = self._whole_characters(recent), DecodeStream(skip_special_tokens=True)
+        if "\ufffd" in self.tokenizer.decode(context):
+            return None
+        with suppress(Exception):  # as in `_completed`
+            for token in context:
+                decoder.step(self.tokenizer, token)
+            return decoder
+        return None
+
+    def _completed(
+        self, recent: list[int], new: list[int], fast: DecodeStream | None
+    ) -> tuple[str | None, DecodeStream | None]:
+        """Text that the last new token completes, None if none yet; and the fast decoder, None if it cannot go on."""
+        if fast is not None and len(new) < _LONGEST:
+            with suppress(Exception):  # "Invalid prefix": the token changes text that is out
+                text = fast.step(self.tokenizer, new[-1])
+                if text is None or "\ufffd" not in text:
+                    return text, fast
+        # With byte fallback it depends on the tokens before, too, how many U+FFFD there are: they are always made here.
+        before, text = self._texts(recent, new)
+        waits = (text == before or text.endswith("\ufffd")) and len(new) < _LONGEST
+        return None if waits else text[len(before) :], None
 
     def _whole_characters(self, tokens: list[int]) -> list[int]:
         """The last tokens, from where a character begins: of bytes that begin within one, all text may be spoilt."""
         last = (tokens[-count:] for count in range(_CONTEXT, _RECENT + 1))
         return next((x for x in last if not self.tokenizer.decode(x).startswith("\ufffd")), tokens[-_CONTEXT:])
 
-    def _text_behind(self, context: list[int], new: list[int]) -> str:
-        """What tokens add to the text of others."""
-        return self.tokenizer.decode(context + new)[len(self.tokenizer.decode(context)) :]
+    def _texts(self, recent: list[int], new: list[int]) -> tuple[str, str]:
+        """Text of some tokens before the new ones, on which theirs depends, and of both together."""
+        context = self._whole_characters(recent)
+        return self.tokenizer.decode(context), self.tokenizer.decode(context + new)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dma_kernels import Lifetimes
 from dma_lightning.data.base import Batch
-from dma_lightning.generation import generate, prompt_and_rest
+from dma_lightning.generation import generate, prompt_and_rest, split_text
 from dma_lightning.monitoring.recording import RecordedMask, dynamic_layers, first_sequence, record_masks
 from dma_lightning.monitoring.steps import is_last_step, logged_step, tensorboard
 from dma_lightning.sampling import Sampling
@@ -131,8 +131,8 @@ class SampleMonitor(pl.Callback):
         options = {"seed": self.seed, "chunk_size": sequence["input_ids"].shape[1]}
         new = generate(pl_module.model, prompt[None], self.max_new_tokens, self.sampling, **options)[0]
         if writer is not None:
-            real = rest[: self.max_new_tokens]
-            before, made, real = (text_pieces(tokenizer, x.tolist()) for x in (prompt, new, real))
+            before, made = _pieces_of_both(tokenizer, prompt.tolist(), new.tolist())
+            _, real = _pieces_of_both(tokenizer, prompt.tolist(), rest[: self.max_new_tokens].tolist())
             text = marked_text(before + made, [False] * len(before) + [True] * len(made))
             writer.add_text("sample/continuation", f"{text}\n\nThe data goes on:\n\n{marked_text(real)}", step)
 
@@ -151,6 +151,12 @@ def text_pieces(tokenizer: Tokenizer | None, tokens: list[int]) -> list[str]:
         return [f"{token} " for token in tokens]
     *pieces, rest = tokenizer.decode_stream(tokens)
     return [*pieces[:-1], pieces[-1] + rest] if pieces else []
+
+
+def _pieces_of_both(tokenizer: Tokenizer | None, prompt: list[int], more: list[int]) -> tuple[list[str], list[str]]:
+    if tokenizer is None:
+        return text_pieces(None, prompt), text_pieces(None, more)
+    return split_text(tokenizer, prompt, more)
 
 
 def marked_text(pieces: Sequence[str], marked: Sequence[bool] | None = None) -> str:
