@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
+from dma_lightning.checkpoint_files import AtomicCheckpointIO
 from dma_lightning.huggingface import copy_tokenizer, load_doge, new_folder, save_doge
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.tokenizers import ByteTokenizer
@@ -16,7 +17,7 @@ def import_hf(source: Path, target: Path) -> None:
     """Make a checkpoint of a Doge model that Hugging Face Transformers saved; its tokenizer files are copied along.
 
     The checkpoint is for `generate` and Python; it holds no state of a training that `fit` could go on with. A model of
-    256 tokens without a tokenizer is taken for one of bytes.
+    256 tokens without a tokenizer is taken for one of bytes. Files that a SHA256SUMS lists must have these hashes.
 
     Args:
         source: folder with config.json and model.safetensors.
@@ -34,7 +35,7 @@ def import_hf(source: Path, target: Path) -> None:
         "global_step": 0,
     }
     with new_folder(target) as unfinished:
-        torch.save(checkpoint, unfinished / "model.ckpt")
+        AtomicCheckpointIO().save_checkpoint(checkpoint, unfinished / "model.ckpt")
         copy_tokenizer(source, unfinished)
     print(f"written to {target / 'model.ckpt'}")
 
@@ -42,11 +43,12 @@ def import_hf(source: Path, target: Path) -> None:
 def export_hf(ckpt_path: Path, target: Path) -> None:
     """Write a model as `DogeForCausalLM.from_pretrained` of Hugging Face Transformers reads it.
 
-    Tokenizer files that lie beside the checkpoint are copied along, and the tokenizer in it is.
+    Tokenizer files that lie beside the checkpoint are copied along, and the tokenizer in it is. SHA256SUMS lists the
+    hashes of all files.
 
     Args:
         ckpt_path: a checkpoint.
-        target: new folder, which gets config.json and model.safetensors.
+        target: new folder, which gets config.json, model.safetensors and SHA256SUMS.
     """
     model = load_checkpoint(ckpt_path, "cpu").model
     save_doge(model, target, ckpt_path.resolve().parent, carried_tokenizer(ckpt_path))

@@ -1,6 +1,10 @@
 """Doge models of Hugging Face Transformers load here and ours load there, with the same logits and text."""
 
 import json
+import os
+import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -147,12 +151,30 @@ def test_bfloat16_stays(tmp_path: Path) -> None:
         ({"attention_dropout": 0.1}, "attention_dropout: expected 0"),
         ({"model_type": "llama"}, "expected model_type 'doge', got 'llama'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_type: expected 'default', 'dynamic' or"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}}, "config.json of a Doge model: KeyError"),
-        ({"rope_theta": None, "rope_parameters": None}, "config.json of a Doge model: TypeError"),
-        ({"vocab_size": "97"}, "config.json of a Doge model: TypeError"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}}, "rope_parameters: expected a factor for"),
+        ({"rope_parameters": {"rope_theta": "1"}}, r"got `str` - at `\$\.rope_parameters\.rope_theta`"),
+        ({"rope_parameters": [1]}, r"got `array` - at `\$\.rope_parameters`"),
+        ({"rope_theta": 0}, r"> 0\.0 - at `\$\.rope_theta`"),
+        (
+            {"vocab_size": "97"},
+            r"config\.json of a Doge model: Expected `int \| null`, got `str` - at `\$\.vocab_size`",
+        ),
+        ({"vocab_size": 97.0}, r"got `float` - at `\$\.vocab_size`"),
+        ({"num_attention_heads": "4"}, r"got `str` - at `\$\.num_attention_heads`"),
+        ({"num_attention_heads": True}, r"got `bool` - at `\$\.num_attention_heads`"),
+        ({"num_attention_heads": 3}, r"config\.json: .*3"),
+        ({"hidden_size": 2**40}, r"<= 16777216 - at `\$\.hidden_size`"),
+        ({"hidden_size": 0}, r">= 1 - at `\$\.hidden_size`"),
+        ({"hidden_dropout": 2}, r"config\.json: hidden_dropout: expected 0 <= p < 1, got 2"),
+        ({"eos_token_id": ["a"]}, r"got `str` - at `\$\.eos_token_id\[0\]`"),
         ({"tie_word_embeddings": True}, "lm_head.weight is not the embedding"),
         ({"hidden_size": 32}, "weights do not belong to config.json: embed_tokens.weight expected"),
-        ({"num_hidden_layers": 3}, "layers.2.*expected .*, got none"),
+        (
+            {"hidden_size": 2**24, "intermediate_size": 2**24},
+            "weights do not belong to config.json: embed_tokens.weight",
+        ),
+        ({"num_hidden_layers": 3}, r"config\.json: num_hidden_layers: expected 2, as in the weights, got 3"),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers: expected 2, as in the weights, got 10000000"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(changed: dict, message: str, tmp_path: Path) -> None:
@@ -294,7 +316,9 @@ def test_weights_are_named_as_theirs(tmp_path: Path) -> None:
         names = set(load_file(tmp_path / f"{tied}/model.safetensors"))
         theirs = set(make_theirs(tie_word_embeddings=tied).state_dict())
         assert names == theirs - ({"lm_head.weight"} if tied else set())
-    save_file({"a": torch.zeros(2)}, tmp_path / "True/model.safetensors")
+    weights = tmp_path / "True/model.safetensors"
+    save_file(load_file(weights) | {"a": torch.zeros(2)}, weights)
+    (tmp_path / "True/SHA256SUMS").unlink()
     with pytest.raises(ValueError, match="a expected none, got"):
         load_doge(tmp_path / "True")
 
@@ -324,3 +348,124 @@ def test_a_checkpoint_carries_the_tokenizer_of_its_text_along(
     command(monkeypatch, "export-hf", checkpoint, tmp_path / "out")
     assert FileTokenizer(tmp_path / "out/tokenizer.json").encode("w1 w2") == [1, 2]
     assert HFDogeForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 97
+
+
+def test_nothing_is_built_before_sizes_are_compared(tmp_path: Path) -> None:
+    make_theirs().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text())
+    for changed in ({"num_hidden_layers": 10**7}, {"vocab_size": 2**24, "hidden_size": 2**24}):
+        path.write_text(json.dumps(config | changed))
+        start = time.perf_counter()
+        with pytest.raises(ValueError, match=r"config\.json"):
+            load_doge(tmp_path / "model")
+        assert time.perf_counter() - start < 0.5
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("[]", "expected weights in .*Expected `object`, got `array`"),
+        ("{}", "missing required field `weight_map`"),
+        ('{"weight_map": []}', r"got `array` - at `\$\.weight_map`"),
+        ('{"weight_map": {"a": 1}}', r"got `int` - at `\$\.weight_map"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', r"matching regex .* at `\$\.weight_map"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', r"matching regex .* at `\$\.weight_map"),
+        ('{"weight_map": {"a": "b.safetensors"}}', r"b\.safetensors: expected weights in .* got no such file"),
+        ("[" * 100_000, r"index\.json: expected weights in"),
+        ('{"weight_map": \xff}', r"index\.json: expected weights in"),
+    ],
+    ids=range(9),
+)
+def test_a_damaged_index_is_told_in_one_line(index: str, message: str, tmp_path: Path) -> None:
+    make_theirs().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_bytes(index.encode("latin-1"))
+    with pytest.raises(ValueError, match=message) as told:
+        load_doge(tmp_path)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "merges.txt", "SHA256SUMS"])
+def test_what_is_no_regular_file_is_refused_at_once(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_doge(make_ours(), tmp_path / "model")
+    path = tmp_path / "model" / name
+    (tmp_path / "model/SHA256SUMS").unlink()
+    path.unlink(missing_ok=True)
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(SystemExit, match=rf"{name}: expected .*, got something that is not a regular file"):
+        command(monkeypatch, "import-hf", tmp_path / "model", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_links_lead_to_files_of_the_folder_or_of_the_hub_s_cache_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot, blobs = tmp_path / "cache/snapshots/abc", tmp_path / "cache/blobs"
+    save_doge(make_ours(), snapshot)
+    blobs.mkdir()
+    write_tokenizer(blobs / "123")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/123")
+    (snapshot / "added_tokens.json").symlink_to("tokenizer.json")
+    command(monkeypatch, "import-hf", snapshot, tmp_path / "new")
+    assert (tmp_path / "new/added_tokens.json").read_text() == (blobs / "123").read_text()
+    assert not (tmp_path / "new/added_tokens.json").is_symlink()
+    shutil.copytree(snapshot, tmp_path / "elsewhere", symlinks=True)
+    for target in (blobs / "123", tmp_path / "nowhere"):
+        (tmp_path / "elsewhere/tokenizer.json").unlink()
+        (tmp_path / "elsewhere/tokenizer.json").symlink_to(target)
+        with pytest.raises(
+            SystemExit, match=r"tokenizer\.json: expected a .*, got (a link to .*blobs/123|no such file)"
+        ):
+            command(monkeypatch, "import-hf", tmp_path / "elsewhere", tmp_path / "other")
+
+
+def test_hashes_of_an_export_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    write_tokenizer(tmp_path / "tokenizer/tokenizer.json")
+    folder = tmp_path / "out"
+    save_doge(make_ours(), folder, tmp_path / "tokenizer")
+    sums = folder / "SHA256SUMS"
+    if shutil.which("sha256sum"):
+        assert subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=folder, check=False).returncode == 0
+    lines = sums.read_text().splitlines(keepends=True)
+    assert [line[66:-1] for line in lines] == ["config.json", "model.safetensors", "tokenizer.json"]
+    (folder / "README.md").write_text("not listed")
+    load_doge(folder)
+
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 4
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected the content .* or delete its line there if"):
+        load_doge(folder)
+    monkeypatch.setenv("DMA_VERIFY_FILES", "0")
+    load_doge(folder)
+    monkeypatch.delenv("DMA_VERIFY_FILES")
+    sums.write_text(lines[0] + lines[2])
+    load_doge(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.json: expected the file that SHA256SUMS lists, got no such file"):
+        load_doge(folder)
+
+
+@pytest.mark.parametrize("line", ["", "abc", "0" * 64 + "  ../config.json", "0" * 64 + "  /etc/passwd", "\ufffd"])
+def test_a_damaged_list_of_hashes_is_told(line: str, tmp_path: Path) -> None:
+    save_doge(make_ours(), tmp_path / "out")
+    with (tmp_path / "out/SHA256SUMS").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match="SHA256SUMS: line 3: expected a SHA-256 hash and a plain file name, got"):
+        load_doge(tmp_path / "out")
+
+
+def test_an_import_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_doge(make_ours(), tmp_path / "out")
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(str(Path(f"/proc/self/fd/{number}").readlink())))
+    command(monkeypatch, "import-hf", tmp_path / "out", tmp_path / "new")
+    *files, folder = synced
+    assert folder == str(tmp_path)
+    assert any(".new." in file and file.endswith("/model.ckpt") for file in files)
