@@ -92,28 +92,52 @@ def read_table(path: Path) -> Table:
         ValueError: if the file is missing or says something else.
     """
     try:
-        rows = json.loads(path.read_text())["rows"]
-        table = dict(_entry(row) for row in rows if row.get("fastest"))
-        if not table:
-            raise ValueError("no row is marked as the fastest")
-        return table
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        return _table_of(_read_json(path))
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(
-            f"{path}: expected a table of kernel configurations, got {type(error).__name__}: {error}; "
+            f"{path}: expected a table of kernel configurations: {error}; "
             f"write one by `python -m dma_kernels.tune --out {path}`, or set DMA_KERNEL_CONFIGS=builtin"
         ) from error
 
 
-def _entry(row: dict[str, Any]) -> tuple[tuple[Kernel, int, int], KernelConfig]:
-    """One row of a file, checked."""
-    where, config = (row["kernel"], row["element_bytes"], row["head_dim"]), KernelConfig(*row["config"])
-    if where not in BUILTIN:
-        raise ValueError(f"expected a kernel of {list(get_args(Kernel))}, 2 or 4 bytes, head dim 64, 128 or 256: {row}")
-    tiles, warps = [1 << i for i in range(4, 11)], [1 << i for i in range(6)]
-    allowed = (tiles, tiles, warps, range(1, 9), [None, *range(32, 256, 8)])
-    if any(type(x) is float or x not in values for x, values in zip(config, allowed, strict=True)):
-        raise ValueError(
-            "expected tiles of 16 to 1024, up to 32 warps (powers of two), up to 8 stages, "
-            f"and null or 32 to 248 registers (in steps of 8): {row}"
-        )
-    return where, config
+def _read_json(path: Path) -> Any:
+    if path.exists() and not path.is_file():  # reading a pipe may never end
+        raise ValueError("got something that is not a regular file")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _table_of(content: Any) -> Table:
+    """The rows that are marked as the fastest, checked."""
+    rows = content.get("rows") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("rows: expected a list of objects")
+    fastest = {f"rows[{i}]": row for i, row in enumerate(rows) if row.get("fastest")}
+    if not fastest:
+        raise ValueError("rows: expected one that is marked as the fastest, got none")
+    return {_place(at, row): _config(at, row) for at, row in fastest.items()}
+
+
+def _place(at: str, row: dict[str, Any]) -> tuple[Kernel, int, int]:
+    """Which entry of the table a row is."""
+    allowed = {"kernel": get_args(Kernel), "element_bytes": (2, 4), "head_dim": (64, 128, 256)}
+    for name, values in allowed.items():
+        _check_one_of(f"{at}.{name}", row.get(name), values)
+    return row["kernel"], row["element_bytes"], row["head_dim"]
+
+
+def _config(at: str, row: dict[str, Any]) -> KernelConfig:
+    """What a row says; its registers may be left out."""
+    config = row.get("config")
+    if not isinstance(config, list) or len(config) not in (4, 5):
+        raise ValueError(f"{at}.config: expected a list of {KernelConfig._fields}, got {str(config)[:99]}")
+    tiles, warps = tuple(1 << i for i in range(4, 11)), tuple(1 << i for i in range(6))
+    allowed = (tiles, tiles, warps, tuple(range(1, 9)), (None, *range(32, 256, 8)))
+    for name, value, values in zip(KernelConfig._fields, config, allowed, strict=False):
+        _check_one_of(f"{at}.config: {name}", value, values)
+    return KernelConfig(*config)
+
+
+def _check_one_of(what: str, value: Any, values: tuple[Any, ...]) -> None:
+    """Raise `ValueError` unless a value and its type are one of several: 1.0 and True are not 1."""
+    if not any(type(value) is type(x) and value == x for x in values):
+        raise ValueError(f"{what}: expected one of {list(values)}, got {str(value)[:99]!r}")

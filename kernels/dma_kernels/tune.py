@@ -149,7 +149,7 @@ def main() -> None:
     out = args.out or tuned_file(gpu)
     out.parent.mkdir(parents=True, exist_ok=True)
     result = {"gpu": gpu, "torch": torch.__version__, "triton": version("triton"), "rows": rows}
-    partial = out.with_suffix(".partial")
+    partial = out.with_suffix(f".{os.getpid()}.partial")  # others may measure at the same time
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(out)
     print(f"written to {out}")

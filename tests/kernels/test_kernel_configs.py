@@ -1,6 +1,7 @@
 """Kernel configurations: the fastest of a file are used, and nothing is measured on the way."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,8 @@ def test_a_table_can_be_pinned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         '{"rows": [{"kernel": "forward", "element_bytes": 2, "head_dim": 64, "config": [64, 64, 9, 2], "fastest": 1}]}',
         '{"rows": [{"kernel": "forward", "element_bytes": 2, "head_dim": 64, "config": [64, 64, 4, 9], "fastest": 1}]}',
         '{"rows": [{"fastest": true}]}',
+        "[" * 100_000,
+        "\ufffe",
         '{"rows": [{"kernel": "forward", "element_bytes": 2, "head_dim": 99, "config": [64, 64, 4, 2], "fastest": 1}]}',
         '{"rows": [{"kernel": "forward", "element_bytes": 2, "head_dim": 64, "config": [65, 64, 4, 2], "fastest": 1}]}',
         None,
@@ -94,13 +97,35 @@ def test_a_broken_table_is_an_error_that_says_what_to_do(text: str | None, tmp_p
         read_table(path)
 
 
-@pytest.mark.parametrize("config", [[64, 64, 4, 2, 9], [64, 64, 4, 2, 168.0], [64.0, 64, 4, 2], [64, 64, 4]])
-def test_a_broken_configuration_says_what_is_expected(config: list[float], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"config": [64, 64, 4, 2, 9]}, r"config: registers: expected one of \[None, 32, .* 248\], got '9'"),
+        ({"config": [64, 64, 4, 2, 168.0]}, r"config: registers: expected .* got '168\.0'"),
+        ({"config": [64.0, 64, 4, 2]}, r"config: rows: expected .* got '64\.0'"),
+        ({"config": [64, 64, True, 2]}, r"config: warps: expected .* got 'True'"),
+        ({"config": [64, 64, 4]}, r"config: expected a list of .*'stages', 'registers'\), got \[64, 64, 4\]"),
+        ({"config": {}}, "config: expected a list"),
+        ({"config": [[], 64, 4, 2]}, "config: rows: expected"),
+        ({"kernel": ["forward"]}, "kernel: expected one of"),
+        ({"kernel": None}, "kernel: expected one of"),
+        ({"element_bytes": 2.0}, r"element_bytes: expected one of \[2, 4\], got '2\.0'"),
+        ({"head_dim": "x" * 1000}, r"head_dim: expected one of .*, got 'x{99}'"),
+    ],
+)
+def test_a_broken_row_says_which_field(changed: dict, message: str, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
-    path.write_text(json.dumps({"rows": [ROWS[0] | {"config": config, "fastest": True}]}))
-    with pytest.raises(
-        ValueError, match=r"null or 32 to 248 registers|missing 1 required positional argument: 'stages'"
-    ):
+    path.write_text(json.dumps({"rows": [ROWS[1], ROWS[0] | changed | {"fastest": True}]}))
+    with pytest.raises(ValueError, match=r"table\.json: expected a table .*: rows\[1\]\." + message) as told:
+        read_table(path)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_regular_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"table\.json: expected a table .* not a regular file"):
         read_table(path)
 
 
