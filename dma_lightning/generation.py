@@ -201,18 +201,17 @@ def decode_until(
 
 def _until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     """Text up to the first of the stop strings; what may be the beginning of one is held back."""
-    held = ""
+    held, found = "", -1
     for piece in pieces:
         held += piece
-        found = [held.find(text) for text in stop if text in held]
-        if found:
-            yield held[: min(found)]
-            return
-        back = max((n for text in stop for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
-        if len(held) > back:
-            yield held[: len(held) - back]
-            held = held[len(held) - back :]
-    if held:
+        found = min((held.find(text) for text in stop if text in held), default=-1)
+        begun = len(held) - max((n for text in stop for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
+        if 0 <= found <= begun:  # else one that has begun before may be the first, if it goes on
+            break
+        if begun:
+            yield held[:begun]
+            held, found = held[begun:], max(found - begun, -1)
+    if held := held[:found] if found >= 0 else held:
         yield held
 
 

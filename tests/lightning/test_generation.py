@@ -1,6 +1,7 @@
 """Decoding token by token is the full forward; sampling is that of Hugging Face; text ends where it should."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,6 +199,15 @@ def test_guessed_tokens_are_verified_through_the_whole_model() -> None:
             text += guess[:accepted]
             token = chosen[accepted - 1]
     assert text == expected[: len(text)]
+
+
+@pytest.mark.parametrize("pieces", [["xabcx"], list("xabcx"), ["xa", "bcx"], ["xab", "cx"]])
+def test_of_stop_strings_that_overlap_the_first_to_begin_ends_the_text(pieces: list[str]) -> None:
+    tokenizer = SimpleNamespace(decode_stream=lambda *_: iter(pieces))
+    assert "".join(decode_until(tokenizer, [], ["abc", "b"])) == "x"
+    assert "".join(decode_until(tokenizer, [], ["abd", "c"])) == "xab"
+    assert "".join(decode_until(tokenizer, [], ["bcxy", "x"])) == ""
+    assert "".join(decode_until(tokenizer, [], ["abcxy", "bcx"])) == "xa"
 
 
 @pytest.mark.parametrize(
