@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -11,8 +12,18 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType
 
 from dma_lightning.checkpoint_files import read_checkpoint
+from dma_lightning.checkpoint_weights import (
+    EMBEDDING,
+    check_layers,
+    check_shapes,
+    layers_in,
+    model_shapes,
+    saved_shapes,
+)
 from dma_lightning.data import SequenceDataModule
 from dma_lightning.language_model import LanguageModel
+from dma_lightning.model import ModelConfig
+from dma_lightning.saved_arguments import SavedData, data_arguments, model_arguments
 
 # What the data dictates to the model: attribute of the data module, and argument of the model.
 LINKS = {
@@ -21,7 +32,16 @@ LINKS = {
     "bytes_per_token": "bytes_per_token",
 }
 
+_NOT_TAKEN = "(not taken from the checkpoint)"  # default of an argument that a user must give
+
 _LIGHTNING_CHECKPOINTS = {"best", "last", "hpc", "registry"}
+
+
+class _UnknownData(SequenceDataModule):
+    """Stands for a class that a checkpoint names, until the user does; it takes no arguments, so that none is kept."""
+
+    def __init__(self) -> None:
+        raise NotImplementedError
 
 
 def checkpoint_argument(args: ArgsType) -> Path | None:
@@ -72,28 +92,59 @@ def _logger_folder(trainer: Namespace) -> Path:
     return folder if version is None else folder / (version if isinstance(version, str) else f"version_{version}")
 
 
-def saved_arguments(checkpoint: Path) -> dict[str, Any]:
-    """Arguments of model and data that a checkpoint was made with.
+def saved_defaults(checkpoint: Path) -> tuple[dict[str, Any], SavedData]:
+    """Defaults that a checkpoint gives to the command line, and what it says about its data.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if it cannot be read, or holds arguments that are not known or of another type.
     """
     try:
         saved = read_checkpoint(checkpoint)
     except ValueError as error:
         raise ValueError(f"ckpt_path {error}; `last` takes the newest whole one") from error
-    model = saved.get(LanguageModel.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    data = saved.get(SequenceDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    dictated = {"_instantiator", *LINKS.values()}
-    defaults: dict[str, Any] = {f"model.{name}": value for name, value in model.items() if name not in dictated}
-    if "_class_path" in data:
-        init_args = {name: value for name, value in data.items() if not name.startswith("_")}
-        defaults["data"] = {"class_path": data["_class_path"], "init_args": init_args}
-    return defaults
+    model, data = model_arguments(saved, checkpoint, LanguageModel), data_arguments(saved, checkpoint)
+    defaults: dict[str, Any] = {f"model.{name}": x for name, x in model.items() if name not in LINKS.values()}
+    if data.kind is not None:
+        init_args = data.arguments | dict.fromkeys(data.files, _NOT_TAKEN)
+        defaults["data"] = {"class_path": f"{data.kind.__module__}.{data.kind.__qualname__}", "init_args": init_args}
+    elif data.class_path is not None:
+        defaults["data"] = {"class_path": f"{__name__}.{_UnknownData.__name__}"}
+    return defaults, data
 
 
-def check_weights(checkpoint: Path, module: LanguageModel, trains: bool) -> None:
-    """Compare the names and shapes of a checkpoint's weights with those of a model; those of a folder are not known.
+def check_data(data: Namespace | None, saved: SavedData, checkpoint: Path) -> None:
+    """Make sure that the user has named what is not taken from a checkpoint.
+
+    Args:
+        data: the parsed configuration of the data.
+        saved: what the checkpoint says about it.
+        checkpoint: its path, for messages.
+
+    Raises:
+        ValueError: if a class or a file is missing; with the flag that gives it.
+    """
+    if data is None:
+        return
+    if data.class_path.endswith(f".{_UnknownData.__name__}"):
+        raise ValueError(
+            f"data: expected a class that you name, since {checkpoint} names {saved.class_path!r} and checkpoints "
+            "import no code; give --data with the class, and its arguments"
+        )
+    for name, value in data.get("init_args", Namespace()).items():
+        if value == _NOT_TAKEN:
+            raise ValueError(
+                f"data.{name}: expected a place that you name, since {checkpoint} names {saved.files.get(name)!r} and "
+                f"its run's config.yaml does not; give --data.{name}"
+            )
+
+
+def check_weights(checkpoint: Path, arguments: Mapping[str, Any], trains: bool) -> None:
+    """Compare the names and shapes of a checkpoint's weights with those of a model that is still to be made.
+
+    Args:
+        checkpoint: its path.
+        arguments: of the model; without vocab_size, it is the checkpoint's.
+        trains: whether training is to go on.
 
     Raises:
         ValueError: if they differ, with the options that do; if training is to go on from weights alone.
@@ -104,16 +155,25 @@ def check_weights(checkpoint: Path, module: LanguageModel, trains: bool) -> None
             f"ckpt_path: expected a checkpoint of `fit`, got {checkpoint}, which holds weights alone; training cannot "
             "go on from it"
         )
-    shapes, expected = (
-        {name: weight.shape for name, weight in state.items()}
-        for state in (saved.get("state_dict", {}), module.state_dict())
-    )
-    if not shapes or shapes == expected:
+    shapes, options = saved_shapes(saved, checkpoint), saved.get(LanguageModel.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    if not shapes:
         return
-    options = saved.get(LanguageModel.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    found = dataclasses.asdict(module.model.config)
-    differ = [f"{x} {found[x]!r} instead of {was!r}" for x, was in options.items() if x in found and found[x] != was]
+    if EMBEDDING in shapes:
+        arguments = {"vocab_size": shapes[EMBEDDING][0]} | arguments
+    layers = options.get("num_hidden_layers", ModelConfig.num_hidden_layers)
+    if arguments["num_hidden_layers"] == layers:  # else the user's is another, and the message below says so
+        check_layers(shapes, layers, checkpoint)
+    fits = arguments["num_hidden_layers"] == layers_in(shapes)
+    expected = model_shapes(LanguageModel, arguments) if fits else {}
+    if expected == shapes:
+        return
+    known = {x.name for x in dataclasses.fields(ModelConfig)} & arguments.keys()
+    differ = [
+        f"{x} {arguments[x]!r} instead of {was!r}" for x, was in options.items() if x in known and arguments[x] != was
+    ]
+    if not differ:
+        check_shapes(shapes, expected, checkpoint, strict=True)
     raise ValueError(
-        f"ckpt_path: expected a model with the weights of {checkpoint}, got one with "
-        f"{' and '.join(differ) or 'others'}; leave these as they were, or begin a run of its own"
+        f"ckpt_path: expected a model with the weights of {checkpoint}, got one with {' and '.join(differ)}; leave "
+        "these as they were, or begin a run of its own"
     )

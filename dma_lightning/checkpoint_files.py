@@ -1,5 +1,7 @@
 """Files of checkpoints: written whole or not at all, found again, and read without running code."""
 
+import os
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -7,16 +9,20 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from dma_lightning.atomic_files import atomic_write, write_error
+from dma_lightning.checkpoint_content import check_content
+from dma_lightning.reading import check_regular, verifies_content
 from dma_lightning.sharded_checkpoints import META, check_shards
+from dma_lightning.zip_checksums import check_records
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, to the disk, and moves it there: a path holds a whole checkpoint or none.
 
     (Lightning's own writes to the folder for temporary files, and copies from there if that is another file system.)
-    Loading refuses whatever is no tensor, number, text or container of them.
+    Loading refuses whatever is no tensor, number, text or container of them, and saving does, too.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -24,6 +30,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             OSError: if it cannot be written; what was at `path` before is whole.
+            ValueError: if it holds what could not be read again; what was at `path` before is whole.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -33,6 +40,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with atomic_write(path) as file:
                 torch.save(checkpoint, file)
+                file.flush()
+                check_readable(Path(file.name))
         except RuntimeError as error:  # of torch's writer, on a full disk
             raise write_error(path, error) from error
 
@@ -42,16 +51,33 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint.
 
         Raises:
-            ValueError: if asked to read arbitrary objects, which runs whatever code the file holds; for a folder.
+            ValueError: if asked to read arbitrary objects, which runs whatever code the file holds; for a folder; if it
+                is damaged, or could run code.
         """
-        if weights_only is False:
-            raise ValueError("weights_only: expected true, since other checkpoints can run any code; got false")
-        if Path(path).is_dir():
+        if weights_only is not False and "://" in str(path):
+            checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
+            check_content(checkpoint)
+            return checkpoint
+        path = local_checkpoint(path, weights_only)
+        if path.is_dir():
             raise ValueError(
                 f"ckpt_path: expected a checkpoint of one file, got {path}, with a file of each process; FSDP2 reads "
                 "it (configs/trainer/fsdp.yaml), and writes one file without save_distributed_checkpoint"
             )
-        return super().load_checkpoint(path, map_location, weights_only=True)
+        return read_checkpoint(path, map_location, mmap=False)
+
+
+def local_checkpoint(path: Any, weights_only: bool | None) -> Path:
+    """Where a checkpoint is that somebody asks Lightning's interface for.
+
+    Raises:
+        ValueError: if it is not on this machine, or shall be read in a way that runs what it holds.
+    """
+    if weights_only is False:
+        raise ValueError("weights_only: expected true, since other checkpoints can run any code; got false")
+    if not isinstance(path, str | os.PathLike) or "://" in str(path):
+        raise ValueError(f"checkpoint_path: expected a file of this machine, got {path!r}; download it first")
+    return Path(path).expanduser()
 
 
 def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
@@ -81,20 +107,59 @@ def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
     return None
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, without reading the tensors from the disk; of a folder, without weights.
+def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = True) -> dict[str, Any]:
+    """What a checkpoint holds; of a folder, without weights. Its checksums are compared once per process.
+
+    Args:
+        path: of the file or folder.
+        map_location: where tensors go, as in `torch.load`.
+        mmap: leave tensors on the disk until they are used.
 
     Raises:
-        ValueError: if it is damaged, or could run code.
+        ValueError: if it is damaged, could run code, or a part has another type than it must have.
+        PermissionError: if it may not be read.
     """
+    verifies_content()  # raises if the switch is neither on nor off, which is no damage
+    file = path / META if path.is_dir() else path
+    check_regular(file, "a checkpoint")
     try:
         if path.is_dir():
             check_shards(path)
-        file = path / META if path.is_dir() else path
-        return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-    except Exception as error:  # torch raises whatever the damage leads to, and advises to load what can run any code
+        check_records(file)
+        checkpoint = torch.load(file, weights_only=True, map_location=map_location, mmap=mmap)
+        check_content(checkpoint)
+    except PermissionError as error:
+        raise PermissionError(f"{path}: expected a checkpoint that you may read, got {error}; ask its owner") from error
+    except pickle.UnpicklingError as error:  # torch advises to load what can run any code
+        raise ValueError(f"{path}: expected a whole checkpoint of plain values, got {_not_plain(file)}") from error
+    except Exception as error:  # torch raises whatever the damage leads to
         reason, *_ = f"{error}\n".splitlines()
         raise ValueError(f"{path}: expected a whole checkpoint, got one that cannot be read ({reason})") from error
+    return checkpoint
+
+
+def check_readable(file: Path) -> None:
+    """Make sure that a checkpoint that was just written can be read again.
+
+    Raises:
+        ValueError: if it holds what is no tensor, number, text or container.
+    """
+    try:
+        torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"checkpoint: expected tensors, numbers, text and containers alone, got {_not_plain(file)}; let callbacks "
+            "and modules save plain values"
+        ) from error
+
+
+def _not_plain(file: Path) -> str:
+    """What a checkpoint holds that must not be read."""
+    try:
+        found = ", ".join(map(repr, sorted(get_unsafe_globals_in_checkpoint(file))))
+    except Exception:  # whatever the damage leads to
+        found = ""
+    return f"{found[:200]}, which could run any code" if found else "a structure that is damaged"
 
 
 def _time_written(path: Path) -> int:

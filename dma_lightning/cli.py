@@ -8,21 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import Namespace, auto_cli, set_parsing_settings
+from jsonargparse import Namespace, auto_cli
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, LearningRateMonitor
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from dma_lightning.callbacks import ContinuationWriter
 from dma_lightning.checkpoint_arguments import (
     LINKS,
+    check_data,
     check_weights,
     checkpoint_argument,
     checkpoint_file,
     run_folders,
-    saved_arguments,
+    saved_defaults,
 )
 from dma_lightning.checkpoint_files import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from dma_lightning.data import SequenceDataModule
@@ -30,6 +32,7 @@ from dma_lightning.generate_command import generate
 from dma_lightning.huggingface_commands import export_hf, import_hf
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.monitoring import ProgressBar
+from dma_lightning.parsing import set_up_parsing
 from dma_lightning.prepare_command import prepare
 from dma_lightning.sizes_command import sizes
 from dma_lightning.stability import UnstableTrainingError
@@ -119,10 +122,11 @@ class DMACLI(LightningCLI):
                 self.save_config_kwargs = {"may_be_killed": asks}
                 return
             self.resuming = asks
-        saved = saved_arguments(self.checkpoint)
+        saved, data = saved_defaults(self.checkpoint)
         for subparser in self._subcommand_parsers.values():
             subparser.set_defaults(saved)
         super().parse_arguments(parser, args)
+        check_data(self._subcommand_config().get("data"), data, self.checkpoint)
         attention = self._subcommand_config().model.attention
         if self.resuming and attention != saved.get("model.attention", attention):
             raise ValueError(
@@ -157,9 +161,12 @@ class DMACLI(LightningCLI):
         return found
 
     def instantiate_classes(self) -> None:
+        if self.checkpoint is not None:  # before anything is made that could be too large
+            arguments, trains = self._subcommand_config().model.as_dict(), self.subcommand == "fit"
+            check_weights(self.checkpoint, arguments, trains)
         super().instantiate_classes()
-        if self.checkpoint is not None:
-            check_weights(self.checkpoint, self.model, trains=self.subcommand == "fit")
+        if self.checkpoint is not None:  # now with what the data dictates
+            check_weights(self.checkpoint, arguments | {"vocab_size": self.model.hparams.vocab_size}, trains)
         if self.subcommand is not None:
             config = self.config_init[self.subcommand]
             if self.checkpoint is not None:
@@ -168,6 +175,27 @@ class DMACLI(LightningCLI):
                 config.ckpt_path = None
             elif config.ckpt_path is None and self.subcommand != "fit":
                 rank_zero_warn(f"{self.subcommand}: no --ckpt_path is given, so the weights are random")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it, and name the checkpoint if Lightning cannot restore what it holds.
+
+        Raises:
+            ValueError: then.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except (AttributeError, AssertionError, LookupError, TypeError, ValueError) as error:
+            frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+            restores = any(
+                frame.f_globals.get("__name__") == checkpoint_connector.__name__ and "dump" not in frame.f_code.co_name
+                for frame in frames
+            )
+            reason = f"{_error_of_ours(error) or repr(error)}"
+            if self.checkpoint is None or not restores or str(self.checkpoint) in reason:
+                raise
+            raise ValueError(
+                f"ckpt_path {self.checkpoint}: expected states that this run can go on with, got others: {reason}"
+            ) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with atomic checkpoints; for `predict` with a writer of continuations, if no other is there."""
@@ -197,7 +225,7 @@ class DMACLI(LightningCLI):
         as Lightning's for CSV, would write over those that are there.)
         """
         trainer, folder = self._get(self.config_init, "trainer"), self.checkpoint.resolve().parents[1]
-        step = read_checkpoint(self.checkpoint)["global_step"]
+        step = read_checkpoint(self.checkpoint).get("global_step", 0)
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         found = [
             logger
@@ -225,7 +253,7 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
         args: a list of arguments, or a nested dictionary.
         run: with False, `args` name no subcommand and nothing is run.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_up_parsing()
     return DMACLI(
         LanguageModel,
         SequenceDataModule,
@@ -260,6 +288,7 @@ def main() -> None:
                 raise
             sys.exit(f"dma-lightning {name}: {ours}")
         return
+    set_up_parsing()
     try:
         options = {"as_positional": name != "generate", "prog": f"dma-lightning {name}", "allow_abbrev": False}
         auto_cli(_COMMANDS[name], args=args, **options)

@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dma_lightning.atomic_files import sync_folder, write_error
-from dma_lightning.checksums import check_sums, write_sums
 from dma_lightning.huggingface_config import DogeFile, config_from_doge, doge_config
 from dma_lightning.model import DogeForCausalLM, ModelConfig
 from dma_lightning.reading import check_regular, read_json
 from dma_lightning.safetensors_files import WEIGHTS, open_weights, shapes, tensors
+from dma_lightning.sha256_sums import check_sums, write_sums
 
 T = TypeVar("T")
 

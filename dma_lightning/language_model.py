@@ -3,11 +3,13 @@
 B batch, N length, V vocabulary.
 """
 
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.core.saving import _default_map_location
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -17,10 +19,14 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
+from dma_lightning.checkpoint_files import local_checkpoint, read_checkpoint
+from dma_lightning.checkpoint_weights import check_layers, check_shapes, model_shapes, saved_shapes
 from dma_lightning.data.base import IGNORE_INDEX, Batch
 from dma_lightning.metrics import BitsPerByte, MeanLoss, Perplexity, bits_per_byte
 from dma_lightning.model import DogeForCausalLM, ModelConfig
 from dma_lightning.monitoring.steps import is_logging_step
+from dma_lightning.plain_values import PlainHyperparameters, plain
+from dma_lightning.saved_arguments import model_arguments
 from dma_lightning.schedules import Schedule, lr_factor
 from dma_lightning.step_means import StepTotals, scale_gradients
 
@@ -29,7 +35,7 @@ from dma_lightning.step_means import StepTotals, scale_gradients
 _INDUCTOR = {"realize_reads_threshold": 12}
 
 
-class LanguageModel(pl.LightningModule):
+class LanguageModel(PlainHyperparameters, pl.LightningModule):
     """Trains a Doge decoder with AdamW to predict the labels of each position.
 
     Args:
@@ -79,6 +85,7 @@ class LanguageModel(pl.LightningModule):
                 "cuda_graphs: expected compile_layers and no activation_checkpointing, got "
                 f"{compile_layers} and {activation_checkpointing}; change these, or leave cuda_graphs out"
             )
+        config = plain(config, type(self).__name__)
         self.save_hyperparameters()
         self.model = DogeForCausalLM(ModelConfig(**config))
         self.model.activation_checkpointing = activation_checkpointing
@@ -89,6 +96,43 @@ class LanguageModel(pl.LightningModule):
         """Mean loss of the last step over all of its labels, once its gradients are there; 0 if it has none."""
         self.val_metrics = self._metrics()
         self.test_metrics = self._metrics()
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **changed: Any,
+    ) -> Self:
+        """The model of a checkpoint, whose arguments are taken as plain values of known fields.
+
+        Args:
+            checkpoint_path: a file of this machine.
+            map_location: device of the weights. Default: that in the checkpoint, if it is there.
+            strict: whether all weights must be in both the checkpoint and the model. Default: as the model says.
+            weights_only: true or none; nothing else is read.
+            **changed: arguments of `__init__` that replace the checkpoint's.
+
+        Raises:
+            ValueError: if the file is damaged or could run code; if it holds unknown arguments, or weights that are not
+                those of a model with its arguments.
+        """
+        path = local_checkpoint(checkpoint_path, weights_only)
+        saved = read_checkpoint(path, map_location or _default_map_location)
+        arguments = model_arguments(saved, path, cls) | changed
+        shapes, layers = saved_shapes(saved, path), arguments.get("num_hidden_layers", ModelConfig.num_hidden_layers)
+        if path.is_dir() or not shapes:
+            raise ValueError(f"{path}: expected a checkpoint of one file with weights, got one without")
+        if strict is not False or "num_hidden_layers" not in changed:
+            check_layers(shapes, layers, path)
+        check_shapes(shapes, model_shapes(cls, arguments), path, strict is not False)
+        module = cls(**arguments)
+        module.configure_model()
+        module.on_load_checkpoint(saved)
+        module.load_state_dict(saved["state_dict"], strict=module.strict_loading if strict is None else strict)
+        return module.to(next(iter(saved["state_dict"].values())).device)
 
     def forward(self, input_ids: Tensor, documents: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
         """Logits `[B, N, V]` of token ids `[B, N]`; see `DogeForCausalLM.forward`."""
@@ -101,6 +145,8 @@ class LanguageModel(pl.LightningModule):
             ValueError: if CUDA graphs are asked for and there is no GPU, or gradients outlive the memory that a graph
                 has; for `predict` by processes that share the weights.
         """
+        for metric in (*self.val_metrics.values(), *self.test_metrics.values()):
+            metric.reset()  # its sums may be of an evaluation in inference mode, to which training cannot add
         strategy, accumulate = self.trainer.strategy, self.trainer.accumulate_grad_batches
         if stage == "predict" and isinstance(strategy, ModelParallelStrategy) and self.trainer.world_size > 1:
             raise ValueError(

@@ -19,6 +19,8 @@ from dma_lightning.generation import generate
 from dma_lightning.mixers import MIXERS, MixerCache
 from dma_lightning.sampling import Sampling
 
+Scalar = bool | int | float | str | None
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -76,7 +78,7 @@ class ModelConfig:
     """nsa: number of last positions that a query attends to besides, its own included."""
     nsa_separate_kv: bool = True
     """nsa: whether each of the three branches has keys and values of its own."""
-    attention_args: dict[str, Any] = field(default_factory=dict, hash=False)
+    attention_args: dict[str, Scalar | list[Scalar]] = field(default_factory=dict, hash=False)
     """What the attention takes besides, by name; those that are here take nothing."""
     rope_theta: float = 10_000.0
     """Base of the rotary position embedding."""

@@ -17,12 +17,21 @@ def rng_states(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def restore_rng_states(states: list[dict[str, Any]], trainer: pl.Trainer) -> None:
-    """Go on with those that a checkpoint has of all processes, in the order of their ranks; else with the seed's."""
+    """Go on with those that a checkpoint has of all processes, in the order of their ranks; else with the seed's.
+
+    Raises:
+        ValueError: if they are no states.
+    """
     if len(states) == trainer.world_size:
         own = states[trainer.global_rank]
-        _set_rng_states(own)
-        if "device" in own and trainer.strategy.root_device.type == "cuda":
-            torch.cuda.set_rng_state(own["device"], trainer.strategy.root_device)
+        try:
+            _set_rng_states(own)
+            if "device" in own and trainer.strategy.root_device.type == "cuda":
+                torch.cuda.set_rng_state(own["device"], trainer.strategy.root_device)
+        except (TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{trainer.ckpt_path}: rng_states: expected states of random numbers, got others ({error!r})"
+            ) from error
     else:
         rank_zero_warn(
             f"the checkpoint is of {len(states)} processes and this run of {trainer.world_size}: "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -21,7 +21,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from dma_lightning.atomic_files import sync_folder
+from dma_lightning.checkpoint_content import Count
+from dma_lightning.reading import as_kind, check_regular
+from dma_lightning.zip_checksums import check_records
 
+_PLACE = tuple[str, Count, Count]  # of a tensor in a folder: name of the file, offset and length in bytes
 META = "meta.pt"  # a file of such a folder, with all but weights and optimizer states; written last
 
 # What an index may be made of besides plain containers, numbers and text, by module.
@@ -68,20 +72,42 @@ def load_sharded(path: Path, model: nn.Module, optimizers: list[Optimizer]) -> N
 
 
 def check_shards(path: Path) -> None:
-    """Read the indices of a folder as if they were harmful, and compare the sizes of its files with them.
+    """Read the indices of a folder as if they were harmful, and compare sizes and checksums of its files with them.
 
     Raises:
-        ValueError: if there is none, one holds anything that an index does not, or a file is not whole.
+        ValueError: if there is none, one holds anything that an index does not or names a file outside the folder, or
+            a file is not whole.
     """
+    for index in _indices(path):
+        for place in _read_index(index).storage_data.values():
+            name, offset, length = as_kind((place.relative_path, place.offset, place.length), _PLACE, f"{index}")
+            file = path / name
+            if Path(name).name != name or file.is_symlink():
+                raise ValueError(f"{index}: expected names of files in this folder, got {name!r}")
+            check_regular(file, "a part of a checkpoint")
+            if (size := file.stat().st_size) < offset + length:
+                raise ValueError(f"{file}: expected at least {offset + length} bytes, got {size}")
+            try:
+                check_records(file, offset, length)
+            except ValueError as error:
+                raise ValueError(f"{file}, byte {offset}: {error}") from error
+
+
+def sharded_shapes(path: Path) -> dict[str, torch.Size]:
+    """Names and shapes of the weights in a folder."""
+    entries = [entry for index in _indices(path) for entry in _read_index(index).state_dict_metadata.items()]
+    return {
+        name.removeprefix("state_dict."): entry.size
+        for name, entry in entries
+        if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def _indices(path: Path) -> list[Path]:
     indices = list(path.glob("*.metadata"))
     if not indices:
         raise ValueError(f"{path}: expected an index of the files in it, got none")
-    for index in indices:
-        for place in _read_index(index).storage_data.values():
-            file, end = path / place.relative_path, place.offset + place.length
-            size = file.stat().st_size if file.exists() else 0
-            if size < end:
-                raise ValueError(f"{file}: expected at least {end} bytes, got {size}")
+    return indices
 
 
 def replace_folder(new: Path, path: Path) -> None:
@@ -133,13 +159,21 @@ def _read_index(file: Path) -> Metadata:
     """An index, read as if it were harmful.
 
     Raises:
-        ValueError: if it holds anything that an index does not.
+        ValueError: if it is damaged or holds anything that an index does not.
     """
+    check_regular(file, "the index of a sharded checkpoint")
     with file.open("rb") as stream:
         try:
-            return _IndexUnpickler(stream).load()
+            index = _IndexUnpickler(stream).load()
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{file}: expected the index of a sharded checkpoint, got {error}, which could run any code; take "
                 "checkpoints from where you trust"
             ) from error
+        except Exception as error:  # pickle raises whatever the damage leads to
+            raise ValueError(
+                f"{file}: expected the index of a sharded checkpoint, got a damaged one ({error})"
+            ) from error
+    if not isinstance(index, Metadata):
+        raise ValueError(f"{file}: expected the index of a sharded checkpoint, got {type(index).__name__}")
+    return index

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.mixers import MIXERS
 from dma_lightning.model import DogeForCausalLM, ModelConfig
+from dma_lightning.parsing import set_up_parsing
 
 
 def sizes(path: Path, sequence_length: int = 4096) -> None:
@@ -59,6 +60,7 @@ def read_config(path: Path) -> ModelConfig:
     Raises:
         ValueError: if the file is missing or is no such configuration.
     """
+    set_up_parsing()
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(LanguageModel, "model")
     try:

@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from dma_lightning.checkpoint_files import read_checkpoint
-from dma_lightning.sharded_checkpoints import load_sharded, replace_folder
+from dma_lightning.checkpoint_files import check_readable, read_checkpoint
+from dma_lightning.sharded_checkpoints import META, load_sharded, replace_folder
 
 _FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -67,7 +67,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return _renamed(state, numbers) if self.is_global_zero else {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint; a folder gets its name when it is whole."""
+        """Write a checkpoint; a folder gets its name when it is whole and can be read again."""
         path = Path(self.broadcast(filepath))
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -79,6 +79,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().save_checkpoint(checkpoint, unfinished, storage_options)
         self.barrier()
         if self.is_global_zero:
+            check_readable(unfinished / META)
             replace_folder(unfinished, path)
         self.barrier()
 

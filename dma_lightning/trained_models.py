@@ -7,6 +7,7 @@ import torch
 from dma_lightning.checkpoint_files import read_checkpoint
 from dma_lightning.data.text import TOKENIZER_KEY
 from dma_lightning.language_model import LanguageModel
+from dma_lightning.reading import as_kind
 from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 
 
@@ -31,7 +32,7 @@ def load_checkpoint(path: Path, device: str, backend: str | None = None) -> Lang
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(read_checkpoint(path)["state_dict"]["model.embed_tokens.weight"].dtype)
-        module = LanguageModel.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changed)
+        module = LanguageModel.load_from_checkpoint(path, map_location="cpu", **changed)
     except (RuntimeError, KeyError, TypeError) as error:
         reason, *_ = f"{error}\n".splitlines()  # of a line for each weight that differs
         raise ValueError(f"{path}: expected a checkpoint of `dma-lightning`, got another ({reason})") from error
@@ -67,4 +68,5 @@ def carried_tokenizer(path: Path) -> str | None:
     """The `tokenizer.json` of the text that a checkpoint was trained on, if there was one."""
     # That of the data module is under its name.
     states = (state for state in read_checkpoint(path).values() if isinstance(state, dict))
-    return next((state[TOKENIZER_KEY] for state in states if TOKENIZER_KEY in state), None)
+    found = next((state[TOKENIZER_KEY] for state in states if TOKENIZER_KEY in state), None)
+    return as_kind(found, str | None, f"{path}: {TOKENIZER_KEY}")

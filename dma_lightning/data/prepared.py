@@ -37,6 +37,8 @@ class PreparedDataModule(TokenizedDataModule):
             what was written; in `setup`, if it is too short.
     """
 
+    file_arguments = ("path", "val_path")
+
     def __init__(
         self,
         path: str,

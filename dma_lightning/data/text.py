@@ -75,6 +75,8 @@ class TextDataModule(TokenizedDataModule):
             that is linked to the data asks for it at once).
     """
 
+    file_arguments = ("path", "cache_dir", "tokenizer")
+
     def __init__(
         self,
         path: str | None = None,

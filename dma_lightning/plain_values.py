@@ -1,0 +1,55 @@
+"""Arguments as checkpoints can hold them: numbers, text, and lists, tuples and dictionaries of these."""
+
+import copy
+import inspect
+import os
+from collections.abc import Mapping
+from enum import Enum
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+
+class PlainHyperparameters:
+    """For modules of Lightning: saves their arguments as plain values, which every checkpoint of them can hold."""
+
+    def save_hyperparameters(self, *args: Any, frame: FrameType | None = None, **options: Any) -> None:
+        """Save the arguments of `__init__`, as Lightning does.
+
+        Args:
+            *args: as in Lightning.
+            frame: the call of `__init__`. Default: the caller.
+            **options: as in Lightning.
+
+        Raises:
+            ValueError: if an argument cannot be made plain.
+        """
+        super().save_hyperparameters(*args, frame=frame or inspect.currentframe().f_back, **options)
+        self.hparams.update(plain(dict(self.hparams), type(self).__name__))
+        self._hparams_initial = copy.deepcopy(self._hparams)  # what loggers get
+
+
+def plain(value: Any, what: str) -> Any:
+    """Turn NumPy numbers, paths, enums and special containers into what a checkpoint can hold.
+
+    Args:
+        value: an argument.
+        what: its name, for the message.
+
+    Raises:
+        ValueError: if it is or contains something else.
+    """
+    value = value.item() if isinstance(value, np.generic) else value.value if isinstance(value, Enum) else value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        return {plain(key, what): plain(x, f"{what}.{key}") for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return (list if isinstance(value, list) else tuple)(plain(x, what) for x in value)
+    if value is None:
+        return None
+    raise ValueError(f"{what}: expected numbers, text, or lists and dictionaries of them, got {value!r}")
