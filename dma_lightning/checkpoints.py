@@ -6,22 +6,35 @@ import shutil
 import signal
 import sys
 import threading
+import warnings
+from contextlib import ExitStack
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from dma_lightning.locks import locked_folder
 from dma_lightning.monitoring.steps import is_logging_step
 from dma_lightning.random_states import restore_rng_states, rng_states
+from dma_lightning.reading import as_kind
 from dma_lightning.strategies import of_all_processes
 
 RNG_KEY = "rng_states"  # in a checkpoint: of each process, in the order of their ranks
 # Options of `ModelCheckpoint` that a run which shall go on exactly cannot have.
 _REFUSED = ("every_n_epochs", "train_time_interval", "save_on_exception", "save_weights_only")
+
+
+class _State(TypedDict, total=False):
+    """What a resumed run takes over of the state that Lightning and this callback save."""
+
+    best_model_path: str
+    best_k_models: dict[str, Tensor]
+    kept: list[str]
 
 
 class ResumableCheckpoint(ModelCheckpoint):
@@ -35,6 +48,7 @@ class ResumableCheckpoint(ModelCheckpoint):
       checkpoint stands.
     - Without `monitor`, the newest two checkpoints are kept, in case the newest turns out to be damaged, and the one
       that the run went on from.
+    - Only one run at a time may write to a folder, and a resumed one removes checkpoints of its own folder alone.
     - With `monitor`, the `save_top_k` best of those that were validated are kept (give at least 2), and the newest as
       the last.
 
@@ -95,10 +109,20 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._rng_to_load: list[dict[str, Any]] | None = None
         self._validated: int | None = None  # the step whose weights were validated last
         self._asked_to_stop: int | None = None  # the signal that did
+        self._locks, self._locked = ExitStack(), None  # the folder that no other run may write to
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
+        with warnings.catch_warnings():  # Lightning's warning is below, for folders with more than an old lock
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.save_top_k and any(Path(self.dirpath).expanduser().glob("[!.]*")):
+            rank_zero_warn(f"Checkpoint directory {self.dirpath} exists and is not empty.")
         self._training, self._asked_to_stop = False, None
+        if stage == "fit" and not trainer.fast_dev_run and "://" not in self.dirpath:
+            self._lock(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._unlock()
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._take(signal.SIGTERM)
@@ -147,6 +171,7 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._leave_interrupts()
+        self._unlock()
         if isinstance(exception, SIGTERMException) and exception.code is None:  # Lightning's, from before ours
             exception.code = 128 + signal.SIGTERM
         if trainer.world_size > 1 and not isinstance(exception, SystemExit):
@@ -172,9 +197,60 @@ class ResumableCheckpoint(ModelCheckpoint):
         return super().state_dict() | {"kept": self._kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if state_dict.get("dirpath") == self.dirpath:
-            self._kept = state_dict.get("kept", [state_dict["best_model_path"]])
+        """Take over which checkpoints are this callback's to remove: those in this run's own folder alone.
+
+        Raises:
+            ValueError: if a part of the state has another type, or a score is no number.
+        """
+        saved = as_kind(state_dict, _State, "ResumableCheckpoint")
+        scores, newest = saved.get("best_k_models", {}), saved.get("best_model_path", "")
+        if not all(score.numel() == 1 and not score.isnan() for score in scores.values()):
+            raise ValueError(f"ResumableCheckpoint.best_k_models: expected a number for each file, got {scores}")
+        self._kept = [path for path in saved.get("kept", [newest]) if self._is_own(path)]
+        self.best_model_path = newest if self._is_own(newest) else ""
+        self.best_k_models = {path: score for path, score in scores.items() if self._is_own(path)}
+        if self.best_k_models:
+            best, worst = (min, max) if self.mode == "min" else (max, min)
+            self.best_model_path = best(self.best_k_models, key=self.best_k_models.get)
+            self.best_model_score = self.best_k_models[self.best_model_path]
+            self.kth_best_model_path = worst(self.best_k_models, key=self.best_k_models.get)
+            self.kth_value = self.best_k_models[self.kth_best_model_path]
+
+    def _is_own(self, path: str) -> bool:
+        """Whether this callback can have written a checkpoint there."""
+        file = Path(path).expanduser()
+        in_folder = file.parent.resolve() == Path(self.dirpath).expanduser().resolve()
+        return in_folder and not file.is_symlink() and re.fullmatch(self._own_names(), file.name) is not None
+
+    def _own_names(self) -> str:
+        """Pattern of the file names that `filename` leads to."""
+        literals = re.split(r"\{(.*?)(?::.*?)?\}", self.filename)  # every second is the name of a figure
+        names = [f"{name}=" if self.auto_insert_metric_name else "" for name in literals[1::2]]
+        figures = [re.escape(name) + r"[-+.,%\w ]+" for name in names]
+        parts = zip_longest(map(re.escape, literals[::2]), figures, fillvalue="")
+        return "".join(chain.from_iterable(parts)) + r"(-v\d+)?" + re.escape(self.FILE_EXTENSION)
+
+    def _lock(self, trainer: pl.Trainer) -> None:
+        """Be the only run that writes to the folder.
+
+        Raises:
+            ValueError: in all processes, if another run does.
+        """
+        folder, problem = Path(self.dirpath).expanduser(), None
+        beside = [x._locked for x in trainer.checkpoint_callbacks if isinstance(x, ResumableCheckpoint)]
+        if trainer.is_global_zero and folder.resolve() not in beside:  # as where the best are kept besides
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._locks.enter_context(locked_folder(folder, "wait for its end, or give this run another folder"))
+                self._locked = folder.resolve()
+            except (ValueError, OSError) as error:
+                problem = f"{error}"
+        if problem := of_all_processes(problem, trainer)[0]:
+            raise ValueError(problem)
+
+    def _unlock(self) -> None:
+        self._locks.close()
+        self._locked = None
 
     def _take(self, number: int, instead_of: Any = None) -> None:
         """Let a signal ask this callback to stop; from the main thread only, where Python allows it.

@@ -4,7 +4,6 @@ import errno
 import json
 import multiprocessing
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -218,7 +217,7 @@ def test_the_old_link_stands_until_the_new_one_does(tmp_path: Path, monkeypatch:
 
 def test_the_checkpoint_before_the_newest_is_kept(whole: tuple, tmp_path: Path) -> None:
     def steps() -> set[str]:
-        return {file.name for file in tmp_path.iterdir() if not file.is_symlink()}
+        return {file.name for file in tmp_path.glob("[!.]*") if not file.is_symlink()}
 
     train(tmp_path, max_steps=5, every=1)
     assert steps() == {"step=4.ckpt", "step=5.ckpt"}
@@ -234,7 +233,7 @@ def test_the_checkpoint_before_the_newest_is_kept(whole: tuple, tmp_path: Path) 
 
 def test_a_validation_at_the_end_of_an_epoch_is_followed_by_a_checkpoint(tmp_path: Path) -> None:
     train(tmp_path, val_check_interval=1.0, check_val_every_n_epoch=1)  # as Lightning does by default
-    assert {file.name for file in tmp_path.iterdir()} == {"step=7.ckpt", "step=9.ckpt", "last.ckpt"}
+    assert {file.name for file in tmp_path.glob("[!.]*")} == {"step=7.ckpt", "step=9.ckpt", "last.ckpt"}
 
 
 @pytest.mark.parametrize("action", [interrupt, terminate])
@@ -245,7 +244,7 @@ def test_parts_of_a_run_leave_no_more_than_one(action: Callable[[], None], whole
             train(tmp_path, Interrupt("on_train_batch_end", 2 * step, action), ckpt_path=path)
         path = newest_checkpoint([tmp_path])
         assert path.name == f"step={step}.ckpt"
-    assert {file.name for file in tmp_path.iterdir()} == {f"step={n}.ckpt" for n in (3, 4, 5)} | {"last.ckpt"}
+    assert {file.name for file in tmp_path.glob("[!.]*")} == {f"step={n}.ckpt" for n in (3, 4, 5)} | {"last.ckpt"}
     _, weights = train(tmp_path, ckpt_path=path)
     torch.testing.assert_close(weights, whole[1], rtol=0, atol=0)
 
@@ -436,7 +435,7 @@ class Harmful:
 def test_loading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"lr_schedulers": [], "harm": Harmful()}, "runs.ckpt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match="expected a whole checkpoint of plain values"):
         AtomicCheckpointIO().load_checkpoint("runs.ckpt")
     with pytest.raises(ValueError, match="weights_only: expected true"):
         AtomicCheckpointIO().load_checkpoint("runs.ckpt", weights_only=False)
@@ -635,7 +634,7 @@ def test_the_checkpoint_gone_on_from_stays_behind_links(working_folder: Path) ->
     Path("runs").symlink_to("scratch")
     logged("runs", "--trainer.max_steps=2")
     folder = logged("runs", "--trainer.max_steps=8")
-    assert {file.name for file in (folder / "checkpoints").iterdir()} == {
+    assert {file.name for file in (folder / "checkpoints").glob("[!.]*")} == {
         "last.ckpt",
         *(f"step={step}.ckpt" for step in (2, 6, 8)),
     }
@@ -743,10 +742,10 @@ def test_what_is_not_among_the_best_is_saved_as_the_last(whole: tuple, tmp_path:
 
     before = run(5)
     path = newest_checkpoint([tmp_path / "monitored"])
-    assert {file.name for file in path.parent.iterdir()} == {"step=2.ckpt", "step=4.ckpt", "last.ckpt"}
+    assert {file.name for file in path.parent.glob("[!.]*")} == {"step=2.ckpt", "step=4.ckpt", "last.ckpt"}
     assert (path.name, torch.load(path, weights_only=True)["global_step"]) == ("last.ckpt", 5)
     assert before | run(STEPS, ckpt_path=path) == whole[0]
-    assert {file.name for file in path.parent.iterdir()} == {"step=2.ckpt", "step=4.ckpt", "last.ckpt"}
+    assert {file.name for file in path.parent.glob("[!.]*")} == {"step=2.ckpt", "step=4.ckpt", "last.ckpt"}
 
 
 def test_validations_between_checkpoints_save_nothing_if_told_so(whole: tuple, tmp_path: Path) -> None:
@@ -754,7 +753,7 @@ def test_validations_between_checkpoints_save_nothing_if_told_so(whole: tuple, t
     saving = ResumableCheckpoint(3, dirpath=folder, save_top_k=-1, save_on_validation_end=False)
     train(tmp_path / "other", saving)  # validations after every second step
     steps = {*range(3, STEPS + 1, 3), STEPS}
-    assert {file.name for file in folder.iterdir()} == {"last.ckpt", *(f"step={step}.ckpt" for step in steps)}
+    assert {file.name for file in folder.glob("[!.]*")} == {"last.ckpt", *(f"step={step}.ckpt" for step in steps)}
     for step in (3, 6):
         losses, weights = train(tmp_path / f"from_{step}", ckpt_path=folder / f"step={step}.ckpt")
         assert losses == {batch: loss for batch, loss in whole[0].items() if batch > 2 * step}

@@ -221,7 +221,7 @@ def test_one_goes_on_from_two(run: str, two: Outcome, tmp_path: Path) -> None:
 def test_a_signal_ends_both_after_the_next_logging_step(number: str, status: int, two: Outcome) -> None:
     for rank in range(2):
         assert json.loads((two.folder / f"{number}-{rank}.json").read_text()) == status
-    (checkpoint,) = (file for file in (two.folder / number).iterdir() if not file.is_symlink())
+    (checkpoint,) = (file for file in (two.folder / number).glob("[!.]*") if not file.is_symlink())
     assert checkpoint.name == "step=6.ckpt"
     assert len(read(checkpoint)["rng_states"]) == 2
 
