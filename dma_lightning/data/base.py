@@ -26,9 +26,9 @@ class Batch(TypedDict):
     """One batch: what the model reads, and what it must say at each position.
 
     `input_ids` and `labels` are int64 `[B, N]`; the label of a position is the token to predict there, or
-    `IGNORE_INDEX`. `documents` (int64) and `padding` (bool) `[B, N]` are optional. So is `label_bytes`, int64 `[B]`: the
-    bytes of source text that the labels of each sequence stand for. A token stands for what lies between the end of the
-    token before it in its document and its own end; an end token stands for none.
+    `IGNORE_INDEX`. `documents` (int64) and `padding` (bool) `[B, N]` are optional. So is `label_bytes`, int64 `[B]`:
+    how many bytes of source text the labels of each sequence stand for. A token stands for what lies between the end of
+    the token before it in its document and its own end; an end token stands for none.
     """
 
     input_ids: Tensor
