@@ -20,6 +20,7 @@ import pytest
 import torch
 import zstandard
 from cpu_loader import table
+from cpu_verify import sentence
 from test_text import write_tokenizer
 from torch.utils.data import default_collate
 
@@ -603,7 +604,10 @@ def test_a_model_sees_each_document_by_itself(prepared: Path, attention: str) ->
 def test_figures_of_the_page_are_those_of_the_result_file() -> None:
     root = Path(__file__).parents[2]
     result = json.loads((root / "benchmarks/results/cpu_loader.json").read_text())
-    assert "\n".join(table(result)) in (root / "docs/data.md").read_text()
+    page = (root / "docs/data.md").read_text()
+    assert "\n".join(table(result)) in page
+    checked = json.loads((root / "benchmarks/results/cpu_verify.json").read_text())
+    assert f"{sentence(checked)} (`python benchmarks/cpu_verify.py`" in page
 
 
 def test_the_command_prepares_and_fit_goes_on_mid_epoch(
