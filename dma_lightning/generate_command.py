@@ -21,7 +21,8 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
-    stop: list[str] | str | None = None,
+    stop: str = "",
+    stops: list[str] | None = None,
     eos_token_id: int | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -39,7 +40,8 @@ def generate(
         top_p: draw from the likeliest tokens that together reach this probability.
         min_p: draw from the tokens that are at least this share as likely as the likeliest.
         repetition_penalty: above 1, makes tokens that occurred before less likely.
-        stop: string before which the text ends, or a list of them, such as '[".", "!"]'.
+        stop: string before which the text ends, as it is; by default none.
+        stops: more of them, as a YAML list such as '[".", "!"]'.
         eos_token_id: token with which the text ends; by default the model's, -1 for none.
         seed: of the tokens that are drawn.
         device: where to compute, such as cpu or cuda:1; by default the GPU if there is one.
@@ -63,7 +65,7 @@ def generate(
             yield token.item()
 
     start = time.perf_counter()
-    pieces = decode_until(tokenizer, tokens(), [stop] if isinstance(stop, str) else stop or (), prompt_tokens)
+    pieces = decode_until(tokenizer, tokens(), [stop] * bool(stop) + (stops or []), prompt_tokens)
     print(prompt + next(pieces, ""), end="", flush=True)  # errors come first
     for piece in pieces:
         print(piece, end="", flush=True)

@@ -32,7 +32,7 @@ from dma_lightning.data.manifests import (
 )
 from dma_lightning.data.shards import ShardWriter, write_json, write_text
 from dma_lightning.locks import HOLDER, LOCK, locked_folder
-from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
+from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, SpecialTokens, Tokenizer
 
 _TASK_BYTES = 1 << 20  # text that a process takes at once
 _TASKS_AHEAD = 3  # for each process
@@ -70,6 +70,7 @@ def prepare(
     path: str,
     output: Path,
     tokenizer: str | None = None,
+    special_tokens: SpecialTokens = "text",
     text_field: str = "text",
     eos_token_id: int | None = None,
     shard_tokens: int = 100_000_000,
@@ -85,6 +86,7 @@ def prepare(
             document, any other file is one; both may be .gz or .zst.
         output: folder to write to, new or of the same command.
         tokenizer: a tokenizer.json of the library tokenizers, which is copied along; by default tokens are bytes.
+        special_tokens: whether text that spells a special token of the tokenizer stays text, or becomes it (parse).
         text_field: which field of a JSONL line is the text.
         eos_token_id: token to put behind each document; by default none.
         shard_tokens: a shard ends with the document that reaches so many tokens.
@@ -93,7 +95,7 @@ def prepare(
     Raises:
         ValueError: if a file or line is none of that, output holds something else, or another process writes there.
     """
-    reader = ByteTokenizer() if tokenizer is None else FileTokenizer(tokenizer)
+    reader = ByteTokenizer() if tokenizer is None else FileTokenizer(tokenizer, special_tokens)
     processes = _usable_cores() if processes is None else processes
     if min(shard_tokens, processes) < 1:
         raise ValueError(f"expected shard_tokens and processes of at least 1, got {shard_tokens} and {processes}")
@@ -103,13 +105,15 @@ def prepare(
     if output.resolve().is_relative_to(source := user_path(path).resolve()):
         raise ValueError(f"output: expected a folder outside {source}, whose files are read, got {output}")
     files = [file for file in text_files(path) if not file.resolve().is_relative_to(output.resolve())]
-    plan = _plan(files, reader, text_field, eos_token_id, shard_tokens)
+    plan = _plan(files, reader, special_tokens, text_field, eos_token_id, shard_tokens)
     _refuse_other_files(output)
     output.mkdir(parents=True, exist_ok=True)
     with locked_folder(output, "wait for it, or name another folder"):
         records = _begin(output, plan, reader)
         if not (output / MANIFEST).exists():
-            pool = ProcessPoolExecutor(processes, initializer=_start_worker, initargs=(_carried(reader),))
+            pool = ProcessPoolExecutor(
+                processes, initializer=_start_worker, initargs=(_carried(reader), special_tokens)
+            )
             try:
                 records += _write_shards(output, files, plan, records, pool, processes)
             finally:
@@ -126,7 +130,12 @@ def _usable_cores() -> int:
 
 
 def _plan(
-    files: list[Path], tokenizer: Tokenizer, text_field: str, eos_token_id: int | None, shard_tokens: int
+    files: list[Path],
+    tokenizer: Tokenizer,
+    special_tokens: SpecialTokens,
+    text_field: str,
+    eos_token_id: int | None,
+    shard_tokens: int,
 ) -> Plan:
     carried = _carried(tokenizer)
     return Plan(
@@ -138,6 +147,7 @@ def _plan(
         eos_token_id=eos_token_id,
         shard_tokens=shard_tokens,
         files=_state(files),
+        special_tokens=special_tokens,
     )
 
 
@@ -318,10 +328,10 @@ def _tasks(pieces: Iterable[tuple[int, Piece]]) -> Iterator[list[tuple[int, Piec
 _tokenizer: Tokenizer  # of each process that tokenises
 
 
-def _start_worker(tokenizer: str | None) -> None:
+def _start_worker(tokenizer: str | None, special_tokens: SpecialTokens) -> None:
     """Make a process ready, and let it end with the one that started it, however that ends."""
     global _tokenizer
-    _tokenizer = ByteTokenizer() if tokenizer is None else FileTokenizer.of_json(tokenizer)
+    _tokenizer = ByteTokenizer() if tokenizer is None else FileTokenizer.of_json(tokenizer, special_tokens)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
 
     def watch() -> None:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Literal, Protocol, get_args
 
 import msgspec
 import numpy as np
@@ -13,6 +13,8 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from dma_lightning.reading import check_regular
+
+SpecialTokens = Literal["text", "parse"]
 
 _FILE = "a tokenizer.json of the library tokenizers"
 _ESCAPED = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of a byte that is no UTF-8
@@ -79,32 +81,36 @@ class FileTokenizer:
 
     Args:
         path: the file.
+        special_tokens: whether text that spells a special token becomes that token (parse), or stays text.
 
     Raises:
         ValueError: if there is no such file, or it is damaged.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, special_tokens: SpecialTokens = "parse") -> None:
         path = Path(path)
         check_regular(path, _FILE)
+        if special_tokens not in get_args(SpecialTokens):
+            raise ValueError(f"special_tokens: expected one of {get_args(SpecialTokens)}, got {special_tokens!r}")
         with library_errors(f"{path}: expected {_FILE}"):
-            self._load(path.read_text(encoding="utf-8"))
+            self._load(path.read_text(encoding="utf-8"), special_tokens)
 
     @classmethod
-    def of_json(cls, text: str) -> "FileTokenizer":
+    def of_json(cls, text: str, special_tokens: SpecialTokens = "parse") -> "FileTokenizer":
         """The tokenizer of what a file says."""
         tokenizer = cls.__new__(cls)
         with library_errors("expected what a tokenizer.json says, got something else"):
-            tokenizer._load(text)
+            tokenizer._load(text, special_tokens)
         return tokenizer
 
-    def _load(self, text: str) -> None:
+    def _load(self, text: str, special_tokens: SpecialTokens) -> None:
         msgspec.json.decode(text, type=_Content)
         self.tokenizer = tokenizers.Tokenizer.from_str(text)
         self.tokenizer.no_truncation()  # a file may ask for both, which would cut the text
         self.tokenizer.no_padding()
         self.vocab_size = 1 + max(self.tokenizer.get_vocab().values(), default=0)
         self._json = self.tokenizer.to_str()
+        self.tokenizer.encode_special_tokens = special_tokens == "text"
         self.tokenizer.post_processor = None  # it adds special tokens, or moves offsets away from white space
 
     def to_json(self) -> str:

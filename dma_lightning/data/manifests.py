@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dma_lightning.data.arrays import LengthType, ends_size, largest_token
 from dma_lightning.reading import read_json, sha256
+from dma_lightning.tokenizers import SpecialTokens
 
 VERSION = 2  # version 1 has no bytes of each token
 PLAN, MANIFEST, TOKENIZER = "plan.json", "manifest.json", "tokenizer.json"
@@ -80,7 +81,7 @@ class ShardRecord:
                 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What decides every byte of a prepared folder.
 
@@ -93,6 +94,7 @@ class Plan:
         eos_token_id: token behind each document, if there is one.
         shard_tokens: a shard ends with the document that reaches so many.
         files: of the text, with size and time of change in ns.
+        special_tokens: whether text that spells a special token became that token, or stayed text.
     """
 
     version: int
@@ -103,6 +105,7 @@ class Plan:
     eos_token_id: Count | None
     shard_tokens: Positive
     files: list[tuple[str, Count, int]]
+    special_tokens: SpecialTokens = "parse"
 
     def __post_init__(self) -> None:
         if self.dtype != (smallest := np.min_scalar_type(self.vocab_size - 1).name):
@@ -113,7 +116,7 @@ class Plan:
             raise ValueError(f"eos_token_id: expected one of {self.vocab_size} tokens, got {self.eos_token_id}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest(Plan):
     """Everything about a finished folder.
 

@@ -68,13 +68,14 @@ class ShardWriter:
             self.dropped += size
 
     def end_document(self, eos: np.ndarray) -> None:
-        """Let a document end here, with a token that stands for no text or with none, if it has tokens then."""
+        """Let a document end here, unless it has no tokens, with a token that stands for no text or with none."""
+        self.dropped = 0
+        if self.tokens == (self.ends[-1] if self.ends else 0):
+            return
         self._write(eos)
         if self.lengths:
             self.lengths.add(np.zeros(len(eos), np.uint8))
-        self.dropped = 0
-        if self.tokens > (self.ends[-1] if self.ends else 0):
-            self.ends.append(self.tokens)
+        self.ends.append(self.tokens)
 
     def finish(self, next_file: int, next_line: int) -> ShardRecord:
         """Give the files their names."""

@@ -14,7 +14,7 @@ from dma_lightning.data.files import COMPRESSED, JSONL, everybody_may_read, text
 from dma_lightning.data.shards import Shard
 from dma_lightning.data.text_cache import TextCache
 from dma_lightning.data.windows import TokenWindows
-from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
+from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, SpecialTokens, Tokenizer
 
 _CHUNK = 1 << 20
 _SEPARATOR = b"\n"
@@ -68,6 +68,7 @@ class TextDataModule(TokenizedDataModule):
         num_workers: processes that load data beside each training process.
         cache_dir: where the array is kept. Default: `dma-lightning` in the user's cache folder.
         tokenizer: a `tokenizer.json` of the library tokenizers, which checkpoints then carry along. Default: bytes.
+        special_tokens: whether text that spells a special token of the tokenizer stays text, or becomes it (parse).
 
     Raises:
         ValueError: if the tokenizer cannot be read; in `prepare_data` or `setup`, if the path holds no text, the text
@@ -86,13 +87,14 @@ class TextDataModule(TokenizedDataModule):
         num_workers: int = 0,
         cache_dir: str | None = None,
         tokenizer: str | None = None,
+        special_tokens: SpecialTokens = "text",
     ) -> None:
-        self.tokenizer = ByteTokenizer() if tokenizer is None else FileTokenizer(tokenizer)
+        self.tokenizer = ByteTokenizer() if tokenizer is None else FileTokenizer(tokenizer, special_tokens)
         super().__init__(self.tokenizer.vocab_size, sequence_length, batch_size, num_workers)
         self.save_hyperparameters()
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction: expected a share between 0 and 1, got {val_fraction}")
-        self.path, self.val_fraction = path, val_fraction
+        self.path, self.val_fraction, self.special_tokens = path, val_fraction, special_tokens
         self.cache_dir = user_path(cache_dir) if cache_dir else _user_cache() / "dma-lightning"
         self._is_prepared = False
 
@@ -156,7 +158,7 @@ class TextDataModule(TokenizedDataModule):
         name = f"bytes-{digest}"
         if not is_bytes:
             tokenizer = hashlib.sha256(self.tokenizer.to_json().encode()).hexdigest()
-            name = f"tokens-{digest}-{tokenizer[:16]}"
+            name = f"tokens-{digest}-{tokenizer[:16]}{'-text' * (self.special_tokens == 'text')}"
         return TextCache(self.cache_dir / f"{name}.bin", self.vocab_size, with_lengths=not is_bytes)
 
     def _tokens(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:

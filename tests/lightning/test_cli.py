@@ -301,3 +301,11 @@ def test_plugin_of_the_slurm_recipe() -> None:
     cli = build(config("model/tiny"), config("data/pydoc"), f"--trainer.plugins={plugin}")
     environment = cli.trainer._accelerator_connector.cluster_environment
     assert not environment.auto_requeue
+
+
+@pytest.mark.parametrize(
+    ("given", "path"), [("#notes.txt", "#notes.txt"), ("~", "~"), ("[a]*.txt", "[a]*.txt"), ("null", None)]
+)
+def test_a_flag_of_text_means_its_characters(given: str, path: str | None) -> None:
+    cli = build_cli(["--data=TextDataModule", f"--data.path={given}", "--trainer.logger=false"], run=False)
+    assert cli.datamodule.path == path

@@ -345,14 +345,21 @@ def test_generate_streams_text_and_says_how_fast(
     assert capsys.readouterr().out == "The " + bytes(tokens).decode(errors="replace") + "\n"
 
 
-@pytest.mark.parametrize(("given", "strings"), [(".", ["."]), ('[".", "!"]', [".", "!"])])
-def test_generate_takes_one_stop_string_or_several(
+@pytest.mark.parametrize(
+    ("given", "strings"),
+    [
+        *((f"--stop={text}", [text]) for text in (".", "###", "# Title", "\n#", "null", "~", "[INST]", "1", "\n\n")),
+        ('--stops=[".", "!"]', [".", "!"]),
+        ("--seed=1", []),
+    ],
+)
+def test_generate_takes_stop_strings_as_they_are(
     given: str, strings: list[str], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
     take = lambda tokenizer, tokens, stop, prompt_tokens: iter(found.append(stop) or ())  # noqa: E731
     monkeypatch.setattr("dma_lightning.generate_command.decode_until", take)
-    generate(monkeypatch, f"--ckpt_path={run / 'checkpoints/last.ckpt'}", "--prompt=a", f"--stop={given}")
+    generate(monkeypatch, f"--ckpt_path={run / 'checkpoints/last.ckpt'}", "--prompt=a", given)
     assert found == [strings]
 
 

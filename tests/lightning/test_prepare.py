@@ -22,9 +22,10 @@ import zstandard
 from cpu_loader import table
 from cpu_verify import sentence
 from test_text import write_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import default_collate
 
-from dma_lightning import LanguageModel, PreparedDataModule, cli, prepare_command
+from dma_lightning import LanguageModel, PreparedDataModule, TextDataModule, cli, prepare_command
 from dma_lightning.data import IGNORE_INDEX, shards
 from dma_lightning.data.documents import Piece, read_documents
 from dma_lightning.data.manifests import read_manifest, read_records
@@ -647,3 +648,34 @@ def test_the_command_prepares_and_fit_goes_on_mid_epoch(
     assert seen == first[3:]
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, rest.model.state_dict()[name])
+
+
+def special_tokenizer(path: Path) -> str:
+    """Bytes as tokens, but for white space, which has none, and a special token."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "<": 2, "end": 3, ">": 4}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(path))
+    return str(path)
+
+
+def test_a_document_without_tokens_gets_no_end_token(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("a", " ", "", "a a")))
+    tokenizer = special_tokenizer(tmp_path / "t.json")
+    prepare(str(tmp_path / "in.jsonl"), tmp_path / "out", tokenizer, eos_token_id=5, processes=1)
+    assert np.fromfile(tmp_path / "out/shard-00000.tokens", np.uint8).tolist() == [1, 5, 1, 1, 5]
+    assert np.load(tmp_path / "out/shard-00000.ends.npy").tolist() == [2, 5]
+
+
+@pytest.mark.parametrize(("option", "tokens"), [({}, [1, 2, 3, 4, 1]), ({"special_tokens": "parse"}, [1, 5, 1])])
+def test_text_that_spells_a_special_token(option: dict[str, str], tokens: list[int], tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("a <end> a")
+    tokenizer = special_tokenizer(tmp_path / "t.json")
+    prepare(str(tmp_path / "in"), tmp_path / "out", tokenizer, processes=1, **option)
+    assert np.fromfile(tmp_path / "out/shard-00000.tokens", np.uint8).tolist() == tokens
+    sizes = {"sequence_length": 1, "val_fraction": 0.5, "tokenizer": tokenizer, "cache_dir": str(tmp_path / "cache")}
+    data = TextDataModule(str(tmp_path / "in"), **sizes, **option)
+    data.prepare_data()
+    data.setup("fit")
+    assert np.concatenate([data.train_set.shards[0].tokens, data.val_set.shards[0].tokens]).tolist() == tokens
