@@ -4,15 +4,13 @@
 
 The text: 64 MB of random words in documents of 50 to 5,000 bytes, as JSONL. The loader draws sequences of 4,096 bytes
 in batches of 8 and random order from shards of 8 million tokens, in the page cache; it is checked first, against the
-text with its borders. `prepare` tokenises a quarter of the text. The hashes of all shards are checked as before a run.
-Median [min - max] of 3 passes.
+text with its borders. `prepare` tokenises a quarter of the text. Median [min - max] of 3 passes.
 """
 
 import argparse
 import contextlib
 import io
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,7 +23,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dma_lightning import PreparedDataModule
 from dma_lightning.data import IGNORE_INDEX
-from dma_lightning.data.manifests import THREADS
 from dma_lightning.prepare_command import prepare
 
 LENGTH, BATCH, TEXT_BYTES, REPEATS = 4096, 8, 64 << 20, 3
@@ -117,23 +114,12 @@ def preparing(folder: Path) -> Iterator[dict[str, Any]]:
             yield {"tokenizer": kind, "processes": processes, "bytes_per_second": spread(rates)}
 
 
-def checking(folder: Path) -> Iterator[dict[str, Any]]:
-    """One row: how fast a run checks the hashes of its shards before it begins."""
-    size, rates = sum(file.stat().st_size for file in folder.glob("shard-*") if file.suffix != ".json"), []
-    for _ in range(REPEATS + 1):  # the first fills the page cache
-        data = PreparedDataModule(str(folder), LENGTH)
-        start = time.perf_counter()
-        data.prepare_data()
-        rates.append(size / (time.perf_counter() - start))
-    yield {"bytes": size, "threads": min(THREADS, os.cpu_count() or 1), "bytes_per_second": spread(rates[1:])}
-
-
 def table(result: dict[str, Any]) -> list[str]:
     """The lines of the tables in docs/data.md."""
 
     def cells(name: str, **wanted: object) -> str:
         rows = (row for row in result[name] if wanted.items() <= row.items())
-        unit = "tokens_per_second" if name == "loading" else "bytes_per_second"
+        unit = {"loading": "tokens_per_second", "preparing": "bytes_per_second"}[name]
         rates = (tuple(f"{rate / 1e6:.3g}" for rate in row[unit]) for row in rows)
         return " | ".join(f"{median} [{least} - {greatest}]" for least, median, greatest in rates)
 
@@ -146,10 +132,6 @@ def table(result: dict[str, Any]) -> list[str]:
         "| `prepare`, million bytes per second | 1 process | 2 processes |",
         "| --- | ---: | ---: |",
         *(f"| {kind} | {cells('preparing', tokenizer=kind)} |" for kind in ("bytes", "BPE, 8000 tokens")),
-        "",
-        "| check of hashes, million bytes per second | |",
-        "| --- | ---: |",
-        *(f"| {row['threads']} threads | {cells('checking', threads=row['threads'])} |" for row in result["checking"]),
     ]
 
 
@@ -165,8 +147,7 @@ def main() -> None:
         write_text(folder / "text", args.text_bytes)
         prepare(str(folder / "text"), folder / "tokens", shard_tokens=8_000_000)
         result = describe() | {"text_bytes": args.text_bytes, "sequence_length": LENGTH, "batch_size": BATCH}
-        rows = {"loading": loading(folder / "tokens"), "preparing": preparing(folder)}
-        write_tables(args.out, result, rows | {"checking": checking(folder / "tokens")})
+        write_tables(args.out, result, {"loading": loading(folder / "tokens"), "preparing": preparing(folder)})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dma_lightning.tokenizers import SpecialTokens
 
 VERSION = 2  # version 1 has no bytes of each token
 PLAN, MANIFEST, TOKENIZER = "plan.json", "manifest.json", "tokenizer.json"
-THREADS = 8  # that check shards; more than disks serve at once
+_THREADS = 8  # that check shards; more than disks serve at once
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -159,7 +159,7 @@ class Manifest(Plan):
         Raises:
             ValueError: if one is not what was written, or has other tokens than the vocabulary.
         """
-        pool = ThreadPoolExecutor(min(THREADS, cpu_count() or 1))
+        pool = ThreadPoolExecutor(min(_THREADS, cpu_count() or 1))
         checks = pool.map(lambda shard: self._verify_shard(folder, shard), self.shards)
         try:
             list(tqdm(checks, f"check {folder}", len(self.shards), unit="shard", delay=5))

@@ -3,6 +3,7 @@
 N sequence length.
 """
 
+import io
 import json
 import random
 from pathlib import Path
@@ -168,6 +169,11 @@ def test_text_that_is_no_utf8(tmp_path: Path) -> None:
         firsts = sum(part.bytes_of(0, 1, none) for part in parts)  # the first token of a part is no label
         total = sum(int(x[i]["label_bytes"]) for x in (data.train_set, data.val_set) for i in range(len(x)))
         assert total + firsts == sum(part.bytes_of(0, len(part.tokens), none) for part in parts) == len(noise + b"\n")
+
+
+def test_a_token_of_4_gib_is_told() -> None:
+    with pytest.raises(ValueError, match="expected tokens of less than 4 GiB of text, got one of 4294967296 bytes"):
+        arrays.LengthWriter(io.BytesIO()).add(np.array([1 << 32]))
 
 
 def test_older_folders_say_that_they_cannot_tell(tmp_path: Path) -> None:
