@@ -50,20 +50,17 @@ class _Encoded:
         tokens: of all pieces.
         counts: how many of them each piece has.
         lengths: how many bytes of its piece each token stands for; none if tokens are bytes.
-        covered: sum of these in each piece.
     """
 
     tokens: np.ndarray
     counts: list[int]
     lengths: np.ndarray | None
-    covered: list[int]
 
-    def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
-        """Tokens, lengths and their sum of each piece."""
-        starts = itertools.accumulate(self.counts, initial=0)
-        for start, count, covered in zip(starts, self.counts, self.covered, strict=False):
+    def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Tokens and lengths of each piece."""
+        for start, count in zip(itertools.accumulate(self.counts, initial=0), self.counts, strict=False):
             part = slice(start, start + count)
-            yield self.tokens[part], None if self.lengths is None else self.lengths[part], covered
+            yield self.tokens[part], None if self.lengths is None else self.lengths[part]
 
 
 def prepare(
@@ -243,10 +240,8 @@ def _write_shards(
     writer = ShardWriter(output, len(done), *shape)
     bar = tqdm(total=int(before[-1]), initial=int(before[place[0]]), desc="prepare", unit="B", unit_scale=True)
     try:
-        for file, piece, (tokens, lengths, covered) in _tokenised(
-            pool, processes, _pieces(files, place, plan.text_field)
-        ):
-            writer.add(tokens, piece.bytes, lengths, covered)
+        for file, piece, (tokens, lengths) in _tokenised(pool, processes, _pieces(files, place, plan.text_field)):
+            writer.add(tokens, piece.bytes, lengths)
             bar.update(int(before[file]) + piece.read - bar.n)
             if piece.next_line == -1:
                 continue
@@ -344,13 +339,11 @@ def _start_worker(tokenizer: str | None, special_tokens: SpecialTokens) -> None:
 def _encode(texts: list[str]) -> _Encoded:
     if isinstance(_tokenizer, ByteTokenizer):  # without a list of them
         data = [text.encode() for text in texts]
-        sizes = [len(text) for text in data]
-        return _Encoded(np.frombuffer(b"".join(data), np.uint8), sizes, None, sizes)
+        return _Encoded(np.frombuffer(b"".join(data), np.uint8), [len(text) for text in data], None)
     tokens, ends = zip(*map(_tokenizer.encode_with_ends, texts), strict=True)
     lengths = np.concatenate([np.diff(x, prepend=0) for x in ends])
     return _Encoded(
         np.concatenate(tokens).astype(np.min_scalar_type(_tokenizer.vocab_size - 1)),
         [len(x) for x in tokens],
         lengths.astype(np.uint8 if lengths.max(initial=0) < 256 else np.uint32),
-        [int(x[-1]) if len(x) else 0 for x in ends],
     )

@@ -16,19 +16,40 @@ LengthType = Literal["uint8", "uint32"]
 class LengthWriter:
     """Writes how many bytes of text each token stands for, in uint8 until one is longer, then all of them in uint32.
 
+    Text that a tokenizer drops counts for the next token of the document.
+
     Args:
         file: to write to, and to read from.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.dtype = file, np.dtype("uint8")
+        self.dropped = 0  # bytes of the document behind its last token
 
-    def add(self, lengths: np.ndarray) -> None:
-        """Append the lengths of tokens.
+    def add(self, lengths: np.ndarray, size: int) -> None:
+        """Append the lengths of the tokens of a piece of a document.
+
+        Args:
+            lengths: bytes from the end of the token before, or from the start of the piece, to that of the token.
+            size: of the piece in bytes.
 
         Raises:
-            ValueError: if one is 4 GiB or more.
+            ValueError: if a token stands for 4 GiB or more.
         """
+        left = size - int(lengths.sum())
+        if self.dropped and len(lengths):
+            lengths = lengths.astype(np.int64)
+            lengths[0] += self.dropped
+            self.dropped = 0
+        self._write(lengths)
+        self.dropped += left
+
+    def end_document(self, tokens: int) -> None:
+        """Let the document end with so many tokens that stand for no text."""
+        self.dropped = 0
+        self._write(np.zeros(tokens, np.uint8))
+
+    def _write(self, lengths: np.ndarray) -> None:
         largest = 0 if lengths.dtype == np.uint8 else lengths.max(initial=0)
         if largest >= 1 << 32:
             raise ValueError(

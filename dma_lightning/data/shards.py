@@ -40,42 +40,28 @@ class ShardWriter:
     def __init__(self, folder: Path, number: int, dtype: np.dtype, with_lengths: bool = False) -> None:
         self.folder, self.name, self.dtype = folder, shard_name(number), dtype
         self.ends, self.tokens, self.bytes = array("q"), 0, 0
-        self.dropped = 0  # bytes of the document behind its last token
         self.digest = hashlib.sha256()
         self.path = folder / f"{self.name}.tokens"
         self.file = _unfinished(self.path).open("wb")
         self.lengths_path = folder / f"{self.name}.lengths"
         self.lengths = LengthWriter(_unfinished(self.lengths_path).open("w+b")) if with_lengths else None
 
-    def add(self, tokens: np.ndarray, size: int, lengths: np.ndarray | None = None, covered: int = 0) -> None:
-        """Append tokens of so many bytes of text.
-
-        Args:
-            tokens: of a piece of a document.
-            size: of the piece in bytes.
-            lengths: how many bytes of the piece each token stands for; for shards with lengths.
-            covered: their sum; what is left of the piece has no token.
-        """
+    def add(self, tokens: np.ndarray, size: int, lengths: np.ndarray | None = None) -> None:
+        """Append tokens of so many bytes of text; for shards with lengths with these, as for `LengthWriter.add`."""
         self._write(tokens)
         self.bytes += size
-        if self.lengths and len(tokens):
-            if self.dropped:  # text without tokens counts for the next one
-                lengths = lengths.astype(np.int64)
-                lengths[0] += self.dropped
-            self.lengths.add(lengths)
-            self.dropped = size - covered
-        else:
-            self.dropped += size
+        if self.lengths:
+            self.lengths.add(lengths, size)
 
     def end_document(self, eos: np.ndarray) -> None:
         """Let a document end here, unless it has no tokens, with a token that stands for no text or with none."""
-        self.dropped = 0
-        if self.tokens == (self.ends[-1] if self.ends else 0):
-            return
+        has_tokens = self.tokens > (self.ends[-1] if self.ends else 0)
+        eos = eos if has_tokens else eos[:0]
         self._write(eos)
         if self.lengths:
-            self.lengths.add(np.zeros(len(eos), np.uint8))
-        self.ends.append(self.tokens)
+            self.lengths.end_document(len(eos))
+        if has_tokens:
+            self.ends.append(self.tokens)
 
     def finish(self, next_file: int, next_line: int) -> ShardRecord:
         """Give the files their names."""

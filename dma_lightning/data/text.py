@@ -161,18 +161,15 @@ class TextDataModule(TokenizedDataModule):
             name = f"tokens-{digest}-{tokenizer[:16]}{'-text' * (self.special_tokens == 'text')}"
         return TextCache(self.cache_dir / f"{name}.bin", self.vocab_size, with_lengths=not is_bytes)
 
-    def _tokens(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Tokens of the text, piece by piece, and how many bytes of it each stands for."""
+    def _tokens(self) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
+        """Tokens of the text, piece by piece, how many bytes of it each stands for, and the bytes of the piece."""
         if isinstance(self.tokenizer, ByteTokenizer):
             for chunk in self._unchanged_chunks():
-                yield np.frombuffer(chunk, np.uint8), None
+                yield np.frombuffer(chunk, np.uint8), None, len(chunk)
             return
-        dropped = 0  # bytes behind the last token, which count for the next
-        for text in _pieces(self._unchanged_chunks()):
-            tokens, ends = self.tokenizer.encode_with_ends(text)
-            size = len(text.encode(errors="surrogateescape"))
-            yield tokens, np.diff(ends, prepend=-dropped)
-            dropped = size - int(ends[-1]) if len(ends) else dropped + size
+        for piece in byte_pieces(self._unchanged_chunks()):
+            tokens, ends = self.tokenizer.encode_with_ends(piece.decode(errors="surrogateescape"))
+            yield tokens, np.diff(ends, prepend=0), len(piece)
 
     def _unchanged_chunks(self) -> Iterator[bytes]:
         """The text piece by piece, if it is still the one that the array is named after.
@@ -211,11 +208,6 @@ class TextDataModule(TokenizedDataModule):
                 while chunk := stream.read(_CHUNK):
                     yield chunk
             yield _SEPARATOR
-
-
-def _pieces(chunks: Iterable[bytes]) -> Iterator[str]:
-    """The text in pieces that a tokenizer takes at once; bytes that are no UTF-8 are escaped."""
-    return (piece.decode(errors="surrogateescape") for piece in byte_pieces(chunks))
 
 
 def byte_pieces(chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -117,11 +117,13 @@ class TextCache:
         self._check_sizes(record)
         return record
 
-    def write(self, pieces: Iterable[tuple[np.ndarray, np.ndarray | None]], text_bytes: int, private: bool) -> None:
+    def write(
+        self, pieces: Iterable[tuple[np.ndarray, np.ndarray | None, int]], text_bytes: int, private: bool
+    ) -> None:
         """Write all files.
 
         Args:
-            pieces: tokens of the text, and how many bytes of it each stands for.
+            pieces: of the text: tokens, lengths as for `LengthWriter.add`, and bytes.
             text_bytes: of the text.
             private: whether nobody else may read them.
         """
@@ -131,10 +133,10 @@ class TextCache:
             atomic_write(self.lengths, **options) if self.with_lengths else nullcontext() as lengths,
         ):
             writer = LengthWriter(lengths) if self.with_lengths else None
-            for tokens, sizes in pieces:
+            for tokens, lengths_of_tokens, size in pieces:
                 array.write(tokens.astype(self.dtype).data)
                 if writer:
-                    writer.add(sizes)
+                    writer.add(lengths_of_tokens, size)
         known = (writer.dtype.name, sha256(self.lengths)) if writer else (None, None)
         tokens = self.array.stat().st_size // self.dtype.itemsize
         largest = largest_token(self.array, self.dtype.name)

@@ -173,7 +173,7 @@ def test_text_that_is_no_utf8(tmp_path: Path) -> None:
 
 def test_a_token_of_4_gib_is_told() -> None:
     with pytest.raises(ValueError, match="expected tokens of less than 4 GiB of text, got one of 4294967296 bytes"):
-        arrays.LengthWriter(io.BytesIO()).add(np.array([1 << 32]))
+        arrays.LengthWriter(io.BytesIO()).add(np.array([1 << 32]), 1 << 32)
 
 
 def test_older_folders_say_that_they_cannot_tell(tmp_path: Path) -> None:

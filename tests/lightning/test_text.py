@@ -168,7 +168,7 @@ def test_where_text_is_cut_for_reading_changes_no_token(monkeypatch: pytest.Monk
     for chunk in (7, 1 << 20):
         monkeypatch.setattr("dma_lightning.data.text._CHUNK", chunk)
         data = make_data(tmp_path, tmp_path / "a.txt", tokenizer=str(tmp_path / "tokenizer.json"))
-        found.append([np.concatenate(part).tolist() for part in zip(*data._tokens(), strict=True)])
+        found.append([np.hstack(part).tolist() for part in list(zip(*data._tokens(), strict=True))[:2]])
     assert found[0] == found[1]
 
 
@@ -213,7 +213,7 @@ def test_long_lines_are_cut_between_words_and_characters(monkeypatch: pytest.Mon
     for whole in ("aé𝄞 bc " * 30, "é𝄞" * 50, "word " * 9 + "\n" + "é" * 40, "a\nb\n", "", " " * 33):
         for size in (1, 7, 64):
             chunks = [whole.encode()[i : i + size] for i in range(0, len(whole.encode()), size)]
-            pieces = list(text._pieces(chunks))
+            pieces = [piece.decode() for piece in text.byte_pieces(chunks)]
             assert "".join(pieces) == whole
             if size == 7:
                 assert all(len(piece.encode()) < 10 + 2 * size for piece in pieces)
