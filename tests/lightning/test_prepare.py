@@ -667,10 +667,10 @@ def test_a_document_without_tokens_gets_no_end_token(tmp_path: Path) -> None:
     assert np.load(tmp_path / "out/shard-00000.ends.npy").tolist() == [2, 5]
 
 
-@pytest.mark.parametrize(("option", "tokens"), [({}, [1, 2, 3, 4, 1]), ({"special_tokens": "parse"}, [1, 5, 1])])
+@pytest.mark.parametrize(("option", "tokens"), [({}, [1, 2, 3, 4, 1, 1]), ({"special_tokens": "parse"}, [1, 5, 1, 1])])
 def test_text_that_spells_a_special_token(option: dict[str, str], tokens: list[int], tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.txt").write_text("a <end> a")
+    (tmp_path / "in/a.txt").write_text("a <end> a a")
     tokenizer = special_tokenizer(tmp_path / "t.json")
     prepare(str(tmp_path / "in"), tmp_path / "out", tokenizer, processes=1, **option)
     assert np.fromfile(tmp_path / "out/shard-00000.tokens", np.uint8).tolist() == tokens
