@@ -1,0 +1,185 @@
+"""Try thousands of drawn cases: the mathematics against its definitions, and readers against damaged and hostile files.
+
+    python benchmarks/fuzz.py                                            # all areas, 1000 cases
+    python benchmarks/fuzz.py selection key_caches --cases 10000 --processes 2
+    python benchmarks/fuzz.py exports --first 4711 --cases 1             # one case again
+
+The cases are those of `tests/fuzz`: a check takes a seed, draws a case from it, and compares with an oracle in plain
+Python and NumPy that shares no code with the packages. The areas, and what one is about:
+
+- `selection`: `Lifetimes.top_w` with ties, NaN, infinities, documents, padding, kept last and first keys; its counts;
+  the layouts of segments, in which each visible pair stands exactly once;
+- `masks`, `intervals`: unions and intersections; block masks, also against torch's `create_block_mask`;
+- `backends`, `triton`, `flex`: output and gradients against softmax in float64 (`triton` by its interpreter if there is
+  no GPU, `flex` without gradients);
+- `key_caches`, `mixers`: a text cut into any calls, with guesses, chosen rows, documents and padding;
+- `prepared`, `preparing`, `text`, `tokenizers`, `exports`, `checkpoint_bytes`, `checkpoint_values`: files whose bytes,
+  values or kinds are others (a pipe, a folder, a link) are read with exactly the right content, or refused in one line
+  that names the file; nothing hangs, starts, is imported, or changed elsewhere;
+- `resuming`, `commands`: the same of `fit` and `validate` with checkpoints that name classes and others' files;
+- `races`: processes that write to one place at once, and such that are killed.
+
+Areas whose cases take seconds try a share of `--cases` (see `tests/fuzz/fuzz_areas.py`). Cases are run by processes of
+their own, so that one which ends or hangs its process is a failure, too, and the next seed goes on. The result, a JSON
+file, has for each area the number of cases, seconds of one core, and the seeds and messages of failures, beside
+hardware, versions and commit; the exit status is 1 if there were failures. Files are made in the folder for temporary
+ones. An audit hook refuses what a reader must not do, so code that is at fault does no harm.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+_PATIENCE = 300  # seconds that a case may take; the first of a process makes what the others change
+_AT_ONCE = 25  # cases that a process is given
+
+
+@dataclass
+class Tally:
+    """What an area's cases have given."""
+
+    cases: int = 0
+    seconds: float = 0.0
+    failures: list[dict[str, int | str]] = field(default_factory=list)
+
+    def add(self, seed: int, seconds: float, failure: str | None) -> None:
+        """Count a case, and tell of a failure."""
+        self.cases, self.seconds = self.cases + 1, self.seconds + seconds
+        if failure is not None:
+            self.failures.append({"seed": seed, "failure": failure[:600]})
+
+    def row(self) -> dict[str, object]:
+        """For the file: failures are counted all, and the first are told."""
+        failed = {"failed": len(self.failures), "failures": self.failures[:50]}
+        return {"cases": self.cases, "seconds": round(self.seconds, 1), **failed}
+
+
+class Worker:
+    """A process that checks seeds of one area one after the other; it tells of each, so that its end tells of one."""
+
+    def __init__(self, area: str, seeds: list[int]) -> None:
+        context = multiprocessing.get_context("spawn")  # nothing is inherited that was imported before
+        self.connection, theirs = context.Pipe()
+        self.area, self.seeds, self.heard = area, seeds, time.monotonic()
+        self.process = context.Process(target=_check_seeds, args=(area, seeds, theirs))
+        self.process.start()
+        theirs.close()
+
+    def hear(self, tally: Tally) -> bool:
+        """Take up what the process tells.
+
+        Returns:
+            Whether it has ended.
+        """
+        try:
+            while self.connection.poll():
+                tally.add(*self.connection.recv())
+                self.heard = time.monotonic()
+                del self.seeds[0]
+        except EOFError:
+            self.process.join()
+            return True
+        if time.monotonic() - self.heard > _PATIENCE:
+            self.process.kill()
+        return False
+
+    def rest(self, tally: Tally) -> list[int]:
+        """The seeds that it has left over; that at which it ended has failed."""
+        if self.seeds:
+            end = f"the process ended with status {self.process.exitcode}, or was ended after {_PATIENCE} s"
+            tally.add(self.seeds[0], 0.0, end)
+        return self.seeds[1:]
+
+
+def run(areas: dict[str, int], first: int, processes: int) -> dict[str, Tally]:
+    """Check so many seeds of each area, in processes."""
+    tallies = {area: Tally() for area in areas}
+    size = {area: max(_AT_ONCE, -(-count // processes)) for area, count in areas.items()}
+    waiting = [
+        (area, list(range(first + start, first + min(start + size[area], count))))
+        for area, count in areas.items()
+        for start in range(0, count, size[area])
+    ]
+    workers: list[Worker] = []
+    while waiting or workers:
+        while waiting and len(workers) < processes:
+            workers.append(Worker(*waiting.pop(0)))
+        wait([worker.connection for worker in workers], timeout=5)
+        for worker in [x for x in workers if x.hear(tallies[x.area])]:
+            workers.remove(worker)
+            if rest := worker.rest(tallies[worker.area]):
+                waiting.insert(0, (worker.area, rest))
+            elif not any(x[0] == worker.area for x in [*waiting, *((y.area,) for y in workers)]):
+                tally = tallies[worker.area]
+                print(
+                    f"{worker.area}: {tally.cases} cases, {tally.seconds:.0f} s, {len(tally.failures)} failed",
+                    flush=True,
+                )
+    return tallies
+
+
+def _check_seeds(area: str, seeds: list[int], connection: Connection) -> None:
+    os.environ["RUST_BACKTRACE"] = "0"  # of panics that are caught
+    sys.path[:0] = [str(ROOT / "tests" / "fuzz")]
+    import torch
+    from fuzz_areas import AREAS
+
+    torch.set_num_threads(1)
+    for seed in list(seeds):
+        begin, failure = time.process_time(), None
+        try:
+            AREAS[area].check(seed)
+        except AssertionError as error:
+            failure = str(error)
+        connection.send((seed, time.process_time() - begin, failure))
+
+
+def main() -> None:
+    """The command line."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # for the processes, before they import Triton
+    sys.path[:0] = [str(ROOT / "tests" / "fuzz")]
+    from environment import describe
+    from fuzz_areas import AREAS
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("areas", nargs="*", metavar="area", help=f"by default all: {', '.join(AREAS)}")
+    parser.add_argument("--cases", type=int, default=1000, help="of each area, or a share of it")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first case")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "fuzz.json")
+    options = parser.parse_args()
+    if unknown := [name for name in options.areas if name not in AREAS]:
+        parser.error(f"expected areas of {', '.join(AREAS)}, got {', '.join(unknown)}")
+    counts = {name: -(-options.cases * AREAS[name].share // 1000) for name in options.areas or AREAS}
+
+    begin = time.monotonic()
+    tallies = run(counts, options.first, options.processes)
+    rows = {name: tally.row() for name, tally in tallies.items()}
+    result = {**describe(), "first_seed": options.first, "processes": options.processes}
+    result |= {
+        "cases": sum(x.cases for x in tallies.values()),
+        "failed": sum(len(x.failures) for x in tallies.values()),
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(
+        json.dumps(result | {"wall_s": round(time.monotonic() - begin), "areas": rows}, indent=1) + "\n"
+    )
+    for name, tally in tallies.items():
+        for failure in tally.failures[:5]:
+            print(f"{name}: {failure['failure']}")
+    print(f"written to {options.output}")
+    sys.exit(any(tally.failures for tally in tallies.values()))
+
+
+if __name__ == "__main__":
+    main()

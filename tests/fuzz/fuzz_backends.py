@@ -1,0 +1,138 @@
+"""Backends against softmax in float64 by NumPy: outputs and all gradients.
+
+B batch, H query heads, G KV heads, N length, D head dim.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from fuzz_draws import Packing, draw_length, draw_ranks, draw_window, generator
+from fuzz_oracles import Kept, attention
+from fuzz_told import told
+from torch import Tensor
+
+from dma_flex import flex_segment_attention
+from dma_kernels import Lifetimes, fused_attention, reference_attention, segment_attention
+
+_NAMES = ("out", "dq", "dk", "dv", "dscores")
+Attention = Callable[..., Tensor]  # of q, k, v, scores, lifetimes
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Tensors of one dtype, and a mask that is drawn and selected apart from them."""
+
+    inputs: list[Tensor]
+    grad: Tensor
+    kept: Kept
+    ranks: Tensor
+    packing: Packing
+    scale: float | None
+
+    @classmethod
+    def drawn(
+        cls, rng: random.Random, dtype: torch.dtype, longest: int = 100, head_dim: int | None = None
+    ) -> "AttentionCase":
+        batch, kv_heads, group = rng.randint(1, 2), rng.randint(1, 3), rng.randint(1, 3)
+        length, head_dim = draw_length(rng, longest), head_dim or rng.choice((1, 2, 3, 8, 16, 17))
+        source, size = generator(rng), rng.choice((0.1, 1, 5))
+
+        def draw(heads: int, factor: float = 1.0) -> Tensor:
+            x = torch.randn(batch, length, heads, head_dim, generator=source, dtype=torch.float64) * factor
+            x = x.to(dtype).transpose(1, 2)
+            return x if rng.random() < 0.5 else x.contiguous()
+
+        q, k, v, grad = draw(kv_heads * group, size), draw(kv_heads), draw(kv_heads), draw(kv_heads * group)
+        scores = torch.randn(batch, kv_heads, length, generator=source, dtype=torch.float64) * rng.choice((0, 1, 10))
+        inputs = [q, k, v, scores.to(torch.promote_types(dtype, torch.float32))]
+        kept = Kept(draw_window(rng, length), rng.choice((0, 0, 3)), rng.choice((0, 0, 2)))
+        ranks = draw_ranks(rng, (batch, kv_heads, length))
+        scale = rng.choice((None, None, 0.7))
+        return cls(inputs, grad, kept, ranks, Packing.drawn(rng, batch, length), scale)
+
+    def mask(self) -> np.ndarray:
+        """Bool `[B, G, N, N]`."""
+        return np.array(
+            [[self.kept.mask(x.tolist(), *self.packing.row(b)) for x in row] for b, row in enumerate(self.ranks)]
+        )
+
+    def lifetimes(self) -> Lifetimes:
+        """The same as lifetimes."""
+        kept = self.kept
+        options = {"keep_last": kept.keep_last, "sinks": kept.sinks, **self.packing.arguments()}
+        return Lifetimes.top_w(self.ranks, kept.window, **options)
+
+    def expected(self) -> list[np.ndarray]:
+        """Output and gradients."""
+        q, *others, grad = (x.double().numpy() for x in (*self.inputs, self.grad))
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return attention(q, *others, self.mask(), scale, grad)
+
+    def found(
+        self, function: Attention, mask: Lifetimes | Tensor, trained: bool = True, **options: object
+    ) -> list[Tensor]:
+        """The same by a backend."""
+        inputs = [x.detach().requires_grad_(trained) for x in self.inputs]
+        out = function(*inputs, mask, self.scale, **options)
+        return [out, *torch.autograd.grad(out, inputs, self.grad)] if trained else [out]
+
+    def __str__(self) -> str:
+        q, k = self.inputs[0], self.inputs[1]
+        return f"q {list(q.shape)} {q.dtype}, {k.shape[1]} KV heads, scale {self.scale}, {self.kept}, {self.packing}"
+
+
+def check_backends(seed: int) -> None:
+    """`reference` and `torch`, mostly in float64, where nothing but the last digits may differ."""
+    rng = random.Random(seed)
+    dtype = rng.choice((torch.float64, torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16))
+    case = AttentionCase.drawn(rng, dtype)
+    with told(seed, case):
+        expected = case.expected()
+        dense = torch.from_numpy(case.mask())
+        assert_close(case, case.found(reference_attention, dense), expected)
+        options = {"segment_length": rng.choice((None, 1, 16, 33))}
+        assert_close(case, case.found(segment_attention, case.lifetimes(), **options), expected)
+
+
+def check_triton(seed: int) -> None:
+    """`triton`, on a CPU by its interpreter, which has no bfloat16."""
+    rng = random.Random(seed)
+    case = AttentionCase.drawn(rng, rng.choice((torch.float32, torch.float32, torch.float16)), longest=150)
+    with told(seed, case):
+        options = {"segment_length": rng.choice((None, 128))}
+        assert_close(
+            case, case.found(fused_attention, case.lifetimes(), **options), case.expected(), case.inputs[0].dtype
+        )
+
+
+def check_flex(seed: int) -> None:
+    """`flex`, which infers alone on a CPU; few lengths, since each is compiled."""
+    rng = random.Random(seed)
+    case = AttentionCase.drawn(rng, torch.float32, head_dim=16)
+    with told(seed, case), torch._dynamo.config.patch(recompile_limit=1000):
+        assert_close(case, case.found(flex_segment_attention, case.lifetimes(), trained=False), case.expected())
+
+
+def assert_close(
+    case: AttentionCase, found: list[Tensor], expected: list[np.ndarray], inner: torch.dtype | None = None
+) -> None:
+    """Within some roundings of the largest number in the tensor, and of the terms that it is a sum of.
+
+    Args:
+        case: the inputs.
+        found: output, and perhaps gradients.
+        expected: the same, and exact.
+        inner: dtype of what is added up; by default at least float32.
+    """
+    q, k, v, scores, grad = (x.double().abs().amax().item() for x in (*case.inputs, case.grad))
+    head_dim = case.inputs[0].shape[-1]
+    logits, inner = q * k * head_dim + scores, inner or torch.promote_types(case.inputs[0].dtype, torch.float32)
+    for name, x, y in zip(_NAMES, found, expected, strict=False):
+        largest = np.abs(y).max()
+        terms = 20 * torch.finfo(inner).eps * (1 + logits) * max(largest, v * grad * head_dim)
+        error = np.abs(x.detach().double().numpy() - y).max()
+        allowed = 2 * torch.finfo(x.dtype).eps * largest + terms
+        assert error <= allowed, f"{name}: off by {error}, more than {allowed}"

@@ -1,0 +1,159 @@
+"""Caches: a text cut into any calls gives what one pass over it gives, and keeps what later queries can see.
+
+B batch, H query heads, G KV heads, N length, D head dim.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from fuzz_backends import AttentionCase
+from fuzz_told import told
+from torch import Tensor, nn
+
+from dma_kernels import DynamicMaskCache, FullCache
+from dma_lightning import MIXERS, ModelConfig, TokenMixer
+
+_SMALL = ModelConfig(
+    hidden_size=32, num_attention_heads=4, num_key_value_heads=2, backend="torch",
+    kv_lora_rank=12, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=8, nsa_compress_hidden=16,
+)  # fmt: skip
+
+
+def check_key_caches(seed: int) -> None:
+    """`DynamicMaskCache` and `FullCache`: chunks, single steps, guesses of which a part is kept, chosen rows."""
+    rng = random.Random(seed)
+    case = AttentionCase.drawn(rng, torch.float64)
+    case = replace(case, scale=None, kept=replace(case.kept, window=min(case.kept.window, 60)))
+    kind = rng.choice(("dynamic", "dynamic", "dynamic", "full"))
+    with told(seed, f"{kind} cache, {case}"):
+        reading = _Reading(case, kind == "full")
+        while reading.left:
+            reading.call(rng)
+
+
+class _Reading:
+    """Sequences that a cache reads, each as far as it is: what is kept of guesses differs between them."""
+
+    def __init__(self, case: AttentionCase, full: bool) -> None:
+        self.case, self.mask, self.full = case, case.mask(), full
+        self.expected = torch.from_numpy(case.expected()[0])
+        batch, kv_heads, length, head_dim = case.inputs[1].shape
+        kept = (case.kept.window, case.kept.keep_last, case.kept.sinks)
+        double = {"dtype": torch.float64}
+        cache = FullCache(batch, *kept) if full else DynamicMaskCache(batch, kv_heads, head_dim, *kept, **double)
+        self.cache, self.length = cache, length
+        self.rows, self.place = list(range(batch)), [0] * batch  # which sequence each row reads, and how far it is
+
+    @property
+    def left(self) -> int:
+        """Positions that all rows still have."""
+        return self.length - max(self.place)
+
+    def call(self, rng: random.Random) -> None:
+        """One call, or one choice of rows."""
+        if rng.random() < 0.1:
+            chosen = [rng.randrange(len(self.rows)) for _ in range(rng.randint(1, 3))]
+            self.cache.select(torch.tensor(chosen))
+            self.rows, self.place = ([x[i] for i in chosen] for x in (self.rows, self.place))
+            return
+        count = rng.choice((1, 1, 1, 2, 5, rng.randint(1, self.left), rng.randint(1, self.left)))
+        count = min(count, self.left)
+        inputs, ranks = [self._part(x, count) for x in self.case.inputs], self._part(self.case.ranks, count)
+        packing = {name: self._packing(x, count) for name, x in self.case.packing.arguments().items()}
+        if self.full or rng.random() < 0.7:
+            out, kept = self.cache.attend(*inputs, ranks, **packing), [count] * len(self.rows)
+        else:
+            out, kept = self.cache.verify(*inputs, ranks, **packing), [rng.randint(0, count) for _ in self.rows]
+            if rng.random() < 0.8:
+                self.cache.commit(torch.tensor(kept))
+            else:  # the guess is dropped
+                kept = [0] * len(self.rows)
+        torch.testing.assert_close(out, self._part(self.expected, count), rtol=1e-9, atol=1e-9)
+        self.place = [place + more for place, more in zip(self.place, kept, strict=True)]
+        self._check_kept()
+
+    def _part(self, x: Tensor, count: int) -> Tensor:
+        """The next positions of `[B, heads, N, ...]`."""
+        return torch.stack([x[row, :, at : at + count] for row, at in zip(self.rows, self.place, strict=True)])
+
+    def _packing(self, x: Tensor | None, count: int) -> Tensor | None:
+        """The next positions of `[B, N]`."""
+        parts = zip(self.rows, self.place, strict=True)
+        return None if x is None else torch.stack([x[row, at : at + count] for row, at in parts])
+
+    def _check_kept(self) -> None:
+        """The last position sees what the definition says; nothing stands in two slots."""
+        assert self.cache.length.tolist() == self.place
+        if self.full or not any(self.place):
+            return
+        visible = self.cache.visible()
+        for b, (row, place) in enumerate(zip(self.rows, self.place, strict=True)):
+            for g in range(self.mask.shape[1]) if place else ():
+                found = self.cache.position[b, g][visible[b, g]].tolist()
+                assert sorted(found) == np.flatnonzero(self.mask[row, g, place - 1]).tolist(), "live set"
+
+
+def check_mixers(seed: int) -> None:
+    """Every mixer with its cache, token by token and in chunks, against one pass over the whole."""
+    rng = random.Random(seed)
+    config = _drawn_config(rng)
+    case = AttentionCase.drawn(rng, torch.float64, longest=70)  # for its documents and padding
+    packing, (batch, _, length, _) = case.packing, case.grad.shape
+    full = rng.random() < 0.3
+    with told(seed, f"{config.attention}, full {full}, B {batch}, N {length}, {packing}, {config}"):
+        mixer, x = _mixer(config, rng.getrandbits(32)), torch.randn(batch, length, 32, dtype=torch.float64)
+        rows, cache, expected = torch.arange(batch), mixer.new_cache(batch, full), mixer(x, **packing.arguments())
+        for start, stop in _cuts(rng, length):
+            if rng.random() < 0.1:
+                rows_now = torch.tensor([rng.randrange(len(rows)) for _ in range(rng.randint(1, 3))])
+                cache.select(rows_now)
+                rows = rows[rows_now]
+            ids, pads = (None if y is None else y[rows, start:stop] for y in (packing.documents, packing.padding))
+            out, right = mixer(x[rows, start:stop], ids, pads, cache), expected[rows, start:stop]
+            if pads is not None:  # what a padded position gives means nothing
+                out, right = out[~pads], right[~pads]
+            torch.testing.assert_close(out, right, rtol=1e-8, atol=1e-8)
+            assert cache.length.tolist() == [stop] * len(rows), "length"
+
+
+def _cuts(rng: random.Random, length: int) -> Iterator[tuple[int, int]]:
+    start = 0
+    while start < length:
+        stop = min(length, start + rng.choice((1, 1, 1, 2, 7, rng.randint(1, length))))
+        yield start, stop
+        start = stop
+
+
+def _drawn_config(rng: random.Random) -> ModelConfig:
+    stride = rng.choice((1, 2, 4))
+    return replace(
+        _SMALL,
+        attention=rng.choice(sorted(MIXERS)),
+        backend=rng.choice(("torch", "reference")),
+        keep_window_size=rng.choice((1, 3, 9, 80)),
+        keep_last=rng.choice((0, 0, 2)),
+        sinks=rng.choice((0, 0, 2)),
+        score_form=rng.choice(("exp", "linear")),
+        sliding_window=rng.choice((1, 3, 9, 80)),
+        rope_scaling=rng.choice((1.0, 2.0)),
+        attention_bias=rng.random() < 0.3,
+        nsa_compress_stride=stride,
+        nsa_compress_block=stride * rng.randint(1, 3),
+        nsa_select_block=stride * rng.randint(1, 4),
+        nsa_select_count=rng.randint(1, 5),
+        nsa_window=rng.choice((1, 5, 80)),
+        nsa_separate_kv=rng.random() < 0.7,
+    )
+
+
+def _mixer(config: ModelConfig, seed: int) -> TokenMixer:
+    """With weights that matter."""
+    torch.manual_seed(seed)
+    mixer = MIXERS[config.attention].of_config(config).double().requires_grad_(False).eval()
+    for parameter in mixer.parameters():
+        vector = parameter.ndim == 1
+        nn.init.normal_(parameter, mean=float(vector), std=0.3 if vector else parameter.shape[-1] ** -0.5)
+    return mixer

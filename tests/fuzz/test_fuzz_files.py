@@ -1,0 +1,24 @@
+"""A few damaged and hostile files of each kind, and races; `benchmarks/fuzz.py` runs as many as one likes."""
+
+import os
+
+import pytest
+from fuzz_areas import AREAS
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("DMA_FUZZ_FILES") != "1", reason="the readers do not keep the contract yet; DMA_FUZZ_FILES=1 runs it"
+)
+
+CASES = [
+    (area, seed)
+    for area, count in (
+        ("prepared", 60), ("preparing", 12), ("text", 20), ("tokenizers", 40), ("exports", 60),
+        ("checkpoint_bytes", 40), ("checkpoint_values", 20), ("resuming", 10), ("commands", 3), ("races", 4),
+    )
+    for seed in range(count)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("area", "seed"), CASES)
+def test_is_read_exactly_or_refused(area: str, seed: int) -> None:
+    AREAS[area].check(seed)

@@ -1,0 +1,17 @@
+"""A few drawn cases of each area of the mathematics; `benchmarks/fuzz.py` runs as many as one likes."""
+
+import pytest
+from fuzz_areas import AREAS
+
+CASES = [
+    (area, seed)
+    for area, count in (
+        ("selection", 60), ("masks", 50), ("intervals", 50), ("backends", 50), ("key_caches", 50), ("mixers", 40)
+    )
+    for seed in range(count)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("area", "seed"), CASES)
+def test_equals_its_definition(area: str, seed: int) -> None:
+    AREAS[area].check(seed)
