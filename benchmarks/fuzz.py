@@ -12,7 +12,7 @@ Python and NumPy that shares no code with the packages. The areas, and what one 
 - `masks`, `intervals`: unions and intersections; block masks, also against torch's `create_block_mask`;
 - `backends`, `triton`, `flex`: output and gradients against softmax in float64 (`triton` by its interpreter if there is
   no GPU, `flex` without gradients);
-- `key_caches`, `mixers`: a text cut into any calls, with guesses, chosen rows, documents and padding;
+- `key_caches`, `triton_caches`, `mixers`: a text cut into any calls, with guesses, chosen rows, documents and padding;
 - `prepared`, `preparing`, `text`, `tokenizers`, `exports`, `checkpoint_bytes`, `checkpoint_values`: files whose bytes,
   values or kinds are others (a pipe, a folder, a link) are read with exactly the right content, or refused in one line
   that names the file; nothing hangs, starts, is imported, or changed elsewhere;

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fuzz_backends import check_backends, check_flex, check_triton
-from fuzz_caches import check_key_caches, check_mixers
+from fuzz_caches import check_key_caches, check_mixers, check_triton_caches
 from fuzz_checkpoints import check_bytes, check_commands, check_resuming, check_values
 from fuzz_exports import check_exports
 from fuzz_masks import check_intervals, check_masks
@@ -32,6 +32,7 @@ AREAS = {
     "intervals": Area(check_intervals),
     "backends": Area(check_backends),
     "triton": Area(check_triton, 20),
+    "triton_caches": Area(check_triton_caches, 20),
     "flex": Area(check_flex, 2),
     "key_caches": Area(check_key_caches),
     "mixers": Area(check_mixers),

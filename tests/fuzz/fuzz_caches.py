@@ -29,7 +29,17 @@ def check_key_caches(seed: int) -> None:
     case = replace(case, scale=None, kept=replace(case.kept, window=min(case.kept.window, 60)))
     kind = rng.choice(("dynamic", "dynamic", "dynamic", "full"))
     with told(seed, f"{kind} cache, {case}"):
-        reading = _Reading(case, kind == "full")
+        reading = _Reading(case, kind)
+        while reading.left:
+            reading.call(rng)
+
+
+def check_triton_caches(seed: int) -> None:
+    """`DynamicMaskCache` whose steps of one position are a Triton kernel."""
+    rng = random.Random(seed)
+    case = AttentionCase.drawn(rng, torch.float32, longest=30)
+    with told(seed, case):
+        reading = _Reading(replace(case, scale=None), "triton")
         while reading.left:
             reading.call(rng)
 
@@ -37,14 +47,15 @@ def check_key_caches(seed: int) -> None:
 class _Reading:
     """Sequences that a cache reads, each as far as it is: what is kept of guesses differs between them."""
 
-    def __init__(self, case: AttentionCase, full: bool) -> None:
-        self.case, self.mask, self.full = case, case.mask(), full
+    def __init__(self, case: AttentionCase, kind: str) -> None:
+        self.case, self.mask, self.full = case, case.mask(), kind == "full"
         self.expected = torch.from_numpy(case.expected()[0])
         batch, kv_heads, length, head_dim = case.inputs[1].shape
         kept = (case.kept.window, case.kept.keep_last, case.kept.sinks)
-        double = {"dtype": torch.float64}
-        cache = FullCache(batch, *kept) if full else DynamicMaskCache(batch, kv_heads, head_dim, *kept, **double)
-        self.cache, self.length = cache, length
+        options = {"dtype": case.grad.dtype, "backend": "triton" if kind == "triton" else "torch"}
+        sizes = (batch, kv_heads, head_dim)
+        self.cache = FullCache(batch, *kept) if self.full else DynamicMaskCache(*sizes, *kept, **options)
+        self.length, self.exact = length, case.grad.dtype == torch.float64
         self.rows, self.place = list(range(batch)), [0] * batch  # which sequence each row reads, and how far it is
 
     @property
@@ -71,7 +82,8 @@ class _Reading:
                 self.cache.commit(torch.tensor(kept))
             else:  # the guess is dropped
                 kept = [0] * len(self.rows)
-        torch.testing.assert_close(out, self._part(self.expected, count), rtol=1e-9, atol=1e-9)
+        right, allowed = self._part(self.expected, count), 1e-9 if self.exact else 2e-3
+        torch.testing.assert_close(out.double(), right, rtol=allowed, atol=allowed)
         self.place = [place + more for place, more in zip(self.place, kept, strict=True)]
         self._check_kept()
 

@@ -158,8 +158,8 @@ def check_resuming(seed: int) -> None:
         torch.save(saved, file)
 
         def resume() -> pl.Trainer:
-            trainer = _trainer(run, 4, monitor)
             with _quiet():
+                trainer = _trainer(run, 4, monitor)
                 trainer.fit(LanguageModel(**_MODEL), _data(place().root / "cache"), ckpt_path=str(file))
             return trainer
 

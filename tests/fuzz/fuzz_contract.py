@@ -189,4 +189,6 @@ def _peak() -> int:
 def _real(path: str | bytes | Path) -> str:
     """Where a name leads, its last part as it is: that is what is removed or replaced."""
     name = Path(os.fsdecode(path).replace("\0", ""))
-    return str(Path(os.path.realpath(name.parent), name.name)) if name.name not in ("", "..") else os.path.realpath(name)
+    return (
+        str(Path(os.path.realpath(name.parent), name.name)) if name.name not in ("", "..") else os.path.realpath(name)
+    )
