@@ -82,8 +82,8 @@ class _Watch:
         if any(path.startswith(str(self.place.victim)) for path in paths):
             return True
         if event == "open":
-            writes = isinstance(args[2], int) and args[2] & _WRITES and "__pycache__" not in paths[0]
-            return bool(paths and writes) and not self._is_inside(paths[0])
+            writes = isinstance(args[2], int) and args[2] & _WRITES
+            return bool(writes) and not all(self._is_inside(path) or "__pycache__" in path for path in paths)
         if event == "shutil.rmtree" or (event in _CHANGES and -1 in args):  # else of a folder that is open already
             return not all(self._is_inside(path) for path in paths)
         return False
@@ -189,6 +189,6 @@ def _peak() -> int:
 def _real(path: str | bytes | Path) -> str:
     """Where a name leads, its last part as it is: that is what is removed or replaced."""
     name = Path(os.fsdecode(path).replace("\0", ""))
-    return (
-        str(Path(os.path.realpath(name.parent), name.name)) if name.name not in ("", "..") else os.path.realpath(name)
-    )
+    if name.name in ("", ".."):
+        return os.path.realpath(name)
+    return str(Path(os.path.realpath(name.parent), name.name))
