@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from tqdm import tqdm
 
-from dma_lightning.data.arrays import LengthType, ends_size, largest_token
+from dma_lightning.data.arrays import LengthType, ends_size, largest_token, mapped
 from dma_lightning.reading import read_json, sha256
 from dma_lightning.tokenizers import SpecialTokens
 
@@ -137,6 +137,10 @@ class Manifest(Plan):
         for name in ("tokens", "documents", "bytes"):
             if (total := sum(getattr(shard, name) for shard in self.shards)) != getattr(self, name):
                 raise ValueError(f"{name}: expected the sum of the shards, {total}, got {getattr(self, name)}")
+        if self.tokenizer_sha256 is None:
+            text_bytes = self.tokens - (0 if self.eos_token_id is None else self.documents)
+            if self.bytes != text_bytes:
+                raise ValueError(f"bytes: expected {text_bytes}, those of tokens that are bytes, got {self.bytes}")
         for number, shard in enumerate(self.shards):
             if shard.name != shard_name(number):
                 raise ValueError(f"shards[{number}].name: expected {shard_name(number)}, got {shard.name!r}")
@@ -157,7 +161,7 @@ class Manifest(Plan):
         """Read all shards again.
 
         Raises:
-            ValueError: if one is not what was written, or has other tokens than the vocabulary.
+            ValueError: if one is not what was written, or its numbers cannot be those of a text.
         """
         pool = ThreadPoolExecutor(min(_THREADS, cpu_count() or 1))
         checks = pool.map(lambda shard: self._verify_shard(folder, shard), self.shards)
@@ -168,6 +172,13 @@ class Manifest(Plan):
 
     def _verify_shard(self, folder: Path, shard: ShardRecord) -> None:
         shard.verify(folder)
+        if self.has_lengths:
+            file = folder / f"{shard.name}.lengths"
+            if (total := int(mapped(str(file), shard.lengths_dtype).sum(dtype=np.uint64))) > shard.bytes:
+                raise ValueError(
+                    f"{file}: expected tokens of at most the {shard.bytes} bytes of the text, got {total}; prepare the "
+                    "text again"
+                )
         file = folder / f"{shard.name}.tokens"
         if (largest := largest_token(file, self.dtype)) >= self.vocab_size:
             raise ValueError(

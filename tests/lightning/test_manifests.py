@@ -182,6 +182,26 @@ def test_tokens_are_of_the_vocabulary(folder: Path) -> None:
         use(folder)
 
 
+def test_lengths_are_within_the_text(folder: Path) -> None:
+    file = folder / "shard-00001.lengths"
+    lengths = np.fromfile(file, np.uint8)
+    lengths[7] += 100
+    lengths.tofile(file)
+    change(folder / "manifest.json", ["shards", 1, "lengths_sha256"], _sha256(file))
+    with pytest.raises(ValueError, match=rf"{file}: expected tokens of at most the \d+ bytes of the text, got \d+;"):
+        use(folder)
+
+
+@pytest.mark.parametrize("eos", [None, 1])
+def test_bytes_are_counted_by_tokens_that_are_bytes(eos: int | None, source: Path, tmp_path: Path) -> None:
+    prepare(str(source / "a.jsonl"), tmp_path / "out", eos_token_id=eos, processes=1)
+    use(tmp_path / "out")
+    for place in (["bytes"], ["shards", 0, "bytes"]):
+        change(tmp_path / "out/manifest.json", place, 7)
+    with pytest.raises(ValueError, match=r"bytes: expected \d+, those of tokens that are bytes, got 7"):
+        use(tmp_path / "out")
+
+
 def test_the_tokenizer_is_that_of_the_tokens(folder: Path) -> None:
     file = folder / "tokenizer.json"
     text = file.read_text()

@@ -209,7 +209,7 @@ def test_a_process_that_is_ended_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
-def run_and_die(text: Path, out: Path, at: int, tokens: int = 500, **options: str) -> None:
+def run_and_die(text: Path, out: Path, at: int, tokens: int = 500, **options: str | None) -> None:
     """Prepare, and be killed the `at`-th time that a file is to get its name."""
     replace, count = Path.replace, itertools.count(1)
 
@@ -222,15 +222,18 @@ def run_and_die(text: Path, out: Path, at: int, tokens: int = 500, **options: st
     prepare(str(text), out, shard_tokens=tokens, processes=1, **options)
 
 
-def test_kill_9_at_every_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokenizer", [None, "tokenizer.json"])
+def test_kill_9_at_every_file(tokenizer: str | None, tmp_path: Path) -> None:
     """Finished shards are kept as they are, and the whole is that of an undisturbed run."""
     write_corpus(tmp_path / "text")
-    prepare(str(tmp_path / "text"), tmp_path / "whole", shard_tokens=500, processes=1)
+    write_tokenizer(tmp_path / "tokenizer.json")
+    options = {"tokenizer": tokenizer and str(tmp_path / tokenizer)}
+    prepare(str(tmp_path / "text"), tmp_path / "whole", shard_tokens=500, processes=1, **options)
     whole, out = content(tmp_path / "whole"), tmp_path / "out"
     context = multiprocessing.get_context("fork")
     kept: dict[str, int] = {}
-    for at in (1, 2, 3, 4, 6, 8, 100):  # plan; then tokens, ends and record of each shard
-        process = context.Process(target=run_and_die, args=(tmp_path / "text", out, at))
+    for at in (1, 2, 3, 4, 6, 8, 100):  # plan, tokenizer; then lengths, tokens, ends and record of each shard
+        process = context.Process(target=run_and_die, args=(tmp_path / "text", out, at), kwargs=options)
         process.start()
         process.join(60)
         assert process.exitcode == (0 if at == 100 else -signal.SIGKILL)
@@ -242,7 +245,7 @@ def test_kill_9_at_every_file(tmp_path: Path) -> None:
         kept = times
         assert (out / "manifest.json").exists() == (at == 100)
     assert {name: data for name, data in content(out).items() if not name.endswith(".tmp")} == whole
-    prepare(str(tmp_path / "text"), out, shard_tokens=500, processes=1)
+    prepare(str(tmp_path / "text"), out, shard_tokens=500, processes=1, **options)
     assert kept == {record.name: (out / f"{record.name}.tokens").stat().st_mtime_ns for record in records}
 
 
