@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +19,7 @@ import yaml
 from small_run import CHECKPOINTS, DATA, SIZES, TRAINER, changed, fit, validate
 
 from dma_lightning import LanguageModel, MQARDataModule, PreparedDataModule, TextDataModule
-from dma_lightning.checkpoint_arguments import saved_defaults
+from dma_lightning.checkpoint_arguments import check_weights, saved_defaults
 from dma_lightning.checkpoint_files import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.cli import build_cli, main
@@ -243,18 +244,33 @@ def test_states_that_cannot_be_restored_are_told(name: str, value: object, run: 
     assert "\n" not in str(error.value)
 
 
-def test_sizes_are_compared_before_anything_is_made(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value, message in (
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
         ("num_hidden_layers", 10**7, r"num_hidden_layers: expected 1, which have weights there, got 10000000"),
-        ("hidden_size", 2**40, r"expected sizes of a model|state_dict\.model\.embed_tokens\.weight|hidden_size"),
-        ("intermediate_size", 17, r"intermediate_size|state_dict\.model\.layers\.0\.mlp\.down_proj\.weight"),
-    ):
-        evil = changed(lambda content, name=name, value=value: content["hyper_parameters"].update({name: value}))
-        for reader in ("validate", "Python"):
-            start = time.perf_counter()
-            with pytest.raises(ValueError, match=message):
-                READERS[reader](f"{evil}", monkeypatch)
-            assert time.perf_counter() - start < 2
+        (
+            "hidden_size",
+            2**40,
+            r"expected sizes of a model, got ones that are too large|embed_tokens\.weight: expected",
+        ),
+        ("intermediate_size", 17, r"state_dict\.model\.layers\.0\.mlp\.down_proj\.weight: expected .*17\), .*, got"),
+    ],
+)
+def test_sizes_are_compared_before_anything_is_made(name: str, value: int, message: str, run: Path) -> None:
+    evil = changed(lambda content: content["hyper_parameters"].update({name: value}))
+    arguments = {"num_hidden_layers": 4} | read_checkpoint(evil)["hyper_parameters"]
+    arguments = {name: value for name, value in arguments.items() if not name.startswith("_")}
+    for read in (LanguageModel.load_from_checkpoint, lambda path: check_weights(path, arguments, trains=True)):
+        start = time.process_time()
+        with pytest.raises(ValueError, match=message):
+            read(evil)
+        assert time.process_time() - start < 1
+
+
+def test_the_command_line_compares_sizes_first(run: Path) -> None:
+    evil = changed(lambda content: content["hyper_parameters"].update(num_hidden_layers=10**7))
+    with pytest.raises(ValueError, match="num_hidden_layers: expected 1, which have weights there, got 10000000"):
+        validate(evil, *DATA)
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(1).expand(256, 16), torch.empty(256, 16, device="meta")])
@@ -308,25 +324,25 @@ def state_of_saving(content: dict[str, Any]) -> dict[str, Any]:
     return next(state for name, state in content["callbacks"].items() if name.startswith("ResumableCheckpoint"))
 
 
-@pytest.mark.parametrize("victim", ["folder", "file.ckpt", f"{CHECKPOINTS}/../step=9.ckpt", f"{CHECKPOINTS}/own.txt"])
+@pytest.mark.parametrize("victim", ["folder", "file.ckpt"])
 def test_going_on_touches_no_other_file(victim: str, run: Path) -> None:
-    place = Path(victim)
-    if victim == "folder":
-        place.mkdir()
-        place /= "inner"
-    place.write_text("precious")
-    (Path(CHECKPOINTS) / "step=8.ckpt").symlink_to("own.txt")
+    inner, others = Path("folder/inner"), [Path(CHECKPOINTS, name) for name in ("../step=9.ckpt", "own.txt")]
+    inner.parent.mkdir()
+    for file in (inner, Path("file.ckpt"), *others):
+        file.write_text("precious")
+    (link := Path(CHECKPOINTS, "step=8.ckpt")).symlink_to("own.txt")
+    given = [victim, str(Path(victim).absolute()), *map(str, others), str(link), "folder", "file.ckpt"]
 
     def name_it(content: dict[str, Any]) -> None:
-        given = [victim, str(Path(victim).absolute()), f"{CHECKPOINTS}/step=8.ckpt", f"{CHECKPOINTS}/.lock"]
-        paths = {"last_model_path": victim, "best_model_path": victim, "kth_best_model_path": victim, "kept": given * 2}
+        paths = {"last_model_path": victim, "best_model_path": victim, "kth_best_model_path": victim, "kept": given}
         state_of_saving(content).update(paths)
 
     changed(name_it, f"{CHECKPOINTS}/step=3.ckpt")
     assert fit("--ckpt_path=last", "--trainer.max_steps=6", *DATA).trainer.log_dir == "runs/small/version_0"
-    assert place.read_text() == "precious"
-    assert not place.is_symlink()
-    assert (Path(CHECKPOINTS) / "step=8.ckpt").is_symlink()
+    for file in (inner, Path("file.ckpt"), *others):
+        assert file.read_text() == "precious"
+        assert file.resolve() == Path.cwd() / os.path.normpath(file)
+    assert link.is_symlink()
 
 
 @pytest.mark.parametrize(
@@ -378,6 +394,25 @@ def test_two_runs_do_not_share_a_folder(run: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(ArithmeticError):
             fit(*again)
     assert fit(*again).trainer.global_step == 4  # the lock has ended with the run
+
+
+def test_a_lock_is_that_of_all_callbacks_and_processes_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = ResumableCheckpoint(dirpath=tmp_path), ResumableCheckpoint(dirpath=tmp_path, monitor="val/loss")
+    trainer = SimpleNamespace(is_global_zero=True, world_size=1, checkpoint_callbacks=[first, second])
+    first._lock(trainer)
+    second._lock(trainer)
+    stranger = ResumableCheckpoint(dirpath=tmp_path)
+    alone = SimpleNamespace(is_global_zero=True, world_size=1, checkpoint_callbacks=[stranger])
+    with pytest.raises(ValueError, match="expected no other process to write there"):
+        stranger._lock(alone)
+    first._unlock()
+    stranger._lock(alone)
+    stranger._unlock()
+    monkeypatch.setattr("dma_lightning.checkpoints.of_all_processes", lambda own, _: ["it is taken", own])
+    with pytest.raises(ValueError, match="it is taken"):  # what the first process has found
+        stranger._lock(SimpleNamespace(is_global_zero=False, checkpoint_callbacks=[stranger]))
 
 
 def test_pipes_are_not_opened(run: Path) -> None:
