@@ -141,7 +141,11 @@ class _PlainPlanner(DefaultLoadPlanner):
     """Torch's planner, for which what is no tensor must be a plain value."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        torch.load(value, weights_only=True)  # raises before the planner reads it with less care
+        try:
+            torch.load(value, weights_only=True)  # raises before the planner reads it with less care
+        except pickle.UnpicklingError:  # whose text advises to load what can run any code
+            name = read_item.storage_index.fqn
+            raise ValueError(f"{name}: expected a plain value, got one that could run any code") from None
         value.seek(0)
         super().load_bytes(read_item, value)
 

@@ -204,7 +204,7 @@ def test_sharded_checkpoints_run_no_code(
             file.write(harm.getvalue())
     (path / ".metadata").write_bytes(pickle.dumps(index))
     with pytest.raises(
-        (ValueError, CheckpointException), match=r"expected the index of a sharded|Weights only load failed"
+        (ValueError, CheckpointException), match=r"expected the index of a sharded|expected a plain value"
     ):
         load_sharded(path, module, [optimizer])
     assert not Path("harm").exists()
