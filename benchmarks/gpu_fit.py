@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import hashlib
 import io
 import multiprocessing
 import statistics
@@ -39,6 +40,7 @@ import torch
 from environment import describe, write_tables
 from gpu_mixers import SDPA
 from lightning.pytorch.profilers import Profiler
+from tokenizers import Tokenizer, models
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.nn.attention import sdpa_kernel
@@ -47,14 +49,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from dma_lightning.callbacks import FitReport
 from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.cli import DMACLI, build_cli
-from dma_lightning.data.shards import MANIFEST, VERSION, ShardWriter, write_json
+from dma_lightning.data.manifests import MANIFEST, TOKENIZER, VERSION, Manifest
+from dma_lightning.data.shards import ShardWriter, write_json, write_text
 from dma_lightning.mixers import MIXERS
 from dma_lightning.model import ModelConfig
 from dma_lightning.sizes_command import read_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TOKENS, LENGTHS, VOCABULARY = 32768, [4096, 16384, 32768], 32768
-CORPUS = 16 << 20  # tokens
+CORPUS = 16 << 20  # tokens, of four bytes each
 RECOMPUTED = "1.7b"
 INTERVAL = {"80m": 20, RECOMPUTED: 4}  # steps per figure
 COMPILING, FIGURES = 2, 3  # figures that do not count, since kernels are compiled, masks looked at; those that do
@@ -131,12 +134,18 @@ class Measurement(pl.Callback):
 
 def write_corpus(folder: Path) -> None:
     """Random tokens, as `dma-lightning prepare` writes them."""
-    writer = ShardWriter(folder, 0, np.dtype("uint16"))
-    writer.add(np.random.default_rng(0).integers(VOCABULARY, size=CORPUS), 4 * CORPUS)
-    writer.end_document()
-    record = writer.finish(1, 0)
-    counts = {"tokens": CORPUS, "bytes": 4 * CORPUS, "vocab_size": VOCABULARY, "tokenizer_sha256": None}
-    write_json(folder / MANIFEST, {"version": VERSION, "dtype": "uint16", "shards": [asdict(record)], **counts})
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0")).to_str()
+    write_text(folder / TOKENIZER, words)
+    tokens = np.random.default_rng(0).integers(VOCABULARY, size=CORPUS)
+    writer = ShardWriter(folder, 0, np.dtype("uint16"), with_lengths=True)
+    writer.add(tokens, 4 * CORPUS, np.full(CORPUS, 4, np.uint8))
+    writer.end_document(np.empty(0, np.uint16))
+    manifest = Manifest(
+        version=VERSION, tokenizer_sha256=hashlib.sha256(words.encode()).hexdigest(), vocab_size=VOCABULARY,
+        dtype="uint16", text_field="text", eos_token_id=None, shard_tokens=CORPUS, files=[], tokens=CORPUS,
+        documents=1, bytes=4 * CORPUS, shards=[writer.finish(0, 0)],
+    )  # fmt: skip
+    write_json(folder / MANIFEST, asdict(manifest))
 
 
 def build(

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import cpu_count
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -114,6 +114,10 @@ class Plan:
             raise ValueError(f"vocab_size: expected 256 for tokens that are bytes, got {self.vocab_size}")
         if self.eos_token_id is not None and self.eos_token_id >= self.vocab_size:
             raise ValueError(f"eos_token_id: expected one of {self.vocab_size} tokens, got {self.eos_token_id}")
+
+    def __getitem__(self, name: str) -> Any:
+        """A field, for scripts that read the JSON file as a dictionary."""
+        return getattr(self, name)
 
 
 @dataclass(frozen=True, kw_only=True)
