@@ -34,9 +34,11 @@ def locked_folder(folder: Path, advice: str) -> Iterator[None]:
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
         now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")
         (folder / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()} ({command}), since {now}")
-        yield
-        with suppress(OSError):  # a folder that is gone has no holder
-            (folder / HOLDER).unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # a folder that is gone has no holder
+                (folder / HOLDER).unlink(missing_ok=True)
 
 
 def _holder(folder: Path) -> str:

@@ -158,11 +158,11 @@ class FileTokenizer:
     def _fast_decoder(self, recent: list[int]) -> DecodeStream | None:
         """The library's decoder of what comes behind tokens; None if not all of them are whole characters."""
         context, decoder = self._whole_characters(recent), DecodeStream(skip_special_tokens=True)
-        if "\ufffd" in self.tokenizer.decode(context):
+        if "\ufffd" in self._decode(context):
             return None
-        with suppress(Exception):  # as in `_completed`
+        with suppress(ValueError):  # as in `_completed`
             for token in context:
-                decoder.step(self.tokenizer, token)
+                self._step(decoder, token)
             return decoder
         return None
 
@@ -171,8 +171,8 @@ class FileTokenizer:
     ) -> tuple[str | None, DecodeStream | None]:
         """Text that the last new token completes, None if none yet; and the fast decoder, None if it cannot go on."""
         if fast is not None and len(new) < _LONGEST:
-            with suppress(Exception):  # "Invalid prefix": the token changes text that is out
-                text = fast.step(self.tokenizer, new[-1])
+            with suppress(ValueError):  # "Invalid prefix": the token changes text that is out
+                text = self._step(fast, new[-1])
                 if text is None or "\ufffd" not in text:
                     return text, fast
         # With byte fallback it depends on the tokens before, too, how many U+FFFD there are: they are always made here.
@@ -183,12 +183,20 @@ class FileTokenizer:
     def _whole_characters(self, tokens: list[int]) -> list[int]:
         """The last tokens, from where a character begins: of bytes that begin within one, all text may be spoilt."""
         last = (tokens[-count:] for count in range(_CONTEXT, _RECENT + 1))
-        return next((x for x in last if not self.tokenizer.decode(x).startswith("\ufffd")), tokens[-_CONTEXT:])
+        return next((x for x in last if not self._decode(x).startswith("\ufffd")), tokens[-_CONTEXT:])
+
+    def _step(self, decoder: DecodeStream, token: int) -> str | None:
+        with library_errors(f"the tokenizer cannot decode token {token}"):
+            return decoder.step(self.tokenizer, token)
+
+    def _decode(self, tokens: list[int]) -> str:
+        with library_errors(f"the tokenizer cannot decode tokens {tokens[:8]}..."):
+            return self.tokenizer.decode(tokens)
 
     def _texts(self, recent: list[int], new: list[int]) -> tuple[str, str]:
         """Text of some tokens before the new ones, on which theirs depends, and of both together."""
         context = self._whole_characters(recent)
-        return self.tokenizer.decode(context), self.tokenizer.decode(context + new)
+        return self._decode(context), self._decode(context + new)
 
 
 @contextmanager
