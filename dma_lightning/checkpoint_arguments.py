@@ -15,10 +15,10 @@ from dma_lightning.checkpoint_files import read_checkpoint
 from dma_lightning.checkpoint_weights import (
     EMBEDDING,
     check_layers,
-    check_shapes,
+    compare_weights,
     layers_in,
-    model_shapes,
-    saved_shapes,
+    model_weights,
+    saved_weights,
 )
 from dma_lightning.data import SequenceDataModule
 from dma_lightning.language_model import LanguageModel
@@ -155,24 +155,24 @@ def check_weights(checkpoint: Path, arguments: Mapping[str, Any], trains: bool) 
             f"ckpt_path: expected a checkpoint of `fit`, got {checkpoint}, which holds weights alone; training cannot "
             "go on from it"
         )
-    shapes, options = saved_shapes(saved, checkpoint), saved.get(LanguageModel.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    if not shapes:
+    weights, options = saved_weights(saved, checkpoint), saved.get(LanguageModel.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    if not weights:
         return
-    if EMBEDDING in shapes:
-        arguments = {"vocab_size": shapes[EMBEDDING][0]} | arguments
+    if EMBEDDING in weights:
+        arguments = {"vocab_size": weights[EMBEDDING].shape[0]} | arguments
     layers = options.get("num_hidden_layers", ModelConfig.num_hidden_layers)
     if arguments["num_hidden_layers"] == layers:  # else the user's is another, and the message below says so
-        check_layers(shapes, layers, checkpoint)
-    fits = arguments["num_hidden_layers"] == layers_in(shapes)
-    expected = model_shapes(LanguageModel, arguments) if fits else {}
-    if expected == shapes:
+        check_layers(weights, layers, checkpoint)
+    fits = arguments["num_hidden_layers"] == layers_in(weights)
+    expected = model_weights(LanguageModel, arguments) if fits else {}
+    if expected == weights:
         return
     known = {x.name for x in dataclasses.fields(ModelConfig)} & arguments.keys()
     differ = [
         f"{x} {arguments[x]!r} instead of {was!r}" for x, was in options.items() if x in known and arguments[x] != was
     ]
     if not differ:
-        check_shapes(shapes, expected, checkpoint, strict=True)
+        compare_weights(weights, expected, checkpoint, strict=True)
     raise ValueError(
         f"ckpt_path: expected a model with the weights of {checkpoint}, got one with {' and '.join(differ)}; leave "
         "these as they were, or begin a run of its own"

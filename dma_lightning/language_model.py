@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from dma_lightning.checkpoint_files import local_checkpoint, read_checkpoint
-from dma_lightning.checkpoint_weights import check_layers, check_shapes, model_shapes, saved_shapes
+from dma_lightning.checkpoint_weights import check_layers, compare_weights, model_weights, saved_weights
 from dma_lightning.data.base import IGNORE_INDEX, Batch
 from dma_lightning.metrics import BitsPerByte, MeanLoss, Perplexity, bits_per_byte
 from dma_lightning.model import DogeForCausalLM, ModelConfig
@@ -122,12 +122,16 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         path = local_checkpoint(checkpoint_path, weights_only)
         saved = read_checkpoint(path, map_location or _default_map_location)
         arguments = model_arguments(saved, path, cls) | changed
-        shapes, layers = saved_shapes(saved, path), arguments.get("num_hidden_layers", ModelConfig.num_hidden_layers)
-        if path.is_dir() or not shapes:
+        weights, layers = saved_weights(saved, path), arguments.get("num_hidden_layers", ModelConfig.num_hidden_layers)
+        if path.is_dir() or not weights:
             raise ValueError(f"{path}: expected a checkpoint of one file with weights, got one without")
         if strict is not False or "num_hidden_layers" not in changed:
-            check_layers(shapes, layers, path)
-        check_shapes(shapes, model_shapes(cls, arguments), path, strict is not False)
+            check_layers(weights, layers, path)
+        try:
+            expected = model_weights(cls, arguments)
+        except ValueError as error:
+            raise ValueError(f"{path}: hyper_parameters: {error}") from error
+        compare_weights(weights, expected, path, strict is not False)
         module = cls(**arguments)
         module.configure_model()
         module.on_load_checkpoint(saved)

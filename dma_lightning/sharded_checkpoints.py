@@ -93,11 +93,11 @@ def check_shards(path: Path) -> None:
                 raise ValueError(f"{file}, byte {offset}: {error}") from error
 
 
-def sharded_shapes(path: Path) -> dict[str, torch.Size]:
-    """Names and shapes of the weights in a folder."""
+def sharded_weights(path: Path) -> dict[str, TensorStorageMetadata]:
+    """What the index of a folder says about the weights there."""
     entries = [entry for index in _indices(path) for entry in _read_index(index).state_dict_metadata.items()]
     return {
-        name.removeprefix("state_dict."): entry.size
+        name.removeprefix("state_dict."): entry
         for name, entry in entries
         if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
     }

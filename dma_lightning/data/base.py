@@ -8,18 +8,37 @@ import os
 import signal
 import warnings
 from pathlib import Path
-from typing import Any, ClassVar, NotRequired, TypedDict
+from typing import Annotated, Any, ClassVar, NotRequired, TypedDict
 
 import lightning.pytorch as pl
+import msgspec
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dma_lightning.data.samplers import EvalSampler, PaddedDataset, TrainSampler
 from dma_lightning.plain_values import PlainHyperparameters
+from dma_lightning.reading import as_kind
 
 IGNORE_INDEX = -100
 POSITION_KEY = "position"  # in a checkpoint's state of the data
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class _Position(TypedDict):
+    """What a checkpoint says about the position in the training data; older ones know less."""
+
+    epoch: _Count
+    batches: _Count
+    batches_trained: _Count
+    batches_per_epoch: NotRequired[_Count]
+    seed: _Count
+    sequences: _Count
+    fingerprint: NotRequired[str | None]
+    processes: _Count
+    batch_size: _Count
 
 
 class Batch(TypedDict):
@@ -89,7 +108,7 @@ class SequenceDataModule(PlainHyperparameters, pl.LightningDataModule):
         self.vocab_size, self.sequence_length = vocab_size, sequence_length
         self.batch_size, self.num_workers = batch_size, num_workers
         self._train_sampler: TrainSampler | None = None
-        self._saved: dict[str, Any] = {}  # the position of a checkpoint
+        self._saved: _Position | dict = {}  # the position of a checkpoint
 
     @classmethod
     def load_from_checkpoint(
@@ -149,8 +168,13 @@ class SequenceDataModule(PlainHyperparameters, pl.LightningDataModule):
         return {POSITION_KEY: position | order | {"processes": sampler.num_replicas, "batch_size": sampler.batch_size}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the position of a checkpoint; older ones go on by the trainer's count."""
-        self._saved = state.get(POSITION_KEY, {})
+        """Go on from the position of a checkpoint; older ones go on by the trainer's count.
+
+        Raises:
+            ValueError: if a part of the position is missing or has another type.
+        """
+        saved = state.get(POSITION_KEY)
+        self._saved = as_kind(saved, _Position, f"data {POSITION_KEY}") if saved else {}
 
     @property
     def _processes(self) -> tuple[int, int]:

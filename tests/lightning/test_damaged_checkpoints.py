@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save
 from torch.serialization import set_crc32_options
 
-from dma_lightning import checksums
+from dma_lightning import zip_checksums
 from dma_lightning.checkpoint_files import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from dma_lightning.sharded_checkpoints import META, check_shards, sharded_shapes
 
@@ -21,9 +21,9 @@ CONTENT = {"state_dict": {"a": torch.arange(300.0), "b": torch.ones(7)}, "lr_sch
 @pytest.fixture(autouse=True)
 def _forgotten() -> Iterator[None]:
     """Nothing is known of files of other tests."""
-    checksums._verified.clear()
+    zip_checksums._verified.clear()
     yield
-    checksums._verified.clear()
+    zip_checksums._verified.clear()
 
 
 def flip(path: Path, byte: int, bit: int = 0) -> None:

@@ -162,7 +162,7 @@ def test_other_places_than_the_runs_own_are_not_touched(field: str, run: Path) -
     with pytest.raises(ValueError, match=rf"\{{'{field}': '{value}'\}}; give them here"):
         TextDataModule.load_from_checkpoint(evil)
     assert not Path("made").exists()
-    assert len(list(Path("cache").iterdir())) == 1
+    assert len(list(Path("cache").glob("*.bin"))) == 1
 
 
 @pytest.mark.parametrize("text", ["[", "data: 3", "data: {init_args: [a]}", "&a [*a, *a]", "\x00", "a: " * 3000])
@@ -285,12 +285,40 @@ def test_models_of_checkpoints_in_python(run: Path) -> None:
     model = LanguageModel.load_from_checkpoint(LAST, map_location="cpu", weights_only=True, lr=0.5, keep_window_size=3)
     assert (model.hparams.lr, model.model.config.keep_window_size, model.model.config.hidden_size) == (0.5, 3, 16)
     torch.testing.assert_close(dict(model.state_dict()), dict(weights), rtol=0, atol=0)
-    with pytest.raises(ValueError, match=r"state_dict\.model.*: expected a weight of shape .*, got none"):
+    with pytest.raises(
+        ValueError, match=r"state_dict\.model.*: expected floating point numbers of shape .*, got no such weight"
+    ):
         LanguageModel.load_from_checkpoint(LAST, attention_bias=True)
     loose = LanguageModel.load_from_checkpoint(LAST, strict=False, attention_bias=True)
     torch.testing.assert_close(loose.model.embed_tokens.weight, weights["model.embed_tokens.weight"], rtol=0, atol=0)
     with pytest.raises(TypeError, match="keep_windw_size"):
         LanguageModel.load_from_checkpoint(LAST, keep_windw_size=3)
+
+
+def test_weights_of_another_kind_are_refused(run: Path) -> None:
+    evil = changed(lambda content: content["state_dict"].update({"model.norm.weight": torch.ones(16).long()}))
+    message = r"model\.norm\.weight: expected floating point numbers of shape \(16,\), .*, got other numbers of shape"
+    with pytest.raises(ValueError, match=message):
+        LanguageModel.load_from_checkpoint(evil)
+
+
+def test_values_that_no_model_takes_are_told_with_the_file(run: Path) -> None:
+    evil = changed(lambda content: content["hyper_parameters"].update(warmup_fraction=-0.9))
+    with pytest.raises(
+        ValueError, match=rf"{evil}: hyper_parameters: warmup_fraction and decay_fraction: expected two"
+    ):
+        LanguageModel.load_from_checkpoint(evil)
+
+
+POSITION = {"epoch": 0, "batches": 1, "batches_trained": 1, "seed": 0, "sequences": 9, "processes": 1, "batch_size": 1}
+
+
+@pytest.mark.parametrize("position", [POSITION | {"epoch": "1"}, POSITION | {"batches": -1}, {"epoch": 1}, [1]])
+def test_positions_in_the_data_are_checked(position: object) -> None:
+    data = MQARDataModule()
+    data.load_state_dict({"position": POSITION})
+    with pytest.raises(ValueError, match="data position: "):
+        data.load_state_dict({"position": position})
 
 
 @pytest.mark.parametrize("kind", [LanguageModel, TextDataModule])
