@@ -13,7 +13,7 @@ from torch.serialization import set_crc32_options
 
 from dma_lightning import zip_checksums
 from dma_lightning.checkpoint_files import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
-from dma_lightning.sharded_checkpoints import META, check_shards, sharded_shapes
+from dma_lightning.sharded_checkpoints import META, check_shards, sharded_weights
 
 CONTENT = {"state_dict": {"a": torch.arange(300.0), "b": torch.ones(7)}, "lr_schedulers": [], "global_step": 5}
 
@@ -156,7 +156,8 @@ def sharded(tmp_path: Path) -> Path:
 
 def test_shards_are_checked_tensor_by_tensor(sharded: Path) -> None:
     assert read_checkpoint(sharded)["global_step"] == 5
-    assert sharded_shapes(sharded) == {name: weight.shape for name, weight in CONTENT["state_dict"].items()}
+    shapes = {name: entry.size for name, entry in sharded_weights(sharded).items()}
+    assert shapes == {name: weight.shape for name, weight in CONTENT["state_dict"].items()}
     (file,) = sharded.glob("*.distcp")
     places = FileSystemReader(sharded).read_metadata().storage_data.values()
     assert len(places) == 3

@@ -103,7 +103,7 @@ def test_tokens_and_progress_bar_count_on_after_a_checkpoint(dma: EventAccumulat
 def test_speed_is_exact_and_leaves_validation_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr(pl.LightningModule, "on_after_backward", lambda _: setattr(clock, "now", clock.now + 0.5))
+    monkeypatch.setattr(pl.LightningModule, "on_before_backward", lambda *_: setattr(clock, "now", clock.now + 0.5))
     monkeypatch.setattr(
         pl.LightningModule, "on_validation_batch_end", lambda *_: setattr(clock, "now", clock.now + 100)
     )
@@ -194,7 +194,7 @@ def test_nothing_waits_for_the_device_between_logging_steps(tmp_path: Path, monk
     shown = cli.trainer.progress_bar_metrics
     assert set(shown) == {"loss", "mfu", "tokens/s"}
     assert all(syncs.steps.count(step) % len(shown) == 0 for step in range(12, 20))
-    assert set(synced) - {0} == {9, 19, 24}  # before these steps; at the beginning Lightning compares loaders
+    assert set(synced) == {0}  # at the beginning Lightning compares loaders; one process has no others to ask
     assert [event.step for event in events(tmp_path).Scalars("speed/mfu")] == [9, 19, 24]
     assert [event.step for event in events(tmp_path).Scalars("train/loss")] == [9, 19, 24]
 
