@@ -611,7 +611,9 @@ def test_figures_of_the_page_are_those_of_the_result_file() -> None:
     page = (root / "docs/data.md").read_text()
     assert "\n".join(table(result)) in page
     checked = json.loads((root / "benchmarks/results/cpu_verify.json").read_text())
-    assert f"{sentence(checked)} (`python benchmarks/cpu_verify.py`" in page
+    assert f"{sentence(checked, 'prepared shards')} (`python benchmarks/cpu_verify.py`" in page
+    assert sentence(checked, "checkpoint") in (root / "docs/training.md").read_text()
+    assert sentence(checked, "export") in (root / "docs/reliability.md").read_text()
 
 
 def test_the_command_prepares_and_fit_goes_on_mid_epoch(
