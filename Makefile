@@ -14,7 +14,7 @@ test: .venv/test.done  ## run the tests, in two processes
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-long: .venv/test.done  ## half an hour of drawn cases against oracles, and of killed runs; results under runs/
-	$(BIN)/python benchmarks/fuzz.py --cases 3000 --processes 2 --output runs/fuzz.json
+	$(BIN)/python benchmarks/fuzz.py --cases 3000 --processes 2 --out runs/fuzz.json
 	$(BIN)/python benchmarks/kill_runs.py --kills 20 --out runs/kill_runs.json
 
 lint: .venv/lint.done  ## check style and format

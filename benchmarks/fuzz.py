@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=1000, help="of each area, or a share of it")
     parser.add_argument("--first", type=int, default=0, help="seed of the first case")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "fuzz.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "fuzz.json")
     options = parser.parse_args()
     if unknown := [name for name in options.areas if name not in AREAS]:
         parser.error(f"expected areas of {', '.join(AREAS)}, got {', '.join(unknown)}")
@@ -170,14 +170,14 @@ def main() -> None:
         "cases": sum(x.cases for x in tallies.values()),
         "failed": sum(len(x.failures) for x in tallies.values()),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(
         json.dumps(result | {"wall_s": round(time.monotonic() - begin), "areas": rows}, indent=1) + "\n"
     )
     for name, tally in tallies.items():
         for failure in tally.failures[:5]:
             print(f"{name}: {failure['failure']}")
-    print(f"written to {options.output}")
+    print(f"written to {options.out}")
     sys.exit(any(tally.failures for tally in tallies.values()))
 
 

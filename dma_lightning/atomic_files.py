@@ -15,15 +15,15 @@ def atomic_write(path: Path, suffix: str = ".tmp", mode: int = 0o666) -> Iterato
     Args:
         path: its name; a file that has it stands until then.
         suffix: of its name until then, in the same folder; what writes from several hosts needs one for each.
-        mode: who may read and write it from the first byte on, before the umask; an unfinished file that is there
-            already keeps its own.
+        mode: who may read and write it from the first byte on, before the umask.
 
     Raises:
         OSError: if it cannot be written.
     """
     unfinished = path.with_name(f"{path.name}{suffix}")
     try:
-        with open(unfinished, "w+b", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        unfinished.unlink(missing_ok=True)  # of a killed process, or a link to a file elsewhere
+        with open(unfinished, "w+b", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

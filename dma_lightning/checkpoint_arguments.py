@@ -63,6 +63,7 @@ def checkpoint_file(path: str | None) -> Path | None:
     Raises:
         ValueError: if there is no such file.
     """
+    path = path and path.removeprefix("file://")
     if path in (None, "", "null") or "://" in path or path.split(":")[0] in _LIGHTNING_CHECKPOINTS:
         return None
     if not Path(path).exists():

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from dma_lightning.atomic_files import atomic_write, write_error
-from dma_lightning.checkpoint_content import check_content
+from dma_lightning.checkpoint_content import check_content, forget_paths
 from dma_lightning.reading import check_regular, verifies_content
 from dma_lightning.sharded_checkpoints import META, check_shards
 from dma_lightning.zip_checksums import check_records
@@ -57,6 +57,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if weights_only is not False and "://" in str(path):
             checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
             check_content(checkpoint)
+            forget_paths(checkpoint)
             return checkpoint
         path = local_checkpoint(path, weights_only)
         if path.is_dir():
@@ -128,6 +129,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = True) ->
         check_records(file)
         checkpoint = torch.load(file, weights_only=True, map_location=map_location, mmap=mmap)
         check_content(checkpoint)
+        forget_paths(checkpoint)
     except PermissionError as error:
         raise PermissionError(f"{path}: expected a checkpoint that you may read, got {error}; ask its owner") from error
     except pickle.UnpicklingError as error:  # torch advises to load what can run any code

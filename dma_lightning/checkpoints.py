@@ -108,7 +108,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._training = False  # whether there is something to save
         self._rng_to_load: list[dict[str, Any]] | None = None
         self._validated: int | None = None  # the step whose weights were validated last
-        self._asked_to_stop: int | None = None  # the signal that did
+        self._asked_to_stop: int | None = None  # the signal that asked
         self._locks, self._locked = ExitStack(), None  # the folder that no other run may write to
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

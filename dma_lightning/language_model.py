@@ -35,6 +35,10 @@ from dma_lightning.step_means import StepTotals, scale_gradients
 _INDUCTOR = {"realize_reads_threshold": 12}
 
 
+# Options of AdamW that are as they are here, whatever a checkpoint says.
+_ADAMW = {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False}
+
+
 class LanguageModel(PlainHyperparameters, pl.LightningModule):
     """Trains a Doge decoder with AdamW to predict the labels of each position.
 
@@ -45,8 +49,8 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         schedule: learning rate over the steps: wsd (warm-up, stable, linear decay to 0), cosine, or constant.
         warmup_fraction: share of trainer.max_steps in which the learning rate rises linearly.
         decay_fraction: share of trainer.max_steps in which wsd falls linearly.
-        bytes_per_token: mean bytes of a token; none for data that is no text. With it, bits per byte are reported, by
-            the exact `label_bytes` of batches that have them.
+        bytes_per_token: mean bytes of a token; none for data that is no text. Bits per byte do not depend on it: they
+            are reported for batches that have `label_bytes`.
         compile_layers: compile every layer and the loss (torch.compile), when a trainer runs the model.
         cuda_graphs: let the GPU start the kernels of compiled layers by itself, where the processor is too slow for
             them: small models, long steps of many kernels. For one GPU or DDP; each new shape of a batch costs memory.
@@ -93,7 +97,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         self._batches: list[StepTotals] = []  # of the step that is being made
         self._restored = False  # whether optimizer and schedule are those of a checkpoint
         self.step_loss: Tensor | None = None
-        """Mean loss of the last step over all of its labels, once its gradients are there; 0 if it has none."""
+        """Mean loss of the last step over all of its labels, set after its backward; 0 for a step without labels."""
         self.val_metrics = self._metrics()
         self.test_metrics = self._metrics()
 
@@ -200,7 +204,8 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         if self._batches_in_step == 1:
             loss.backward()
         else:
-            # Divided by a constant, so that gradients in half precision are of the size of the mean's.
+            # Divided by a constant, so that gradients in half precision do not overflow: they are at most as many times
+            # the mean's as a batch has sequences.
             loss.backward(self._batches[-1].labels / self.model.config.max_position_embeddings)
 
     def on_after_backward(self) -> None:
@@ -215,7 +220,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         self.step_loss = totals.mean
         if is_logging_step(self.trainer, before_step=True):
             logs = {"train/loss": self.step_loss, "train/perplexity": self.step_loss.exp()}
-            if self.hparams.bytes_per_token is not None:
+            if totals.size is not None:
                 logs["train/bits_per_byte"] = bits_per_byte(totals.nats_per_byte)
             # SpeedMonitor puts the loss into the progress bar; Lightning would wait for the device in every step.
             self.log_dict(logs)
@@ -261,18 +266,18 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the device of this run decide how the optimizer computes, not that of the checkpoint's."""
+        """Let this run decide how the optimizer computes, not the checkpoint."""
         self._restored = True
         for state in checkpoint.get("optimizer_states", []):
             for group in state["param_groups"]:
-                group["fused"] = self._fuses_optimizer
+                group.update(_ADAMW, fused=self._fuses_optimizer)
 
     def on_train_start(self) -> None:
         """Let the arguments of this run win over those of another that a checkpoint has restored."""
         self._batches.clear()  # of a step that was interrupted
-        if self._restored:  # else rates may be those that a learning-rate finder tries
+        scheduler = self.lr_schedulers()
+        if self._restored and isinstance(scheduler, LambdaLR):  # a learning-rate finder has one of its own
             self._restored = False
-            scheduler = self.lr_schedulers()
             self._set_rates(self.optimizers(use_pl_optimizer=False), scheduler.last_epoch)
             scheduler.base_lrs = [self.hparams.lr] * len(scheduler.base_lrs)
 
@@ -306,9 +311,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         logits = self._logits(batch)
         nats = self._token_losses(logits, batch["labels"]).sum()
         labels = (batch["labels"] != IGNORE_INDEX).sum(dtype=nats.dtype)
-        sizes = batch.get("label_bytes")
-        mean = self.hparams.bytes_per_token or 0.0
-        size = labels * mean if sizes is None else sizes.sum(dtype=nats.dtype)
+        size = batch["label_bytes"].sum(dtype=nats.dtype) if "label_bytes" in batch else None
         return nats / labels.clamp(min=1), logits, StepTotals(nats.detach(), labels, size)
 
     def _metrics(self) -> nn.ModuleDict:
@@ -318,16 +321,19 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             "perplexity": Perplexity(),
             # To validate its arguments would wait for the device.
             "accuracy": MulticlassAccuracy(**tokens, average="micro", validate_args=False),
+            "bits_per_byte": BitsPerByte(),
         }
-        if self.hparams.bytes_per_token is not None:
-            metrics["bits_per_byte"] = BitsPerByte()
         return nn.ModuleDict(metrics)
 
     def _evaluate(self, batch: Batch, split: Literal["val", "test"], metrics: nn.ModuleDict) -> None:
         _, logits, totals = self._loss(batch)
         for name, metric in metrics.items():
-            if isinstance(metric, MeanLoss):
-                metric.update(totals.nats, totals.size if isinstance(metric, BitsPerByte) else totals.labels)
+            if isinstance(metric, BitsPerByte):
+                if totals.size is None:
+                    continue
+                metric.update(totals.nats, totals.size)
+            elif isinstance(metric, MeanLoss):
+                metric.update(totals.nats, totals.labels)
             else:
                 metric.update(logits.argmax(-1), batch["labels"])
             self.log(f"{split}/{name}", metric, prog_bar=name in ("loss", "bits_per_byte", "accuracy"))

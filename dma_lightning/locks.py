@@ -1,4 +1,4 @@
-"""Folders that one process at a time may write to."""
+"""Locks, so that one process at a time writes to a folder."""
 
 import os
 import socket
@@ -15,7 +15,9 @@ LOCK, HOLDER = ".lock", ".lock-holder"  # files in a locked folder; the second s
 
 @contextmanager
 def locked_folder(folder: Path, advice: str) -> Iterator[None]:
-    """Be the only process that writes to a folder. The system ends the lock with the process, however that ends.
+    """Be the only process that writes to a folder.
+
+    Where the file system has locks, the system ends this one with the process, however that ends.
 
     Args:
         folder: an existing folder.
@@ -33,6 +35,7 @@ def locked_folder(folder: Path, advice: str) -> Iterator[None]:
     with lock:
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
         now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        (folder / HOLDER).unlink(missing_ok=True)  # a link would lead elsewhere
         (folder / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()} ({command}), since {now}")
         try:
             yield

@@ -14,6 +14,11 @@ def bits_per_byte(nats_per_byte: Tensor) -> Tensor:
     return nats_per_byte / math.log(2)
 
 
+def quotient(total: Tensor, count: Tensor) -> Tensor:
+    """A sum divided by how many it is of; NaN if these are none."""
+    return total / count.masked_fill(count == 0, torch.nan)
+
+
 class MeanLoss(Metric):
     """Sum of token losses in nats, divided by the number of tokens.
 
@@ -33,12 +38,11 @@ class MeanLoss(Metric):
         """Add a sum of losses over so many tokens."""
         added = torch.stack([nats, count]).float() - self.excess
         sums = self.sums + added
-        self.excess = (sums - self.sums) - added
+        self.excess = ((sums - self.sums) - added).nan_to_num(0, 0, 0)  # of infinities; a NaN stays in the sums
         self.sums = sums
 
     def compute(self) -> Tensor:
-        nats, count = self.sums - self.excess
-        return nats / count
+        return quotient(*(self.sums - self.excess))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: object) -> Self:
         """Move to another device, but keep float32 whatever the dtype of the model becomes."""

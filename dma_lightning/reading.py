@@ -1,4 +1,4 @@
-"""Reading files that may be damaged or hostile: regular files only, of known fields, with the content that was written.
+"""Reading files that may be damaged or hostile: only regular files, only known fields, only content that was written.
 
 Every error is one line that names the file and, where there is one, the field.
 """
@@ -6,11 +6,12 @@ Every error is one line that names the file and, where there is one, the field.
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 T = TypeVar("T")
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 VERIFY_VARIABLE = "DMA_VERIFY_FILES"  # environment variable: 0 skips the checks of content
 

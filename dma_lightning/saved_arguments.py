@@ -14,7 +14,7 @@ import yaml
 
 import dma_lightning.data
 from dma_lightning.checkpoint_files import local_checkpoint, read_checkpoint
-from dma_lightning.data import SequenceDataModule
+from dma_lightning.data import SequenceDataModule, TextDataModule
 from dma_lightning.model import ModelConfig
 from dma_lightning.reading import as_kind
 
@@ -85,6 +85,8 @@ def data_arguments(saved: Mapping[str, Any], path: Path, kind: type[SequenceData
     if kind is None:
         return SavedData(class_path)
     checked = _checked(arguments, kind, what)
+    if checked.get("tokenizer") is not None and kind is TextDataModule:
+        checked.setdefault("special_tokens", "parse")  # as it was before there was a choice
     files = {name: checked[name] for name in kind.file_arguments if checked.get(name) is not None}
     own = list(_configurations(path)) if files else []
     strange = {name: value for name, value in files.items() if not any(x.get(name) == value for x in own)}
@@ -116,7 +118,7 @@ def _registered(class_path: str | None) -> type[SequenceDataModule] | None:
 
 
 def _arguments(kind: type) -> Iterator[tuple[bool, dict[str, Any]]]:
-    """Arguments of `__init__` with their types, of a class and those above it, and whether the class takes them."""
+    """Arguments of `__init__` with their types, of a class and those above it, each with whether the class takes it."""
     taken = True
     for base in kind.__mro__:
         if "__init__" in vars(base):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -79,7 +79,8 @@ def check_shards(path: Path) -> None:
             a file is not whole.
     """
     for index in _indices(path):
-        for place in _read_index(index).storage_data.values():
+        content = _read_index(index)
+        for key, place in content.storage_data.items():
             name, offset, length = as_kind((place.relative_path, place.offset, place.length), _PLACE, f"{index}")
             file = path / name
             if Path(name).name != name or file.is_symlink():
@@ -89,8 +90,25 @@ def check_shards(path: Path) -> None:
                 raise ValueError(f"{file}: expected at least {offset + length} bytes, got {size}")
             try:
                 check_records(file, offset, length)
+                if isinstance(content.state_dict_metadata.get(key.fqn), BytesStorageMetadata):
+                    _check_plain(file, offset, length)  # strategies of others read these with less care
             except ValueError as error:
                 raise ValueError(f"{file}, byte {offset}: {error}") from error
+
+
+def _check_plain(file: Path, offset: int, length: int) -> None:
+    """Read a value that is no tensor.
+
+    Raises:
+        ValueError: if it is not plain.
+    """
+    with file.open("rb") as stream:
+        stream.seek(offset)
+        part = io.BytesIO(stream.read(length))
+    try:
+        torch.load(part, weights_only=True)
+    except Exception as error:  # torch raises whatever the damage leads to, and advises to read with less care
+        raise ValueError("expected a plain value, got one that could run any code, or is damaged") from error
 
 
 def sharded_weights(path: Path) -> dict[str, TensorStorageMetadata]:
@@ -117,14 +135,14 @@ def replace_folder(new: Path, path: Path) -> None:
     sync_folder(new)
     before = path.with_stem(f"{path.stem}-before")
     if path.exists() or path.is_symlink():
-        _remove(before)
+        remove(before)
         path.rename(before)  # still a checkpoint
     new.rename(path)
     sync_folder(path.parent)
-    _remove(before)
+    remove(before)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Delete a folder, a file or a link, if it is there."""
     if path.is_symlink() or path.is_file():
         path.unlink()

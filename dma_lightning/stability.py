@@ -121,8 +121,8 @@ class GradientGuard(pl.Callback):
                 f"{self._mean:.4g}; the largest gradient, {largest[0]:.4g}, is that of {largest[1]}"
             )
             return self._act(self.spike, what)
-        if loss == 0 or not math.isfinite(loss):  # of a step without labels, or with finite gradients all the same
-            return False
+        if loss == 0 or not math.isfinite(loss):
+            return False  # a step without labels, or a non-finite loss with finite gradients, says nothing of the mean
         self._count = min(self._count + 1, self.window)
         self._mean += (loss - self._mean) / self._count
         self.skipped_in_a_row = 0

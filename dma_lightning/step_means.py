@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dma_lightning.metrics import quotient
+
 
 @dataclass
 class StepTotals:
@@ -19,22 +21,25 @@ class StepTotals:
     Attributes:
         nats: sum of their losses.
         labels: how many there are.
-        size: bytes of text that they span; 0 where the data is no text.
+        size: bytes of source text that they stand for; None if the data does not say.
     """
 
     nats: Tensor
     labels: Tensor
-    size: Tensor
+    size: Tensor | None
 
     @classmethod
     def of(cls, batches: list["StepTotals"], processes: int) -> "StepTotals":
         """The sum over the batches of this process, and over all processes; each must ask."""
         if len(batches) == processes == 1:
             return batches[0]
-        totals = torch.stack([torch.stack([x.nats, x.labels, x.size]) for x in batches]).sum(0)
+        known = all(x.size is not None for x in batches)
+        rows = [torch.stack([x.nats, x.labels, x.size if known else x.labels]) for x in batches]
+        totals = torch.stack(rows).sum(0)
         if processes > 1:
             torch.distributed.all_reduce(totals)
-        return cls(*totals)
+        nats, labels, size = totals
+        return cls(nats, labels, size if known else None)
 
     @property
     def mean(self) -> Tensor:
@@ -43,8 +48,8 @@ class StepTotals:
 
     @property
     def nats_per_byte(self) -> Tensor:
-        """Loss for each byte of text; 0 for a step without labels."""
-        return self.nats / self.size.clamp(min=1)
+        """Loss for each byte of text; NaN for a step whose labels stand for none."""
+        return quotient(self.nats, self.size)
 
 
 @torch.no_grad()

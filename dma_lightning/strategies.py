@@ -1,7 +1,6 @@
 """Training of one model by several processes, as configurations name it."""
 
 import os
-import shutil
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from dma_lightning.checkpoint_files import check_readable, read_checkpoint
-from dma_lightning.sharded_checkpoints import META, load_sharded, replace_folder
+from dma_lightning.sharded_checkpoints import META, load_sharded, remove, replace_folder
 
 _FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -74,7 +73,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             return
         unfinished = path.with_name(f"{path.name}.tmp")
         if self.is_global_zero:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            remove(unfinished)  # of a killed process, or a link to a folder elsewhere
         self.barrier()
         super().save_checkpoint(checkpoint, unfinished, storage_options)
         self.barrier()

@@ -8,37 +8,33 @@ import os
 import signal
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NotRequired, TypedDict
+from typing import Any, ClassVar, NotRequired, TypedDict
 
 import lightning.pytorch as pl
-import msgspec
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dma_lightning.data.samplers import EvalSampler, PaddedDataset, TrainSampler
 from dma_lightning.plain_values import PlainHyperparameters
-from dma_lightning.reading import as_kind
+from dma_lightning.reading import Count, as_kind
 
 IGNORE_INDEX = -100
 POSITION_KEY = "position"  # in a checkpoint's state of the data
 
 
-_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-
-
 class _Position(TypedDict):
     """What a checkpoint says about the position in the training data; older ones know less."""
 
-    epoch: _Count
-    batches: _Count
-    batches_trained: _Count
-    batches_per_epoch: NotRequired[_Count]
-    seed: _Count
-    sequences: _Count
+    epoch: Count
+    batches: Count
+    batches_trained: Count
+    batches_per_epoch: NotRequired[Count]
+    seed: Count
+    sequences: Count
     fingerprint: NotRequired[str | None]
-    processes: _Count
-    batch_size: _Count
+    processes: Count
+    batch_size: Count
 
 
 class Batch(TypedDict):
@@ -87,7 +83,7 @@ class SequenceDataModule(PlainHyperparameters, pl.LightningDataModule):
 
     @property
     def fingerprint(self) -> str | None:
-        """Of the training data, such as a hash, other for others; None if there is none."""
+        """What identifies the training data, such as a hash; None if nothing does."""
         return None
 
     def __init__(
@@ -247,7 +243,8 @@ def _check_same_batches(
     if saved.get("fingerprint") not in (None, fingerprint):
         raise ValueError(
             f"the checkpoint was made within an epoch: expected its training data ({saved['fingerprint']}), got others "
-            f"({fingerprint}); give the same data, or go on from a checkpoint of an epoch's end"
+            f"({fingerprint}); give the same data (and data.special_tokens), or go on from a checkpoint of an epoch's "
+            "end"
         )
     if saved.get("batches_per_epoch") not in (None, batches_per_epoch):
         raise ValueError(

@@ -11,14 +11,13 @@ import numpy as np
 from tqdm import tqdm
 
 from dma_lightning.data.arrays import LengthType, ends_size, largest_token, mapped
-from dma_lightning.reading import read_json, sha256
+from dma_lightning.reading import Count, read_json, sha256
 from dma_lightning.tokenizers import SpecialTokens
 
 VERSION = 2  # version 1 has no bytes of each token
 PLAN, MANIFEST, TOKENIZER = "plan.json", "manifest.json", "tokenizer.json"
 _THREADS = 8  # that check shards; more than disks serve at once
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 SHA256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 

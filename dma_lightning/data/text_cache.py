@@ -112,6 +112,11 @@ class TextCache:
             for file in self.files:
                 check_regular(file, "a file of the text cache")
             record = read_json(self.record, CacheRecord, "a record of the text cache")
+        except PermissionError as error:
+            raise ValueError(
+                f"{self.record}: expected a text cache that you may read, got one of another user; name another by "
+                "data.cache_dir"
+            ) from error
         except ValueError as error:
             raise _NotWholeError(str(error)) from error
         self._check_sizes(record)
@@ -148,7 +153,7 @@ class TextCache:
         """Let nobody else read the files, whose text has become private."""
         for file in self.files:
             if file.stat().st_mode & 0o077:
-                with suppress(PermissionError):  # of another user, who may have published the text
+                with suppress(OSError):  # of another user, who may have published the text, or on a read-only disk
                     file.chmod(_PRIVATE)
 
     def _check_sizes(self, record: CacheRecord) -> None:

@@ -16,6 +16,7 @@ import pytest
 import small_run
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 from small_run import CHECKPOINTS, DATA, SIZES, TRAINER, changed, fit, validate
 
 from dma_lightning import LanguageModel, MQARDataModule, PreparedDataModule, TextDataModule
@@ -27,6 +28,7 @@ from dma_lightning.data import SequenceDataModule
 from dma_lightning.locks import locked_folder
 from dma_lightning.plain_values import plain
 from dma_lightning.prepare_command import prepare
+from dma_lightning.saved_arguments import data_arguments
 from dma_lightning.trained_models import load_checkpoint
 
 LAST = f"{CHECKPOINTS}/last.ckpt"
@@ -234,7 +236,6 @@ def test_parts_of_another_type_are_named(part: str | None, name: str, value: obj
     [
         ("rng_states", [{"python": 3}]),
         ("loops", {"fit_loop": {"epoch_loop.batch_progress": 3}}),
-        ("lr_schedulers", [{}]),
     ],
 )
 def test_states_that_cannot_be_restored_are_told(name: str, value: object, run: Path) -> None:
@@ -443,6 +444,62 @@ def test_a_lock_is_that_of_all_callbacks_and_processes_of_a_run(
         stranger._lock(SimpleNamespace(is_global_zero=False, checkpoint_callbacks=[stranger]))
 
 
+SCHEDULER = {"last_epoch": 3, "_step_count": 4, "base_lrs": [0.1], "_last_lr": [0.1]}
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"lr_schedulers": [{}]}, "missing required field `last_epoch`"),
+        ({"lr_schedulers": [SCHEDULER | {"last_epoch": "x"}]}, r"Expected `int`, got `str` - at `\$\.lr_schedulers"),
+        (
+            {"lr_schedulers": [SCHEDULER | {"step": 1}]},
+            r"lr_schedulers: expected the state of LambdaLR, got \['step'\]",
+        ),
+        ({"loops": {"fit_loop": {"x": [{"completed": "x"}]}}}, r"loops\.fit_loop\.x\.0\.completed: expected a number"),
+        (
+            {"optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(1).expand(9)}}, "param_groups": []}]},
+            r"optimizer_states\.0\.state\.0\.exp_avg: expected \(9,\) numbers in the file, got fewer",
+        ),
+    ],
+)
+def test_states_of_another_kind_are_told(part: dict[str, Any], message: str, tmp_path: Path) -> None:
+    torch.save(part, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_lightnings_own_callback_removes_nothing_that_a_checkpoint_names(run: Path) -> None:
+    (run / "important").mkdir()
+    (run / "important/a.txt").write_text("keep")
+    state = ModelCheckpoint(dirpath=run / "checkpoints").state_dict()
+    state |= {"best_model_path": "checkpoints/../important", "best_k_models": {"checkpoints/../important": 1}}
+    evil = changed(lambda content: content["callbacks"].update({ModelCheckpoint().state_key: state}))
+    quiet = ["--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
+    small_run.cli("fit", "--trainer.accelerator=cpu", "--trainer.max_steps=6", *quiet, f"--ckpt_path={evil}", *DATA)
+    assert list(run.glob("checkpoints/*.ckpt"))
+    assert (run / "important/a.txt").read_text() == "keep"
+
+
+def test_links_do_not_lead_writing_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("keep")
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "last.ckpt.tmp").symlink_to(tmp_path / "victim")
+    (folder / ".lock-holder").symlink_to(tmp_path / "victim")
+    with locked_folder(folder, "wait"):
+        AtomicCheckpointIO().save_checkpoint({"global_step": 1}, folder / "last.ckpt")
+    assert read_checkpoint(folder / "last.ckpt")["global_step"] == 1
+    assert (tmp_path / "victim").read_text() == "keep"
+
+
+def test_a_tokenizers_data_of_before_are_read_as_before(run: Path) -> None:
+    """There was no choice of what becomes of text that spells a special token."""
+    saved = {"_class_path": "dma_lightning.TextDataModule", "tokenizer": "t.json", "sequence_length": 16}
+    found = data_arguments({"datamodule_hyper_parameters": saved}, run / CHECKPOINTS / "last.ckpt")
+    assert found.arguments["special_tokens"] == "parse"
+
+
 def test_pipes_are_not_opened(run: Path) -> None:
     pipe = Path(CHECKPOINTS, "step=9.ckpt")
     os.mkfifo(pipe)
@@ -457,6 +514,8 @@ def test_pipes_are_not_opened(run: Path) -> None:
             call(pipe)
     with pytest.raises(ValueError, match="is not a regular file"):
         saved_defaults(pipe)
+    with pytest.raises(ValueError, match="is not a regular file"):
+        validate(f"file://{pipe.absolute()}")
 
 
 class Harmful:

@@ -26,7 +26,8 @@ class Sequences(Dataset):
         ids = torch.randint(0, 64, (33,), generator=torch.Generator().manual_seed(index))
         labels = ids[1:].clone()
         labels[8 * (index % 5) :] = IGNORE_INDEX
-        return {"input_ids": ids[:-1], "labels": labels} | {name: x[index] for name, x in self.fields.items()}
+        size = {"label_bytes": torch.tensor(16 * (index % 5))}  # two for each
+        return {"input_ids": ids[:-1], "labels": labels} | size | {name: x[index] for name, x in self.fields.items()}
 
 
 def small_model(**options: object) -> LanguageModel:
@@ -58,6 +59,31 @@ def test_a_nan_shows(kind: type[MeanLoss]) -> None:
     assert metric.compute().isnan()
 
 
+@pytest.mark.parametrize("kind", [MeanLoss, Perplexity, BitsPerByte])
+def test_infinities_show(kind: type[MeanLoss]) -> None:
+    metric = kind()
+    for value in (1.0, math.inf, 1.0):
+        metric.update(torch.tensor(value), torch.tensor(4))
+    assert metric.compute() == math.inf
+
+
+def test_figures_of_nothing_are_not_known() -> None:
+    metric = BitsPerByte()
+    metric.update(torch.tensor(3.0), torch.tensor(0))  # end tokens alone
+    assert metric.compute().isnan()
+
+
+def test_bits_per_byte_are_left_out_where_nobody_knows_the_bytes() -> None:
+    class Unknown(Sequences):
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            item = super().__getitem__(index)
+            del item["label_bytes"]
+            return item
+
+    found = quiet_trainer().validate(small_model(bytes_per_token=4.9), DataLoader(Unknown(4)), verbose=False)[0]
+    assert set(found) == {"val/loss", "val/perplexity", "val/accuracy"}
+
+
 def test_perplexity_is_that_of_the_mean() -> None:
     metric = Perplexity()
     metric.update(torch.tensor(255.0), torch.tensor(3))  # each token's probability is below the smallest float
@@ -74,7 +100,7 @@ def test_bits_per_byte() -> None:
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true", "16-true"])
 def test_figures_do_not_depend_on_the_dtype_of_the_model(precision: str) -> None:
-    module, trainer = small_model(bytes_per_token=2.0), quiet_trainer(precision=precision)
+    module, trainer = small_model(), quiet_trainer(precision=precision)
     loader = DataLoader(Sequences(300), batch_size=1)
     found = trainer.validate(module, loader, verbose=False)[0]
     nats = labels = right = 0
@@ -92,7 +118,7 @@ def test_figures_do_not_depend_on_the_dtype_of_the_model(precision: str) -> None
 
 def test_bits_per_byte_take_the_bytes_of_the_labels() -> None:
     sizes = torch.arange(30) ** 2
-    module = small_model(bytes_per_token=7.0)
+    module = small_model()
     loader = DataLoader(Sequences(30, label_bytes=sizes), batch_size=4)
     found = quiet_trainer().test(module, loader, verbose=False)[0]
     nats = sum(module._loss(batch)[2].nats.item() for batch in loader)
@@ -101,7 +127,7 @@ def test_bits_per_byte_take_the_bytes_of_the_labels() -> None:
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_nan_in_one_batch_shows_in_all_losses(split: str) -> None:
-    module = small_model(bytes_per_token=1.0, tie_word_embeddings=False)
+    module = small_model(tie_word_embeddings=False)
     with torch.no_grad():
         module.model.embed_tokens.weight[Sequences(8)[6]["input_ids"][0]] = math.nan
     run = {"val": quiet_trainer().validate, "test": quiet_trainer().test}[split]

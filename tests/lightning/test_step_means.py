@@ -58,7 +58,7 @@ def steps(labels: list[int], batch_size: int, accumulate: int, *callbacks: pl.Ca
     trainer = quiet_trainer(
         max_epochs=1, accumulate_grad_batches=accumulate, callbacks=[found, *callbacks], log_every_n_steps=1, **options
     )
-    trainer.fit(small_model(lr=1e-300, bytes_per_token=1.0), DataLoader(Labelled(labels), batch_size=batch_size))
+    trainer.fit(small_model(lr=1e-300), DataLoader(Labelled(labels), batch_size=batch_size))
     return found
 
 
@@ -133,6 +133,18 @@ def test_the_tuner_tries_the_rates_that_it_reports(rates: list[float]) -> None:
     assert rates[0] == pytest.approx(1e-6)
     assert max(rates) > 0.1
     assert module.hparams.lr == 3e-3
+
+
+def test_a_resumed_run_leaves_the_rates_to_the_finder(rates: list[float]) -> None:
+    loader = DataLoader(Labelled([32] * 80), batch_size=2)
+    trainer = pl.Trainer(accelerator="cpu", max_steps=3, logger=False, enable_progress_bar=False)
+    trainer.fit(small_model(lr=3e-3), loader)
+    (checkpoint,) = Path("checkpoints").glob("*.ckpt")
+    rates.clear()
+    finder = LearningRateFinder(num_training_steps=20, **FINDER)
+    quiet_trainer(max_steps=8, callbacks=[finder]).fit(small_model(lr=3e-3), loader, ckpt_path=checkpoint)
+    assert rates[:4] == pytest.approx(finder.optimal_lr.results["lr"][:4])
+    assert rates[1] < 1e-5
 
 
 def test_training_begins_with_the_rate_that_was_found(rates: list[float]) -> None:
