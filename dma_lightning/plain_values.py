@@ -12,7 +12,7 @@ import numpy as np
 
 
 class PlainHyperparameters:
-    """For modules of Lightning: saves their arguments as plain values, which every checkpoint of them can hold."""
+    """For modules of Lightning: saves their arguments as plain values, so that checkpoints can be read again."""
 
     def save_hyperparameters(self, *args: Any, frame: FrameType | None = None, **options: Any) -> None:
         """Save the arguments of `__init__`, as Lightning does.
