@@ -31,7 +31,7 @@ from dma_flex import (
     lifetime_mask_mod,
 )
 from dma_kernels import segment_attention
-from dma_kernels.key_gradients import key_gradients
+from dma_kernels.attention.key_gradients import key_gradients
 
 HEAD_DIM, REPEATS = 128, 3
 # Query heads, KV heads, N, w: ours, and the paper's.

@@ -23,7 +23,7 @@ from gpu_attention import time_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dma_kernels.block_attention import block_attention
+from dma_kernels.selected_blocks.attention import block_attention
 from dma_lightning.mixers.block_selection import BlockGrid
 from dma_lightning.mixers.position_cache import PositionCache
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dma_kernels import DynamicMaskCache, KeyCache, fused_attention
-from dma_kernels.key_cache import StepBackend
+from dma_kernels.decoding.dynamic_cache import StepBackend
 from dma_lightning import DogeForCausalLM
 from dma_lightning.sizes_command import read_config
 

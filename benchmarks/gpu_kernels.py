@@ -24,11 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dma_flex import flex_segment_attention
 from dma_kernels import Lifetimes, SegmentSlots, fused_attention, segment_attention
-from dma_kernels.fused_attention import attend_slots
-from dma_kernels.triton_forward import launch_forward
-from dma_kernels.triton_gather import launch_gather_rows, launch_sum_copies
-from dma_kernels.triton_key_gradients import launch_key_gradients
-from dma_kernels.triton_query_gradients import launch_query_gradients
+from dma_kernels.attention.kernels.forward import launch_forward
+from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
+from dma_kernels.attention.kernels.query_gradients import launch_query_gradients
+from dma_kernels.attention.ops import attend_slots
+from dma_kernels.segments.gather_kernels import launch_gather_rows, launch_sum_copies
 
 # Query heads, KV heads, N, w: ours, and the paper's.
 SHAPES = [(16, 4, 32768, 1024), (16, 4, 131072, 2048)]

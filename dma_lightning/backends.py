@@ -18,7 +18,7 @@ from torch.utils._triton import has_triton
 
 from dma_flex import flex_segment_attention
 from dma_kernels import Lifetimes, fused_attention, reference_attention, reference_mask, segment_attention
-from dma_kernels.fused_attention import KERNEL_DTYPES, MAX_HEAD_DIM
+from dma_kernels.attention.ops import KERNEL_DTYPES, MAX_HEAD_DIM
 
 logger = logging.getLogger(__name__)
 

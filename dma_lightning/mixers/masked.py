@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dma_flex import flex_mask_attention
 from dma_kernels import Lifetimes
-from dma_kernels.fused_attention import KERNEL_DTYPES
+from dma_kernels.attention.ops import KERNEL_DTYPES
 from dma_lightning.mixers.position_cache import Places
 
 _ROWS = 256  # queries whose mask is in memory at once, for all heads of a group

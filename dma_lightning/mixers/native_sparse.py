@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dma_kernels.block_attention import block_attention, block_attention_reference, kernels_take
+from dma_kernels.selected_blocks.attention import block_attention, block_attention_reference, kernels_take
 from dma_lightning.backends import Backend, check_backend, explain_backend, resolve_backend
 from dma_lightning.mixers.base import GroupedQueryMixer, check_mixer_input, mean_keys, positions_of
 from dma_lightning.mixers.block_selection import BlockGrid

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from dma_flex.block_masks import block_mask
 from dma_flex.segment_attention import check_differentiable, told_recompile_limit
 from dma_kernels import Lifetimes
-from dma_kernels.attention_inputs import check_attention_inputs, check_lifetimes
+from dma_kernels.checks import check_attention_inputs, check_lifetimes
 
 
 def flex_mask_attention(q: Tensor, k: Tensor, v: Tensor, lifetimes: Lifetimes, scale: float | None = None) -> Tensor:

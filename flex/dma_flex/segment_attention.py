@@ -17,11 +17,11 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from dma_flex.mods import key_bias_score_mod
 from dma_flex.segment_plan import SegmentPlan
 from dma_kernels import Lifetimes
-from dma_kernels.attention_inputs import check_attention_inputs, check_lifetimes
-from dma_kernels.gather import sum_copies
-from dma_kernels.key_gradients import key_gradients
+from dma_kernels.attention.key_gradients import key_gradients
+from dma_kernels.checks import check_attention_inputs, check_lifetimes
 from dma_kernels.precision import without_autocast
 from dma_kernels.scores import saturated
+from dma_kernels.segments.gather import sum_copies
 
 
 def flex_segment_attention(

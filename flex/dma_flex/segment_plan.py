@@ -12,8 +12,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from dma_flex.block_masks import block_tables, check_block_size, mask_of_tables
 from dma_flex.mods import lifetime_mask_mod
 from dma_kernels import Lifetimes
-from dma_kernels.gather import Copies
-from dma_kernels.segment_slots import segment_slots
+from dma_kernels.segments.gather import Copies
+from dma_kernels.segments.slots import segment_slots
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ B batch, H query heads, G KV heads, N length, D head dim.
 import torch
 from torch import Tensor
 
-from dma_kernels.attention_inputs import check_attention_inputs
+from dma_kernels.checks import check_attention_inputs
 from dma_kernels.lifetimes import check_selection, document_runs
 from dma_kernels.precision import without_autocast
 from dma_kernels.scores import ordered_bits, saturated

@@ -21,13 +21,13 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from dma_kernels.kernel_configs import Kernel, KernelConfig, tuned_file
+from dma_kernels.attention.configs import Kernel, KernelConfig, tuned_file
+from dma_kernels.attention.kernels.forward import launch_forward
+from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
+from dma_kernels.attention.kernels.query_gradients import launch_query_gradients
 from dma_kernels.lifetimes import Lifetimes
-from dma_kernels.segment_slots import SegmentSlots
-from dma_kernels.triton_forward import launch_forward
-from dma_kernels.triton_gather import launch_gather_rows
-from dma_kernels.triton_key_gradients import launch_key_gradients
-from dma_kernels.triton_query_gradients import launch_query_gradients
+from dma_kernels.segments.gather_kernels import launch_gather_rows
+from dma_kernels.segments.slots import SegmentSlots
 
 _WINDOW = 1024
 _CONFIGS = {  # by bytes of an element

@@ -6,7 +6,7 @@ import torch
 
 from dma_kernels import Lifetimes, SegmentLayout, reference_mask
 from dma_kernels.scores import ordered_bits
-from dma_kernels.selection import KeyOrder, top_w_deaths
+from dma_kernels.selection.plain import KeyOrder, top_w_deaths
 
 
 def make_ranks(ties: bool, length: int) -> torch.Tensor:

@@ -8,12 +8,12 @@ from poison import poisoned_buffers
 from torch import Tensor
 
 from dma_kernels import Lifetimes, SegmentLayout
-from dma_kernels.gather import gather_rows_reference, sum_copies_reference
-from dma_kernels.key_gradients import key_gradients_reference
+from dma_kernels.attention.key_gradients import key_gradients_reference
+from dma_kernels.segments.gather import gather_rows_reference, sum_copies_reference
 
 pytest.importorskip("triton")
-from dma_kernels.triton_gather import launch_gather_rows, launch_sum_copies
-from dma_kernels.triton_key_gradients import launch_key_gradients
+from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
+from dma_kernels.segments.gather_kernels import launch_gather_rows, launch_sum_copies
 
 ON_GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]

@@ -1,0 +1,126 @@
+"""The Triton kernel of the forward pass.
+
+A program keeps a tile of queries in registers and passes over the slots of its segment: first, without masking, the
+beginnings of the snapshot and of the own keys that all of its queries see, then the rest of the snapshot prefix and of
+the own keys born so far.
+
+B batch, H query heads, G KV heads, N length, D head dim, S segment length, K slots, Z = B * segments.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dma_kernels.attention.configs import KernelConfig, kernel_config
+from dma_kernels.attention.kernels.common import (
+    SIZES,
+    aligned,
+    count_slot_tiles,
+    float32_precision,
+    locate_rows,
+    padded_head_dim,
+    slot_block,
+    slot_of,
+    slot_tiles,
+    tile_logits,
+)
+
+
+@triton.jit
+def _attend_tile(
+    b_out, b_max, b_sum, b_q, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
+    BLOCK_K: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of keys to the running softmax."""
+    b_k = d_k.load([i_line + i_slot, 0])  # [BLOCK_K, BLOCK_D]
+    b_logits = tile_logits(b_q, b_k, p_bias, p_birth, p_death, i_slot, o_t, scale, BLOCK_K, MASKED, PRECISION)
+    b_new = tl.maximum(b_max, tl.max(b_logits, axis=1))
+    b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)  # nothing seen so far: 0, not NaN
+    b_p = tl.exp2(b_logits - b_shift[:, None])
+    b_decay = tl.exp2(b_max - b_shift)
+    b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
+    b_v = d_v.load([i_line + i_slot, 0])
+    b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision=PRECISION)
+    return b_out, b_new, b_sum
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _forward_kernel(
+    p_q, d_k, d_v, p_bias, p_birth, p_death, p_out, p_lse,
+    q_b, q_h, q_n, out_b, out_h, out_n, kv_heads, mask_heads, group, length, segments, segment, snapshot, keys, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of one tile of queries."""
+    i_zg, i_z, i_g, i_b, i_tile, o_t, o_h, o_n, m_row = locate_rows(kv_heads, group, length, segments, segment, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_q = m_row[:, None] & (o_d < D)[None, :]
+    b_q = tl.load(p_q + (i_b * q_b + o_h * q_h + o_n * q_n)[:, None] + o_d[None, :], mask=m_q, other=0.0)
+    i_line = i_zg * keys
+    p_bias += i_line.to(tl.int64)
+    p_birth += (i_z * mask_heads + i_g % mask_heads).to(tl.int64) * keys
+    p_death += (i_z * mask_heads + i_g % mask_heads).to(tl.int64) * keys
+    full, own_full, partial, own_partial = count_slot_tiles(
+        p_birth, p_death, snapshot, keys, i_tile, group, segment, BLOCK_M, BLOCK_K
+    )
+
+    b_out = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    b_max, b_sum = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], dtype=tl.float32)
+    for i in range(full + own_full):
+        i_slot = slot_of(i, full, 0, snapshot, BLOCK_K)
+        b_out, b_max, b_sum = _attend_tile(
+            b_out, b_max, b_sum, b_q, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
+            BLOCK_K, False, PRECISION,
+        )  # fmt: skip
+    for i in range(partial + own_partial):
+        i_slot = slot_of(i, partial, full * BLOCK_K, snapshot + own_full * BLOCK_K, BLOCK_K)
+        b_out, b_max, b_sum = _attend_tile(
+            b_out, b_max, b_sum, b_q, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
+            BLOCK_K, True, PRECISION,
+        )  # fmt: skip
+    b_lse = tl.where(b_sum == 0.0, -float("inf"), b_max + tl.log2(b_sum))
+    b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    p_tile = p_out + (i_b * out_b + o_h * out_h + o_n * out_n)[:, None] + o_d[None, :]
+    tl.store(p_tile, b_out.to(p_out.dtype.element_ty), mask=m_q)
+    tl.store(p_lse + (i_b * kv_heads * group + o_h) * length + o_n, b_lse, mask=m_row)
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    birth: Tensor,
+    death: Tensor,
+    segment_length: int,
+    scale: float,
+    config: KernelConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, H, N, D]` and log-sum-exp in base 2, `[B, H, N]` in float32, for float32, bfloat16 and float16.
+
+    Args:
+        q: `[B, H, N, D]`.
+        k: in segment order, contiguous, `[Z, G, K, D]`; K - S snapshot slots and K are multiples of a tile.
+        v: `[Z, G, K, D]`.
+        bias: float32 `[Z, G, K]`.
+        birth: first query of the segment that sees a slot, int32 `[Z, G or 1, K]`; own slots in order of birth.
+        death: first later query that no longer does, same shape; snapshot slots in falling order.
+        segment_length: S.
+        scale: factor of q·k.
+        config: by default that of `kernel_config`.
+    """
+    (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
+    q, block_d = aligned(q), padded_head_dim(head_dim)
+    out = torch.empty((batch, length, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
+    lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
+    block_m, block_k, warps, stages, registers = config or kernel_config("forward", q, block_d)
+    group, snapshot = heads // kv_heads, keys - segment_length
+    block_k = slot_block(block_k, keys, snapshot)
+    _forward_kernel[(triton.cdiv(segment_length * group, block_m) * z * kv_heads,)](
+        q, slot_tiles(k, block_k, block_d), slot_tiles(v, block_k, block_d), bias, birth, death, out, lse,
+        *q.stride()[:3], *out.stride()[:3],
+        kv_heads, birth.shape[1], group, length, z // batch, segment_length, snapshot, keys, scale,
+        D=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_K=block_k,
+        PRECISION=float32_precision(), num_warps=warps, num_stages=stages, maxnreg=registers,
+    )  # fmt: skip
+    return out, lse

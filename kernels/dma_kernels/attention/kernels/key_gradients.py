@@ -1,0 +1,158 @@
+"""The Triton kernel of the gradients of keys, values and key biases: deterministic, no atomics.
+
+A program keeps a tile of keys and their gradients in registers and passes over the queries that see any of them, in
+all heads of the group. Tiles of queries that all see all of these keys need no mask; they come first.
+
+B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S segment length, K slots, Z = B * segments.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dma_kernels.attention.configs import KernelConfig, kernel_config
+from dma_kernels.attention.kernels.common import (
+    LOG2_E,
+    SIZES,
+    aligned,
+    float32_precision,
+    padded_head_dim,
+    query_tiles,
+    slot_block,
+    slot_tiles,
+)
+from dma_kernels.score_kernels import LARGEST_SCORE
+
+
+@triton.jit
+def _add_query_tile(
+    b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, d_q, d_do, p_lse, p_delta,
+    i_b, i_h, i_start, i_tile, length, count, scale,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what one tile of queries contributes to the gradients of the keys."""
+    o_s = i_tile * BLOCK_S + tl.arange(0, BLOCK_S)
+    m_s = o_s < count
+    b_q = d_q.load([i_b, i_h, i_start + i_tile * BLOCK_S, 0]).reshape([BLOCK_S, BLOCK_D])
+    b_do = d_do.load([i_b, i_h, i_start + i_tile * BLOCK_S, 0]).reshape([BLOCK_S, BLOCK_D])
+    o_line = i_h * length + i_start + o_s
+    b_lse = tl.load(p_lse + o_line, mask=m_s, other=0.0)
+    b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse)  # nobody to look at, or all at -inf: P is 0, not NaN
+    b_delta = tl.load(p_delta + o_line, mask=m_s, other=0.0)
+
+    b_logits = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2_E) + b_bias[:, None]
+    b_p = tl.exp2(b_logits - b_lse[None, :])  # [BLOCK_K, BLOCK_S], rounded as in the forward
+    if MASKED:
+        visible = (b_birth[:, None] <= o_s[None, :]) & (o_s[None, :] < b_death[:, None]) & m_s[None, :]
+        b_p = tl.where(visible, b_p, 0.0)
+    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+    b_ds = b_p * (tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) - b_delta[None, :])
+    if MASKED:
+        b_ds = tl.where(visible, b_ds, 0.0)  # P = 0 does not stop an infinity or NaN of a query that sees no key
+    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv, b_dbias + tl.sum(b_ds, axis=1)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _key_gradients_kernel(
+    d_q, d_k, d_v, p_bias, p_birth, p_death, p_lse, p_delta, d_do, d_dk, d_dv, p_dbias,
+    kv_heads, mask_heads, group, length, segments, segment, keys, scale,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one tile of keys."""
+    key_tiles = keys // BLOCK_K
+    i_zg, i_tile = tl.program_id(0) // key_tiles, tl.program_id(0) % key_tiles
+    i_z, i_g = i_zg // kv_heads, i_zg % kv_heads
+    i_line = i_zg * keys + i_tile * BLOCK_K
+    o_k = i_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_mask = (i_z * mask_heads + i_g % mask_heads).to(tl.int64) * keys + o_k
+    b_birth, b_death = tl.load(p_birth + o_mask), tl.load(p_death + o_mask)
+    b_score = tl.load(p_bias + i_zg.to(tl.int64) * keys + o_k).to(tl.float32)
+    b_bias = b_score * LOG2_E
+    b_dk = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+    b_dv = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+    b_dbias = tl.zeros([BLOCK_K], dtype=tl.float32)
+    i_b, i_start = i_z // segments, i_z % segments * segment
+    count = tl.minimum(length - i_start, segment)
+    p_lse += i_b.to(tl.int64) * kv_heads * group * length
+    p_delta += i_b.to(tl.int64) * kv_heads * group * length
+
+    # Tiles of queries: `tiles` from `first` on in which a key is seen, of these `full` from `begin` on see all keys.
+    lives = b_death > b_birth
+    first = tl.maximum(tl.min(tl.where(lives, b_birth, count)), 0) // BLOCK_S
+    tiles = tl.maximum(tl.cdiv(tl.minimum(tl.max(tl.where(lives, b_death, 0)), count), BLOCK_S) - first, 0)
+    begin = tl.cdiv(tl.maximum(tl.max(b_birth), 0), BLOCK_S)
+    full = tl.maximum(tl.minimum(tl.min(b_death), count) // BLOCK_S - begin, 0)
+    rest = tiles - full
+    if tiles > 0:
+        b_k, b_v = d_k.load([i_line, 0]), d_v.load([i_line, 0])  # [BLOCK_K, BLOCK_D]
+        for i in range(group * full):
+            b_dk, b_dv, b_dbias = _add_query_tile(
+                b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, d_q, d_do, p_lse, p_delta,
+                i_b, i_g * group + i // full, i_start, begin + i % full, length, count, scale,
+                BLOCK_D, BLOCK_S, False, PRECISION,
+            )  # fmt: skip
+        for i in range(group * rest):
+            i_rest = first + i % rest
+            i_rest += tl.where((full > 0) & (i_rest >= begin), full, 0)
+            b_dk, b_dv, b_dbias = _add_query_tile(
+                b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, d_q, d_do, p_lse, p_delta,
+                i_b, i_g * group + i // rest, i_start, i_rest, length, count, scale,
+                BLOCK_D, BLOCK_S, True, PRECISION,
+            )  # fmt: skip
+    d_dk.store([i_line, 0], (b_dk * scale).to(d_dk.dtype))
+    d_dv.store([i_line, 0], b_dv.to(d_dv.dtype))
+    b_dbias = tl.where(tl.abs(b_score) == LARGEST_SCORE, 0.0, b_dbias)  # saturated
+    tl.store(p_dbias + i_zg.to(tl.int64) * keys + o_k, b_dbias)
+
+
+def launch_key_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    birth: Tensor,
+    death: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_out: Tensor,
+    scale: float,
+    segment_length: int | None = None,
+    config: KernelConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`key_gradients` for float32, bfloat16 and float16; `q` may be `[B, H, N, D]`, cut into segments of S positions.
+
+    `lse` is in base 2. By default a sequence is one segment, and `config` that of `kernel_config`.
+
+    Raises:
+        ValueError: for another dtype.
+    """
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"expected q in float32, bfloat16 or float16, got {q.dtype}")
+    if missing := -q.shape[-1] % (16 // q.element_size()):  # tensor descriptors step by 16 bytes
+        q, k, v, grad_out = (F.pad(x, (0, missing)) for x in (q, k, v, grad_out))
+        *dkv, dbias = launch_key_gradients(
+            q, k, v, bias, birth, death, lse, delta, grad_out, scale, segment_length, config
+        )  # fmt: skip
+        return *(x[..., :-missing].contiguous() for x in dkv), dbias
+    q, grad_out = aligned(q), aligned(grad_out)
+    k, v, bias, birth, death, lse, delta = (x.contiguous() for x in (k, v, bias, birth, death, lse, delta))
+    (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    dbias = torch.empty(k.shape[:3], dtype=torch.float32, device=k.device)
+    if not dbias.numel():
+        return dk, dv, dbias
+    block_d = padded_head_dim(head_dim)
+    block_k, block_s, warps, stages, registers = config or kernel_config("key gradients", q, block_d)
+    block_k = slot_block(block_k, keys)
+    # One axis: the others take no more than 65,535 programs.
+    _key_gradients_kernel[(keys // block_k * z * kv_heads,)](
+        query_tiles(q, block_s, block_d), *(slot_tiles(x, block_k, block_d) for x in (k, v)), bias, birth, death,
+        lse, delta, query_tiles(grad_out, block_s, block_d), *(slot_tiles(x, block_k, block_d) for x in (dk, dv)),
+        dbias, kv_heads, birth.shape[1], heads // kv_heads, length, z // batch, segment_length or length, keys, scale,
+        BLOCK_D=block_d, BLOCK_S=block_s, BLOCK_K=block_k,
+        PRECISION=float32_precision(), num_warps=warps, num_stages=stages, maxnreg=registers,
+    )  # fmt: skip
+    return dk, dv, dbias

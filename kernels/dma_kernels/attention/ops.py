@@ -1,0 +1,216 @@
+"""Attention over lifetimes by Triton kernels: gather into segments, forward, backward, sum of a key's copies.
+
+Two operations, opaque to torch.compile, and the function around them. The backward is two kernels of together seven
+matrix products and no atomics, so the same inputs give the same bits in every run: on an H200 that is faster than one
+kernel of five products that adds up the gradient of the queries by atomics (`benchmarks/NOTES.md`).
+
+B batch, H query heads, G KV heads, N length, D head dim, S segment length, K slots, Z = B * segments.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.utils._triton import has_triton_package
+
+from dma_kernels.checks import check_attention_inputs, check_lifetimes, check_no_tangents
+from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.segments.slots import SegmentSlots
+
+# What the kernels can do.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    lifetimes: Lifetimes,
+    scale: float | None = None,
+    segment_length: int | None = None,
+    slots: SegmentSlots | None = None,
+) -> Tensor:
+    """Softmax attention over the live keys, with the scores as additive bias, by Triton kernels.
+
+    Differentiable in q, k, v and scores; the same bits in every run. A NaN in v, which also makes the rank of its key
+    NaN, or an infinity shows in all queries of a segment that pass over the key's tile, also in earlier ones.
+
+    Args:
+        q: `[B, H, N, D]`, float32, bfloat16 or float16; products are accumulated in float32.
+        k: `[B, G, N, D]`, H a multiple of G.
+        v: `[B, G, N, D]`.
+        scores: bias of each key, float32 `[B, G, N]`.
+        lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
+        scale: factor of q·k, by default `1 / sqrt(D)`.
+        segment_length: S, rounded up to a multiple of 128; by default the mask's capacity is.
+        slots: `SegmentSlots.of` these lifetimes, if they are used more than once; they are taken on trust.
+
+    Returns:
+        `[B, H, N, D]` in the dtype of q. A query without any key gives 0.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not belong together, or the kernels cannot do what is asked.
+    """
+    check_attention_inputs(q, k, v, scores)
+    check_lifetimes(lifetimes, k)
+    check_kernels_can(q.dtype, q.shape[-1])
+    check_no_tangents(q, k, v, scores)
+    if slots is not None and segment_length is not None:
+        raise ValueError("expected segment_length or slots, got both; slots have their segment length")
+    if not q.numel():
+        return q * (k.sum() + v.sum() + scores.sum()).to(q.dtype)  # empty, and differentiable in all
+    head_dim = q.shape[-1]
+    scale = head_dim**-0.5 if scale is None else scale
+    slots = SegmentSlots.of(lifetimes, q.shape[0], k.shape[1], segment_length) if slots is None else slots
+    slots.check_fits(q, k)
+    if missing := -head_dim % (16 // q.element_size()):  # tensor descriptors step by 16 bytes
+        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
+    copies = slots.copies
+    out, *_ = attend_slots(
+        q, k, v, scores, copies.row, copies.first, copies.slot, slots.birth, slots.death, slots.segment_length, scale
+    )
+    return out[..., :head_dim] if missing else out
+
+
+def check_kernels_can(dtype: torch.dtype, head_dim: int) -> None:
+    """Raise `ValueError` for what the kernels cannot do, naming a backend that can."""
+    if dtype not in KERNEL_DTYPES:
+        raise ValueError(
+            f"backend 'triton' computes in float32, bfloat16 or float16, got {dtype}; use backend 'torch' for it"
+        )
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"backend 'triton' takes head dims up to {MAX_HEAD_DIM}, got {head_dim}; use backend 'torch' for others"
+        )
+
+
+def check_machine(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise `ValueError` for a machine on which the kernels cannot compute in a dtype, naming what can."""
+    if not has_triton_package():
+        raise ValueError("backend 'triton' needs the package triton; install it, or use backend 'flex' or 'torch'")
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            raise ValueError(
+                f"backend 'triton' needs a GPU of compute capability 8.0 or newer, got {capability}; "
+                "use backend 'torch'"
+            )
+    elif not (device.type == "cpu" and _interpreted()):
+        raise ValueError(
+            f"backend 'triton' runs on CUDA, got tensors on {device}; use backend 'torch', or 'flex' to infer on a CPU"
+        )
+    if dtype == torch.bfloat16 and _interpreted():  # whose tl.dot multiplies the bits of bfloat16 as integers
+        raise ValueError(
+            f"backend 'triton' under Triton's interpreter computes in float32 or float16, got {dtype}; use one of these"
+        )
+
+
+def _interpreted() -> bool:
+    """Whether Triton's kernels run under its interpreter."""
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+@torch.library.custom_op("dma_kernels::attend_slots", mutates_args=())
+def attend_slots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    row: Tensor,
+    first: Tensor,
+    slot: Tensor,
+    birth: Tensor,
+    death: Tensor,
+    segment_length: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output and log-sum-exp in base 2, and keys, values and saturated scores in segment order, for the backward.
+
+    Arguments as `fused_attention` and `SegmentSlots`; head dims in steps of 16 bytes.
+    """
+    check_machine(q.device, q.dtype)  # here, since torch.compile cannot trace it
+    from dma_kernels.attention.kernels.forward import launch_forward
+    from dma_kernels.segments.gather_kernels import launch_gather_rows
+
+    rows = (first.numel() - 1) // (k.shape[0] * k.shape[1])  # of each head, those behind its end included
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        k_seg, v_seg = (launch_gather_rows(x, row, rows) for x in (k, v))
+        bias = launch_gather_rows(scores[..., None], row, rows, scores=True).squeeze(-1)
+        out, lse = launch_forward(q, k_seg, v_seg, bias, birth, death, segment_length, scale)
+    return out, lse, k_seg, v_seg, bias
+
+
+@torch.library.custom_op("dma_kernels::attend_slots_backward", mutates_args=())
+def attend_slots_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    first: Tensor,
+    slot: Tensor,
+    birth: Tensor,
+    death: Tensor,
+    segment_length: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v `[B, G, N, D]` and scores `[B, G, N]`; k, v and bias in segment order."""
+    from dma_kernels.attention.kernels.common import aligned
+    from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
+    from dma_kernels.attention.kernels.query_gradients import launch_query_gradients
+    from dma_kernels.segments.gather_kernels import launch_sum_copies
+
+    batch, kv_heads, length = q.shape[0], k.shape[1], q.shape[2]
+    rows = (first.numel() - 1) // (batch * kv_heads)
+    q, grad_out = aligned(q), aligned(grad_out)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        dq, delta = launch_query_gradients(q, k, v, bias, birth, death, lse, out, grad_out, segment_length, scale)
+        *dkv, dbias = launch_key_gradients(q, k, v, bias, birth, death, lse, delta, grad_out, scale, segment_length)
+        dk, dv, dscores = (
+            launch_sum_copies(x, first, slot, [batch, kv_heads, length, x.shape[-1]], rows)
+            for x in (*dkv, dbias[..., None])
+        )
+    return dq, dk, dv, dscores.squeeze(-1)
+
+
+@attend_slots.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, row: Tensor, *_: object) -> tuple[Tensor, ...]:
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    k_seg = k.new_empty(*row.shape, k.shape[-1])
+    return _positions_first(q), lse, k_seg, torch.empty_like(k_seg), scores.new_empty(row.shape)
+
+
+@attend_slots_backward.register_fake
+def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *_: object) -> tuple[Tensor, ...]:
+    (batch, _, length, head_dim), kv_heads = q.shape, k.shape[1]
+    dk = k.new_empty(batch, kv_heads, length, head_dim)
+    return _positions_first(q), dk, torch.empty_like(dk), bias.new_empty(batch, kv_heads, length)
+
+
+def _positions_first(q: Tensor) -> Tensor:
+    """A new `[B, H, N, D]` that lies in memory as `[B, N, H, D]`, as the output projection wants it."""
+    batch, heads, length, head_dim = q.shape
+    return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+
+
+def _save_for_backward(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    q, _, _, _, _, first, slot, birth, death, ctx.segment_length, ctx.scale = inputs
+    out, lse, k, v, bias = output
+    ctx.save_for_backward(q, k, v, bias, out, lse, first, slot, birth, death)
+    ctx.set_materialize_grads(False)  # of all that has no gradient but the output
+
+
+def _backward(ctx: FunctionCtx, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 11
+    gradients = attend_slots_backward(grad_out, *ctx.saved_tensors, ctx.segment_length, ctx.scale)
+    return *gradients, *[None] * 7
+
+
+attend_slots.register_autograd(_backward, setup_context=_save_for_backward)

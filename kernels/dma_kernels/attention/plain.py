@@ -1,0 +1,71 @@
+"""Attention as dense batched matmuls per segment, in plain PyTorch: O(N·(C+S)) time and memory on any device.
+
+B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, T segments, S segment length, K slots.
+"""
+
+import torch
+from torch import Tensor
+
+from dma_kernels.checks import check_attention_inputs, check_lifetimes
+from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.precision import without_autocast
+from dma_kernels.reference import masked_average, masked_logsumexp
+from dma_kernels.scores import saturated
+from dma_kernels.segments.plain import SegmentLayout
+
+
+def segment_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    lifetimes: Lifetimes,
+    scale: float | None = None,
+    segment_length: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over the live keys, with the scores as additive bias; differentiable in q, k, v, scores.
+
+    A NaN or infinity in k or v shows in all queries of a segment that holds the key, also in earlier ones.
+
+    Args:
+        q: `[B, H, N, D]`, float64, float32, bfloat16 or float16; computed in at least float32.
+        k: `[B, G, N, D]`, H a multiple of G.
+        v: `[B, G, N, D]`.
+        scores: bias of each key, `[B, G, N]`.
+        lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
+        scale: factor of q·k, by default `1 / sqrt(D)`.
+        segment_length: S, by default about the mask's capacity.
+        return_lse: also return the log-sum-exp of each query's logits.
+
+    Returns:
+        Output `[B, H, N, D]` in the dtype of q, and on request the log-sum-exp `[B, H, N]` in float32 (float64 if q
+        is). A query without any key gives 0 and -inf.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not belong together.
+    """
+    check_attention_inputs(q, k, v, scores)
+    check_lifetimes(lifetimes, k)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    heads, kv_heads = q.shape[1], k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    layout = SegmentLayout.of(lifetimes, segment_length)
+    with without_autocast(q.device):
+        k_seg, v_seg = layout.gather(k).to(dtype), layout.gather(v).to(dtype)  # [B, G, T, K, D]
+        scores_seg = layout.gather(saturated(scores).to(dtype)[..., None])  # [B, G, T, K, 1]
+        q_seg = layout.split_queries(q.to(dtype) * scale)  # [B, H, T, S, D]
+        q_seg = q_seg.unflatten(1, (kv_heads, -1)).transpose(2, 3)  # [B, G, T, R, S, D]
+
+        logits = q_seg.flatten(3, 4) @ k_seg.transpose(-1, -2) + scores_seg.transpose(-1, -2)  # [B, G, T, R * S, K]
+        visible = layout.visible().repeat(1, 1, 1, heads // kv_heads, 1)
+        out = _join_heads(masked_average(logits, visible, v_seg), layout).to(q.dtype)
+        if not return_lse:
+            return out
+        return out, _join_heads(masked_logsumexp(logits, visible)[..., None], layout).squeeze(-1)
+
+
+def _join_heads(x: Tensor, layout: SegmentLayout) -> Tensor:
+    """`[B, G, T, R * S, D] -> [B, H, N, D]`."""
+    by_head = x.unflatten(3, (-1, layout.segment_length)).transpose(2, 3)  # [B, G, R, T, S, D]
+    return layout.join_queries(by_head).flatten(1, 2)

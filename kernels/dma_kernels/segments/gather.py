@@ -1,0 +1,119 @@
+"""Copying rows into segments, and summing the copies up again for the gradient.
+
+Row r of `x` [B, G, N, D] is that of batch, head and position together, `r = (b * G + g) * N + n`. The two plain
+functions run on any device; the two custom ops do the same in one pass each by Triton kernels on CUDA, opaque to
+torch.compile.
+
+B batch, G KV heads, N length, D head dim, M slots (any shape).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+def flat_rows(key: Tensor, length: int) -> Tensor:
+    """Row of the key in each slot, `[B, G, ...]` in the dtype of `key`; -1 where `key` is negative."""
+    head = torch.arange(key.shape[0] * key.shape[1], dtype=key.dtype, device=key.device) * length
+    return torch.where(key < 0, -1, key + head.view(*key.shape[:2], *[1] * (key.ndim - 2)))
+
+
+def gather_rows_reference(x: Tensor, row: Tensor) -> Tensor:
+    """Rows of `x` [B, G, N, D] by number, `[M..., D]`; zeros where the number is -1."""
+    rows = x.reshape(-1, x.shape[-1]).index_select(0, row.clamp(min=0).flatten().long())
+    # Not in place: compiled by torch 2.11 as part of an autograd function, the gradients would be wrong.
+    return rows.view(*row.shape, x.shape[-1]).masked_fill((row < 0)[..., None], 0)
+
+
+def sum_copies_reference(rows: Tensor, row: Tensor, shape: list[int]) -> Tensor:
+    """The transpose of `gather_rows`: each row's copies summed up in at least float32, `shape` [B, G, N, D]."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).masked_fill((row < 0)[..., None], 0)
+    total = torch.zeros(shape, dtype=wide.dtype, device=wide.device)
+    total.view(-1, shape[-1]).index_add_(0, row.clamp(min=0).flatten().long(), wide.reshape(-1, shape[-1]))
+    return total.to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Which row stands in which slot, and back: the slots that hold each row.
+
+    Attributes:
+        row: row in each slot, int32 `[M...]`; -1 in an empty slot.
+        first: where in `slot` each row's copies begin, int32 `[B * G * N + 1]`.
+        slot: slots by the row that they hold, int32 `[M]`; -1 behind the last copy.
+    """
+
+    row: Tensor
+    first: Tensor
+    slot: Tensor
+
+    @classmethod
+    def of(cls, row: Tensor, nth: Tensor, rows: int) -> "Copies":
+        """Index the copies of `rows` rows without sorting.
+
+        Args:
+            row: int32 `[M...]`, -1 in an empty slot.
+            nth: which of its row's copies a slot holds, 0, 1, ..., int32, same shape.
+            rows: B * G * N.
+        """
+        flat, used = row.flatten(), row.flatten() >= 0
+        # Empty slots count for a row of their own behind the others: on one of these they would all wait in line.
+        count = torch.zeros(rows + 1, dtype=torch.int32, device=row.device)
+        count = count.index_add(0, torch.where(used, flat, rows), torch.ones_like(flat))[:-1]
+        first = F.pad(count.cumsum(0, dtype=torch.int32), (1, 0))
+        place = torch.where(used, first[flat.clamp(min=0)] + nth.flatten(), flat.numel())
+        number = torch.arange(flat.numel(), dtype=torch.int32, device=row.device)
+        slot = torch.full((flat.numel() + 1,), -1, dtype=torch.int32, device=row.device)
+        return cls(row, first, slot.scatter(0, place.long(), number)[:-1])
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Rows of `x` [B, G, N, D] in their slots, `[M..., D]`; differentiable, deterministic."""
+        return gather_rows(x, self.row, self.first, self.slot)
+
+
+@torch.library.custom_op("dma_kernels::gather_rows", mutates_args=())
+def gather_rows(x: Tensor, row: Tensor, first: Tensor, slot: Tensor) -> Tensor:
+    """Rows of `x` [B, G, N, D] by number, `[M..., D]`; zeros where the number is -1. See `Copies`."""
+    if not x.is_cuda:
+        return gather_rows_reference(x, row)
+    from dma_kernels.segments.gather_kernels import launch_gather_rows
+
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return launch_gather_rows(x, row)
+
+
+@torch.library.custom_op("dma_kernels::sum_copies", mutates_args=())
+def sum_copies(rows: Tensor, row: Tensor, first: Tensor, slot: Tensor, shape: list[int]) -> Tensor:
+    """Each row's copies summed up in at least float32, `shape` [B, G, N, D], in the dtype of `rows`."""
+    if not rows.is_cuda:
+        return sum_copies_reference(rows, row, shape)
+    from dma_kernels.segments.gather_kernels import launch_sum_copies
+
+    with torch.cuda.device_of(rows):  # Triton launches on the current device
+        return launch_sum_copies(rows, first, slot, shape)
+
+
+@gather_rows.register_fake
+def _(x: Tensor, row: Tensor, first: Tensor, slot: Tensor) -> Tensor:
+    return x.new_empty(*row.shape, x.shape[-1])
+
+
+@sum_copies.register_fake
+def _(rows: Tensor, row: Tensor, first: Tensor, slot: Tensor, shape: list[int]) -> Tensor:
+    return rows.new_empty(shape)
+
+
+def _save_copies(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    x, *copies = inputs
+    ctx.save_for_backward(*copies)
+    ctx.shape = list(x.shape)
+
+
+def _sum_gradient(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return sum_copies(grad, *ctx.saved_tensors, ctx.shape), None, None, None
+
+
+gather_rows.register_autograd(_sum_gradient, setup_context=_save_copies)

@@ -1,0 +1,92 @@
+"""Triton kernels behind `gather.py`: both are copies, bound by memory bandwidth.
+
+Rows are gathered by number, and a row's gradient is the sum over the list of its copies: no atomics, no sorting, one
+pass, the same bits in every run.
+
+M slots, R rows, D head dim.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dma_kernels.score_kernels import saturated
+
+_TILE = 1024  # elements of a program; larger ones wait for the row with the most copies
+
+
+@triton.jit
+def _gather_rows_kernel(
+    p_x, p_row, p_out, slots, heads, length, stride_b, stride_g, stride_n,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SCORES: tl.constexpr,
+):  # fmt: skip
+    """Copy one row per slot, saturated if rows are scores; zeros into empty slots."""
+    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    b_row = tl.load(p_row + o_m, mask=o_m < slots, other=-1)
+    b_head, b_position = (b_row // length).to(tl.int64), (b_row % length).to(tl.int64)
+    o_x = b_head // heads * stride_b + b_head % heads * stride_g + b_position * stride_n
+    m_x = (b_row >= 0)[:, None] & (o_d < D)[None, :]
+    b_x = tl.load(p_x + o_x[:, None] + o_d[None, :], mask=m_x, other=0.0)  # [BLOCK_M, BLOCK_D]
+    if SCORES:
+        b_x = saturated(b_x)
+    tl.store(p_out + o_m[:, None] * D + o_d[None, :], b_x, mask=(o_m < slots)[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def _sum_copies_kernel(
+    p_rows, p_first, p_slot, p_out, count, length, head_rows,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Sum the copies of each row, in order."""
+    o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_d = tl.arange(0, BLOCK_D)
+    m_r, m_d = o_r < count, o_d < D
+    o_row = o_r // length * head_rows + o_r % length
+    b_first = tl.load(p_first + o_row, mask=m_r, other=0)
+    b_copies = tl.load(p_first + o_row + 1, mask=m_r, other=0) - b_first
+    b_sum = tl.zeros([BLOCK_R, BLOCK_D], dtype=WIDE)
+    for i in range(tl.max(b_copies)):
+        b_slot = tl.load(p_slot + b_first + i, mask=i < b_copies, other=-1)
+        m_x = (b_slot >= 0)[:, None] & m_d[None, :]
+        b_sum += tl.load(p_rows + b_slot.to(tl.int64)[:, None] * D + o_d[None, :], mask=m_x, other=0.0).to(WIDE)
+    tl.store(p_out + o_r[:, None] * D + o_d[None, :], b_sum, mask=m_r[:, None] & m_d[None, :])
+
+
+def launch_gather_rows(x: Tensor, row: Tensor, head_rows: int | None = None, scores: bool = False) -> Tensor:
+    """`gather_rows` of `x` [B, G, N, D] by int32 `row` [M...].
+
+    A head counts as `head_rows` >= N rows, by default N. With `scores`, rows are float32 and `saturated` on the way.
+    """
+    x, row = x if x.stride(-1) == 1 else x.contiguous(), row.contiguous()
+    out = x.new_empty(*row.shape, x.shape[-1])
+    block_d, block_m = _blocks(x.shape[-1])
+    if out.numel():
+        _gather_rows_kernel[triton.cdiv(row.numel(), block_m),](
+            x, row, out, row.numel(), x.shape[1], head_rows or x.shape[2], *x.stride()[:3],
+            D=x.shape[-1], BLOCK_D=block_d, BLOCK_M=block_m, SCORES=scores,
+        )  # fmt: skip
+    return out
+
+
+def launch_sum_copies(
+    rows: Tensor, first: Tensor, slot: Tensor, shape: list[int], head_rows: int | None = None
+) -> Tensor:
+    """`sum_copies` of `rows` [M..., D] into `shape` [B, G, N, D]; a head counts as `head_rows` rows, by default N."""
+    rows, out = rows.contiguous(), rows.new_empty(shape)
+    block_d, block_r = _blocks(shape[-1])
+    wide = tl.float64 if rows.dtype == torch.float64 else tl.float32
+    if out.numel():
+        count, length = out.numel() // shape[-1], shape[2]
+        _sum_copies_kernel[triton.cdiv(count, block_r),](
+            rows, first, slot, out, count, length, head_rows or length,
+            D=shape[-1], BLOCK_D=block_d, BLOCK_R=block_r, WIDE=wide,
+        )  # fmt: skip
+    return out
+
+
+def _blocks(head_dim: int) -> tuple[int, int]:
+    """Columns and rows of a tile."""
+    columns = triton.next_power_of_2(head_dim)
+    return columns, max(1, _TILE // columns)

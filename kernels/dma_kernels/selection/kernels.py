@@ -1,0 +1,200 @@
+"""Triton kernels behind `selection.py`: deaths of the causal top-w, by one sort and five launches around it.
+
+Let `key[x]` be the position of the key of order x. The key of order x dies where the W-th better one stands,
+
+    D(x) = the W-th smallest of { key[o] : o > x },  N if there are fewer,
+
+or on arrival if it arrives later than that. D grows with x. Orders are cut into blocks and positions into bins; a
+table counts the keys of every block in every bin, and then those of a block and all above it. It gives the D of both
+ends of a block. Between these stand at most X keys that are better than the lowest of the block, and one of them is
+the D of every other: O(N X) comparisons in all, O(N² / (X C)) memory, chosen to be at most 4 N numbers.
+
+R rows (batch and KV heads together), N length, W keep-window size, X orders of a block, C positions of a bin, S
+positions searched at once, P candidates compared at once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dma_kernels.score_kernels import ordered_bits
+from dma_kernels.selection.plain import LOWEST_PRIORITY, RANK_BITS
+
+_TABLE = (128, 32)  # blocks and bins that are summed up at once
+_KEYS = 1024  # keys of a program that makes sort keys
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Powers of two: orders of a block (X), positions of a bin (C), positions searched at once (S)."""
+
+    block: int
+    bin: int
+    scan: int
+
+    @classmethod
+    def of(cls, length: int) -> "Tiling":
+        """At most 1024 bins, and at most 4 N numbers in the table."""
+        block = 128 if length <= 1 << 18 else 256
+        return cls(block, max(128, triton.next_power_of_2(triton.cdiv(length, 4 * block))), 1024)
+
+
+@triton.jit
+def _sort_keys_kernel(
+    p_rank, p_run, p_padding, p_key, length, heads, rows, stride_b, stride_g, stride_n, run_b, run_n, padding_b,
+    padding_n, bits, BITS: tl.constexpr, LOWEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What keys are sorted by: row, document, rank."""
+    chunks = tl.cdiv(length, BLOCK)
+    i_row, o_n = tl.program_id(0) // chunks, (tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    i_b, i_g, m_n = (i_row // heads).to(tl.int64), i_row % heads, o_n < length
+    b_rank = tl.load(p_rank + i_b * stride_b + i_g * stride_g + o_n * stride_n, mask=m_n, other=0.0)
+    b_key = (ordered_bits(b_rank.to(tl.float32)) >> (32 - BITS)).to(p_key.dtype.element_ty)
+    if p_run is not None:
+        b_key += tl.load(p_run + i_b * run_b + o_n * run_n, mask=m_n, other=0).to(tl.int64) << BITS
+    if p_padding is not None:
+        b_key = tl.where(tl.load(p_padding + i_b * padding_b + o_n * padding_n, mask=m_n, other=0), LOWEST, b_key)
+    b_key += (i_row - rows // 2).to(b_key.dtype) << bits
+    tl.store(p_key + i_row.to(tl.int64) * length + o_n, b_key, mask=m_n)
+
+
+@triton.jit
+def _count_keys_kernel(
+    p_index, p_order, p_count, length, blocks, bins,
+    BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Invert one block of the sorted keys, and count it by bins of positions."""
+    i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    o_x = i_block * BLOCK_X + tl.arange(0, BLOCK_X)
+    m_x = o_x < length
+    b_key = (tl.load(p_index + i_row * length + o_x, mask=m_x, other=0) - i_row * length).to(tl.int32)
+    tl.store(p_order + i_row * length + b_key, o_x, mask=m_x)
+    # Integers: the sums do not depend on who comes first.
+    tl.atomic_add(p_count + (i_row * blocks + i_block) * bins + b_key // BLOCK_C, 1, mask=m_x, sem="relaxed")
+
+
+@triton.jit
+def _sum_blocks_kernel(p_count, blocks, bins, ROWS: tl.constexpr, BINS: tl.constexpr):
+    """Add to each block's count of a bin those of all blocks above it."""
+    chunks = tl.cdiv(bins, BINS)
+    o_c = tl.program_id(0) % chunks * BINS + tl.arange(0, BINS)
+    p_count += (tl.program_id(0) // chunks).to(tl.int64) * blocks * bins
+    b_above = tl.zeros([BINS], dtype=tl.int32)
+    for i in range(tl.cdiv(blocks, ROWS)):
+        o_r = blocks - 1 - i * ROWS - tl.arange(0, ROWS)  # downwards
+        m_count = (o_r >= 0)[:, None] & (o_c < bins)[None, :]
+        p_tile = p_count + o_r[:, None] * bins + o_c[None, :]
+        b_count = tl.load(p_tile, mask=m_count, other=0)  # [ROWS, BINS]
+        tl.store(p_tile, tl.cumsum(b_count, axis=0) + b_above[None, :], mask=m_count)
+        b_above += tl.sum(b_count, axis=0)
+
+
+@triton.jit
+def _nth_position(b_count, p_order, least, window, length, bins, BINS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Position of the `window`-th key whose order is at least `least`, given how many each bin holds; else N."""
+    o_c = tl.arange(0, BINS)
+    i_bin = tl.minimum(tl.sum((tl.cumsum(b_count, axis=0) < window).to(tl.int32), axis=0), bins - 1)
+    before = tl.sum(tl.where(o_c < i_bin, b_count, 0), axis=0)
+    o_p = i_bin * BLOCK_C + tl.arange(0, BLOCK_C)
+    b_order = tl.load(p_order + o_p, mask=o_p < length, other=-1)
+    b_seen = before + tl.cumsum((b_order >= least).to(tl.int32), axis=0)
+    return tl.minimum(i_bin * BLOCK_C + tl.sum((b_seen < window).to(tl.int32), axis=0), length)
+
+
+@triton.jit
+def _candidates_kernel(
+    p_index, p_order, p_count, p_candidate, window, length, blocks, bins,
+    BINS: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Positions at which the keys of one block can die, ascending; behind the last, N."""
+    i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    p_order, p_line = p_order + i_row * length, p_count + (i_row * blocks + i_block) * bins
+    p_candidate += (i_row * blocks + i_block) * BLOCK_X
+    lowest, o_c = i_block * BLOCK_X, tl.arange(0, BINS)
+    lowest_key = (tl.load(p_index + i_row * length + lowest) - i_row * length).to(tl.int32)
+    b_above = tl.load(p_line + bins + o_c, mask=(o_c < bins) & (i_block + 1 < blocks), other=0)
+    b_better = tl.load(p_line + o_c, mask=o_c < bins, other=0) - (o_c == lowest_key // BLOCK_C).to(tl.int32)
+    first = _nth_position(b_better, p_order, lowest + 1, window, length, bins, BINS, BLOCK_C)  # D of the lowest
+    last = _nth_position(b_above, p_order, lowest + BLOCK_X, window, length, bins, BINS, BLOCK_C)  # D of the highest
+    found = 0  # at most X: W - 1 better than the lowest stand before `first`, and less than W + X up to `last`
+    for i in range(first // BLOCK_S, tl.cdiv(tl.minimum(last + 1, length), BLOCK_S)):
+        o_p = i * BLOCK_S + tl.arange(0, BLOCK_S)
+        m_p = (o_p >= first) & (o_p <= last) & (o_p < length)
+        m_p = m_p & (tl.load(p_order + o_p, mask=m_p, other=-1) > lowest)
+        tl.store(p_candidate + found + tl.cumsum(m_p.to(tl.int32), axis=0) - 1, o_p, mask=m_p)
+        found += tl.sum(m_p.to(tl.int32), axis=0)
+    o_k = tl.arange(0, BLOCK_X)
+    tl.store(p_candidate + o_k, tl.zeros([BLOCK_X], dtype=tl.int32) + length, mask=o_k >= found)
+
+
+@triton.jit
+def _deaths_kernel(
+    p_index, p_order, p_candidate, p_death, window, length, blocks, BLOCK_X: tl.constexpr, BLOCK_P: tl.constexpr
+):  # fmt: skip
+    """Deaths of one block of the sorted keys: which of the candidates is the `window`-th better one."""
+    i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    p_order, p_candidate = p_order + i_row * length, p_candidate + (i_row * blocks + i_block) * BLOCK_X
+    o_x = i_block * BLOCK_X + tl.arange(0, BLOCK_X)
+    m_x = o_x < length
+    b_key = (tl.load(p_index + i_row * length + o_x, mask=m_x, other=0) - i_row * length).to(tl.int32)
+    # Before the first candidate stand W - 1 keys better than the lowest of the block, less those of the block.
+    b_early = m_x & (o_x > i_block * BLOCK_X) & (b_key < tl.load(p_candidate))
+    b_seen = window - 1 - tl.cumsum(b_early.to(tl.int32), axis=0)
+    b_nth = tl.zeros([BLOCK_X], dtype=tl.int32)
+    for i in range(BLOCK_X // BLOCK_P):
+        b_position = tl.load(p_candidate + i * BLOCK_P + tl.arange(0, BLOCK_P))
+        b_order = tl.load(p_order + b_position, mask=b_position < length, other=-1)
+        # Candidates along axis 0: a thread then holds all of its columns, and sums them up without the others.
+        b_better = (b_order[:, None] > o_x[None, :]).to(tl.int32)  # [BLOCK_P, BLOCK_X]
+        b_alive = b_seen[None, :] + tl.cumsum(b_better, axis=0) < window
+        b_nth += tl.sum(b_alive.to(tl.int32), axis=0)
+        b_seen += tl.sum(b_better, axis=0)
+    b_death = tl.load(p_candidate + b_nth, mask=b_nth < BLOCK_X, other=length)
+    tl.store(p_death + i_row * length + b_key, tl.maximum(b_death, b_key), mask=m_x)
+
+
+def launch_top_w_deaths(
+    ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int, tiling: Tiling | None = None
+) -> Tensor:
+    """`deaths_by_rank` of ranks `[B, G, N]`."""
+    length, device = ranks.shape[-1], ranks.device
+    if window >= length or not ranks.numel():
+        return torch.full(ranks.shape, length, dtype=torch.int32, device=device)
+    index = launch_sort_keys(ranks, runs, padding).sort(stable=True).indices  # of equal keys the later is the larger
+    tiling = tiling or Tiling.of(length)
+    rows, blocks, bins = index.numel() // length, triton.cdiv(length, tiling.block), triton.cdiv(length, tiling.bin)
+    order, death = (torch.empty(ranks.shape, dtype=torch.int32, device=device) for _ in range(2))
+    candidate = torch.empty(rows, blocks, tiling.block, dtype=torch.int32, device=device)
+    count = torch.zeros(rows, blocks, bins, dtype=torch.int32, device=device)
+    grid, warps = (rows * blocks,), 8 if tiling.block > 128 else 4
+    _count_keys_kernel[grid](index, order, count, length, blocks, bins, BLOCK_X=tiling.block, BLOCK_C=tiling.bin)
+    _sum_blocks_kernel[(rows * triton.cdiv(bins, _TABLE[1]),)](count, blocks, bins, ROWS=_TABLE[0], BINS=_TABLE[1])
+    _candidates_kernel[grid](
+        index, order, count, candidate, window, length, blocks, bins, BINS=triton.next_power_of_2(bins),
+        BLOCK_X=tiling.block, BLOCK_C=tiling.bin, BLOCK_S=tiling.scan, num_warps=warps,
+    )  # fmt: skip
+    _deaths_kernel[grid](
+        index, order, candidate, death, window, length, blocks,
+        BLOCK_X=tiling.block, BLOCK_P=min(tiling.block, 64), num_warps=warps,
+    )  # fmt: skip
+    return death
+
+
+def launch_sort_keys(ranks: Tensor, runs: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+    """`key_priorities` below the number of the row, `[B * G * N]`: one sort for all rows, each costs as much alone."""
+    batch, heads, length = ranks.shape
+    rows = batch * heads
+    # The number of the document stands above the rank; -1 of padding takes no bit of its own.
+    bits = RANK_BITS if runs is None else RANK_BITS + 1 + max(7, length.bit_length())
+    assert (rows + 1) << bits <= 1 << 64, f"{rows} rows of {bits} bits do not fit into 64"
+    dtype = torch.int32 if runs is None and (rows + 1) << bits <= 1 << 32 else torch.int64  # 32 bits: half the passes
+    key = torch.empty(rows * length, dtype=dtype, device=ranks.device)
+    _sort_keys_kernel[(rows * triton.cdiv(length, _KEYS),)](
+        ranks, runs, padding, key, length, heads, rows, *ranks.stride(),
+        *((0, 0) if runs is None else runs.stride()), *((0, 0) if padding is None else padding.stride()), bits,
+        BITS=RANK_BITS, LOWEST=LOWEST_PRIORITY, BLOCK=_KEYS,
+    )  # fmt: skip
+    return key

@@ -1,0 +1,161 @@
+"""Which keys the causal top-w keeps, and until when: two parallel steps over segments, no N x N tensor.
+
+Keys are compared as *orders*: integers that are distinct, larger for the key that wins, and -1 for a key
+that does not take part. Order already contains the tie rule (the later key wins) and the restart of the
+selection at document starts, so all that follows compares plain int32.
+
+B batch, G KV heads, N length, T segments, S segment length, W keep-window size, K candidates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._triton import has_triton
+
+from dma_kernels.scores import ordered_bits
+
+# Of the 32 bits of an ordered rank, those that tell ranks apart: the low ones only repeat its sign.
+RANK_BITS = 25
+LOWEST_PRIORITY = -(1 << (RANK_BITS - 1))  # below that of every rank, -inf included
+
+# Pairwise comparison costs 2S per key and the prefix scan W log(N/S) / S; at 64 both are small.
+_SELECTION_SEGMENT = 64
+
+
+@dataclass(frozen=True)
+class KeyOrder:
+    """A total order of the keys of each head.
+
+    Attributes:
+        order: int32 `[..., N]`, distinct where >= 0; the larger order wins; -1 takes no part.
+        key: int64 `[..., N]`, the inverse: `key[order[j]] == j`.
+    """
+
+    order: Tensor
+    key: Tensor
+
+    @classmethod
+    def of(cls, priority: Tensor, excluded: Tensor | None = None) -> "KeyOrder":
+        """Order by (priority, position): of two equal priorities the later position wins.
+
+        Args:
+            priority: integers `[..., N]`.
+            excluded: bool, broadcastable to `priority`; True takes no part.
+        """
+        key = priority.sort(dim=-1, stable=True).indices
+        position = torch.arange(priority.shape[-1], dtype=torch.int32, device=priority.device)
+        order = torch.empty_like(priority, dtype=torch.int32).scatter_(-1, key, position.expand_as(key))
+        if excluded is not None:
+            order = order.masked_fill(excluded, -1)
+        return cls(order, key)
+
+    def key_of(self, order: Tensor) -> Tensor:
+        """Positions of the keys that have these orders, `[..., M]` int64; position 0 for order -1."""
+        return self.key.gather(-1, order.clamp(min=0).long())
+
+
+def split_segments(x: Tensor, segment_length: int, fill: int) -> Tensor:
+    """`[..., N] -> [..., T, S]`, the last segment filled up with `fill`."""
+    return F.pad(x, (0, -x.shape[-1] % segment_length), value=fill).unflatten(-1, (-1, segment_length))
+
+
+def segment_snapshots(order: Tensor, count: int, segment_length: int) -> Tensor:
+    """The `count` largest orders before the start of each segment.
+
+    "Merge two top-w sets" is associative, so all snapshots come from one parallel prefix scan with
+    log2(T) rounds.
+
+    Args:
+        order: int32 `[..., N]`, distinct where >= 0.
+        count: W, the size of a snapshot.
+        segment_length: S.
+
+    Returns:
+        int32 `[..., T, W]`, descending, filled up with -1.
+    """
+    own = split_segments(order, segment_length, fill=-1).sort(dim=-1, descending=True).values
+    top = F.pad(own, (0, count - segment_length), value=-1)  # [..., T, W]; a negative pad truncates
+    segments, reach = top.shape[-2], 1
+    while reach < segments:
+        # Of two descending lists a and b, the elements max(a[i], b[W-1-i]) are the top W of both.
+        earlier = top[..., :-reach, :].flip(-1)
+        merged = torch.maximum(top[..., reach:, :], earlier).sort(dim=-1, descending=True).values
+        top = torch.cat([top[..., :reach, :], merged], dim=-2)
+        reach *= 2
+    return F.pad(top[..., :-1, :], (0, 0, 1, 0), value=-1)
+
+
+def top_w_deaths(keys: KeyOrder, window: int, segment_length: int = _SELECTION_SEGMENT) -> Tensor:
+    """Death of every key under the causal top-w: the first query that has seen `window` better keys.
+
+    Inside a segment everything that matters is known: a candidate with g better keys in the snapshot dies
+    at the (W - g)-th better arrival since the segment's start. Of the snapshot only the S worst can die.
+
+    Returns:
+        int32 `[..., N]`: `N` for a key that never dies, `j` for one that nobody sees (dead on arrival).
+    """
+    length = keys.order.shape[-1]
+    if window >= length:
+        return torch.full_like(keys.order, length)
+    segment = min(segment_length, length)
+    snapshots = segment_snapshots(keys.order, window, segment)  # [..., T, W]
+    arrivals = split_segments(keys.order, segment, fill=-1)  # [..., T, S]
+
+    worst = snapshots[..., -segment:]
+    better_than_worst = torch.arange(window - worst.shape[-1], window, dtype=torch.int32, device=worst.device)
+    not_better = torch.searchsorted(snapshots.flip(-1), arrivals.contiguous(), right=True, out_int32=True)
+    candidates = torch.cat([worst, arrivals], dim=-1)  # [..., T, K]
+    better = torch.cat([better_than_worst.expand_as(worst), window - not_better], dim=-1)
+
+    # int16 counts: several times faster than wider ones, and a count is at most S.
+    arrived = (arrivals[..., None, :] > candidates[..., :, None]).cumsum(-1, dtype=torch.int16)  # [..., T, K, S]
+    deadly = (window - better).clamp(max=segment + 1).to(torch.int16)
+    survived = torch.searchsorted(arrived, deadly[..., None], out_int32=True).squeeze(-1)  # [..., T, K]
+
+    start = torch.arange(0, arrivals.shape[-2] * segment, segment, dtype=torch.int32, device=worst.device)
+    dies = (survived < segment) & (candidates >= 0)
+    death = torch.where(dies, start[:, None] + survived, length).flatten(-2)
+    deaths = torch.full_like(keys.order, length)
+    deaths = deaths.scatter_reduce_(-1, keys.key_of(candidates.flatten(-2)), death, "amin")
+    return torch.maximum(deaths, torch.arange(length, dtype=torch.int32, device=deaths.device))
+
+
+def key_priorities(ranks: Tensor, runs: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+    """What keys are ordered by: document first, then rank; arguments as `deaths_by_rank`.
+
+    Returns:
+        `[B, G, N]`, int32 of at most 25 bits with sign, or int64 with the number of the document above these. A padded
+        key has `LOWEST_PRIORITY`.
+    """
+    priority = ordered_bits(ranks) >> (32 - RANK_BITS)
+    if runs is not None:
+        priority = (runs[:, None].long() << RANK_BITS) + priority
+    return priority if padding is None else priority.masked_fill(padding[:, None], LOWEST_PRIORITY)
+
+
+@torch.library.custom_op("dma_kernels::top_w_deaths", mutates_args=())
+def deaths_by_rank(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int) -> Tensor:
+    """`top_w_deaths` of keys ordered by (priority, position); by Triton kernels on CUDA, opaque to torch.compile.
+
+    Args:
+        ranks: `[B, G, N]`, any floating dtype; compared as `ordered_bits` says.
+        runs: number of the document of each position, integers `[B, N]`, ascending from 0 or more.
+        padding: bool `[B, N]`; True takes no part: it counts for nothing, and its death means nothing.
+        window: W.
+
+    Returns:
+        int32 `[B, G, N]`.
+    """
+    if not ranks.is_cuda or not has_triton():
+        return top_w_deaths(KeyOrder.of(key_priorities(ranks, runs, padding)), window).contiguous()
+    from dma_kernels.selection.kernels import launch_top_w_deaths
+
+    with torch.cuda.device_of(ranks):  # Triton launches on the current device
+        return launch_top_w_deaths(ranks, runs, padding, window)
+
+
+@deaths_by_rank.register_fake
+def _(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int) -> Tensor:
+    return ranks.new_empty(ranks.shape, dtype=torch.int32)

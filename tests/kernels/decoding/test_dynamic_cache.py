@@ -1,0 +1,331 @@
+"""The cache sees what the full mask sees, however a sequence is cut into calls."""
+
+import masks
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dma_kernels import DynamicMaskCache, FullCache, Lifetimes, reference_attention
+from dma_kernels.decoding import dynamic_cache, full_cache
+from dma_kernels.scores import ordered_bits
+
+HEAD_DIM, HEADS, KV_HEADS, BATCH = 4, 4, 2, 2
+# One position; several; several of which only some are accepted.
+CALLS = st.lists(st.tuples(st.sampled_from(["step", "chunk", "verify"]), st.integers(1, 9)), min_size=1, max_size=12)
+
+
+def make_inputs(length: int, ties: bool) -> dict[str, Tensor]:
+    """q, k, v, scores and ranks in float64."""
+    shapes = {"q": (BATCH, HEADS, length, HEAD_DIM)} | dict.fromkeys("kv", (BATCH, KV_HEADS, length, HEAD_DIM))
+    inputs = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    ranks = torch.randn(BATCH, KV_HEADS, length, dtype=torch.float64)
+    return inputs | {"ranks": ranks.round() if ties else ranks, "scores": ranks.sin()}
+
+
+def part(inputs: dict[str, Tensor | None], start: int, end: int) -> dict[str, Tensor | None]:
+    """Positions of all inputs; documents and padding have theirs in the last dimension."""
+    dims = {"q": 2, "k": 2, "v": 2}
+    return {
+        name: None if x is None else x.narrow(dims.get(name, x.ndim - 1), start, end - start)
+        for name, x in inputs.items()
+    }
+
+
+def oracle(inputs: dict[str, Tensor | None], window: int, keep_last: int, sinks: int) -> Tensor:
+    """The mask by a heap, `[B, G, N, N]`."""
+    bits = ordered_bits(inputs["ranks"]).tolist()
+
+    def row(name: str, b: int) -> list | None:
+        return None if inputs[name] is None else inputs[name][b].tolist()
+
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    masks.heap_mask(bits[b][g], window, row("documents", b), row("padding", b), keep_last, sinks)
+                    for g in range(KV_HEADS)
+                ]
+            )
+            for b in range(BATCH)
+        ]
+    )
+
+
+def sees(cache: DynamicMaskCache, length: int) -> Tensor:
+    """Which positions the last query sees, bool `[B, G, N]`; none of them twice."""
+    visible, position = cache.visible(), cache.position
+    count = torch.zeros(*position.shape[:2], length, dtype=torch.long)
+    count.scatter_add_(2, position.clamp(min=0), visible.long())
+    assert count.max() <= 1
+    return count.bool()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    calls=CALLS,
+    window=st.integers(1, 6),
+    keep_last=st.integers(0, 3),
+    sinks=st.integers(0, 3),
+    ties=st.booleans(),
+    documents=st.booleans(),
+    padding=st.sampled_from(["none", "left", "between"]),
+    few=st.sampled_from([0, 64]),
+    seed=st.integers(0, 1000),
+)
+def test_keeps_the_live_keys(
+    calls: list[tuple[str, int]],
+    window: int,
+    keep_last: int,
+    sinks: int,
+    ties: bool,
+    documents: bool,
+    padding: str,
+    few: int,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_cache, "FEW", few)  # more positions than that go through the attention of segments
+        check_calls(calls, window, keep_last, sinks, ties, documents, padding)
+
+
+def check_calls(
+    calls: list[tuple[str, int]],
+    window: int,
+    keep_last: int,
+    sinks: int,
+    ties: bool,
+    documents: bool,
+    padding: str,
+) -> None:
+    """Cut one sequence into calls; each sees what the whole sees."""
+    sizes = [1 if kind == "step" else size for kind, size in calls]
+    length = sum(sizes)
+    inputs = make_inputs(length, ties)
+    inputs["documents"] = masks.make_documents(BATCH, length) + 5 if documents else None
+    inputs["padding"] = masks.make_padding(padding, BATCH, length)
+    mask = oracle(inputs, window, keep_last, sinks)
+    expected = reference_attention(*(inputs[name] for name in ("q", "k", "v", "scores")), mask)
+    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, window, keep_last, sinks, torch.float64)
+    start = 0
+    for (kind, _), size in zip(calls, sizes, strict=True):
+        if kind == "verify":  # wrong guesses first, then the right ones, of which the first is accepted
+            before = {name: x.clone() for name, x in cache.state_dict().items()}
+            cache.verify(**make_inputs(3, ties))
+            assert all(torch.equal(x, before[name]) for name, x in cache.state_dict().items())
+            out = cache.verify(**part(inputs, start, start + size))
+            assert all(torch.equal(x, before[name]) for name, x in cache.state_dict().items())
+            torch.testing.assert_close(out, expected[:, :, start : start + size])
+            cache.commit(torch.tensor([1, 1]))
+            if size > 1:
+                out = cache.attend(**part(inputs, start + 1, start + size))
+                torch.testing.assert_close(out, expected[:, :, start + 1 : start + size])
+        else:
+            out = cache.attend(**part(inputs, start, start + size))
+            torch.testing.assert_close(out, expected[:, :, start : start + size])
+        start += size
+        assert torch.equal(sees(cache, length), mask[:, :, start - 1])
+        assert (cache.ranked.sum(-1) <= window).all()
+
+
+def test_rows_may_accept_different_numbers() -> None:
+    inputs = make_inputs(12, ties=False)
+    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 3, 1, 1, torch.float64)
+    cache.attend(**part(inputs, 0, 5))
+    before = {name: x.clone() for name, x in cache.state_dict().items()}
+    cache.verify(**part(inputs, 5, 9))
+    cache.commit(torch.tensor([0, 3]))
+    for name, x in cache.state_dict().items():
+        if name != "sizes":
+            assert torch.equal(x[0], before[name][0])  # the same bits, in the same slots
+    assert cache.length.tolist() == [5, 8]
+    rows = [{n: x[:, :, s:e] if n in "qkv" else x[..., s:e] for n, x in inputs.items()} for s, e in ((5, 9), (8, 12))]
+    mixed = {name: torch.stack([rows[0][name][0], rows[1][name][1]]) for name in inputs}
+    out = cache.attend(**mixed)
+    mask = oracle(inputs | {"documents": None, "padding": None}, 3, 1, 1)
+    expected = reference_attention(*(inputs[name] for name in ("q", "k", "v", "scores")), mask)
+    torch.testing.assert_close(out[0], expected[0, :, 5:9])
+    torch.testing.assert_close(out[1], expected[1, :, 8:12])
+
+
+def test_select_reorders_and_repeats_rows() -> None:
+    inputs = make_inputs(20, ties=True)
+    rows = torch.tensor([1, 0, 1])
+    for cache in (
+        DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 4, dtype=torch.float64),
+        FullCache(BATCH, 4),
+    ):
+        cache.attend(**part(inputs, 0, 9))
+        cache.select(rows)
+        chosen = {name: x[rows] for name, x in inputs.items()}
+        outs = [cache.attend(**part(chosen, t, t + 1)) for t in range(9, 20)]
+        mask = Lifetimes.top_w(chosen["ranks"], 4).to_dense()
+        expected = reference_attention(*(chosen[name] for name in ("q", "k", "v", "scores")), mask)
+        torch.testing.assert_close(torch.cat(outs, dim=2), expected[:, :, 9:])
+
+
+@pytest.mark.parametrize("way", ["full", "guessed"])
+def test_what_was_given_may_be_written_over(way: str) -> None:
+    inputs = make_inputs(20, ties=False)
+    documents = torch.zeros(BATCH, 20, dtype=torch.int64)
+    mask = Lifetimes.top_w(inputs["ranks"], 4, documents=documents).to_dense()
+    expected = reference_attention(*(inputs[name] for name in ("q", "k", "v", "scores")), mask)
+    inputs |= {"documents": documents}
+    given = {name: x.clone() for name, x in part(inputs, 0, 9).items()}
+    if way == "full":
+        cache = FullCache(BATCH, 4)
+        cache.attend(**given)
+    else:
+        cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 4, dtype=torch.float64)
+        cache.verify(**given)
+    for name, x in given.items():
+        if way == "full" or name == "documents":  # keys must stay until they are committed
+            x.fill_(7)
+    if way == "guessed":
+        cache.commit(torch.full((BATCH,), 9))
+    out = cache.attend(**part(inputs, 9, 20))
+    torch.testing.assert_close(out, expected[:, :, 9:])
+
+
+def test_the_full_cache_takes_another_window_at_any_time() -> None:
+    inputs = make_inputs(30, ties=False)
+    cache = FullCache(BATCH, 8, keep_last=1, sinks=1)
+    for start, end, window in ((0, 10, 8), (10, 11, 3), (11, 20, 12), (20, 30, 1)):
+        cache.keep_window_size = window
+        out = cache.attend(**part(inputs, start, end))
+        mask = Lifetimes.top_w(inputs["ranks"], window, keep_last=1, sinks=1).to_dense()
+        expected = reference_attention(*(inputs[name] for name in ("q", "k", "v", "scores")), mask)
+        torch.testing.assert_close(out, expected[:, :, start:end])
+
+
+def test_state_can_be_saved_and_loaded() -> None:
+    inputs = make_inputs(30, ties=True)
+    caches = [DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 4, 2, 1, torch.float64) for _ in range(2)]
+    caches[0].attend(**part(inputs, 0, 17))
+    caches[1].load_state_dict(caches[0].state_dict())
+    outs = [torch.cat([cache.attend(**part(inputs, t, t + 1)) for t in range(17, 30)], dim=2) for cache in caches]
+    assert torch.equal(*outs)
+    for sizes in ((5, 2, 1), (5, 1, 1)):  # the latter of as many slots
+        other = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, *sizes, torch.float64)
+        with pytest.raises(ValueError, match="expected the state of a cache with"):
+            other.load_state_dict(caches[0].state_dict())
+
+
+def test_a_nan_shows_as_long_as_its_key_lives() -> None:
+    inputs = make_inputs(12, ties=False)
+    inputs["v"][0, 0, 2] = torch.nan
+    inputs["ranks"][0, 0, 2] = -9.0  # and dies as soon as two better ones are there
+    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 2, dtype=torch.float64)
+    outs = torch.cat([cache.attend(**part(inputs, t, t + 1)) for t in range(12)], dim=2)
+    mask = Lifetimes.top_w(inputs["ranks"], 2).to_dense()
+    broken = mask[0, 0, :, 2]
+    assert torch.equal(outs[0, 0].isnan().any(-1), broken)
+    assert torch.isfinite(outs[:, :, 5:]).all()
+
+
+def test_memory_does_not_grow() -> None:
+    inputs = make_inputs(200, ties=False)
+    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 8, 2, 1, torch.float64)
+    shapes = {name: x.shape for name, x in cache.state_dict().items()}
+    for start in range(0, 200, 40):
+        cache.attend(**part(inputs, start, start + 40))
+        assert {name: x.shape for name, x in cache.state_dict().items()} == shapes
+    assert cache.capacity == 11
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="keep_window_size"):
+        DynamicMaskCache(1, 1, 4, 0)
+    with pytest.raises(ValueError, match="keep_window_size"):
+        FullCache(1, 0)
+    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 4)
+    inputs = make_inputs(3, ties=False)
+    with pytest.raises(ValueError, match=r"k: expected torch\.float32 as the cache, got torch\.float64"):
+        cache.attend(**inputs)
+    inputs = {name: x.float() for name, x in inputs.items()}
+    with pytest.raises(ValueError, match=r"ranks: expected floating \[2, 2, 3\]"):
+        cache.attend(**inputs | {"ranks": inputs["ranks"][:, :1]})
+    with pytest.raises(ValueError, match="ranks: expected floating"):
+        cache.attend(**inputs | {"ranks": inputs["ranks"].long()})
+    for wrong in (inputs["q"][:, :, :2], inputs["q"][:1], inputs["q"].double(), inputs["q"][:, :3]):
+        with pytest.raises(ValueError, match=r"q|query heads"):
+            cache.attend(**inputs | {"q": wrong})
+    with pytest.raises(ValueError, match=r"k: expected \[2, 2, n, 4\]"):
+        cache.attend(**{name: x[:1] for name, x in inputs.items()})
+    with pytest.raises(ValueError, match="k: expected at least one"):
+        cache.attend(**part(inputs, 0, 0))
+    with pytest.raises(ValueError, match="padding: expected bool"):
+        cache.attend(**inputs, padding=torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="expected a call of verify before"):
+        cache.commit(torch.tensor([1, 1]))
+    cache.verify(**inputs)
+    for count in (1, torch.tensor([1]), torch.tensor([1.0, 1.0])):
+        with pytest.raises(ValueError, match="count: expected an int64 tensor"):
+            cache.commit(count)
+    with pytest.raises(ValueError, match="ranks"):
+        cache.verify(**inputs | {"ranks": inputs["ranks"][:, :1]})
+    cache.verify(**inputs)
+    cache.attend(**inputs)  # what was not committed is gone
+    with pytest.raises(ValueError, match="expected a call of verify before"):
+        cache.commit(torch.tensor([1, 1]))
+    assert cache.length.tolist() == [3, 3]
+    full = FullCache(BATCH, 4)
+    full.attend(**inputs)
+    with pytest.raises(ValueError, match="padding: expected bool"):
+        full.attend(**inputs, padding=torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="k: expected batch 2 and keys like"):
+        full.attend(**{name: x.double() for name, x in inputs.items()})
+    assert full.attend(**inputs).shape == inputs["q"].shape
+    assert full.length.tolist() == [6, 6]
+
+
+def test_numbers_of_accepted_positions_are_clamped() -> None:
+    inputs = make_inputs(8, ties=False)
+    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 3, dtype=torch.float64)
+    cache.attend(**part(inputs, 0, 4))
+    cache.verify(**part(inputs, 4, 8))
+    cache.commit(torch.tensor([-1, 9]))
+    assert cache.length.tolist() == [4, 8]
+
+
+@pytest.mark.parametrize("few", [0, 64])
+def test_a_document_goes_on_behind_padding(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids at padded positions mean nothing, in both caches and in every integer type."""
+    monkeypatch.setattr(dynamic_cache, "FEW", few)
+    monkeypatch.setattr(full_cache, "FEW", few)
+    inputs = make_inputs(12, ties=False)
+    documents = torch.tensor([[5, 5, 5, 9]] * BATCH, dtype=torch.uint8)
+    padding = torch.tensor([[False, False, False, True]] * BATCH)
+    outs = []
+    for cache in (
+        DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 3, dtype=torch.float64),
+        FullCache(BATCH, 3),
+    ):
+        cache.attend(**part(inputs, 0, 4), documents=documents, padding=padding)
+        out = [cache.attend(**part(inputs, 4, 8)), cache.attend(**part(inputs, 8, 9))]
+        out.append(cache.attend(**part(inputs, 9, 12), documents=torch.full((BATCH, 3), 5 + 256)))
+        outs.append(torch.cat(out, dim=2))
+    torch.testing.assert_close(*outs)
+    expected = Lifetimes.top_w(
+        inputs["ranks"],
+        3,
+        documents=torch.tensor([[5] * 9 + [261] * 3] * BATCH),
+        padding=torch.arange(12).expand(BATCH, -1) == 3,
+    ).to_dense()
+    expected = reference_attention(*(inputs[name] for name in ("q", "k", "v", "scores")), expected)
+    torch.testing.assert_close(outs[0], expected[:, :, 4:])
+
+
+@pytest.mark.parametrize("cut", [[12], [5, 4, 1, 1, 1]])
+def test_equal_scores_are_no_preference_however_large(cut: list[int]) -> None:
+    inputs = make_inputs(12, ties=True)
+    inputs |= {"q": torch.zeros_like(inputs["q"]), "scores": torch.full_like(inputs["scores"], 1.7e308)}
+    expected = inputs["v"].cumsum(2) / torch.arange(1, 13)[:, None]
+    for cache in (FullCache(BATCH, 20), DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 20, dtype=torch.float64)):
+        outs, start = [], 0
+        for count in cut:
+            outs.append(cache.attend(**part(inputs, start, start + count)))
+            start += count
+        torch.testing.assert_close(torch.cat(outs, dim=2), expected.repeat_interleave(HEADS // KV_HEADS, dim=1))

@@ -1,0 +1,171 @@
+"""The Triton selection gives the deaths of the plain one, bit for bit."""
+
+import masks
+import pytest
+import torch
+from poison import poisoned_buffers
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dma_kernels import Lifetimes
+from dma_kernels.scores import ordered_bits
+from dma_kernels.selection.plain import (
+    LOWEST_PRIORITY,
+    RANK_BITS,
+    KeyOrder,
+    deaths_by_rank,
+    key_priorities,
+    top_w_deaths,
+)
+
+pytest.importorskip("triton")
+from dma_kernels.selection.kernels import Tiling, launch_sort_keys, launch_top_w_deaths
+
+ON_GPU = torch.cuda.is_available()
+LENGTHS = [1, 63, 111, 257, 1025]
+SMALL = Tiling(32, 32, 16)
+TILINGS = [SMALL, Tiling(16, 64, 64), None] if ON_GPU else [Tiling(64, 64, 64)]
+
+
+def make_ranks(kind: str, batch: int, kv_heads: int, length: int, device: str) -> Tensor:
+    """Ranks `[B, G, N]` of a kind that has tripped a selection, or could."""
+    ranks = torch.randn(batch, kv_heads, length, device=device)
+    drift = torch.linspace(0, 5, length, device=device)
+    if kind in ("ties", "equal"):
+        ranks = ranks.round() * (kind == "ties")
+    elif kind in ("up", "down"):
+        ranks += drift if kind == "up" else -drift
+    elif kind == "rising":
+        ranks = drift.expand_as(ranks)
+    elif kind == "special":
+        special = torch.tensor([0.0, -0.0, torch.nan, -torch.nan, torch.inf, -torch.inf], device=device)
+        ranks = torch.where(torch.rand_like(ranks) < 0.3, special[torch.randint_like(ranks, 6).long()], ranks)
+    return ranks
+
+
+def make_runs(batch: int, length: int, device: str) -> Tensor:
+    """Numbers of documents `[B, N]`."""
+    return masks.make_documents(batch, length).to(device).cumsum(-1)
+
+
+def check(
+    ranks: Tensor,
+    window: int,
+    tiling: Tiling | None,
+    runs: Tensor | None = None,
+    padding: Tensor | None = None,
+) -> None:
+    """Compare the deaths of all keys that take part."""
+    with poisoned_buffers():
+        found = launch_top_w_deaths(ranks, runs, padding, window, tiling)
+    priority = key_priorities(ranks, runs, padding)
+    expected = top_w_deaths(KeyOrder.of(priority), window)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+    if padding is not None:
+        keys, real = KeyOrder.of(priority, excluded=padding[:, None]), ~padding[:, None].expand_as(found)
+        assert torch.equal(found[real], top_w_deaths(keys, window)[real])
+
+
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "up", "down", "rising", "special", "documents"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_deaths(length: int, kind: str, tiling: Tiling | None, device: str) -> None:
+    batch, kv_heads = (2, 2) if length < 100 or ON_GPU else (1, 1)
+    ranks = make_ranks(kind, batch, kv_heads, length, device)
+    runs = make_runs(batch, length, device) if kind == "documents" else None
+    for window in masks.windows(length):
+        check(ranks, window, tiling, runs)
+
+
+@pytest.mark.parametrize("tiling", [Tiling(16, 64, 64), Tiling(32, 16, 16), Tiling(16, 16, 128), SMALL, None], ids=str)
+@pytest.mark.parametrize("window", [1, 50])
+def test_tilings(tiling: Tiling | None, window: int, device: str) -> None:
+    check(make_ranks("up", 1, 2, 111, device), window, tiling)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("kind", ["left", "right", "between"])
+def test_padding_counts_for_nothing(kind: str, documents: bool, device: str) -> None:
+    runs = make_runs(2, 111, device) if documents else None
+    padding = masks.make_padding(kind, 2, 111).to(device)
+    check(make_ranks("random", 2, 2, 111, device), 7, SMALL, runs, padding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("documents", [False, True])
+def test_sort_keys_order_as_priorities_do(dtype: torch.dtype, documents: bool, device: str) -> None:
+    """Also of ranks, documents and padding that lie in memory in another way."""
+    ranks = make_ranks("special", 2, 300, 3, device).to(dtype).transpose(1, 2)
+    padding = torch.rand(300, 2, device=device).T < 0.1
+    runs = make_runs(2, 300, device).T.contiguous().T if documents else None
+    priority, found = key_priorities(ranks, runs, padding), launch_sort_keys(ranks, runs, padding).view(6, 300)
+    spread = found.diff(dim=0)
+    assert torch.equal(found - found[:, :1], (priority - priority[..., :1]).flatten(0, 1))
+    assert (spread > 0).all()  # every key of a row below every key of the next
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 127, 128])
+def test_rows_are_sorted_by_themselves(rows: int, documents: bool, device: str) -> None:
+    """Up to 127 rows as 32 bits; the extreme ranks of neighbours touch."""
+    ranks = torch.tensor([torch.nan, -torch.inf, torch.inf, 0, -1], device=device).expand(1, rows, 5)
+    runs = torch.tensor([[0, 0, 0, 1, 4]], device=device) if documents else None
+    priority = key_priorities(ranks, runs)
+    expected = priority.sort(stable=True).indices + 5 * torch.arange(rows, device=device)[:, None]
+    key = launch_sort_keys(ranks, runs)
+    assert key.dtype == (torch.int32 if rows < 128 and not documents else torch.int64)
+    assert torch.equal(key.sort(stable=True).indices, expected.flatten())
+
+
+def test_dropped_bits_tell_no_ranks_apart() -> None:
+    ranks = torch.cat([torch.randn(10_000), torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, -3e38, 1e-45])])
+    bits = ordered_bits(ranks).unique()
+    short = bits >> (32 - RANK_BITS)
+    assert torch.equal(short.unique(), short)
+    assert short.min() > LOWEST_PRIORITY
+
+
+def test_non_contiguous_ranks(device: str) -> None:
+    check(make_ranks("random", 2, 111, 3, device).transpose(1, 2), 9, SMALL)
+
+
+def test_empty_batch(device: str) -> None:
+    assert launch_top_w_deaths(torch.zeros(0, 2, 9, device=device), None, None, 3).shape == (0, 2, 9)
+
+
+@pytest.mark.parametrize("window", [1, 5, 70])
+@pytest.mark.parametrize("length", [1, 63])
+def test_operation(length: int, window: int, device: str) -> None:
+    ranks, padding = make_ranks("ties", 2, 2, length, device), masks.make_padding("between", 2, length).to(device)
+    for arguments in ((ranks, None, None, window), (ranks, make_runs(2, length, device), padding, window)):
+        expected = top_w_deaths(KeyOrder.of(key_priorities(*arguments[:3])), window)
+        assert torch.equal(deaths_by_rank(*arguments), expected)
+        torch.library.opcheck(deaths_by_rank, arguments)
+    with FakeTensorMode():
+        fake = deaths_by_rank(torch.empty(2, 2, length), None, None, window)
+    assert (fake.shape, fake.dtype) == (expected.shape, expected.dtype)
+
+
+def test_top_w_compiles_to_one_graph(device: str) -> None:
+    ranks, documents = torch.randn(2, 2, 111, device=device), masks.make_documents(2, 111).to(device)
+    padding = masks.make_padding("between", 2, 111).to(device)
+
+    def death(ranks: Tensor) -> Tensor:
+        return Lifetimes.top_w(ranks, 9, documents=documents, padding=padding, keep_last=2, sinks=1).death
+
+    assert torch.equal(torch.compile(death, fullgraph=True, backend="aot_eager")(ranks), death(ranks))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "up", "down", "documents"])
+@pytest.mark.parametrize("length", [32768, 131072, 150_001])
+def test_long_sequences(length: int, kind: str, device: str) -> None:
+    runs = make_runs(1, length, device) if kind == "documents" else None
+    for window in (1, 1024, length // 2):
+        check(make_ranks(kind, 1, 2, length, device), window, None, runs)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_a_million_positions(device: str) -> None:
+    check(make_ranks("random", 1, 1, 1 << 20, device), 1024, None)
