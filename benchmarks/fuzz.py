@@ -17,7 +17,7 @@ Python and NumPy that shares no code with the packages. The areas, and what one 
   values or kinds are others (a pipe, a folder, a link) are read with exactly the right content, or refused in one line
   that names the file; nothing hangs, starts, is imported, or changed elsewhere;
 - `resuming`, `commands`: the same of `fit` and `validate` with checkpoints that name classes and others' files;
-- `races`: processes that write to one place at once, and such that are killed.
+- `races`: processes that write to one place at once, and processes that are killed.
 
 Areas whose cases take seconds try a share of `--cases` (see `tests/fuzz/fuzz_areas.py`). Cases are run by processes of
 their own, so that one which ends or hangs its process is a failure, too, and the next seed goes on. The result, a JSON

@@ -76,7 +76,8 @@ def prepare(
     """Write the tokens of text into memory-mapped shards with document borders, for `PreparedDataModule`.
 
     May be interrupted at any moment; the same command goes on behind the last finished shard, and checks those that are
-    there. Files that come behind may have changed since. What is written does not depend on the number of processes.
+    there. Input files after the last finished shard may have changed since. What is written does not depend on the
+    number of processes.
 
     Args:
         path: a file, a folder (all files below it that are not hidden) or a glob. A line of .jsonl and .ndjson is a

@@ -175,7 +175,7 @@ class FileTokenizer:
                 text = self._step(fast, new[-1])
                 if text is None or "\ufffd" not in text:
                     return text, fast
-        # With byte fallback it depends on the tokens before, too, how many U+FFFD there are: they are always made here.
+        # With byte fallback, the number of U+FFFD depends on earlier tokens too, so text with any is decoded here.
         before, text = self._texts(recent, new)
         waits = (text == before or text.endswith("\ufffd")) and len(new) < _LONGEST
         return None if waits else text[len(before) :], None

@@ -56,8 +56,8 @@ class TextDataModule(TokenizedDataModule):
 
     The text is written once into a memory-mapped array in a cache folder, under a name made from its content, that is
     as private as the text. Its first part is for training and its last for validation; `test` and `predict` use the
-    validation part as well. Each file ends with a line feed more. Bytes that are no UTF-8 are read as they are, or as
-    U+FFFD each by a tokenizer.
+    validation part as well. A line feed is added to each file. Bytes that are not UTF-8 stay as they are; a tokenizer
+    reads each as U+FFFD.
 
     Args:
         path: a file, a folder (all files below it that are not hidden) or a glob. Default: the English help topics
