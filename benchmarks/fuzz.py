@@ -35,6 +35,7 @@ import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 _PATIENCE = 300  # seconds that a case may take; the first of a process makes what the others change
@@ -123,6 +124,15 @@ def run(areas: dict[str, int], first: int, processes: int) -> dict[str, Tally]:
                     flush=True,
                 )
     return tallies
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The lines of docs/reliability.md that tell of a result file."""
+    rows = [
+        f"| `{name}` | {row['cases']:,} | {row['seconds']:,.0f} | {row['failed']} |"
+        for name, row in result["areas"].items()
+    ]
+    return ["| area | cases | seconds of a core | failed |", "| --- | ---: | ---: | ---: |", *rows]
 
 
 def _check_seeds(area: str, seeds: list[int], connection: Connection) -> None:
