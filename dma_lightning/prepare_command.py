@@ -267,7 +267,7 @@ def _finish(output: Path, files: list[Path], plan: Plan, records: list[ShardReco
     """Write the manifest.
 
     Raises:
-        ValueError: if there was no text, or it has changed meanwhile.
+        ValueError: if there was no text, it has changed meanwhile, or the records of its shards do not agree.
     """
     if not records:
         raise ValueError(f"expected text, got {len(files)} files without any")
@@ -277,7 +277,14 @@ def _finish(output: Path, files: list[Path], plan: Plan, records: list[ShardReco
             f"delete {output} or name another folder, and prepare again"
         )
     totals = {name: sum(getattr(record, name) for record in records) for name in ("tokens", "documents", "bytes")}
-    write_json(output / MANIFEST, asdict(Manifest(**vars(plan), **totals, shards=records)))
+    try:
+        manifest = Manifest(**vars(plan), **totals, shards=records)
+    except ValueError as error:
+        raise ValueError(
+            f"{output}: expected records of shards that agree, got {error}; one shard-*.json is damaged: delete "
+            f"{output} or name another folder, and prepare again"
+        ) from error
+    write_json(output / MANIFEST, asdict(manifest))
 
 
 def _pieces(files: list[Path], start: _Place, text_field: str) -> Iterator[tuple[int, Piece]]:

@@ -143,7 +143,7 @@ class Manifest(Plan):
         if self.tokenizer_sha256 is None:
             text_bytes = self.tokens - (0 if self.eos_token_id is None else self.documents)
             if self.bytes != text_bytes:
-                raise ValueError(f"bytes: expected {text_bytes}, those of tokens that are bytes, got {self.bytes}")
+                raise ValueError(f"bytes: expected {text_bytes}, one for each token but end tokens, got {self.bytes}")
         for number, shard in enumerate(self.shards):
             if shard.name != shard_name(number):
                 raise ValueError(f"shards[{number}].name: expected {shard_name(number)}, got {shard.name!r}")
