@@ -198,7 +198,7 @@ def test_bytes_are_counted_by_tokens_that_are_bytes(eos: int | None, source: Pat
     use(tmp_path / "out")
     for place in (["bytes"], ["shards", 0, "bytes"]):
         change(tmp_path / "out/manifest.json", place, 7)
-    with pytest.raises(ValueError, match=r"bytes: expected \d+, those of tokens that are bytes, got 7"):
+    with pytest.raises(ValueError, match=r"bytes: expected \d+, one for each token but end tokens, got 7"):
         use(tmp_path / "out")
 
 
