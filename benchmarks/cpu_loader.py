@@ -22,8 +22,8 @@ from environment import describe, write_tables
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dma_lightning import PreparedDataModule
+from dma_lightning.cli.prepare import prepare
 from dma_lightning.data import IGNORE_INDEX
-from dma_lightning.prepare_command import prepare
 
 LENGTH, BATCH, TEXT_BYTES, REPEATS = 4096, 8, 64 << 20, 3
 

@@ -21,9 +21,9 @@ from environment import describe, write_tables
 from safetensors.torch import save_file
 
 from dma_lightning import PreparedDataModule
-from dma_lightning.prepare_command import prepare
-from dma_lightning.sha256_sums import check_sums, write_sums
-from dma_lightning.zip_checksums import check_records
+from dma_lightning.cli.prepare import prepare
+from dma_lightning.files.sha256_sums import check_sums, write_sums
+from dma_lightning.files.zip_checksums import check_records
 
 PARTS, PART_BYTES, REPEATS = 4, 128 << 20, 5
 

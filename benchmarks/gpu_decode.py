@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dma_kernels import DynamicMaskCache, KeyCache, fused_attention
 from dma_kernels.decoding.dynamic_cache import StepBackend
 from dma_lightning import DogeForCausalLM
-from dma_lightning.sizes_command import read_config
+from dma_lightning.cli.sizes import read_config
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 32, 8, 128, 1024
 DENSE = {1: [1 << n for n in (16, 17, 18, 19)], 32: [1 << 16, 1 << 17]}  # lengths by batch

@@ -48,12 +48,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from dma_lightning.callbacks import FitReport
 from dma_lightning.checkpoints import ResumableCheckpoint
-from dma_lightning.cli import DMACLI, build_cli
+from dma_lightning.cli.entry import DMACLI, build_cli
+from dma_lightning.cli.sizes import read_config
+from dma_lightning.config import ModelConfig
 from dma_lightning.data.manifests import MANIFEST, TOKENIZER, VERSION, Manifest
 from dma_lightning.data.shards import ShardWriter, write_json, write_text
 from dma_lightning.mixers import MIXERS
-from dma_lightning.model import ModelConfig
-from dma_lightning.sizes_command import read_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TOKENS, LENGTHS, VOCABULARY = 32768, [4096, 16384, 32768], 32768

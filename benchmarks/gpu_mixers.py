@@ -25,8 +25,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dma_lightning import DogeForCausalLM
+from dma_lightning.cli.sizes import read_config
 from dma_lightning.mixers import MIXERS
-from dma_lightning.sizes_command import read_config
 
 ROOT = Path(__file__).parents[1]
 TOKENS, LENGTHS, VOCABULARY = 32768, [4096, 16384, 32768], 32768

@@ -17,8 +17,8 @@ import torch
 from environment import describe, write_tables
 from triton.testing import do_bench
 
+from dma_lightning.cli.sizes import read_config
 from dma_lightning.model import DogeForCausalLM
-from dma_lightning.sizes_command import read_config
 from dma_lightning.step_means import scale_gradients
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dma_lightning.cli import build_cli
-from dma_lightning.prepare_command import prepare
+from dma_lightning.cli.prepare import prepare
 
 MODEL = [
     "--model.num_hidden_layers=1",
@@ -62,7 +62,7 @@ OPTIONS = [
     "--trainer.gradient_clip_val=1.0",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
-    "--trainer.callbacks+=dma_lightning.stability.GradientGuard",
+    "--trainer.callbacks+=dma_lightning.callbacks.GradientGuard",
     "--trainer.callbacks+=dma_lightning.checkpoints.ResumableCheckpoint",
     "--trainer.callbacks.every_n_train_steps=3",
     "--trainer.callbacks+=kill_runs.Recorder",

@@ -23,7 +23,7 @@ import lightning.pytorch as pl
 import torch
 from environment import describe, write_tables
 
-from dma_lightning.cli import DMACLI, build_cli
+from dma_lightning.cli.entry import DMACLI, build_cli
 from dma_lightning.monitoring import SampleMonitor
 
 CONFIGS = Path(__file__).parents[1] / "configs"

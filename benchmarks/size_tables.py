@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dma_lightning.sizes_command import size_lines
+from dma_lightning.cli.sizes import size_lines
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "attention.md"

@@ -1,5 +1,25 @@
-"""Trainable dynamic mask attention as PyTorch Lightning modules."""
+"""Trainable dynamic mask attention as PyTorch Lightning modules.
 
+What a model is, from the inside out:
+
+- `mixers`: the attentions, one a file, each with what it takes of a configuration; `MIXERS` holds them by name
+- `backends`: what computes attention over lifetimes, by name; `rotary`: the rotary embedding
+- `config`: `ModelConfig`; `model`: the decoder around a mixer
+- `generation`, `sampling`: what a decoder goes on with; `tokenizers`: text and tokens
+- `huggingface`: models of the Hugging Face Hub
+
+How it is trained:
+
+- `data`: data modules; `metrics`, `schedules`, `step_means`: what the LightningModule in `language_model` computes with
+- `callbacks`: act on a run; `monitoring`: only watch it
+- `checkpoints`: written, checked and read; `trained_models`: models out of them, to infer with
+- `strategies`: FSDP2; `distributed`: what processes agree on; `trainer_state`: what Lightning keeps to itself
+- `cli`: the command line, one file a command
+
+Below them, `files` and `plain_values`: files and values that a stranger may have written.
+"""
+
+from dma_lightning.config import ModelConfig
 from dma_lightning.data import MQARDataModule, PreparedDataModule, TextDataModule
 from dma_lightning.generation import generate, pad_prompts, stream_text, stream_tokens
 from dma_lightning.huggingface import load_doge, save_doge
@@ -13,8 +33,9 @@ from dma_lightning.mixers import (
     SlidingWindowAttention,
     TokenMixer,
 )
-from dma_lightning.model import DogeForCausalLM, ModelConfig
+from dma_lightning.model import DogeForCausalLM
 from dma_lightning.sampling import Sampling
+from dma_lightning.strategies import FullyShardedStrategy
 from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer
 
 __all__ = [
@@ -23,6 +44,7 @@ __all__ = [
     "DogeForCausalLM",
     "DynamicMaskAttention",
     "FileTokenizer",
+    "FullyShardedStrategy",
     "LanguageModel",
     "LatentAttention",
     "MQARDataModule",

@@ -19,16 +19,17 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
-from dma_lightning.checkpoint_files import local_checkpoint, read_checkpoint
-from dma_lightning.checkpoint_weights import check_layers, compare_weights, model_weights, saved_weights
+from dma_lightning.checkpoints.arguments import model_arguments
+from dma_lightning.checkpoints.files import local_checkpoint, read_checkpoint
+from dma_lightning.checkpoints.weights import check_layers, compare_weights, model_weights, saved_weights
+from dma_lightning.config import ModelConfig
 from dma_lightning.data.base import IGNORE_INDEX, Batch
 from dma_lightning.metrics import BitsPerByte, MeanLoss, Perplexity, bits_per_byte
-from dma_lightning.model import DogeForCausalLM, ModelConfig
-from dma_lightning.monitoring.steps import is_logging_step
+from dma_lightning.model import DogeForCausalLM
 from dma_lightning.plain_values import PlainHyperparameters, plain
-from dma_lightning.saved_arguments import model_arguments
 from dma_lightning.schedules import Schedule, lr_factor
 from dma_lightning.step_means import StepTotals, scale_gradients
+from dma_lightning.trainer_state import is_logging_step
 
 # How layers are compiled: what two kernels read, such as the rotary embedding's gradient, is computed in both of them
 # instead of being written out in float32.

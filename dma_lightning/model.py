@@ -3,9 +3,7 @@
 B batch, N length, C hidden size, V vocabulary.
 """
 
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,116 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dma_kernels import ScoreForm
-from dma_lightning.backends import Backend
+from dma_lightning.config import ModelConfig
 from dma_lightning.generation import generate
 from dma_lightning.mixers import MIXERS, MixerCache
 from dma_lightning.sampling import Sampling
-
-Scalar = bool | int | float | str | None
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape of a Doge decoder; the defaults are the tiny model that trains on a CPU."""
-
-    vocab_size: int = 256
-    """Number of different tokens."""
-    max_position_embeddings: int = 256
-    """Longest sequence that the model takes at once, in tokens; generation goes on beyond it."""
-    hidden_size: int = 128
-    """Width of the residual stream."""
-    intermediate_size: int = 384
-    """Width of the SwiGLU feed-forward network."""
-    num_hidden_layers: int = 4
-    """Number of decoder layers."""
-    num_attention_heads: int = 4
-    """Number of query heads."""
-    num_key_value_heads: int = 2
-    """Number of key and value heads; the query heads must be a multiple of it."""
-    head_dim: int | None = None
-    """Width of a head, even; by default hidden_size / num_attention_heads."""
-    attention: str = "dma"
-    """What mixes the tokens in every layer: dma (dynamic mask attention), mha (all of the past), swa (a sliding
-    window), mla (latent attention), nsa (native sparse attention), or another name in `dma_lightning.mixers.MIXERS`."""
-    keep_window_size: int = 64
-    """dma: number of best-scored past keys that a query attends to."""
-    keep_last: int = 0
-    """dma: number of last positions that stay visible besides, whatever their score."""
-    sinks: int = 0
-    """dma: number of first keys of each document that stay visible besides."""
-    score_form: ScoreForm = "exp"
-    """dma: bias that a key's rank adds to its logits: exp(rank), or the rank itself (linear). exp overflows above a
-    rank of 88.7, which shows as a loss of NaN."""
-    sliding_window: int = 64
-    """swa: number of last positions that a query attends to, its own included."""
-    kv_lora_rank: int = 32
-    """mla: numbers of the latent vector of a token."""
-    qk_rope_head_dim: int = 16
-    """mla: channels of a query and key that are rotated, even."""
-    qk_nope_head_dim: int = 16
-    """mla: channels of a query and key that are not rotated."""
-    v_head_dim: int = 32
-    """mla: channels of a value."""
-    nsa_compress_block: int = 16
-    """nsa: tokens of a compressed block."""
-    nsa_compress_stride: int = 8
-    """nsa: tokens from one compressed block to the next; both kinds of blocks are multiples of it."""
-    nsa_compress_hidden: int = 32
-    """nsa: hidden width of the network that compresses a block."""
-    nsa_select_block: int = 16
-    """nsa: tokens of a block that is selected as a whole."""
-    nsa_select_count: int = 4
-    """nsa: number of blocks that a query attends to: the first, its own, the one before, and the best of the others."""
-    nsa_window: int = 32
-    """nsa: number of last positions that a query attends to besides, its own included."""
-    nsa_separate_kv: bool = True
-    """nsa: whether each of the three branches has keys and values of its own."""
-    attention_args: dict[str, Scalar | list[Scalar]] = field(default_factory=dict, hash=False)
-    """What the attention takes besides, by name; those that are here take nothing."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary position embedding."""
-    rope_scaling: float = 1.0
-    """Positions are divided by it before the rotary embedding (position interpolation); 1 leaves them as they are."""
-    rms_norm_eps: float = 1e-6
-    """Epsilon of every RMSNorm."""
-    attention_bias: bool = False
-    """Whether the projections of the attention, Δ included, have a bias (not: gates and compression of nsa, and what
-    mla makes of its latent vectors)."""
-    mlp_bias: bool = False
-    """Whether the projections of the feed-forward network have a bias."""
-    hidden_dropout: float = 0.0
-    """Dropout on the output of each attention and feed-forward network."""
-    tie_word_embeddings: bool = True
-    """Use the embedding matrix as output head too."""
-    initializer_range: float = 0.02
-    """Standard deviation of the initial weights."""
-    bos_token_id: int | None = None
-    """Token with which texts begin, if they do; for Hugging Face, nothing here puts it there."""
-    eos_token_id: int | list[int] | None = None
-    """Token or tokens with which a text of `DogeForCausalLM.generate` or `dma-lightning generate` ends, if any."""
-    backend: Backend = "auto"
-    """Attention backend of dma, swa and nsa (mha, mla and a window that holds the whole sequence are PyTorch's
-    own): auto (the fastest that can), triton (CUDA), flex (compiled FlexAttention; trains on CUDA only), torch (any
-    device), or reference (O(N²), for tests)."""
-
-    def __post_init__(self) -> None:
-        if self.attention not in MIXERS:
-            raise ValueError(f"attention: expected one of {list(MIXERS)}, got {self.attention!r}")
-        try:
-            inspect.signature(MIXERS[self.attention].of_config).bind(self, **self.attention_args)
-        except TypeError as error:
-            raise ValueError(
-                f"attention_args: expected what attention {self.attention!r} takes, got {self.attention_args}: {error}"
-            ) from error
-        for name in ("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("rope_theta", "rope_scaling", "rms_norm_eps", "initializer_range"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
-        if not 0 <= self.hidden_dropout < 1:
-            raise ValueError(f"hidden_dropout: expected 0 <= p < 1, got {self.hidden_dropout}")
 
 
 class DogeMLP(nn.Module):
@@ -146,7 +38,7 @@ class DogeLayer(nn.Module):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.input_residual = nn.Parameter(torch.ones(config.hidden_size))
-        self.self_attn = MIXERS[config.attention].of_config(config, **config.attention_args)
+        self.self_attn = MIXERS[config.attention].from_config(config, **config.attention_args)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size))
         self.mlp = DogeMLP(config)

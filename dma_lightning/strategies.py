@@ -1,16 +1,9 @@
-"""Training of one model by several processes, as configurations name it."""
+"""FSDP2, as configurations name it."""
 
-import os
-import sys
-import threading
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,8 +13,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from dma_lightning.checkpoint_files import check_readable, read_checkpoint
-from dma_lightning.sharded_checkpoints import META, load_sharded, remove, replace_folder
+from dma_lightning.checkpoints.files import check_readable, read_checkpoint
+from dma_lightning.checkpoints.sharded import META, load_sharded, remove, replace_folder
 
 _FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -107,54 +100,3 @@ def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
     """A state of an optimizer with other keys for the parameters."""
     groups = [group | {"params": [names[key] for key in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[key]: value for key, value in state["state"].items()}, "param_groups": groups}
-
-
-class SameCheckpoint(pl.Callback):
-    """Lets no process go on from another checkpoint than the others.
-
-    Args:
-        path: what this process has found; None if there is none.
-
-    Raises:
-        ValueError: when processes meet, if they differ, as where a file system shows to one of them what is not there
-            yet for another.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        paths = of_all_processes(self.path and str(self.path.resolve()), trainer)
-        if len(set(paths)) > 1:
-            each = "; ".join(f"rank {rank} {path or 'none'}" for rank, path in enumerate(paths))
-            raise ValueError(
-                f"ckpt_path: expected the same checkpoint in all processes, got {each}; start again when all see the "
-                "same files"
-            )
-
-
-def of_all_processes(value: Any, trainer: pl.Trainer) -> list[Any]:
-    """What each process has, in the order of their ranks; each must ask."""
-    values = [value] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def end_with_first_process(trainer: pl.Trainer) -> None:
-    """In a process that Lightning has started beside the first of a machine: end when that one is no more.
-
-    The first sees to the others, but if it is killed, they may wait for it until a timeout of half an hour.
-    """
-    if (
-        isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
-        and trainer.local_rank > 0
-    ):
-        threading.Thread(target=_watch, args=(os.getppid(), trainer.local_rank), daemon=True).start()
-
-
-def _watch(parent: int, rank: int, seconds: float = 5.0) -> None:
-    while os.getppid() == parent:
-        time.sleep(seconds)
-    print(f"rank {rank}: the first process has ended, so this one does; `--ckpt_path last` goes on", file=sys.stderr)
-    os._exit(1)

@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
-from dma_lightning.reading import check_regular
+from dma_lightning.files.reading import check_regular
 
 SpecialTokens = Literal["text", "parse"]
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from dma_lightning.checkpoint_files import read_checkpoint
+from dma_lightning.checkpoints.files import read_checkpoint
 from dma_lightning.data.text import TOKENIZER_KEY
+from dma_lightning.files.reading import as_kind
 from dma_lightning.language_model import LanguageModel
-from dma_lightning.reading import as_kind
 from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 
 

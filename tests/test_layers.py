@@ -4,6 +4,8 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,45 @@ def test_imports_point_downwards(package: str) -> None:
     assert files
     for file in files:
         assert not imported_packages(file) & ABOVE[package], file
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its name."""
+    files = {file: file.relative_to(root.parent) for root in PACKAGES.values() for file in root.rglob("*.py")}
+    return {".".join(x.with_suffix("").parts).removesuffix(".__init__"): file for file, x in files.items()}
+
+
+def imports(file: Path, known: set[str]) -> Iterator[str]:
+    """Modules of ours that a file names, in functions and under TYPE_CHECKING, too."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: imports are absolute"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & known
+            yield from inner or {node.module} & known
+
+
+def room(module: str) -> str:
+    """The folder of a module within its package, or the module itself beside the folders."""
+    return ".".join(module.split(".")[:2])
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    files = modules()
+    graph = {name: set(imports(file, files.keys())) for name, file in files.items()}
+    assert graph["dma_lightning.model"] >= {"dma_lightning.config", "dma_lightning.mixers"}  # it sees something
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    assert order.index("dma_kernels.lifetimes") < order.index("dma_lightning.mixers.dynamic_mask")
+
+
+def test_rooms_import_each_other_in_no_circle() -> None:
+    files = modules()
+    graph: dict[str, set[str]] = {}
+    for name, file in files.items():
+        if name not in PACKAGES:  # which offer what is in all of their rooms
+            graph.setdefault(room(name), set()).update(map(room, imports(file, files.keys() - PACKAGES.keys())))
+    list(TopologicalSorter({name: below - {name} for name, below in graph.items()}).static_order())
 
 
 def run_python(code: str) -> None:

@@ -1,4 +1,12 @@
-"""Data modules."""
+"""Data modules, all of sequences of one length.
+
+- `base`: what they share: batches, loaders, the position in the data; `restoring`: what they take from a checkpoint
+- `text`: text files, as bytes or tokens; `prepared`: what `dma-lightning prepare` has written
+- `mqar`: associative recall
+
+Below these: `files` and `documents` (text as it comes), `arrays`, `shards`, `manifests` and `text_cache` (tokens on the
+disk), `windows` and `samplers` (which part of them a sequence is, and in which order they come).
+"""
 
 from dma_lightning.data.base import IGNORE_INDEX, Batch, SequenceDataModule
 from dma_lightning.data.mqar import MQARDataModule, MQARTask

@@ -7,17 +7,15 @@ import multiprocessing
 import os
 import signal
 import warnings
-from pathlib import Path
-from typing import Any, ClassVar, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dma_lightning.data.restoring import RestorableDataModule
 from dma_lightning.data.samplers import EvalSampler, PaddedDataset, TrainSampler
-from dma_lightning.plain_values import PlainHyperparameters
-from dma_lightning.reading import Count, as_kind
+from dma_lightning.files.reading import Count, as_kind
 
 IGNORE_INDEX = -100
 POSITION_KEY = "position"  # in a checkpoint's state of the data
@@ -53,7 +51,7 @@ class Batch(TypedDict):
     label_bytes: NotRequired[Tensor]
 
 
-class SequenceDataModule(PlainHyperparameters, pl.LightningDataModule):
+class SequenceDataModule(RestorableDataModule):
     """Data loaders over datasets of equally long token sequences.
 
     A subclass sets `train_set`, `val_set` and `test_set` in `setup`.
@@ -68,9 +66,6 @@ class SequenceDataModule(PlainHyperparameters, pl.LightningDataModule):
         batch_size: sequences in a batch of each process.
         num_workers: processes that load data beside each training process.
     """
-
-    file_arguments: ClassVar[tuple[str, ...]] = ()
-    """Arguments that name files or folders, which are not taken from a stranger's checkpoint."""
 
     train_set: Dataset
     val_set: Dataset
@@ -105,25 +100,6 @@ class SequenceDataModule(PlainHyperparameters, pl.LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self._train_sampler: TrainSampler | None = None
         self._saved: _Position | dict = {}  # the position of a checkpoint
-
-    @classmethod
-    def load_from_checkpoint(
-        cls, checkpoint_path: str | Path, weights_only: bool | None = None, **changed: Any
-    ) -> "SequenceDataModule":
-        """The data module of a checkpoint, whose arguments are taken as plain values of known fields.
-
-        Args:
-            checkpoint_path: a file of this machine.
-            weights_only: true or none; nothing else is read.
-            **changed: arguments of `__init__` that replace the checkpoint's.
-
-        Raises:
-            ValueError: if the file is damaged or could run code; if it holds unknown arguments, those of another class,
-                or files that the run's own configuration does not name and that are not given here.
-        """
-        from dma_lightning.saved_arguments import load_data  # which knows the data modules, so it imports this file
-
-        return load_data(cls, checkpoint_path, weights_only, changed)
 
     def train_dataloader(self) -> DataLoader:
         """Batches of this process, from the position on.

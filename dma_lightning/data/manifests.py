@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dma_lightning.data.arrays import LengthType, ends_size, largest_token, mapped
-from dma_lightning.reading import Count, read_json, sha256
+from dma_lightning.files.reading import Count, read_json, sha256
 from dma_lightning.tokenizers import SpecialTokens
 
 VERSION = 2  # version 1 has no bytes of each token

@@ -12,7 +12,7 @@ from dma_lightning.data.manifests import TOKENIZER, Manifest, read_manifest
 from dma_lightning.data.shards import Shard
 from dma_lightning.data.text import TokenizedDataModule
 from dma_lightning.data.windows import TokenWindows
-from dma_lightning.reading import sha256, verifies_content
+from dma_lightning.files.reading import sha256, verifies_content
 from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 
 

@@ -21,10 +21,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dma_lightning.atomic_files import atomic_write
 from dma_lightning.data.arrays import LengthWriter, mapped, mapped_ends
 from dma_lightning.data.manifests import ShardRecord, read_manifest, shard_name  # noqa: F401  # where it was before
-from dma_lightning.reading import sha256
+from dma_lightning.files.atomic import atomic_write
+from dma_lightning.files.reading import sha256
 
 
 class ShardWriter:

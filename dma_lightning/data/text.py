@@ -98,6 +98,11 @@ class TextDataModule(TokenizedDataModule):
         self.cache_dir = user_path(cache_dir) if cache_dir else _user_cache() / "dma-lightning"
         self._is_prepared = False
 
+    @classmethod
+    def complete_saved(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a checkpoint; before there was a choice, tokenizers parsed special tokens."""
+        return arguments if arguments.get("tokenizer") is None else {"special_tokens": "parse"} | arguments
+
     @property
     def bytes_per_token(self) -> float:
         """Mean length of a token; with a tokenizer, the array is written for it."""

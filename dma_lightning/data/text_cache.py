@@ -16,10 +16,10 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from dma_lightning.atomic_files import atomic_write
 from dma_lightning.data.arrays import LengthType, LengthWriter, largest_token
 from dma_lightning.data.manifests import SHA256, Count
-from dma_lightning.reading import check_regular, read_json, sha256, verifies_content
+from dma_lightning.files.atomic import atomic_write
+from dma_lightning.files.reading import check_regular, read_json, sha256, verifies_content
 
 _VERSION = 1
 _PRIVATE = 0o600

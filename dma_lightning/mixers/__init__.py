@@ -1,4 +1,11 @@
-"""The token mixers by name: everything that `attention:` of a model's configuration can say."""
+"""The token mixers by name: everything that `attention:` of a model's configuration can say.
+
+- `base`: what a decoder asks of a mixer, and what those with heads share
+- `dynamic_mask`, `softmax` (all of the past, or a window), `latent`, `native_sparse`: one mixer a file, behind what it
+  takes of a configuration
+- `masked`: attention under masks that are no dynamic ones; `position_cache`: a cache of positions
+- `block_selection`: the blocks of native sparse attention
+"""
 
 from dma_lightning.mixers.base import MixerCache, TokenMixer
 from dma_lightning.mixers.dynamic_mask import DynamicMaskAttention

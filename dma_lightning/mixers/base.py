@@ -3,16 +3,45 @@
 B batch, N length, C hidden size, H query heads, G KV heads, D head dim.
 """
 
+import warnings
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Protocol, Self
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from dma_lightning.backends import Backend
 from dma_lightning.rotary import apply_rotary
 
-if TYPE_CHECKING:
-    from dma_lightning.model import ModelConfig
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig:
+    """What mixers of any kind take of a model's configuration."""
+
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    num_attention_heads: int = 4
+    """Number of query heads."""
+    num_key_value_heads: int = 2
+    """Number of key and value heads; the query heads must be a multiple of it."""
+    head_dim: int | None = None
+    """Width of a head, even; by default hidden_size / num_attention_heads."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary position embedding."""
+    rope_scaling: float = 1.0
+    """Positions are divided by it before the rotary embedding (position interpolation); 1 leaves them as they are."""
+    rms_norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    attention_bias: bool = False
+    """Whether the projections of the attention, Δ included, have a bias (not: gates and compression of nsa, and what
+    mla makes of its latent vectors)."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+    backend: Backend = "auto"
+    """Attention backend of dma, swa and nsa (mha, mla and a window that holds the whole sequence are PyTorch's
+    own): auto (the fastest that can), triton (CUDA), flex (compiled FlexAttention; trains on CUDA only), torch (any
+    device), or reference (O(N²), for tests)."""
 
 
 class MixerCache(Protocol):
@@ -31,10 +60,21 @@ class TokenMixer(nn.Module, ABC):
     A subclass is made from a `ModelConfig`, and found by the name under which `MIXERS` holds it.
     """
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "of_config" in vars(cls) and "from_config" not in vars(cls):
+            warnings.warn(f"{cls.__qualname__}.of_config: from_config is its name now", FutureWarning, stacklevel=2)
+            cls.from_config = cls.of_config
+
     @classmethod
     @abstractmethod
-    def of_config(cls, config: "ModelConfig") -> Self:
-        """The mixer of one layer. What it takes besides `config` are the `attention_args` of the configuration."""
+    def from_config(cls, config: Any) -> Self:
+        """The mixer of one layer.
+
+        Args:
+            config: the `ModelConfig`; a mixer of ours names the part of it that stands beside itself. What a subclass
+                takes besides are the `attention_args` of the configuration.
+        """
 
     @abstractmethod
     def forward(
@@ -141,7 +181,7 @@ class GroupedQueryMixer(TokenMixer):
         self.k_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps)
 
     @staticmethod
-    def shape_of(config: "ModelConfig") -> dict[str, int | float | bool | None]:
+    def shape_of(config: MixerConfig) -> dict[str, int | float | bool | None]:
         """The arguments above of a model's configuration."""
         return {
             "hidden_size": config.hidden_size,

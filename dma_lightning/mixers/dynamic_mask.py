@@ -3,7 +3,8 @@
 B batch, N length, C hidden size, H query heads, G KV heads, D head dim.
 """
 
-from typing import TYPE_CHECKING, Self
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,22 @@ from dma_lightning.backends import (
     explain_backend,
     resolve_backend,
 )
-from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys
+from dma_lightning.mixers.base import GroupedQueryMixer, MixerConfig, mean_keys
 
-if TYPE_CHECKING:
-    from dma_lightning.model import ModelConfig
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicMaskConfig(MixerConfig):
+    """What dynamic mask attention takes of a model's configuration."""
+
+    keep_window_size: int = 64
+    """dma: number of best-scored past keys that a query attends to."""
+    keep_last: int = 0
+    """dma: number of last positions that stay visible besides, whatever their score."""
+    sinks: int = 0
+    """dma: number of first keys of each document that stay visible besides."""
+    score_form: ScoreForm = "exp"
+    """dma: bias that a key's rank adds to its logits: exp(rank), or the rank itself (linear). exp overflows above a
+    rank of 88.7, which shows as a loss of NaN."""
 
 
 class DynamicMaskAttention(GroupedQueryMixer):
@@ -85,7 +98,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
         key_scores(self.A.detach(), score_form)  # an unknown form is an error now, not in the first step
 
     @classmethod
-    def of_config(cls, config: "ModelConfig") -> Self:
+    def from_config(cls, config: DynamicMaskConfig) -> Self:
         return cls(
             **cls.shape_of(config),
             keep_window_size=config.keep_window_size,

@@ -3,20 +3,40 @@
 B batch, N length, C hidden size, H heads, L latent rank, R rotated dim, P plain dim, V value dim.
 """
 
-from typing import TYPE_CHECKING, Self
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dma_kernels import Lifetimes
-from dma_lightning.mixers.base import TokenMixer, check_even, check_mixer_input, mean_keys, normalised, positions_of
+from dma_lightning.mixers.base import (
+    MixerConfig,
+    TokenMixer,
+    check_even,
+    check_mixer_input,
+    mean_keys,
+    normalised,
+    positions_of,
+)
 from dma_lightning.mixers.masked import SDPA_OR_FLEX, attend_places, lifetime_attention
 from dma_lightning.mixers.position_cache import PositionCache
 from dma_lightning.rotary import apply_rotary
 
-if TYPE_CHECKING:
-    from dma_lightning.model import ModelConfig
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig(MixerConfig):
+    """What latent attention takes of a model's configuration."""
+
+    kv_lora_rank: int = 32
+    """mla: numbers of the latent vector of a token."""
+    qk_rope_head_dim: int = 16
+    """mla: channels of a query and key that are rotated, even."""
+    qk_nope_head_dim: int = 16
+    """mla: channels of a query and key that are not rotated."""
+    v_head_dim: int = 32
+    """mla: channels of a value."""
 
 
 class LatentAttention(TokenMixer):
@@ -76,7 +96,7 @@ class LatentAttention(TokenMixer):
         self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=bias)
 
     @classmethod
-    def of_config(cls, config: "ModelConfig") -> Self:
+    def from_config(cls, config: LatentConfig) -> Self:
         return cls(
             config.hidden_size,
             config.num_attention_heads,

@@ -3,7 +3,8 @@
 B batch, N length, C hidden size, H query heads, G KV heads, D head dim, Nc compressed blocks.
 """
 
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +12,34 @@ from torch.utils.checkpoint import checkpoint
 
 from dma_kernels.selected_blocks.attention import block_attention, block_attention_reference, kernels_take
 from dma_lightning.backends import Backend, check_backend, explain_backend, resolve_backend
-from dma_lightning.mixers.base import GroupedQueryMixer, check_mixer_input, mean_keys, positions_of
+from dma_lightning.mixers.base import GroupedQueryMixer, MixerConfig, check_mixer_input, mean_keys, positions_of
 from dma_lightning.mixers.block_selection import BlockGrid
 from dma_lightning.mixers.masked import attend_places, masked_attention
 from dma_lightning.mixers.position_cache import Places, PositionCache
 from dma_lightning.mixers.softmax import window_attention
 
-if TYPE_CHECKING:
-    from dma_lightning.model import ModelConfig
-
 _GATHERED = 1 << 25  # elements of gathered keys that are in memory at once
 _WEIGHED = 1 << 26  # weights of compressed blocks that are
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeSparseConfig(MixerConfig):
+    """What native sparse attention takes of a model's configuration."""
+
+    nsa_compress_block: int = 16
+    """nsa: tokens of a compressed block."""
+    nsa_compress_stride: int = 8
+    """nsa: tokens from one compressed block to the next; both kinds of blocks are multiples of it."""
+    nsa_compress_hidden: int = 32
+    """nsa: hidden width of the network that compresses a block."""
+    nsa_select_block: int = 16
+    """nsa: tokens of a block that is selected as a whole."""
+    nsa_select_count: int = 4
+    """nsa: number of blocks that a query attends to: the first, its own, the one before, and the best of the others."""
+    nsa_window: int = 32
+    """nsa: number of last positions that a query attends to besides, its own included."""
+    nsa_separate_kv: bool = True
+    """nsa: whether each of the three branches has keys and values of its own."""
 
 
 class NativeSparseAttention(GroupedQueryMixer):
@@ -89,7 +107,7 @@ class NativeSparseAttention(GroupedQueryMixer):
         self.gate_proj = nn.Linear(self.hidden_size, 3 * self.num_heads, bias=False)
 
     @classmethod
-    def of_config(cls, config: "ModelConfig") -> Self:
+    def from_config(cls, config: NativeSparseConfig) -> Self:
         sizes = {name: x for name, x in vars(config).items() if name.startswith("nsa_")}
         shared = {"initializer_range": config.initializer_range, "backend": config.backend}
         return cls(**cls.shape_of(config), **sizes, **shared)

@@ -3,7 +3,8 @@
 B batch, N length, C hidden size, H query heads, G KV heads, D head dim.
 """
 
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,17 @@ from torch import Tensor
 
 from dma_kernels import Lifetimes
 from dma_lightning.backends import ATTENTIONS, Backend, check_backend, explain_backend, resolve_backend
-from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys
+from dma_lightning.mixers.base import GroupedQueryMixer, MixerConfig, mean_keys
 from dma_lightning.mixers.masked import SDPA_OR_FLEX, attend_places, lifetime_attention
 from dma_lightning.mixers.position_cache import PositionCache
 
-if TYPE_CHECKING:
-    from dma_lightning.model import ModelConfig
+
+@dataclass(frozen=True, kw_only=True)
+class SlidingWindowConfig(MixerConfig):
+    """What attention to a sliding window takes of a model's configuration."""
+
+    sliding_window: int = 64
+    """swa: number of last positions that a query attends to, its own included."""
 
 
 class MultiHeadAttention(GroupedQueryMixer):
@@ -41,7 +47,7 @@ class MultiHeadAttention(GroupedQueryMixer):
         self.backend = backend
 
     @classmethod
-    def of_config(cls, config: "ModelConfig") -> Self:
+    def from_config(cls, config: MixerConfig) -> Self:
         return cls(**cls.shape_of(config), backend=config.backend)
 
     def forward(
@@ -96,7 +102,7 @@ class SlidingWindowAttention(MultiHeadAttention):
         self.window = sliding_window
 
     @classmethod
-    def of_config(cls, config: "ModelConfig") -> Self:
+    def from_config(cls, config: SlidingWindowConfig) -> Self:
         return cls(**cls.shape_of(config), sliding_window=config.sliding_window, backend=config.backend)
 
 

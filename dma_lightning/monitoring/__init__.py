@@ -1,4 +1,10 @@
-"""Callbacks that make a run visible in TensorBoard, in the progress bar and at its start; see docs/tensorboard.md."""
+"""Callbacks that watch a run, and change nothing of it; what they log is in docs/tensorboard.md.
+
+- `speed`: tokens per second, FLOPs and memory; `peaks`: what a device could do
+- `dynamic_masks`, `samples`: masks, scores and texts of a model that trains; `recording`: how masks are looked at
+- `summary`: what a run is, at its start; `progress`: the bar; `final_metrics`: the last figures beside the arguments
+- `writer`: TensorBoard's
+"""
 
 from dma_lightning.monitoring.dynamic_masks import DynamicMaskMonitor
 from dma_lightning.monitoring.final_metrics import FinalMetrics

@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from dma_lightning.data.base import Batch
 from dma_lightning.monitoring.recording import dynamic_layers, first_sequence, record_masks
-from dma_lightning.monitoring.steps import is_logging_step, logged_step, tensorboard
+from dma_lightning.monitoring.writer import tensorboard
+from dma_lightning.trainer_state import is_logging_step, logged_step
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -56,3 +56,9 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
         (x @ x)[0, 0].item()  # waits
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was asked to; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

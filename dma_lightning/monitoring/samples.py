@@ -15,9 +15,10 @@ from dma_kernels import Lifetimes
 from dma_lightning.data.base import Batch
 from dma_lightning.generation import generate, prompt_and_rest, split_text
 from dma_lightning.monitoring.recording import RecordedMask, dynamic_layers, first_sequence, record_masks
-from dma_lightning.monitoring.steps import is_last_step, logged_step, tensorboard
+from dma_lightning.monitoring.writer import tensorboard
 from dma_lightning.sampling import Sampling
 from dma_lightning.tokenizers import Tokenizer
+from dma_lightning.trainer_state import is_last_step, logged_step
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

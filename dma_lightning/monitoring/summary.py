@@ -6,8 +6,8 @@ from typing import Any
 import lightning.pytorch as pl
 
 from dma_lightning.data.base import Batch
-from dma_lightning.monitoring.peaks import compute_dtype, peak_flops
-from dma_lightning.monitoring.steps import is_logging_step, wait_for
+from dma_lightning.monitoring.peaks import compute_dtype, peak_flops, wait_for
+from dma_lightning.trainer_state import is_logging_step
 
 
 class RunSummary(pl.Callback):

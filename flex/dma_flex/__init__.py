@@ -1,4 +1,10 @@
-"""Masks for FlexAttention: exact block masks and mods of lifetimes, and attention over them. Needs torch only."""
+"""Masks for FlexAttention: exact block masks and mods of lifetimes, and attention over them. Needs torch only.
+
+- `mods`: mask and score mods of lifetimes; `block_masks`: their block masks, without looking at N x N
+  (`triton_block_tables`: on CUDA)
+- `mask_attention`: attention under one block mask of the whole sequence
+- `segment_plan`, `segment_attention`: attention over segments, O(N·w)
+"""
 
 from dma_flex.block_masks import block_mask, interval_block_mask
 from dma_flex.mask_attention import flex_mask_attention

@@ -103,8 +103,10 @@ def block_tables(
         return [x.clone() for x in block_tables_reference(birth, death, q_len, block_size, num_heads)]
     from dma_flex.triton_block_tables import launch_block_tables
 
+    tables = empty_tables(death, q_len, block_size, num_heads)
     with torch.cuda.device_of(death):  # Triton launches on the current device
-        return launch_block_tables(birth, death, q_len, block_size, num_heads)
+        launch_block_tables(birth, death, tables, q_len=q_len, block_size=block_size)
+    return tables
 
 
 def block_tables_reference(

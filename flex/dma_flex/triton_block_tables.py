@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dma_flex.block_masks import empty_tables
-
 _THREADS = 128  # of a program; a tile with fewer elements would stand in several threads at once
 _TILE = 1024  # elements of a program at a time
 # Compiled once for all lengths and strides: no kernel gains from knowing that one of them is 1 or a multiple of 16.
@@ -122,15 +120,12 @@ def _order_kernel(
                     2, BLOCK_KR, BLOCK_KC)  # fmt: skip
 
 
-def launch_block_tables(
-    birth: Tensor, death: Tensor, q_len: int, block_size: int, num_heads: int | None = None
-) -> list[Tensor]:
-    """`block_tables` of int32 lifetimes `[B, G, K]`."""
-    tables = empty_tables(death, q_len, block_size, num_heads)
+def launch_block_tables(birth: Tensor, death: Tensor, tables: list[Tensor], *, q_len: int, block_size: int) -> None:
+    """Write `block_tables` of int32 lifetimes `[B, G, K]` into the room of `empty_tables`."""
     (batch, heads, keys), (q_blocks, key_blocks) = death.shape, tables[1].shape[2:]
     code = torch.empty(batch, heads, key_blocks, q_blocks, dtype=torch.uint8, device=death.device)
     if not code.numel():
-        return tables
+        return
     _classify_kernel[batch * heads * key_blocks,](
         birth, death, code, heads, keys, key_blocks, q_len, q_blocks, *birth.stride(), *death.stride(),
         BITS=block_size.bit_length() - 1,
@@ -143,7 +138,6 @@ def launch_block_tables(
         code, *tables, q_tiles, q_blocks, key_blocks, tables[0].shape[1] // heads,
         BLOCK_QR=q_rows, BLOCK_QC=q_columns, BLOCK_KR=key_rows, BLOCK_KC=key_columns,
     )  # fmt: skip
-    return tables
 
 
 def _tile(columns: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dma_kernels.drawing import draw_mask
-from dma_kernels.selection.plain import deaths_by_rank
+from dma_kernels.selection.ops import deaths_by_rank
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

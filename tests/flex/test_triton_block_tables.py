@@ -7,7 +7,7 @@ import torch
 from poison import poisoned_buffers
 from torch import Tensor
 
-from dma_flex.block_masks import block_tables, block_tables_reference
+from dma_flex.block_masks import block_tables, block_tables_reference, empty_tables
 
 pytest.importorskip("triton")
 from dma_flex.triton_block_tables import launch_block_tables
@@ -33,7 +33,8 @@ def make_lifetimes(q_len: int, keys: int, batch: int, heads: int, in_order: bool
 
 def assert_same_bits(birth: Tensor, death: Tensor, q_len: int, block_size: int, num_heads: int) -> None:
     with poisoned_buffers():
-        found = launch_block_tables(birth, death, q_len, block_size, num_heads)
+        found = empty_tables(death, q_len, block_size, num_heads)
+        launch_block_tables(birth, death, found, q_len=q_len, block_size=block_size)
     expected = block_tables_reference(birth, death, q_len, block_size, num_heads)
     for number, (x, y) in enumerate(zip(found, expected, strict=True)):
         assert x.dtype == y.dtype == torch.int32

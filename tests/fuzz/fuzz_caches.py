@@ -164,7 +164,7 @@ def _drawn_config(rng: random.Random) -> ModelConfig:
 def _mixer(config: ModelConfig, seed: int) -> TokenMixer:
     """With weights that matter."""
     torch.manual_seed(seed)
-    mixer = MIXERS[config.attention].of_config(config).double().requires_grad_(False).eval()
+    mixer = MIXERS[config.attention].from_config(config).double().requires_grad_(False).eval()
     for parameter in mixer.parameters():
         vector = parameter.ndim == 1
         nn.init.normal_(parameter, mean=float(vector), std=0.3 if vector else parameter.shape[-1] ** -0.5)

@@ -21,8 +21,8 @@ from fuzz_prepared import source
 from fuzz_told import told
 
 from dma_lightning import checkpoint_arguments
-from dma_lightning.checkpoint_files import AtomicCheckpointIO, read_checkpoint
 from dma_lightning.checkpoints import ResumableCheckpoint
+from dma_lightning.checkpoints.files import AtomicCheckpointIO, read_checkpoint
 from dma_lightning.cli import build_cli
 from dma_lightning.data import TextDataModule
 from dma_lightning.language_model import LanguageModel

@@ -14,7 +14,7 @@ from fuzz_told import told
 from safetensors.torch import save_file
 
 from dma_lightning import DogeForCausalLM, ModelConfig
-from dma_lightning.huggingface import load_doge, save_doge
+from dma_lightning.huggingface.doge import load_doge, save_doge
 
 _CONFIG = ModelConfig(
     vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,

@@ -20,8 +20,8 @@ from fuzz_mutations import change_file, change_json
 from fuzz_told import told
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from dma_lightning.cli.prepare import prepare
 from dma_lightning.data import PreparedDataModule, SequenceDataModule, TextDataModule
-from dma_lightning.prepare_command import prepare
 from dma_lightning.tokenizers import FileTokenizer
 
 _LENGTH = 16

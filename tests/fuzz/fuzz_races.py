@@ -18,9 +18,9 @@ from fuzz_contract import new_folder, place
 from fuzz_prepared import source
 from fuzz_told import told
 
-from dma_lightning.checkpoint_files import AtomicCheckpointIO, read_checkpoint
+from dma_lightning.checkpoints.files import AtomicCheckpointIO, read_checkpoint
+from dma_lightning.cli.prepare import prepare
 from dma_lightning.data import TextDataModule
-from dma_lightning.prepare_command import prepare
 
 _REFUSED = 3  # exit status of a process that says why it does nothing
 _PATIENCE = 120  # seconds that a process may take

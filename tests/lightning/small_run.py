@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 
-from dma_lightning.cli import DMACLI, build_cli
+from dma_lightning.cli.entry import DMACLI, build_cli
 
 CHECKPOINTS = "runs/small/version_0/checkpoints"
 SIZES = {

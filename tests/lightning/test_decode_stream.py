@@ -145,7 +145,7 @@ def test_prompt_and_continuation_are_the_text(tmp_path: Path, monkeypatch: pytes
     """In what `predict` writes and in what TensorBoard shows."""
     tokenizer = TOKENIZERS["metaspace"]
     ids = torch.tensor([tokenizer.encode("the cat sat on the mats the cat")[:8]])
-    monkeypatch.setattr("dma_lightning.callbacks.generate", lambda *_, **__: ids[:, 4:])
+    monkeypatch.setattr("dma_lightning.callbacks.continuations.generate", lambda *_, **__: ids[:, 4:])
     monkeypatch.setattr("dma_lightning.monitoring.samples.generate", lambda *_, **__: ids[:, 4:])
     trainer = SimpleNamespace(
         precision_plugin=SimpleNamespace(forward_context=torch.no_grad),

@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dma_lightning import LanguageModel, callbacks, generation
 from dma_lightning.callbacks import ContinuationWriter
 from dma_lightning.cli import build_cli, main
+from dma_lightning.cli.prepare import prepare
 from dma_lightning.monitoring import samples
-from dma_lightning.prepare_command import prepare
 from dma_lightning.strategies import FullyShardedStrategy
 
 ROOT = Path(__file__).parents[2]
@@ -358,7 +358,7 @@ def test_generate_takes_stop_strings_as_they_are(
 ) -> None:
     found = []
     take = lambda tokenizer, tokens, stop, prompt_tokens: iter(found.append(stop) or ())  # noqa: E731
-    monkeypatch.setattr("dma_lightning.generate_command.decode_until", take)
+    monkeypatch.setattr("dma_lightning.cli.generate.decode_until", take)
     generate(monkeypatch, f"--ckpt_path={run / 'checkpoints/last.ckpt'}", "--prompt=a", given)
     assert found == [strings]
 

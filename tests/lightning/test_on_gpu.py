@@ -11,8 +11,8 @@ from test_processes import assert_same
 from two_processes import train
 
 from dma_lightning.cli import build_cli
-from dma_lightning.monitoring.steps import is_logging_step
 from dma_lightning.strategies import FullyShardedStrategy
+from dma_lightning.trainer_state import is_logging_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from two_processes import TOGETHER, train
 
 from dma_lightning import LanguageModel
-from dma_lightning.checkpoint_files import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
-from dma_lightning.sharded_checkpoints import load_sharded
+from dma_lightning.checkpoints.files import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
+from dma_lightning.checkpoints.sharded import load_sharded
 from dma_lightning.strategies import _watch
 
 HERE = Path(__file__).parent

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from dma_lightning import LanguageModel
+from dma_lightning.callbacks import GradientGuard
 from dma_lightning.data import IGNORE_INDEX
-from dma_lightning.stability import GradientGuard
 
 
 class Labelled(Dataset):

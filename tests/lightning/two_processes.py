@@ -20,10 +20,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.utils.data import Dataset
 
 from dma_lightning import LanguageModel, MQARDataModule
-from dma_lightning.checkpoint_files import AtomicCheckpointIO
+from dma_lightning.callbacks import GradientGuard
 from dma_lightning.checkpoints import ResumableCheckpoint
+from dma_lightning.checkpoints.files import AtomicCheckpointIO
 from dma_lightning.data import IGNORE_INDEX
-from dma_lightning.stability import GradientGuard
 from dma_lightning.strategies import FullyShardedStrategy, SameCheckpoint
 
 STEPS = 20

@@ -1,1 +1,7 @@
-"""Attention over segments: in plain PyTorch, and as operations of Triton kernels with their gradients."""
+"""Attention over segments.
+
+- `plain`: in plain PyTorch, on any device
+- `ops`: by Triton kernels, as operations with gradients; `kernels`: the kernels, one pass a file
+- `key_gradients`: what FlexAttention's backward leaves out, as an operation
+- `configs`: tiles of the kernels by GPU, head dim and dtype
+"""

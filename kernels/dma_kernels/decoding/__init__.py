@@ -1,1 +1,6 @@
-"""Attention token by token: the exact cache of constant size, a cache of all keys, and the step as one kernel."""
+"""Attention token by token.
+
+- `dynamic_cache`: the exact cache of constant size, in plain PyTorch; `full_cache`: a cache of all keys, its oracle
+- `attention`: attention of new queries to the keys of a cache
+- `step`: one token as an operation; `kernels`: the same as one kernel
+"""

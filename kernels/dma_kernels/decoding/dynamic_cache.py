@@ -24,7 +24,7 @@ from dma_kernels.decoding.attention import decode_attention
 from dma_kernels.decoding.step import decode_step
 from dma_kernels.lifetimes import Lifetimes, check_documents, document_ends, document_runs
 from dma_kernels.scores import ordered_bits, saturated
-from dma_kernels.selection.plain import deaths_by_rank
+from dma_kernels.selection.ops import deaths_by_rank
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Lifetimes], Tensor]  # of q, k, v, scores
 StepBackend = Literal["torch", "triton"]

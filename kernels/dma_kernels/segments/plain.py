@@ -55,8 +55,7 @@ class SegmentLayout:
         if segment < 1 or block_size < 1:
             raise ValueError(f"expected segment_length and block_size >= 1, got {segment} and {block_size}")
         segment = _round_up(min(segment, length), block_size)
-        first_of_last = (length - 1) // segment * segment  # no snapshot can hold more keys than precede it
-        slots = _round_up(min(lifetimes.capacity, first_of_last), block_size)
+        slots = snapshot_slots(lifetimes.capacity, length, segment, block_size)
         key = torch.cat([_snapshot_keys(lifetimes, slots, segment), _own_keys(lifetimes, segment)], dim=-1)
         return cls(key, *_slot_lifetimes(lifetimes, key), segment, length)
 
@@ -96,6 +95,11 @@ class SegmentLayout:
     def join_queries(self, x: Tensor) -> Tensor:
         """The inverse of `split_queries`: `[..., T, S, D] -> [..., N, D]`."""
         return x.flatten(-3, -2)[..., : self.length, :]
+
+
+def snapshot_slots(capacity: int, length: int, segment_length: int, block_size: int) -> int:
+    """C: the capacity, or how many keys precede the last segment, rounded up to a multiple of the block size."""
+    return _round_up(min(capacity, (length - 1) // segment_length * segment_length), block_size)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Triton kernels behind `segment_slots.py`: two launches, one sort and one prefix sum.
+"""Triton kernels behind `slots.py`: two launches, one sort and one prefix sum.
 
 All keys that are ever alive are sorted by (death, position). A segment finds those that die after its start at the end
 of that list, and of these the ones born before are its snapshot. How many they are is known beforehand, so the list is
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dma_kernels.segments.slots import snapshot_slots
+from dma_kernels.segments.plain import snapshot_slots
 
 _BLOCK = 1024
 

@@ -146,8 +146,3 @@ def segment_slots(
 
 
 segment_slots.register_fake(segment_slots_reference)  # its shapes follow from the arguments alone
-
-
-def snapshot_slots(capacity: int, length: int, segment_length: int, block_size: int) -> int:
-    """C: the capacity, or how many keys precede the last segment, rounded up to a multiple of the block size."""
-    return -(-min(capacity, (length - 1) // segment_length * segment_length) // block_size) * block_size

@@ -1,0 +1,100 @@
+"""What a model makes of the beginnings of sequences, written to a file."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from dma_lightning.data.base import Batch
+from dma_lightning.generation import generate, pad_prompts, prompt_and_rest, split_text
+from dma_lightning.sampling import Sampling
+from dma_lightning.tokenizers import Tokenizer
+
+
+class ContinuationWriter(BasePredictionWriter):
+    """Goes on with the beginning of every sequence of `predict`, and writes what comes to a JSONL file.
+
+    A line has `index` (of the sequence), `prompt`, `continuation` and `expected` (what follows in the data): text where
+    the data has a tokenizer, else lists of tokens. Both stand directly behind the prompt, and begin with the character
+    that its last token cuts, if any. Where documents are separate, prompt and what follows are of one. Of several
+    processes, each writes a file of its own.
+
+    Args:
+        path: of the file, which must not exist. Default: `continuations.jsonl` in the logger's folder.
+        prompt_length: tokens of the sequence up to where it is gone on from. Default: half of them.
+        max_new_tokens: how many tokens to make. Default: as many as are left of the sequence.
+        sampling: how tokens are chosen; by default the likeliest.
+        seed: of the tokens that are drawn.
+
+    Raises:
+        ValueError: if the file exists, or a prompt is longer than the sequences.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        prompt_length: int | None = None,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(write_interval="batch")
+        for name, value in (("prompt_length", prompt_length), ("max_new_tokens", max_new_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.path, self.prompt_length, self.max_new_tokens = path, prompt_length, max_new_tokens
+        self.sampling, self.seed = sampling, seed
+        self.file: Path | None = None
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = trainer.log_dir or trainer.default_root_dir  # a collective call: every rank takes part
+        path = Path(self.path) if self.path else Path(folder) / "continuations.jsonl"
+        if trainer.world_size > 1:
+            path = path.with_stem(f"{path.stem}-rank{trainer.global_rank}")
+        if path.exists():
+            raise ValueError(f"{path}: expected no such file, since nothing is overwritten; name another by path")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        rows, length = batch["input_ids"].shape
+        prompt_length = self.prompt_length or max(1, length // 2)
+        if prompt_length > length:
+            raise ValueError(f"prompt_length: expected at most the {length} tokens of a sequence, got {prompt_length}")
+        count = self.max_new_tokens or max(1, length - prompt_length)
+        parts = [prompt_and_rest(batch, row, prompt_length) for row in range(rows)]
+        prompts, rests = ([part.tolist() for part in of_all] for of_all in zip(*parts, strict=True))
+        input_ids, padding = pad_prompts(prompts, pl_module.device)
+        options = {"padding": padding if padding.any() else None, "seed": self.seed + batch_idx}
+        with trainer.precision_plugin.forward_context():
+            new = generate(pl_module.model, input_ids, count, self.sampling, **options).tolist()
+        lines = zip(batch_indices or range(rows), prompts, new, (rest[:count] for rest in rests), strict=True)
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)
+        with self.file.open("a") as file:
+            for index, *values in lines:
+                texts = values if tokenizer is None else _texts(tokenizer, *values)
+                line = dict(zip(("prompt", "continuation", "expected"), texts, strict=True))
+                file.write(json.dumps({"index": index, **line}, ensure_ascii=False) + "\n")
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        print(f"continuations: {self.file}")
+        trainer.strategy.barrier()  # so that all are there when the command ends
+
+
+def _texts(tokenizer: Tokenizer, prompt: list[int], new: list[int], expected: list[int]) -> list[str]:
+    """The prompt, and what both add to its text."""
+    before, made = split_text(tokenizer, prompt, new)
+    _, real = split_text(tokenizer, prompt, expected)
+    return ["".join(pieces) for pieces in (before, made, real)]

@@ -1,0 +1,13 @@
+"""The command line.
+
+- `entry`: the console script, and which commands there are
+- `lightning_cli`: `fit`, `validate`, `test` and `predict`, which are Lightning's
+- `saved_run`: what `--ckpt_path` stands for, and what it says about model and data
+- `generate`, `prepare`, `sizes`, `huggingface`: commands of our own
+- `parsing`: how arguments are read
+- `errors`: which errors are told in one line
+"""
+
+from dma_lightning.cli.entry import DMACLI, build_cli, main
+
+__all__ = ["DMACLI", "build_cli", "main"]

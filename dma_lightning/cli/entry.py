@@ -1,0 +1,78 @@
+"""The command line: `dma-lightning fit | validate | test | predict`, which are Lightning's, and commands of our own."""
+
+import errno
+import sys
+
+from jsonargparse import auto_cli
+from lightning.pytorch.cli import ArgsType
+
+from dma_lightning.cli.errors import ABOUT_PLACES, TOLD, error_of_ours
+from dma_lightning.cli.generate import generate
+from dma_lightning.cli.huggingface import export_hf, import_hf
+from dma_lightning.cli.lightning_cli import DMACLI, ConfigOfRun
+from dma_lightning.cli.parsing import set_up_parsing
+from dma_lightning.cli.prepare import prepare
+from dma_lightning.cli.sizes import sizes
+from dma_lightning.data import SequenceDataModule
+from dma_lightning.language_model import LanguageModel
+
+_COMMANDS = {
+    "generate": generate,
+    "prepare": prepare,
+    "sizes": sizes,
+    "import-hf": import_hf,
+    "export-hf": export_hf,
+}
+
+
+def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
+    """Parse arguments (by default the command line's), build trainer, model and data, and run the subcommand.
+
+    Args:
+        args: a list of arguments, or a nested dictionary.
+        run: with False, `args` name no subcommand and nothing is run.
+    """
+    set_up_parsing()
+    return DMACLI(
+        LanguageModel,
+        SequenceDataModule,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=ConfigOfRun,
+        seed_everything_default=0,
+        parser_kwargs={
+            "prog": "dma-lightning",
+            "description": "Train and evaluate language models with dynamic mask attention. "
+            "Besides the subcommands below: " + ", ".join(f"`dma-lightning {name} --help`" for name in _COMMANDS) + ".",
+        },
+        args=args,
+        run=run,
+    )
+
+
+def main() -> None:
+    """The console script."""
+    name, *args = sys.argv[1:] or [""]
+    commands = [*DMACLI.subcommands(), *_COMMANDS]
+    if name not in commands and not name.startswith("-"):
+        sys.exit(f"dma-lightning: expected a command of {', '.join(commands)}, got {name!r}; or --help")
+    if name not in _COMMANDS:
+        try:
+            build_cli()
+        except TOLD as error:
+            ours = error_of_ours(error)
+            if ours is None and isinstance(error, OSError) and error.errno in ABOUT_PLACES:
+                sys.exit(f"dma-lightning {name}: {error}; make room, or name a place where files can be written")
+            if ours is None:
+                raise
+            sys.exit(f"dma-lightning {name}: {ours}")
+        return
+    set_up_parsing()
+    try:
+        options = {"as_positional": name != "generate", "prog": f"dma-lightning {name}", "allow_abbrev": False}
+        auto_cli(_COMMANDS[name], args=args, **options)
+    except (ValueError, OSError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        sys.exit(f"dma-lightning {name}: {error}{'; make room' if full else ''}")
+    except KeyboardInterrupt:
+        sys.exit(f"dma-lightning {name}: interrupted")

@@ -1,0 +1,222 @@
+"""LightningCLI as this project needs it: what data, model, trainer and checkpoint say to each other."""
+
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, LearningRateMonitor
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.connectors import checkpoint_connector
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from dma_lightning.callbacks import ContinuationWriter
+from dma_lightning.checkpoints.files import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
+from dma_lightning.cli.errors import error_of_ours
+from dma_lightning.cli.saved_run import (
+    LINKS,
+    check_data,
+    check_weights,
+    checkpoint_argument,
+    checkpoint_file,
+    run_folders,
+    saved_defaults,
+)
+from dma_lightning.distributed import SameCheckpoint, end_with_first_process
+from dma_lightning.monitoring import ProgressBar
+
+# Callbacks of our configs that Lightning refuses where an option of the trainer is false.
+_CALLBACKS_OF = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint, "logger": LearningRateMonitor}
+
+
+class ConfigOfRun(SaveConfigCallback):
+    """Writes the configuration to the logger's folder, as Lightning's, and says what to do if one is there.
+
+    Without a logger, subcommands other than `fit` leave nothing, and write none.
+
+    Args:
+        *args: as of `SaveConfigCallback`.
+        may_be_killed: whether one that is there is that of this run, killed before its first checkpoint.
+        **kwargs: as of `SaveConfigCallback`.
+
+    Raises:
+        ValueError: in `setup`, if the folder has one of another run.
+    """
+
+    def __init__(self, *args: Any, may_be_killed: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.may_be_killed = may_be_killed
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit" and not trainer.loggers:
+            return
+        try:
+            super().setup(trainer, pl_module, stage)
+        except RuntimeError as error:
+            if "to NOT exist" not in str(error):  # such as a lost connection
+                raise
+            if not self.may_be_killed:
+                path = Path(trainer.log_dir, self.config_filename)
+                raise ValueError(
+                    f"{path}: expected none of another run, got one; name another version of the logger (without one, "
+                    "another trainer.default_root_dir), go on by `fit --ckpt_path last`, or move it away"
+                ) from error
+            self.config_filename, self.overwrite = "config_from_step_0.yaml", True
+            super().setup(trainer, pl_module, stage)
+
+
+class DMACLI(LightningCLI):
+    """LightningCLI whose model takes from the data what the data dictates, and whose checkpoints know both.
+
+    With `ckpt_path`, what the checkpoint saved of model and data are the defaults; configs and flags win over them.
+    `last` is the newest whole checkpoint of all versions of the run's folder; `fit` begins anew where there is none,
+    and else goes on in the folder of that version, if TensorBoard's logger made it.
+    """
+
+    checkpoint: Path | None = None  # what `ckpt_path` stands for, if it is a file or folder
+    resuming = False  # whether that is the last of the run that `fit` was asked to go on with
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser that takes no abbreviated options, so that a typo is an error."""
+        return super().init_parser(allow_abbrev=False, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for source, target in LINKS.items():
+            parser.link_arguments(f"data.{source}", f"model.{target}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.checkpoint = checkpoint_argument(args)
+        if self.checkpoint is None:  # then a config may name one, or `last` stands for one of this run
+            super().parse_arguments(parser, args)
+            self.checkpoint = self._configured_checkpoint()
+            asks = self.config.get("subcommand") == "fit" and self._subcommand_config().ckpt_path == "last"
+            if self.checkpoint is None:
+                self.save_config_kwargs = {"may_be_killed": asks}
+                return
+            self.resuming = asks
+        saved, data = saved_defaults(self.checkpoint)
+        for subparser in self._subcommand_parsers.values():
+            subparser.set_defaults(saved)
+        super().parse_arguments(parser, args)
+        check_data(self._subcommand_config().get("data"), data, self.checkpoint)
+        attention = self._subcommand_config().model.attention
+        if self.resuming and attention != saved.get("model.attention", attention):
+            raise ValueError(
+                f"ckpt_path last: expected attention {saved['model.attention']!r} as in {self.checkpoint}, got "
+                f"{attention!r}; give each experiment a folder of its own by --trainer.logger.init_args.name, or "
+                "name the checkpoint to go on from"
+            )
+
+    def _subcommand_config(self) -> Namespace:
+        return self.config.get(self.config.get("subcommand") or "", Namespace())
+
+    def _configured_checkpoint(self) -> Path | None:
+        """The checkpoint that the parsed configuration stands for.
+
+        Raises:
+            ValueError: if there is none, unless `fit` shall go on with the last.
+        """
+        config = self._subcommand_config()
+        path = config.get("ckpt_path")
+        if path != "last":
+            return checkpoint_file(path)
+        folders = run_folders(config.trainer)
+        found = newest_checkpoint(folders)
+        where = " or ".join(str(folder) for folder in folders)
+        if found is None and self.config.subcommand != "fit":
+            raise ValueError(f"ckpt_path: expected a checkpoint below {where}, found none to take as the last")
+        rank_zero_only(print)(
+            f"ckpt_path last: no checkpoint below {where}; training begins anew"
+            if found is None
+            else f"ckpt_path last: {found}"
+        )
+        return found
+
+    def instantiate_classes(self) -> None:
+        if self.checkpoint is not None:  # before anything is made that could be too large
+            arguments, trains = self._subcommand_config().model.as_dict(), self.subcommand == "fit"
+            check_weights(self.checkpoint, arguments, trains)
+        super().instantiate_classes()
+        if self.checkpoint is not None:  # now with what the data dictates
+            check_weights(self.checkpoint, arguments | {"vocab_size": self.model.hparams.vocab_size}, trains)
+        if self.subcommand is not None:
+            config = self.config_init[self.subcommand]
+            if self.checkpoint is not None:
+                config.ckpt_path = str(self.checkpoint)
+            elif config.ckpt_path == "last":
+                config.ckpt_path = None
+            elif config.ckpt_path is None and self.subcommand != "fit":
+                rank_zero_warn(f"{self.subcommand}: no --ckpt_path is given, so the weights are random")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it, and name the checkpoint if Lightning cannot restore what it holds.
+
+        Raises:
+            ValueError: then.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except (AttributeError, AssertionError, LookupError, TypeError, ValueError) as error:
+            frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+            restores = any(
+                frame.f_globals.get("__name__") == checkpoint_connector.__name__ and "dump" not in frame.f_code.co_name
+                for frame in frames
+            )
+            reason = f"{error_of_ours(error) or repr(error)}"
+            if self.checkpoint is None or not restores or str(self.checkpoint) in reason:
+                raise
+            raise ValueError(
+                f"ckpt_path {self.checkpoint}: expected states that this run can go on with, got others: {reason}"
+            ) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The trainer, with atomic checkpoints; for `predict` with a writer of continuations, if no other is there."""
+        if self.resuming:
+            self._log_where_it_was()
+        if self.subcommand not in (None, "fit"):  # the callbacks that a checkpoint has states of are for training
+            warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
+        options = self._get(self.config_init, "trainer")
+        if isinstance(options.callbacks, list):
+            refused = tuple(kind for option, kind in _CALLBACKS_OF.items() if options[option] is False)
+            options.callbacks = [x for x in options.callbacks if not isinstance(x, refused)]
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        trainer.callbacks.append(SameCheckpoint(self.checkpoint))
+        if self.subcommand != "predict":  # in which no process needs another, and each takes its time
+            end_with_first_process(trainer)
+        writes = any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)
+        if self.subcommand == "predict" and not writes:
+            trainer.callbacks.append(ContinuationWriter())
+        return trainer
+
+    def _log_where_it_was(self) -> None:
+        """Let TensorBoard's loggers go on in the folder where the last checkpoint was found.
+
+        What was logged after that checkpoint is taken out of the curves, since it is computed again. (Loggers of files,
+        as Lightning's for CSV, would write over those that are there.)
+        """
+        trainer, folder = self._get(self.config_init, "trainer"), self.checkpoint.resolve().parents[1]
+        step = read_checkpoint(self.checkpoint).get("global_step", 0)
+        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        found = [
+            logger
+            for logger in loggers
+            if isinstance(logger, TensorBoardLogger) and Path(logger.root_dir).expanduser().resolve() == folder.parent
+        ]
+        for logger in found:
+            number = folder.name.removeprefix("version_")
+            plain = number.isdecimal() and folder.name == f"version_{int(number)}"
+            logger._version = int(number) if plain else folder.name
+            if not 0 < trainer.max_steps <= step:  # else there is nothing to do
+                logger._kwargs["purge_step"] = step
+        if found or loggers == [False]:  # then the folder has a config.yaml
+            self.save_config_kwargs = {"config_filename": f"config_from_step_{step}.yaml", "overwrite": True}
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning's own would let the checkpoint's values win over the command line's."""

@@ -1,0 +1,357 @@
+"""`dma-lightning prepare`: folders of text into shards of tokens, once and for all."""
+
+import hashlib
+import itertools
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dma_lightning.data.documents import Piece, read_documents
+from dma_lightning.data.files import text_files, user_path
+from dma_lightning.data.manifests import (
+    MANIFEST,
+    PLAN,
+    TOKENIZER,
+    VERSION,
+    Manifest,
+    Plan,
+    ShardRecord,
+    read_plan,
+    read_records,
+)
+from dma_lightning.data.shards import ShardWriter, write_json, write_text
+from dma_lightning.files.locks import HOLDER, LOCK, locked_folder
+from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, SpecialTokens, Tokenizer
+
+_TASK_BYTES = 1 << 20  # text that a process takes at once
+_TASKS_AHEAD = 3  # for each process
+
+_SHARD_FILE = re.compile(r"(shard-[0-9]{5,})\.(tokens|ends\.npy|lengths|json)(\.tmp)?")
+
+_Place = tuple[int, int]  # number of a file, lines of it that are done
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Pieces of text as tokens, in few arrays, since many are slow to send.
+
+    Attributes:
+        tokens: of all pieces.
+        counts: how many of them each piece has.
+        lengths: how many bytes of its piece each token stands for; none if tokens are bytes.
+    """
+
+    tokens: np.ndarray
+    counts: list[int]
+    lengths: np.ndarray | None
+
+    def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Tokens and lengths of each piece."""
+        for start, count in zip(itertools.accumulate(self.counts, initial=0), self.counts, strict=False):
+            part = slice(start, start + count)
+            yield self.tokens[part], None if self.lengths is None else self.lengths[part]
+
+
+def prepare(
+    path: str,
+    output: Path,
+    tokenizer: str | None = None,
+    special_tokens: SpecialTokens = "text",
+    text_field: str = "text",
+    eos_token_id: int | None = None,
+    shard_tokens: int = 100_000_000,
+    processes: int | None = None,
+) -> None:
+    """Write the tokens of text into memory-mapped shards with document borders, for `PreparedDataModule`.
+
+    May be interrupted at any moment; the same command goes on behind the last finished shard, and checks those that are
+    there. Input files after the last finished shard may have changed since. What is written does not depend on the
+    number of processes.
+
+    Args:
+        path: a file, a folder (all files below it that are not hidden) or a glob. A line of .jsonl and .ndjson is a
+            document, any other file is one; both may be .gz or .zst.
+        output: folder to write to, new or of the same command.
+        tokenizer: a tokenizer.json of the library tokenizers, which is copied along; by default tokens are bytes.
+        special_tokens: whether text that spells a special token of the tokenizer stays text, or becomes it (parse).
+        text_field: which field of a JSONL line is the text.
+        eos_token_id: token to put behind each document; by default none.
+        shard_tokens: a shard ends with the document that reaches so many tokens.
+        processes: that tokenise; by default one per core.
+
+    Raises:
+        ValueError: if a file or line is none of that, output holds something else, or another process writes there.
+    """
+    reader = ByteTokenizer() if tokenizer is None else FileTokenizer(tokenizer, special_tokens)
+    processes = _usable_cores() if processes is None else processes
+    if min(shard_tokens, processes) < 1:
+        raise ValueError(f"expected shard_tokens and processes of at least 1, got {shard_tokens} and {processes}")
+    if eos_token_id is not None and not 0 <= eos_token_id < reader.vocab_size:
+        raise ValueError(f"eos_token_id: expected one of the {reader.vocab_size} tokens, got {eos_token_id}")
+    output = user_path(output)
+    if output.resolve().is_relative_to(source := user_path(path).resolve()):
+        raise ValueError(f"output: expected a folder outside {source}, whose files are read, got {output}")
+    files = [file for file in text_files(path) if not file.resolve().is_relative_to(output.resolve())]
+    plan = _plan(files, reader, special_tokens, text_field, eos_token_id, shard_tokens)
+    _refuse_other_files(output)
+    output.mkdir(parents=True, exist_ok=True)
+    with locked_folder(output, "wait for it, or name another folder"):
+        records = _begin(output, plan, reader)
+        if not (output / MANIFEST).exists():
+            pool = ProcessPoolExecutor(
+                processes, initializer=_start_worker, initargs=(_carried(reader), special_tokens)
+            )
+            try:
+                records += _write_shards(output, files, plan, records, pool, processes)
+            finally:
+                pool.shutdown(cancel_futures=True)
+            _finish(output, files, plan, records)
+    print(
+        f"{output}: {sum(r.tokens for r in records):,} tokens, {sum(r.documents for r in records):,} documents, "
+        f"{sum(r.bytes for r in records):,} bytes, {len(records)} shards"
+    )
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _plan(
+    files: list[Path],
+    tokenizer: Tokenizer,
+    special_tokens: SpecialTokens,
+    text_field: str,
+    eos_token_id: int | None,
+    shard_tokens: int,
+) -> Plan:
+    carried = _carried(tokenizer)
+    return Plan(
+        version=VERSION,
+        tokenizer_sha256=carried and hashlib.sha256(carried.encode()).hexdigest(),
+        vocab_size=tokenizer.vocab_size,
+        dtype=np.min_scalar_type(tokenizer.vocab_size - 1).name,
+        text_field=text_field,
+        eos_token_id=eos_token_id,
+        shard_tokens=shard_tokens,
+        files=_state(files),
+        special_tokens=special_tokens,
+    )
+
+
+def _state(files: list[Path]) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of files; bytes of a name that are no UTF-8 are spelled out, as JSON cannot hold them."""
+    names = (os.fsencode(file).decode(errors="backslashreplace") for file in files)
+    return [(name, x.st_size, x.st_mtime_ns) for name, x in zip(names, map(Path.stat, files), strict=True)]
+
+
+def _carried(tokenizer: Tokenizer) -> str | None:
+    """What the tokenizer's file says, unless tokens are bytes."""
+    return None if isinstance(tokenizer, ByteTokenizer) else tokenizer.to_json()
+
+
+def _refuse_other_files(output: Path) -> None:
+    """Leave a folder of somebody else as it is.
+
+    Raises:
+        ValueError: if it holds anything but what this command writes.
+    """
+    if not output.exists() or (output / PLAN).exists():
+        return
+    if not output.is_dir() or any(
+        not file.name.endswith(".tmp") and file.name not in (LOCK, HOLDER) for file in output.iterdir()
+    ):
+        raise ValueError(f"{output}: expected no folder, an empty one, or one of this command; got other files there")
+
+
+def _begin(output: Path, plan: Plan, tokenizer: Tokenizer) -> list[ShardRecord]:
+    """Take up a folder: the shards that are there, checked.
+
+    Raises:
+        ValueError: if the folder was begun with something else, or holds a damaged shard.
+    """
+    records, finished = read_records(output), (output / MANIFEST).exists()
+    if (output / PLAN).exists() and (records or finished):
+        _refuse_other_plan(output, plan, records, finished)
+    write_json(output / PLAN, asdict(plan))
+    if carried := _carried(tokenizer):
+        write_text(output / TOKENIZER, carried)
+    kept = {record.name for record in records}
+    for file in output.iterdir():  # behind one that is missing, perhaps of another plan
+        if (match := _SHARD_FILE.fullmatch(file.name)) and match[1] not in kept:
+            file.unlink()
+    for record in tqdm(records, desc="check", unit="shard", disable=not records):
+        record.verify(output)
+    return records
+
+
+def _refuse_other_plan(output: Path, plan: Plan, records: list[ShardRecord], finished: bool) -> None:
+    """Keep the shards of a folder from being mixed with others.
+
+    Raises:
+        ValueError: if it was begun with other options or input files.
+    """
+    begun = read_plan(output)
+    if records and records[-1].next_file > len(begun.files):
+        raise ValueError(
+            f"{output / records[-1].name}.json: next_file: expected at most the {len(begun.files)} files of {PLAN}, "
+            f"got {records[-1].next_file}; delete the file and prepare again"
+        )
+    names = [field.name for field in fields(Plan) if field.name != "files"]
+    changed = [name for name in names if getattr(begun, name) != getattr(plan, name)]
+    if changed := changed + _changed_files(begun, plan, None if finished else records):
+        raise ValueError(
+            f"{output}: expected what it was begun with, got other {', '.join(changed)}; name another folder"
+        )
+
+
+def _changed_files(begun: Plan, plan: Plan, records: list[ShardRecord] | None) -> list[str]:
+    """The first input file that is another, of those in finished shards, or of all without them; in words."""
+    old, new = begun.files, plan.files
+    if records is not None:
+        read = records[-1].next_file + (records[-1].next_line > 0) if records else 0
+        old, new = old[:read], new[:read]
+    return next(([f"files (first {(b or a)[0]})"] for a, b in itertools.zip_longest(old, new) if a != b), [])
+
+
+def _write_shards(
+    output: Path,
+    files: list[Path],
+    plan: Plan,
+    done: list[ShardRecord],
+    pool: ProcessPoolExecutor,
+    processes: int,
+) -> list[ShardRecord]:
+    """Write the shards behind those that are done."""
+    before = np.cumsum([0, *(size for _, size, _ in plan.files)])
+    place = (done[-1].next_file, done[-1].next_line) if done else (0, 0)
+    eos = np.array([] if plan.eos_token_id is None else [plan.eos_token_id], plan.dtype)
+    records: list[ShardRecord] = []
+    shape = np.dtype(plan.dtype), plan.tokenizer_sha256 is not None
+    writer = ShardWriter(output, len(done), *shape)
+    bar = tqdm(total=int(before[-1]), initial=int(before[place[0]]), desc="prepare", unit="B", unit_scale=True)
+    try:
+        for file, piece, (tokens, lengths) in _tokenised(pool, processes, _pieces(files, place, plan.text_field)):
+            writer.add(tokens, piece.bytes, lengths)
+            bar.update(int(before[file]) + piece.read - bar.n)
+            if piece.next_line == -1:
+                continue
+            writer.end_document(eos)
+            place = (file + 1, 0) if piece.next_line is None else (file, piece.next_line)
+            if writer.tokens >= plan.shard_tokens:
+                records.append(writer.finish(*place))
+                writer = ShardWriter(output, len(done) + len(records), *shape)
+        if writer.tokens:
+            records.append(writer.finish(*place))
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that tokenises was ended, perhaps for its memory; lower --processes and run the command again"
+        ) from error
+    finally:
+        writer.discard()
+        bar.close()
+    return records
+
+
+def _finish(output: Path, files: list[Path], plan: Plan, records: list[ShardRecord]) -> None:
+    """Write the manifest.
+
+    Raises:
+        ValueError: if there was no text, it has changed meanwhile, or the records of its shards do not agree.
+    """
+    if not records:
+        raise ValueError(f"expected text, got {len(files)} files without any")
+    if changed := next((old[0] for old, new in zip(plan.files, _state(files), strict=True) if old != new), None):
+        raise ValueError(
+            f"{changed}: expected a file that nobody changes while it is read, got another size or time than before; "
+            f"delete {output} or name another folder, and prepare again"
+        )
+    totals = {name: sum(getattr(record, name) for record in records) for name in ("tokens", "documents", "bytes")}
+    try:
+        manifest = Manifest(**vars(plan), **totals, shards=records)
+    except ValueError as error:
+        raise ValueError(
+            f"{output}: expected records of shards that agree, got {error}; one shard-*.json is damaged: delete "
+            f"{output} or name another folder, and prepare again"
+        ) from error
+    write_json(output / MANIFEST, asdict(manifest))
+
+
+def _pieces(files: list[Path], start: _Place, text_field: str) -> Iterator[tuple[int, Piece]]:
+    """The text from a place on, and the numbers of the files that it is in."""
+    for number in range(start[0], len(files)):
+        skip = start[1] if number == start[0] else 0
+        for piece in read_documents(files[number], text_field, skip):
+            yield number, piece
+
+
+def _tokenised(
+    pool: ProcessPoolExecutor, processes: int, pieces: Iterable[tuple[int, Piece]]
+) -> Iterator[tuple[int, Piece, tuple]]:
+    """Pieces with their tokens, in order; no more of the text is read than the processes need."""
+    waiting: deque[tuple[list[tuple[int, Piece]], Future]] = deque()
+
+    def first() -> Iterator[tuple[int, Piece, tuple]]:
+        task, future = waiting.popleft()
+        for (file, piece), encoded in zip(task, future.result().pieces(), strict=True):
+            yield file, piece, encoded
+
+    for task in _tasks(pieces):
+        waiting.append((task, pool.submit(_encode, [piece.text for _, piece in task])))
+        if len(waiting) > _TASKS_AHEAD * processes:
+            yield from first()
+    while waiting:
+        yield from first()
+
+
+def _tasks(pieces: Iterable[tuple[int, Piece]]) -> Iterator[list[tuple[int, Piece]]]:
+    """Pieces in lists of about as much text."""
+    task: list[tuple[int, Piece]] = []
+    size = 0
+    for item in pieces:
+        task.append(item)
+        size += item[1].bytes
+        if size >= _TASK_BYTES:
+            yield task
+            task, size = [], 0
+    if task:
+        yield task
+
+
+_tokenizer: Tokenizer  # of each process that tokenises
+
+
+def _start_worker(tokenizer: str | None, special_tokens: SpecialTokens) -> None:
+    """Make a process ready, and let it end with the one that started it, however that ends."""
+    global _tokenizer
+    _tokenizer = ByteTokenizer() if tokenizer is None else FileTokenizer.of_json(tokenizer, special_tokens)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _encode(texts: list[str]) -> _Encoded:
+    if isinstance(_tokenizer, ByteTokenizer):  # without a list of them
+        data = [text.encode() for text in texts]
+        return _Encoded(np.frombuffer(b"".join(data), np.uint8), [len(text) for text in data], None)
+    tokens, ends = zip(*map(_tokenizer.encode_with_ends, texts), strict=True)
+    lengths = np.concatenate([np.diff(x, prepend=0) for x in ends])
+    return _Encoded(
+        np.concatenate(tokens).astype(np.min_scalar_type(_tokenizer.vocab_size - 1)),
+        [len(x) for x in tokens],
+        lengths.astype(np.uint8 if lengths.max(initial=0) < 256 else np.uint32),
+    )

@@ -1,0 +1,181 @@
+"""What `ckpt_path` stands for on the command line, and what a checkpoint says about model and data."""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from pydoc import locate
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import ArgsType
+
+from dma_lightning.checkpoints.arguments import model_arguments
+from dma_lightning.checkpoints.files import read_checkpoint
+from dma_lightning.checkpoints.weights import (
+    EMBEDDING,
+    check_layers,
+    compare_weights,
+    layers_in,
+    model_weights,
+    saved_weights,
+)
+from dma_lightning.config import ModelConfig
+from dma_lightning.data import SequenceDataModule
+from dma_lightning.data.restoring import SavedData, data_arguments
+from dma_lightning.language_model import LanguageModel
+
+# What the data dictates to the model: attribute of the data module, and argument of the model.
+LINKS = {
+    "vocab_size": "vocab_size",
+    "sequence_length": "max_position_embeddings",
+    "bytes_per_token": "bytes_per_token",
+}
+
+_NOT_TAKEN = "(not taken from the checkpoint)"  # default of an argument that a user must give
+
+_LIGHTNING_CHECKPOINTS = {"best", "last", "hpc", "registry"}
+
+
+class _UnknownData(SequenceDataModule):
+    """Stands for a class that a checkpoint names, until the user does; it takes no arguments, so that none is kept."""
+
+    def __init__(self) -> None:
+        raise NotImplementedError
+
+
+def checkpoint_argument(args: ArgsType) -> Path | None:
+    """The checkpoint that the command line names, unless by a URL or one of Lightning's keywords.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
+    if args is not None and not isinstance(args, list):
+        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ckpt_path")
+    return checkpoint_file(parser.parse_known_args(args)[0].ckpt_path)
+
+
+def checkpoint_file(path: str | None) -> Path | None:
+    """The file or folder of a `ckpt_path`, unless it is a URL or one of Lightning's keywords.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
+    path = path and path.removeprefix("file://")
+    if path in (None, "", "null") or "://" in path or path.split(":")[0] in _LIGHTNING_CHECKPOINTS:
+        return None
+    if not Path(path).exists():
+        raise ValueError(f"--ckpt_path: expected an existing checkpoint, got {path!r}; look under runs/")
+    return Path(path)
+
+
+def run_folders(trainer: Namespace) -> list[Path]:
+    """Where a trainer puts its checkpoints: the folders that its callbacks name, and its logger's if one names none."""
+    callbacks = trainer.get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    checkpoints = [x for x in callbacks if issubclass(locate(x.class_path), Checkpoint)]
+    chosen = {x.get("init_args", {}).get("dirpath") for x in checkpoints} or {None}
+    folders = [Path(folder).expanduser() for folder in sorted(chosen - {None})]
+    return folders + [_logger_folder(trainer)] * (None in chosen)
+
+
+def _logger_folder(trainer: Namespace) -> Path:
+    loggers = trainer.get("logger")
+    logger = loggers[0] if isinstance(loggers, list) and loggers else loggers
+    root = Path(trainer.get("default_root_dir") or ".").expanduser()
+    if not isinstance(logger, Namespace):
+        return root / ("checkpoints" if logger is False else "lightning_logs")
+    options = logger.get("init_args") or Namespace()
+    folder = Path(options.get("save_dir") or root).expanduser() / (options.get("project") or options.get("name") or "")
+    version = options.get("version")
+    return folder if version is None else folder / (version if isinstance(version, str) else f"version_{version}")
+
+
+def saved_defaults(checkpoint: Path) -> tuple[dict[str, Any], SavedData]:
+    """Defaults that a checkpoint gives to the command line, and what it says about its data.
+
+    Raises:
+        ValueError: if it cannot be read, or holds arguments that are not known or of another type.
+    """
+    try:
+        saved = read_checkpoint(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"ckpt_path {error}; `last` takes the newest whole one") from error
+    model, data = model_arguments(saved, checkpoint, LanguageModel), data_arguments(saved, checkpoint)
+    defaults: dict[str, Any] = {f"model.{name}": x for name, x in model.items() if name not in LINKS.values()}
+    if data.kind is not None:
+        init_args = data.arguments | dict.fromkeys(data.files, _NOT_TAKEN)
+        defaults["data"] = {"class_path": f"{data.kind.__module__}.{data.kind.__qualname__}", "init_args": init_args}
+    elif data.class_path is not None:
+        defaults["data"] = {"class_path": f"{__name__}.{_UnknownData.__name__}"}
+    return defaults, data
+
+
+def check_data(data: Namespace | None, saved: SavedData, checkpoint: Path) -> None:
+    """Make sure that the user has named what is not taken from a checkpoint.
+
+    Args:
+        data: the parsed configuration of the data.
+        saved: what the checkpoint says about it.
+        checkpoint: its path, for messages.
+
+    Raises:
+        ValueError: if a class or a file is missing; with the flag that gives it.
+    """
+    if data is None:
+        return
+    if data.class_path.endswith(f".{_UnknownData.__name__}"):
+        raise ValueError(
+            f"data: expected a class that you name, since {checkpoint} names {saved.class_path!r} and checkpoints "
+            "import no code; give --data with the class, and its arguments"
+        )
+    for name, value in data.get("init_args", Namespace()).items():
+        if value == _NOT_TAKEN:
+            raise ValueError(
+                f"data.{name}: expected a place that you name, since {checkpoint} names {saved.files.get(name)!r} and "
+                f"its run's config.yaml does not; give --data.{name}"
+            )
+
+
+def check_weights(checkpoint: Path, arguments: Mapping[str, Any], trains: bool) -> None:
+    """Compare the names and shapes of a checkpoint's weights with those of a model that is still to be made.
+
+    Args:
+        checkpoint: its path.
+        arguments: of the model; without vocab_size, it is the checkpoint's.
+        trains: whether training is to go on.
+
+    Raises:
+        ValueError: if they differ, with the options that do; if training is to go on from weights alone.
+    """
+    saved = read_checkpoint(checkpoint)
+    if trains and "optimizer_states" not in saved and "lr_schedulers" not in saved:
+        raise ValueError(
+            f"ckpt_path: expected a checkpoint of `fit`, got {checkpoint}, which holds weights alone; training cannot "
+            "go on from it"
+        )
+    weights, options = saved_weights(saved, checkpoint), saved.get(LanguageModel.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    if not weights:
+        return
+    if EMBEDDING in weights:
+        arguments = {"vocab_size": weights[EMBEDDING].shape[0]} | arguments
+    layers = options.get("num_hidden_layers", ModelConfig.num_hidden_layers)
+    if arguments["num_hidden_layers"] == layers:  # else the user's is another, and the message below says so
+        check_layers(weights, layers, checkpoint)
+    fits = arguments["num_hidden_layers"] == layers_in(weights)
+    expected = model_weights(LanguageModel, arguments) if fits else {}
+    if expected == weights:
+        return
+    known = {x.name for x in dataclasses.fields(ModelConfig)} & arguments.keys()
+    differ = [
+        f"{x} {arguments[x]!r} instead of {was!r}" for x, was in options.items() if x in known and arguments[x] != was
+    ]
+    if not differ:
+        compare_weights(weights, expected, checkpoint, strict=True)
+    raise ValueError(
+        f"ckpt_path: expected a model with the weights of {checkpoint}, got one with {' and '.join(differ)}; leave "
+        "these as they were, or begin a run of its own"
+    )

@@ -1,0 +1,71 @@
+"""`dma-lightning sizes`: what each attention costs in a model of one shape."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser
+
+from dma_lightning.cli.parsing import set_up_parsing
+from dma_lightning.config import ModelConfig
+from dma_lightning.language_model import LanguageModel
+from dma_lightning.mixers import MIXERS
+from dma_lightning.model import DogeForCausalLM
+
+
+def sizes(path: Path, sequence_length: int = 4096) -> None:
+    """Print parameters, cache and FLOPs of a model with each attention, as a Markdown table.
+
+    Parameters are those outside embeddings and output head; the cache is that of all layers after a sequence; FLOPs are
+    those of a forward pass per token, mean over the sequence, embeddings and output head left out.
+
+    Args:
+        path: a YAML file with `model:`, such as configs/model/80m.yaml.
+        sequence_length: tokens of the sequence.
+    """
+    print("\n".join(size_lines(path, sequence_length)))
+
+
+def size_lines(path: Path, sequence_length: int) -> list[str]:
+    """The lines of the table.
+
+    Raises:
+        ValueError: if the file is no configuration of a model, or the length is below 1.
+    """
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length: expected at least 1, got {sequence_length}")
+    lines = [
+        f"| `{path.stem}`, {sequence_length:,} tokens | parameters | of which attention | cache, numbers per token | "
+        "forward FLOPs per token |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    shape = read_config(path)
+    for name in MIXERS:
+        arguments = shape.attention_args if name == shape.attention else {}
+        with torch.device("meta"):
+            model = DogeForCausalLM(replace(shape, attention=name, attention_args=arguments))
+        mixers = [layer.self_attn for layer in model.layers]
+        own = sum(p.numel() for mixer in mixers for p in mixer.parameters())
+        cache = sum(mixer.cache_elements(sequence_length) for mixer in mixers) / sequence_length
+        total = model.num_non_embedding_parameters
+        flops = 2 * total + sum(mixer.mixing_flops(sequence_length) for mixer in mixers)
+        cells = (f"{total / 1e6:.2f}M", f"{own / 1e6:.2f}M", f"{cache:,.0f}", f"{flops / 1e9:.3f}G")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The shape in a YAML file of a model, read as `fit` reads it.
+
+    Raises:
+        ValueError: if the file is missing or is no such configuration.
+    """
+    set_up_parsing()
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(LanguageModel, "model")
+    try:
+        options = parser.parse_path(str(path)).model
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"{path}: expected a YAML file with model: as in configs/model: {error}") from error
+    return ModelConfig(**{field.name: options[field.name] for field in fields(ModelConfig)})

@@ -1,0 +1,63 @@
+"""What several processes of a run agree on, and how they end together."""
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+
+
+class SameCheckpoint(pl.Callback):
+    """Lets no process go on from another checkpoint than the others.
+
+    Args:
+        path: what this process has found; None if there is none.
+
+    Raises:
+        ValueError: when processes meet, if they differ, as where a file system shows to one of them what is not there
+            yet for another.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        paths = of_all_processes(self.path and str(self.path.resolve()), trainer)
+        if len(set(paths)) > 1:
+            each = "; ".join(f"rank {rank} {path or 'none'}" for rank, path in enumerate(paths))
+            raise ValueError(
+                f"ckpt_path: expected the same checkpoint in all processes, got {each}; start again when all see the "
+                "same files"
+            )
+
+
+def of_all_processes(value: Any, trainer: pl.Trainer) -> list[Any]:
+    """What each process has, in the order of their ranks; each must ask."""
+    values = [value] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def end_with_first_process(trainer: pl.Trainer) -> None:
+    """In a process that Lightning has started beside the first of a machine: end when that one is no more.
+
+    The first sees to the others, but if it is killed, they may wait for it until a timeout of half an hour.
+    """
+    if (
+        isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
+        and trainer.local_rank > 0
+    ):
+        threading.Thread(target=_watch, args=(os.getppid(), trainer.local_rank), daemon=True).start()
+
+
+def _watch(parent: int, rank: int, seconds: float = 5.0) -> None:
+    while os.getppid() == parent:
+        time.sleep(seconds)
+    print(f"rank {rank}: the first process has ended, so this one does; `--ckpt_path last` goes on", file=sys.stderr)
+    os._exit(1)

@@ -1,0 +1,10 @@
+"""Models of the Hugging Face Hub.
+
+- `doge`: folders of `DogeForCausalLM`, read and written
+- `config`: `config.json` and `ModelConfig`
+- `safetensors_files`: weights in one file or several
+"""
+
+from dma_lightning.huggingface.doge import load_doge, save_doge
+
+__all__ = ["load_doge", "save_doge"]

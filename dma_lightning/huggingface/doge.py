@@ -1,0 +1,188 @@
+"""Doge models of Hugging Face Transformers in and out: `config.json` and safetensors, never a pickle.
+
+Source: Hugging Face Transformers, `models/doge`.
+"""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from dma_lightning.config import ModelConfig
+from dma_lightning.files.atomic import sync_folder, write_error
+from dma_lightning.files.reading import check_regular, read_json
+from dma_lightning.files.sha256_sums import check_sums, write_sums
+from dma_lightning.huggingface.config import DogeFile, config_from_doge, doge_config
+from dma_lightning.huggingface.safetensors_files import WEIGHTS, open_weights, shapes, tensors
+from dma_lightning.model import DogeForCausalLM
+
+T = TypeVar("T")
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def load_doge(folder: Path | str, **changed: Any) -> DogeForCausalLM:
+    """A model that `DogeForCausalLM.save_pretrained` of Transformers wrote, in the dtype of its weights.
+
+    Dynamic scaling of the rotary embedding, which changes nothing up to `max_position_embeddings`, is left out. Nothing
+    is built before `config.json` is known to fit the weights. Files that a `SHA256SUMS` lists must have these hashes.
+
+    Args:
+        folder: holds `config.json` and `model.safetensors`, in one file or in several with an index.
+        changed: fields of `ModelConfig` to set otherwise, such as `backend`.
+
+    Raises:
+        ValueError: if a file is missing or damaged, or the model is one that cannot be expressed here.
+    """
+    folder = Path(folder)
+    check_sums(folder)
+    file = read_json(folder / "config.json", DogeFile, "config.json of a Doge model")
+    weights = open_weights(folder)
+    model = _unfilled_model(folder / "config.json", file, changed, _renamed(shapes(weights)))
+    ours, config = _renamed(tensors(weights)), model.config
+    if config.tie_word_embeddings:
+        table = ours["embed_tokens.weight"]
+        if not torch.equal(ours.setdefault("lm_head.weight", table), table):
+            raise ValueError(
+                f"{folder}: tie_word_embeddings is set, but lm_head.weight is not the embedding; "
+                "set it to false in config.json if both are meant"
+            )
+    if wrong := sorted({str(x.dtype) for x in ours.values() if not x.is_floating_point()}):
+        raise ValueError(f"{folder}: expected weights in floating point, got {wrong}")
+    model.load_state_dict(ours, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model.requires_grad_(True)
+
+
+def _renamed(named: dict[str, T]) -> dict[str, T]:
+    return {name.removeprefix("model."): x for name, x in named.items()}
+
+
+def _unfilled_model(
+    path: Path, file: DogeFile, changed: dict[str, Any], found: dict[str, list[int]]
+) -> DogeForCausalLM:
+    """The model of a `config.json` on no device, if its names and shapes are those that are found in the weights."""
+    try:
+        config = ModelConfig(**config_from_doge(file) | changed)
+        layers = len({name.split(".")[1] for name in found if name.startswith("layers.")})
+        if config.num_hidden_layers != layers:  # before so many are made
+            raise ValueError(f"num_hidden_layers: expected {layers}, as in the weights, got {config.num_hidden_layers}")
+        with torch.device("meta"):
+            model = DogeForCausalLM(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    expected = {name: list(x.shape) for name, x in model.state_dict().items()}
+    if config.tie_word_embeddings and "embed_tokens.weight" in found:
+        found = {"lm_head.weight": found["embed_tokens.weight"]} | found
+    if expected != found:
+        raise ValueError(f"{path.parent}: weights do not belong to config.json: {_difference(expected, found)}")
+    return model
+
+
+def save_doge(
+    model: DogeForCausalLM,
+    folder: Path | str,
+    tokenizer_folder: Path | str | None = None,
+    tokenizer_json: str | None = None,
+) -> None:
+    """Write a model that `DogeForCausalLM.from_pretrained` of Transformers reads.
+
+    All is written into a temporary folder beside and moved into place, so `folder` is whole or not there. `SHA256SUMS`
+    lists the hashes of all files.
+
+    Args:
+        model: what to write.
+        folder: must not exist, or be empty.
+        tokenizer_folder: a folder whose tokenizer files are copied along.
+        tokenizer_json: what `tokenizer.json` shall say, if not what that of the folder does.
+
+    Raises:
+        ValueError: if Doge cannot express the model, or the folder is not empty.
+        OSError: if it cannot be written.
+    """
+    config = doge_config(model.config)
+    weight = model.embed_tokens.weight
+    config["dtype"] = str(weight.dtype).removeprefix("torch.")
+    weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    with new_folder(folder) as unfinished:
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        named = {name if name.startswith("lm_head.") else f"model.{name}": x for name, x in weights.items()}
+        try:
+            save_file(named, unfinished / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # on a full disk
+            raise write_error(unfinished / WEIGHTS, error) from error
+        shutil.copymode(unfinished / "config.json", unfinished / WEIGHTS)  # the library's is for the owner alone
+        if tokenizer_folder is not None:
+            copy_tokenizer(Path(tokenizer_folder), unfinished)
+        if tokenizer_json is not None:
+            (unfinished / "tokenizer.json").write_text(tokenizer_json)
+        write_sums(unfinished)
+
+
+@contextmanager
+def new_folder(folder: Path | str) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` at the end, with its files on the disk; it is removed if anything fails.
+
+    Raises:
+        ValueError: if `folder` is there and not empty.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: expected a new or empty folder, got one with files; nothing is overwritten")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        for path in unfinished.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        unfinished.replace(folder)
+        sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer files that there are.
+
+    Links are followed within the folder alone, and to the files of the Hugging Face cache if the folder is one of its
+    snapshots: a folder from elsewhere could otherwise have any file of this machine copied and passed on.
+
+    Raises:
+        ValueError: if one is no regular file, or a link to one elsewhere.
+    """
+    inside = source.resolve()
+    roots = [inside, inside.parents[1] / "blobs"] if inside.parent.name == "snapshots" else [inside]
+    for path in (source / name for name in _TOKENIZER_FILES):
+        if not path.exists() and not path.is_symlink():
+            continue
+        check_regular(path, "a tokenizer file")
+        if not any(path.resolve().is_relative_to(root) for root in roots):
+            raise ValueError(
+                f"{path}: expected a file of this folder, got a link to {path.resolve()}; copy the file there if it "
+                "is meant"
+            )
+        shutil.copyfile(path, target / path.name)
+
+
+def _difference(expected: dict[str, list[int]], found: dict[str, list[int]]) -> str:
+    """The first few names and shapes in which two differ."""
+    names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    lines = [f"{name} expected {expected.get(name, 'none')}, got {found.get(name, 'none')}" for name in names[:5]]
+    return "; ".join(lines) + (f"; and {len(names) - 5} more" if len(names) > 5 else "")

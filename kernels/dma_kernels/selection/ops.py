@@ -1,0 +1,36 @@
+"""The causal top-w as one operation, opaque to torch.compile; by Triton kernels on CUDA.
+
+B batch, G KV heads, N length, W keep-window size.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils._triton import has_triton
+
+from dma_kernels.selection.plain import KeyOrder, key_priorities, top_w_deaths
+
+
+@torch.library.custom_op("dma_kernels::top_w_deaths", mutates_args=())
+def deaths_by_rank(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int) -> Tensor:
+    """`top_w_deaths` of keys ordered by (priority, position); by Triton kernels on CUDA, opaque to torch.compile.
+
+    Args:
+        ranks: `[B, G, N]`, any floating dtype; compared as `ordered_bits` says.
+        runs: number of the document of each position, integers `[B, N]`, ascending from 0 or more.
+        padding: bool `[B, N]`; True takes no part: it counts for nothing, and its death means nothing.
+        window: W.
+
+    Returns:
+        int32 `[B, G, N]`.
+    """
+    if not ranks.is_cuda or not has_triton():
+        return top_w_deaths(KeyOrder.of(key_priorities(ranks, runs, padding)), window).contiguous()
+    from dma_kernels.selection.kernels import launch_top_w_deaths
+
+    with torch.cuda.device_of(ranks):  # Triton launches on the current device
+        return launch_top_w_deaths(ranks, runs, padding, window)
+
+
+@deaths_by_rank.register_fake
+def _(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int) -> Tensor:
+    return ranks.new_empty(ranks.shape, dtype=torch.int32)
