@@ -42,7 +42,7 @@ def different_live_sets(model: DogeForCausalLM, tokens: Tensor) -> tuple[Tensor,
         model(tokens[:, t : t + 1], cache=cache, last_only=True)
         for i, (layer, mask) in enumerate(zip(cache, masks, strict=True)):
             seen = torch.zeros_like(mask[:, :, t], dtype=torch.long)
-            seen.scatter_add_(2, layer.position.clamp(min=0), layer.visible().long())
+            seen.scatter_add_(2, layer.state.position.clamp(min=0), layer.visible().long())
             different[i] += (seen.bool() != mask[:, :, t]).any(-1).sum()
     return different, torch.tensor([mask[..., 0].numel() for mask in masks])
 

@@ -38,7 +38,7 @@ def make_inputs(heads: int, kv_heads: int, length: int) -> tuple[list[Tensor], T
     q = torch.randn(1, heads, length, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     k, v = torch.randn(2, 1, kv_heads, length, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     keys = torch.randn(1, kv_heads, GRID.compressed(length), HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    places = PositionCache(1, device=q.device).place(length, None, None)
+    places = PositionCache(1, device=q.device).place(length, None)
     first = places.first_of(places)
     parts = [slice(i, i + 1024) for i in range(0, length, 1024)]
     blocks = [GRID.choose(q[:, :, x], keys, first[:, x], places.rows(x.start, x.stop), places) for x in parts]

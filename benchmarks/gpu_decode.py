@@ -20,7 +20,7 @@ from gpu_attention import time_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dma_kernels import DynamicMaskCache, KeyCache, fused_attention
+from dma_kernels import DynamicMaskCache, KeyCache, NewKeys, fused_attention
 from dma_kernels.decoding.dynamic_cache import StepBackend
 from dma_lightning import DogeForCausalLM
 from dma_lightning.cli.sizes import read_config
@@ -53,12 +53,12 @@ def microseconds(function: Callable[[], Any], calls: int) -> list[float]:
     return [1e3 * ms / calls for ms in time_ms(graph.replay)]
 
 
-def make_inputs(batch: int, length: int) -> dict[str, Tensor]:
+def make_inputs(batch: int, length: int) -> dict[str, Tensor | NewKeys]:
     """Arguments of `DynamicMaskCache.attend`, with random ranks."""
     q = torch.randn(batch, HEADS, length, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     k, v = torch.randn(2, batch, KV_HEADS, length, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     ranks = torch.randn(batch, KV_HEADS, length, device="cuda")
-    return {"q": q, "k": k, "v": v, "scores": ranks.sin(), "ranks": ranks}
+    return {"q": q, "new": NewKeys(k, v, ranks.sin(), ranks)}
 
 
 def filled_cache(batch: int, length: int, backend: StepBackend = "triton") -> DynamicMaskCache:
@@ -100,7 +100,7 @@ def measure_steps() -> Iterator[dict[str, Any]]:
     for batch in BATCHES:
         layers = 4 if batch > 4 else 16
         inputs = make_inputs(batch, 1)
-        inputs["ranks"] = torch.full_like(inputs["ranks"], 9.0)  # of equal ranks the new one wins
+        inputs["new"].rank.fill_(9.0)  # of equal ranks the new one wins
         row: dict[str, Any] = {"batch": batch, "window": WINDOW}
         for name in ("triton", "torch"):
             caches = [filled_cache(batch, 2 * WINDOW, name) for _ in range(layers)]

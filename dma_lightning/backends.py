@@ -8,7 +8,6 @@ B batch, H query heads, G KV heads, N length, D head dim.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
@@ -17,7 +16,15 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from dma_flex import flex_segment_attention
-from dma_kernels import Lifetimes, fused_attention, reference_attention, reference_mask, segment_attention
+from dma_kernels import (
+    KeepRule,
+    Lifetimes,
+    Packing,
+    fused_attention,
+    reference_attention,
+    reference_mask,
+    segment_attention,
+)
 from dma_kernels.attention.ops import KERNEL_DTYPES, MAX_HEAD_DIM
 
 logger = logging.getLogger(__name__)
@@ -26,27 +33,6 @@ Backend = Literal["auto", "triton", "flex", "torch", "reference"]
 
 # Major compute capabilities of the GPUs on which the tests of the Triton kernels have passed; `auto` takes no others.
 _TRITON_FAMILIES = {9}
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which keys a query keeps; the arguments of `Lifetimes.top_w`."""
-
-    keep_window_size: int
-    keep_last: int = 0
-    sinks: int = 0
-    documents: Tensor | None = None
-    padding: Tensor | None = None
-
-    def arguments(self) -> dict[str, Tensor | int | None]:
-        """Keyword arguments of `Lifetimes.top_w`; spelled out, since torch 2.11 cannot compile `vars` of this."""
-        return {
-            "keep_window_size": self.keep_window_size,
-            "keep_last": self.keep_last,
-            "sinks": self.sinks,
-            "documents": self.documents,
-            "padding": self.padding,
-        }
 
 
 def check_backend(name: str) -> None:
@@ -104,9 +90,18 @@ ATTENTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Lifetimes], Tens
 
 
 def attend(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, scores: Tensor, ranks: Tensor, selection: Selection
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    ranks: Tensor,
+    keep: KeepRule,
+    packing: Packing | None = None,
 ) -> Tensor:
     """Dynamic mask attention by a backend, `[B, H, N, D]`."""
-    if backend == "reference":  # with a mask of its own, in which nothing is shared with the others
-        return reference_attention(q, k, v, scores, reference_mask(ranks, **selection.arguments()))
-    return ATTENTIONS[backend](q, k, v, scores, Lifetimes.top_w(ranks, **selection.arguments()))
+    if backend != "reference":
+        return ATTENTIONS[backend](q, k, v, scores, Lifetimes.selected(ranks, keep, packing))
+    packing = packing or Packing()  # with a mask of its own, in which nothing is shared with the others
+    besides = {"documents": packing.documents, "padding": packing.padding, "keep_last": keep.last, "sinks": keep.sinks}
+    return reference_attention(q, k, v, scores, reference_mask(ranks, keep.window, **besides))

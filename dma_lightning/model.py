@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dma_kernels import Packing
 from dma_lightning.config import ModelConfig
 from dma_lightning.generation import generate
 from dma_lightning.mixers import MIXERS, MixerCache
@@ -47,11 +48,10 @@ class DogeLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        documents: Tensor | None = None,
-        padding: Tensor | None = None,
+        packing: Packing | None = None,
         cache: MixerCache | None = None,
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), documents, padding, cache)
+        attended = self.self_attn(self.input_layernorm(x), packing, cache)
         x = self.input_residual * x + self.dropout(attended)
         return self.post_attention_residual * x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
@@ -89,7 +89,7 @@ class DogeForCausalLM(nn.Module):
 
         Args:
             input_ids: int64 `[B, N]`, N at most `max_position_embeddings` without a cache.
-            documents: integer document ids `[B, N]`, see `TokenMixer.forward`.
+            documents: integer document ids `[B, N]`; a document is a run of equal ids and sees itself alone.
             padding: bool `[B, N]`, True at padded positions.
             cache: of `new_cache`, one for each layer; the tokens go on where it ends, and are added to it.
             last_only: only the logits of the last position, `[B, 1, V]`.
@@ -115,12 +115,13 @@ class DogeForCausalLM(nn.Module):
             )
         if cache is not None and len(cache) != len(self.layers):
             raise ValueError(f"cache: expected one for each of the {len(self.layers)} layers, got {len(cache)}")
+        packing = Packing.of(documents, padding)
         x = self.embed_tokens(input_ids)  # [B, N, C]
         for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers), strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
-                x = checkpoint(layer, x, documents, padding, use_reentrant=False)
+                x = checkpoint(layer, x, packing, use_reentrant=False)
             else:
-                x = layer(x, documents, padding, layer_cache)
+                x = layer(x, packing, layer_cache)
         return self.lm_head(self.norm(x[:, -1:] if last_only else x))
 
     def new_cache(self, batch: int, full: bool = False) -> list[MixerCache]:

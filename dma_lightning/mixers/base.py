@@ -3,14 +3,18 @@
 B batch, N length, C hidden size, H query heads, G KV heads, D head dim.
 """
 
+import inspect
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from dma_kernels import Packing
 from dma_lightning.backends import Backend
 from dma_lightning.rotary import apply_rotary
 
@@ -62,6 +66,13 @@ class TokenMixer(nn.Module, ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "forward" in vars(cls) and "documents" in inspect.signature(cls.forward).parameters:
+            warnings.warn(
+                f"{cls.__qualname__}.forward: it takes `packing` instead of documents and padding now",
+                FutureWarning,
+                stacklevel=2,
+            )
+            cls.forward = _unpacking(cls.forward)
         if "of_config" in vars(cls) and "from_config" not in vars(cls):
             warnings.warn(f"{cls.__qualname__}.of_config: from_config is its name now", FutureWarning, stacklevel=2)
             cls.from_config = cls.of_config
@@ -76,20 +87,33 @@ class TokenMixer(nn.Module, ABC):
                 takes besides are the `attention_args` of the configuration.
         """
 
+    def __call__(
+        self,
+        x: Tensor,
+        packing: Packing | Tensor | None = None,
+        cache: MixerCache | None = None,
+        *,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """As `forward`; documents and padding may also come by their names, ids of documents instead of a packing."""
+        documents = packing if isinstance(packing, Tensor) else documents
+        if documents is not None or padding is not None:
+            packing = Packing.of(documents, padding)
+        return super().__call__(x, packing, cache)
+
     @abstractmethod
     def forward(
         self,
         x: Tensor,
-        documents: Tensor | None = None,
-        padding: Tensor | None = None,
+        packing: Packing | None = None,
         cache: MixerCache | None = None,
     ) -> Tensor:
         """Mix within each sequence, and with what its cache has read before.
 
         Args:
             x: `[B, N, C]`.
-            documents: integer document ids `[B, N]`; a document is a run of equal ids and sees itself alone.
-            padding: bool `[B, N]`, True at padded positions, which nobody sees.
+            packing: documents, of which each sees itself alone, and padding, which nobody sees.
             cache: of `new_cache`; x goes on where it ends, and is added to it. For inference.
 
         Returns:
@@ -214,6 +238,19 @@ class GroupedQueryMixer(TokenMixer):
     def joined(self, out: Tensor) -> Tensor:
         """The output projection of `[B, H, N, D]`, `[B, N, C]`."""
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def _unpacking(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The `forward` of a mixer that takes documents and padding one by one."""
+
+    @wraps(forward)
+    def unpacked(
+        self: TokenMixer, x: Tensor, packing: Packing | None = None, cache: MixerCache | None = None
+    ) -> Tensor:
+        packing = packing or Packing()
+        return forward(self, x, packing.documents, packing.padding, cache)
+
+    return unpacked
 
 
 def normalised(x: Tensor, norm: nn.RMSNorm) -> Tensor:

@@ -9,11 +9,21 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from dma_kernels import DynamicMaskCache, FullCache, KeyCache, Lifetimes, ScoreForm, key_ranks, key_scores
+from dma_kernels import (
+    DynamicMaskCache,
+    FullCache,
+    KeepRule,
+    KeyCache,
+    Lifetimes,
+    NewKeys,
+    Packing,
+    ScoreForm,
+    key_ranks,
+    key_scores,
+)
 from dma_lightning.backends import (
     ATTENTIONS,
     Backend,
-    Selection,
     attend,
     check_backend,
     explain_backend,
@@ -85,13 +95,8 @@ class DynamicMaskAttention(GroupedQueryMixer):
         super().__init__(
             hidden_size, num_heads, num_kv_heads, head_dim, rope_theta, rope_scaling, rms_norm_eps, bias
         )  # fmt: skip
-        if keep_window_size < 1 or keep_last < 0 or sinks < 0:
-            raise ValueError(
-                "expected keep_window_size >= 1, keep_last >= 0 and sinks >= 0, "
-                f"got {keep_window_size}, {keep_last} and {sinks}"
-            )
         check_backend(backend)
-        self.keep_window_size, self.keep_last, self.sinks = keep_window_size, keep_last, sinks
+        self.keep = KeepRule(keep_window_size, keep_last, sinks)
         self.score_form, self.backend = score_form, backend
         self.A = nn.Parameter(torch.zeros(self.num_kv_heads))
         self.dt_proj = nn.Linear(self.num_kv_heads * self.head_dim, self.num_kv_heads, bias=bias)  # Δ
@@ -111,8 +116,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
     def forward(
         self,
         x: Tensor,
-        documents: Tensor | None = None,
-        padding: Tensor | None = None,
+        packing: Packing | None = None,
         cache: KeyCache | None = None,
     ) -> Tensor:
         q, k, v = self.queries_keys_values(x, cache)  # [B, H, N, D] and [B, G, N, D]
@@ -120,58 +124,49 @@ class DynamicMaskAttention(GroupedQueryMixer):
         scores = key_scores(ranks, self.score_form)
         backend = resolve_backend(self.backend, q.device.type, q.device.index, q.dtype, self.head_dim)
         if cache is None:
-            selection = Selection(self.keep_window_size, self.keep_last, self.sinks, documents, padding)
-            return self.joined(attend(backend, q, k, v, scores, ranks, selection))
-        return self.joined(cache.attend(q, k, v, scores, ranks, documents, padding, ATTENTIONS[backend]))
+            return self.joined(attend(backend, q, k, v, scores, ranks, self.keep, packing))
+        return self.joined(cache.attend(q, NewKeys(k, v, scores, ranks, packing), ATTENTIONS[backend]))
 
-    def lifetimes(
-        self, x: Tensor, documents: Tensor | None = None, padding: Tensor | None = None
-    ) -> tuple[Lifetimes, Tensor]:
+    def lifetimes(self, x: Tensor, packing: Packing | None = None) -> tuple[Lifetimes, Tensor]:
         """The mask that a forward pass over x `[B, N, C]` selects, and the score of every key `[B, G, N]`."""
         v = self.heads(x, self.v_proj)
         ranks = key_ranks(v, self.A, self.dt_proj.weight, self.dt_proj.bias)
-        selection = Selection(self.keep_window_size, self.keep_last, self.sinks, documents, padding)
-        return Lifetimes.top_w(ranks, **selection.arguments()), key_scores(ranks, self.score_form)
+        return Lifetimes.selected(ranks, self.keep, packing), key_scores(ranks, self.score_form)
 
     def new_cache(self, batch: int, full: bool = False) -> KeyCache:
         """An empty cache for `batch` sequences on the module's device.
 
         Args:
             batch: B.
-            full: keep every key, for comparison or to change `keep_window_size` of the cache later.
+            full: keep every key, for comparison or to change the rule of the cache later.
 
         The small cache holds keys and values in the dtype of autocast, if it is on, or of the weights. It steps by a
         Triton kernel where the module's backend is `triton`, else by plain PyTorch.
         """
         weight = self.k_proj.weight
-        selection = (self.keep_window_size, self.keep_last, self.sinks)
         if full:
-            return FullCache(batch, *selection, device=weight.device)
+            return FullCache(batch, self.keep, weight.device)
         device = weight.device
         autocasts = torch.is_autocast_enabled(device.type) and weight.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device.type) if autocasts else weight.dtype
         backend = resolve_backend(self.backend, device.type, device.index, dtype, self.head_dim)
         step = "triton" if backend == "triton" else "torch"
-        return DynamicMaskCache(batch, self.num_kv_heads, self.head_dim, *selection, dtype, device, step)
+        return DynamicMaskCache(batch, self.num_kv_heads, self.head_dim, self.keep, dtype, device, step)
 
     def mixing_flops(self, length: int) -> float:
-        return 4 * self.num_heads * self.head_dim * mean_keys(length, self._capacity)
+        return 4 * self.num_heads * self.head_dim * mean_keys(length, self.keep.capacity)
 
     def cache_elements(self, length: int) -> int:
         """Keys, values and scores; besides these, the rank and position of each key are kept."""
-        return min(length, self._capacity) * self.num_kv_heads * (2 * self.head_dim + 1)
+        return min(length, self.keep.capacity) * self.num_kv_heads * (2 * self.head_dim + 1)
 
     def computed_by(self, device: torch.device, dtype: torch.dtype) -> str:
         return explain_backend(self.backend, device.type, device.index, dtype, self.head_dim)
 
     def unused_at(self, length: int) -> str | None:
-        if self.keep_window_size < length:
+        if self.keep.window < length:
             return None
         return (
-            f"keep_window_size {self.keep_window_size} >= sequence length {length}: "
+            f"keep_window_size {self.keep.window} >= sequence length {length}: "
             "no key is ever dropped, so the selection is never exercised; lower keep_window_size to train it"
         )
-
-    @property
-    def _capacity(self) -> int:
-        return self.keep_window_size + self.keep_last + self.sinks

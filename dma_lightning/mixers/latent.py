@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dma_kernels import Lifetimes
+from dma_kernels import Lifetimes, Packing
 from dma_lightning.mixers.base import (
     MixerConfig,
     TokenMixer,
@@ -113,8 +113,7 @@ class LatentAttention(TokenMixer):
     def forward(
         self,
         x: Tensor,
-        documents: Tensor | None = None,
-        padding: Tensor | None = None,
+        packing: Packing | None = None,
         cache: PositionCache | None = None,
     ) -> Tensor:
         check_mixer_input(x, self.q_proj.weight)
@@ -126,12 +125,12 @@ class LatentAttention(TokenMixer):
         q_rotated = apply_rotary(q_rotated, self.rope_theta, positions, self.rope_scaling)
         k_rotated = apply_rotary(k_rotated[:, None], self.rope_theta, positions, self.rope_scaling)  # [B, 1, N, R]
         if cache is None:
-            out = self._expanded(q_plain, q_rotated, latent, k_rotated, documents, padding)
+            out = self._expanded(q_plain, q_rotated, latent, k_rotated, packing)
         else:
             fresh, key = not cache.count, torch.cat([latent[:, None], k_rotated], dim=-1)  # [B, 1, N, L + R]
-            kept, keys, queries = cache.extend(documents, padding, key=key)
+            kept, keys, queries = cache.extend(packing, key=key)
             if fresh:
-                out = self._expanded(q_plain, q_rotated, latent, k_rotated, documents, padding)
+                out = self._expanded(q_plain, q_rotated, latent, k_rotated, packing)
             else:
                 up_keys, up_values = self._up()
                 q_latent = torch.einsum("bhnp,hpl->bhnl", q_plain, up_keys)
@@ -160,17 +159,16 @@ class LatentAttention(TokenMixer):
         q_rotated: Tensor,
         latent: Tensor,
         k_rotated: Tensor,
-        documents: Tensor | None,
-        padding: Tensor | None,
+        packing: Packing | None,
     ) -> Tensor:
         """Attention with keys and values of every head, `[B, H, N, V]`."""
         kv = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k_plain, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         q = torch.cat([q_plain, q_rotated], dim=-1)
         k = torch.cat([k_plain, k_rotated.expand(-1, self.num_heads, -1, -1)], dim=-1)
-        if documents is None and padding is None:
+        if packing is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        mask = Lifetimes.causal(q.shape[2], q.device, documents=documents, padding=padding)
+        mask = Lifetimes.causal(q.shape[2], q.device, packing=packing)
         return lifetime_attention(q, k, v, mask, self.scale)
 
     def _up(self) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dma_kernels import Packing
 from dma_kernels.selected_blocks.attention import block_attention, block_attention_reference, kernels_take
 from dma_lightning.backends import Backend, check_backend, explain_backend, resolve_backend
 from dma_lightning.mixers.base import GroupedQueryMixer, MixerConfig, check_mixer_input, mean_keys, positions_of
@@ -115,8 +116,7 @@ class NativeSparseAttention(GroupedQueryMixer):
     def forward(
         self,
         x: Tensor,
-        documents: Tensor | None = None,
-        padding: Tensor | None = None,
+        packing: Packing | None = None,
         cache: "NativeSparseCache | None" = None,
     ) -> Tensor:
         check_mixer_input(x, self.q_proj.weight)
@@ -130,9 +130,9 @@ class NativeSparseAttention(GroupedQueryMixer):
                 values["select"],
                 self.compressed(plain["compress"], values["compress"], 0),
             )
-            places = queries = PositionCache(x.shape[0], device=x.device).place(x.shape[1], documents, padding)
+            places = queries = PositionCache(x.shape[0], device=x.device).place(x.shape[1], packing)
         else:
-            kept, places, queries = cache.tokens.extend(documents, padding, key=keys["select"], value=values["select"])
+            kept, places, queries = cache.tokens.extend(packing, key=keys["select"], value=values["select"])
             k, v = kept["key"], kept["value"]
             compressed = cache.extend_compressed(self, plain["compress"], values["compress"])
         fresh = cache is None or cache.tokens.count == x.shape[1]  # from the beginning
@@ -141,9 +141,9 @@ class NativeSparseAttention(GroupedQueryMixer):
 
         k, v, places = keys["window"], values["window"], queries
         if cache is not None:
-            kept, places, _ = cache.window.extend(documents, padding, key=k, value=v)
+            kept, places, _ = cache.window.extend(packing, key=k, value=v)
         if fresh:
-            out_window = window_attention(q, k, v, self.window, self.backend, documents, padding)
+            out_window = window_attention(q, k, v, self.window, self.backend, packing)
         else:
             out_window = attend_places(q, kept["key"], kept["value"], queries, places, self.window)
         gates = self.gate_proj(x).sigmoid().unflatten(-1, (3, -1)).transpose(1, 3)[..., None]  # [B, H, 3, N, 1]

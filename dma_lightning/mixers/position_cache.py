@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dma_kernels.lifetimes import check_documents, document_runs
+from dma_kernels.packing import Packing, document_runs
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,19 @@ class PositionCache:
         """Positions read so far, int64 `[B]`."""
         return torch.full((self.batch,), self.count, device=self.device)
 
-    def place(self, new: int, documents: Tensor | None, padding: Tensor | None) -> Places:
+    def place(self, new: int, packing: Packing | None) -> Places:
         """Where the next `new` positions stand; a document that goes on has the number that it had.
 
         Raises:
             ValueError: if documents or padding are not `[B, new]` on the cache's device.
         """
         position = torch.arange(self.count, self.count + new, device=self.device)
-        check_documents(documents, padding, self.batch, position)
-        if documents is None and padding is None:  # the document goes on
+        if packing is not None:
+            packing.check_fits(self.batch, position)
+        if packing is None or (packing.documents is None and packing.padding is None):  # the document goes on
             none = torch.zeros(self.batch, new, dtype=torch.bool, device=self.device)
             return Places(position, self._last_run[:, None].expand(-1, new), none)
+        documents, padding = packing.documents, packing.padding
         padding = torch.zeros(self.batch, new, dtype=torch.bool, device=self.device) if padding is None else padding
         documents = self._document[:, None].expand(-1, new) if documents is None else documents.long()
         before = torch.cat([self._document[:, None], documents], dim=1)
@@ -92,14 +94,11 @@ class PositionCache:
         return Places(position, torch.where(begun, self._last_run[:, None] + runs, -1), padding)
 
     @torch.no_grad()
-    def extend(
-        self, documents: Tensor | None, padding: Tensor | None, **new: Tensor
-    ) -> tuple[dict[str, Tensor], Places, Places]:
+    def extend(self, packing: Packing | None, **new: Tensor) -> tuple[dict[str, Tensor], Places, Places]:
         """Keep new positions; what was kept and these, where all of them stand, and where the new ones do.
 
         Args:
-            documents: integer ids `[B, n]`.
-            padding: bool `[B, n]`.
+            packing: documents and padding of the new ones.
             new: tensors `[B, ..., n, D]`.
 
         Raises:
@@ -107,7 +106,7 @@ class PositionCache:
         """
         self._check(new)
         size = next(iter(new.values())).shape[-2]
-        places = self.place(size, documents, padding)
+        places = self.place(size, packing)
         if self.window is not None and size == 1 and self._position.shape[0] == self.window:  # the oldest gives way
             self._write(places, new, self.count % self.window)
             kept, all_places = self._kept, Places(self._position, self._run, self._padding)
@@ -120,11 +119,11 @@ class PositionCache:
         else:
             kept, all_places = self._joined(places, new)
             self._keep_last(kept, all_places, self.count + size)
-        if documents is not None:
+        if packing is not None and packing.documents is not None:
             order = torch.arange(1, size + 1, device=self.device)
             last = torch.where(places.padding, 0, order).amax(-1)  # the last real one, from 1
             at = (last - 1).clamp(min=0)[:, None]
-            self._document = torch.where(last > 0, documents.long().gather(1, at)[:, 0], self._document)
+            self._document = torch.where(last > 0, packing.documents.long().gather(1, at)[:, 0], self._document)
             self._last_run = torch.where(last > 0, places.run.gather(1, at)[:, 0], self._last_run)
         self._started = self._started | ~places.padding.all(-1)
         self.count += size

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dma_kernels import Lifetimes
+from dma_kernels import Lifetimes, Packing
 from dma_lightning.backends import ATTENTIONS, Backend, check_backend, explain_backend, resolve_backend
 from dma_lightning.mixers.base import GroupedQueryMixer, MixerConfig, mean_keys
 from dma_lightning.mixers.masked import SDPA_OR_FLEX, attend_places, lifetime_attention
@@ -53,17 +53,16 @@ class MultiHeadAttention(GroupedQueryMixer):
     def forward(
         self,
         x: Tensor,
-        documents: Tensor | None = None,
-        padding: Tensor | None = None,
+        packing: Packing | None = None,
         cache: PositionCache | None = None,
     ) -> Tensor:
         q, k, v = self.queries_keys_values(x, cache)  # [B, H, N, D] and [B, G, N, D]
         if cache is None:
-            return self.joined(window_attention(q, k, v, self.window, self.backend, documents, padding))
+            return self.joined(window_attention(q, k, v, self.window, self.backend, packing))
         fresh = not cache.count
-        kept, keys, queries = cache.extend(documents, padding, key=k, value=v)
+        kept, keys, queries = cache.extend(packing, key=k, value=v)
         if fresh:
-            return self.joined(window_attention(q, k, v, self.window, self.backend, documents, padding))
+            return self.joined(window_attention(q, k, v, self.window, self.backend, packing))
         return self.joined(attend_places(q, kept["key"], kept["value"], queries, keys, self.window))
 
     def new_cache(self, batch: int, full: bool = False) -> PositionCache:
@@ -112,8 +111,7 @@ def window_attention(
     v: Tensor,
     window: int | None,
     backend: str,
-    documents: Tensor | None = None,
-    padding: Tensor | None = None,
+    packing: Packing | None = None,
 ) -> Tensor:
     """Attention of a whole sequence to its last `window` positions, or to all of its past; differentiable.
 
@@ -123,16 +121,15 @@ def window_attention(
         v: `[B, G, N, D]`.
         window: positions that a query sees, its own included; all by default.
         backend: name of an attention backend, or `auto`.
-        documents: `[B, N]`.
-        padding: bool `[B, N]`.
+        packing: documents and padding.
 
     Returns:
         `[B, H, N, D]`.
     """
     length, device = q.shape[2], q.device
-    if (window is None or window >= length) and documents is None and padding is None:
+    if (window is None or window >= length) and packing is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    mask = Lifetimes.sliding_window(length, window or length, device, documents=documents, padding=padding)
+    mask = Lifetimes.sliding_window(length, window or length, device, packing=packing)
     if mask.capacity == length:
         return lifetime_attention(q, k, v, mask)
     backend = resolve_backend(backend, device.type, device.index, q.dtype, q.shape[-1])

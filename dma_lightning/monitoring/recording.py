@@ -90,9 +90,9 @@ def record_masks(trainer: pl.Trainer, model: nn.Module, sequence: Batch) -> dict
     for i, mixer in dynamic_layers(model).items():
 
         def record(mixer: DynamicMaskAttention, args: tuple, i: int = i) -> None:
-            x, documents, padding, *_ = args
-            lifetimes, scores = mixer.lifetimes(x, documents, padding)
-            causal = Lifetimes.causal(x.shape[1], x.device, documents=documents, padding=padding)
+            x, packing, *_ = args
+            lifetimes, scores = mixer.lifetimes(x, packing)
+            causal = Lifetimes.causal(x.shape[1], x.device, packing=packing)
             found[i] = RecordedMask(lifetimes, causal, scores, lifetimes.capacity)
 
         hooks.append(mixer.register_forward_pre_hook(record))

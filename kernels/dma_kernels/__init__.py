@@ -2,7 +2,8 @@
 
 The rooms, in the order in which a key passes through them:
 
-- `scores`: ranks and scores of keys; `lifetimes`: which queries see a key; `reference`: the O(N²) definition of it all
+- `scores`: ranks and scores of keys; `keep_rule`: how many of them a query keeps; `packing`: documents and padding
+- `lifetimes`: which queries see a key; `reference`: the O(N²) definition of it all
 - `selection`: which keys live, and until when
 - `segments`: from lifetimes to dense lists of keys
 - `attention`: attention over these lists, forward and backward
@@ -15,7 +16,10 @@ from dma_kernels.attention.ops import fused_attention
 from dma_kernels.attention.plain import segment_attention
 from dma_kernels.decoding.dynamic_cache import DynamicMaskCache, KeyCache
 from dma_kernels.decoding.full_cache import FullCache
+from dma_kernels.decoding.state import NewKeys
+from dma_kernels.keep_rule import KeepRule
 from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.packing import Packing
 from dma_kernels.reference import reference_attention, reference_mask
 from dma_kernels.scores import ScoreForm, key_ranks, key_scores
 from dma_kernels.segments.plain import SegmentLayout
@@ -24,8 +28,11 @@ from dma_kernels.segments.slots import SegmentSlots
 __all__ = [
     "DynamicMaskCache",
     "FullCache",
+    "KeepRule",
     "KeyCache",
     "Lifetimes",
+    "NewKeys",
+    "Packing",
     "ScoreForm",
     "SegmentLayout",
     "SegmentSlots",

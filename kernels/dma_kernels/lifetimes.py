@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from dma_kernels.drawing import draw_mask
+from dma_kernels.keep_rule import KeepRule, check_whole
+from dma_kernels.packing import Packing, document_ends
 from dma_kernels.selection.ops import deaths_by_rank
 
 if TYPE_CHECKING:
@@ -65,9 +67,10 @@ class Lifetimes:
         *,
         documents: Tensor | None = None,
         padding: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> "Lifetimes":
         """Every query sees its whole past, within its document. Arguments as `sliding_window`."""
-        return cls.sliding_window(length, length, device, documents=documents, padding=padding)
+        return cls.sliding_window(length, length, device, documents=documents, padding=padding, packing=packing)
 
     @classmethod
     def sliding_window(
@@ -78,6 +81,7 @@ class Lifetimes:
         *,
         documents: Tensor | None = None,
         padding: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> "Lifetimes":
         """Query t sees the keys `t - window < j <= t`: `window` positions, its own included.
 
@@ -87,14 +91,15 @@ class Lifetimes:
             device: where to build the mask; by default where `documents` or `padding` are.
             documents: integer document ids `[B, N]`, as in `top_w`.
             padding: bool `[B, N]`, True at padded positions, as in `top_w`; they count as positions of the window.
+            packing: both, if they are packed already.
 
         Raises:
             ValueError: on wrong shapes, dtypes or devices, or sizes below 1.
         """
         _check_at_least("window", window, 1)
-        birth, runs = _positions(length, device, documents, padding)
+        birth, packing = _positions(length, device, documents, padding, packing)
         death = (birth + min(window, length)).clamp(max=length)
-        return cls._within(birth, death, min(window, length), runs, padding)
+        return cls._within(birth, death, min(window, length), packing)
 
     @classmethod
     def last(
@@ -122,9 +127,9 @@ class Lifetimes:
     ) -> "Lifetimes":
         """The first `count` real keys of each document, visible to its end. Other arguments as `sliding_window`."""
         _check_at_least("count", count, 1)
-        birth, runs = _positions(length, device, documents, padding)
-        death = torch.where(_is_sink(count, birth, runs, padding), length, birth)
-        return cls._within(birth, death, min(count, length), runs, padding)
+        birth, packing = _positions(length, device, documents, padding)
+        death = torch.where(_is_sink(count, birth, packing), length, birth)
+        return cls._within(birth, death, min(count, length), packing)
 
     @classmethod
     def top_w(
@@ -155,27 +160,35 @@ class Lifetimes:
         Raises:
             ValueError: on wrong shapes, dtypes or devices, or sizes out of range.
         """
-        check_selection(ranks, keep_window_size, documents, padding, keep_last, sinks)
-        length = ranks.shape[-1]
-        runs = document_runs(documents, padding)
-        birth = torch.arange(length, dtype=torch.int32, device=ranks.device)[None, None]
-        death = deaths_by_rank(ranks.detach(), runs, padding, keep_window_size)
-        if keep_last:
-            death = torch.maximum(death, (birth + min(keep_last, length)).clamp(max=length))
-        if sinks:
-            death = torch.where(_is_sink(sinks, birth, runs, padding), length, death)
-        capacity = min(keep_window_size + keep_last + sinks, length)
-        return cls._within(birth, death, capacity, runs, padding)
+        check_ranks(ranks)
+        packing = Packing.of(documents, padding)
+        return cls.selected(ranks, KeepRule(keep_window_size, keep_last, sinks), packing)
 
     @classmethod
-    def _within(
-        cls, birth: Tensor, death: Tensor, capacity: int, runs: Tensor | None, padding: Tensor | None
-    ) -> "Lifetimes":
+    def selected(cls, ranks: Tensor, keep: KeepRule, packing: Packing | None = None) -> "Lifetimes":
+        """`top_w` of a rule and a packing that are made already.
+
+        Raises:
+            ValueError: if ranks or packing have another shape, dtype or device.
+        """
+        check_ranks(ranks)
+        length, packing = ranks.shape[-1], packing or Packing()
+        packing.check_fits(ranks.shape[0], ranks)
+        birth = torch.arange(length, dtype=torch.int32, device=ranks.device)[None, None]
+        death = deaths_by_rank(ranks.detach(), packing.runs, packing.padding, keep.window)
+        if keep.last:
+            death = torch.maximum(death, (birth + min(keep.last, length)).clamp(max=length))
+        if keep.sinks:
+            death = torch.where(_is_sink(keep.sinks, birth, packing), length, death)
+        return cls._within(birth, death, min(keep.capacity, length), packing)
+
+    @classmethod
+    def _within(cls, birth: Tensor, death: Tensor, capacity: int, packing: Packing) -> "Lifetimes":
         """Lives from each key's position to `death`, ended by the document's end and by padding."""
-        if runs is not None:
-            death = torch.minimum(death, document_ends(runs))
-        if padding is not None:
-            death = torch.where(padding[:, None], birth, death)
+        if packing.runs is not None:
+            death = torch.minimum(death, document_ends(packing.runs))
+        if packing.padding is not None:
+            death = torch.where(packing.padding[:, None], birth, death)
         return cls(birth.expand_as(death), death, capacity, born_at_position=True)
 
     def __and__(self, other: "Lifetimes") -> "Lifetimes":
@@ -274,45 +287,29 @@ class Lifetimes:
         return draw_mask(self.to_dense()[batch, head], block_size, axes)
 
 
-def document_runs(documents: Tensor | None, padding: Tensor | None) -> Tensor | None:
-    """Number of the document that each position belongs to, int64 `[B, N]`, counted from 0 along the row.
-
-    A padded position belongs to the document of the last real position before it.
-    """
-    if documents is None:
-        return None
-    ids = documents
-    if padding is not None:
-        position = torch.arange(documents.shape[-1], device=documents.device)
-        last_real = position.masked_fill(padding, -1).cummax(-1).values
-        ids = documents.gather(-1, last_real.clamp(min=0))
-        before_all = last_real < 0
-        first_real = (~padding).long().argmax(-1, keepdim=True)
-        ids = torch.where(before_all, documents.gather(-1, first_real), ids)
-    starts = ids[:, 1:] != ids[:, :-1]
-    return torch.cat([torch.zeros_like(ids[:, :1], dtype=torch.long), starts.long().cumsum(-1)], dim=-1)
-
-
-def document_ends(runs: Tensor) -> Tensor:
-    """First position after the document of each position, int32 `[B, 1, N]`."""
-    return torch.searchsorted(runs, runs, right=True, out_int32=True)[:, None]
-
-
 def _positions(
-    length: int, device: torch.device | str | None, documents: Tensor | None, padding: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Birth of every key, int32 `[1, 1, N]`, and the run of every position, `[B, N]` or None; checks the arguments."""
+    length: int,
+    device: torch.device | str | None,
+    documents: Tensor | None,
+    padding: Tensor | None,
+    packing: Packing | None = None,
+) -> tuple[Tensor, Packing]:
+    """Birth of every key, int32 `[1, 1, N]`, and the packing; checks the arguments."""
     _check_at_least("length", length, 1)
-    given = [x for x in (documents, padding) if x is not None]
+    if packing is not None and not (documents is None and padding is None):
+        raise ValueError("expected documents and padding, or a packing, got both; a packing has them")
+    packing = packing or Packing.of(documents, padding) or Packing()
+    given = [x for x in (packing.documents, packing.padding) if x is not None]
     if device is None and given:
         device = given[0].device
     birth = torch.arange(length, dtype=torch.int32, device=device)
-    check_documents(documents, padding, given[0].shape[0] if given and given[0].ndim else 1, birth)
-    return birth[None, None], document_runs(documents, padding)
+    packing.check_fits(len(given[0]) if given else 1, birth)
+    return birth[None, None], packing
 
 
-def _is_sink(sinks: int, birth: Tensor, runs: Tensor | None, padding: Tensor | None) -> Tensor:
+def _is_sink(sinks: int, birth: Tensor, packing: Packing) -> Tensor:
     """Which keys are among the first `sinks` real ones of their document, bool `[B or 1, 1, N]`."""
+    padding, runs = packing.padding, packing.runs
     real = torch.ones_like(birth[0], dtype=torch.long) if padding is None else (~padding).long()
     seen = real.cumsum(-1)  # [B or 1, N], this position included
     if runs is not None:
@@ -321,41 +318,14 @@ def _is_sink(sinks: int, birth: Tensor, runs: Tensor | None, padding: Tensor | N
     return (seen <= sinks)[:, None]
 
 
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, float):
-        raise ValueError(f"{name}: expected a whole number, got {value}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-
-
-def check_selection(
-    ranks: Tensor, keep_window_size: int, documents: Tensor | None, padding: Tensor | None, keep_last: int, sinks: int
-) -> None:
-    """Raise `ValueError` unless the arguments of `Lifetimes.top_w` belong together."""
+def check_ranks(ranks: Tensor) -> None:
+    """Raise `ValueError` unless ranks are those of a sequence."""
     if ranks.ndim != 3 or not ranks.is_floating_point():
         raise ValueError(f"ranks: expected floating [B, G, N], got {ranks.dtype} {list(ranks.shape)}")
     _check_at_least("sequence length", ranks.shape[-1], 1)
-    _check_at_least("keep_window_size", keep_window_size, 1)
-    _check_at_least("keep_last", keep_last, 0)
-    _check_at_least("sinks", sinks, 0)
-    check_documents(documents, padding, ranks.shape[0], ranks)
 
 
-def check_documents(documents: Tensor | None, padding: Tensor | None, batch: int, like: Tensor) -> None:
-    """Raise `ValueError` unless document ids and padding are `[batch, N]`, N and the device being those of `like`."""
-    expected = (batch, like.shape[-1])
-    for name, x in (("documents", documents), ("padding", padding)):
-        if x is not None and x.ndim != 2:
-            raise ValueError(f"{name}: expected [B, {expected[1]}], got {list(x.shape)}")
-        if x is not None and (x.shape != expected or x.device != like.device):
-            raise ValueError(
-                f"{name}: expected shape {list(expected)} on {like.device} (batch and length of the mask), "
-                f"got {list(x.shape)} on {x.device}"
-            )
-    if documents is not None and (documents.is_floating_point() or documents.dtype == torch.bool):
-        raise ValueError(f"documents: expected integer ids, got {documents.dtype}")
-    if padding is not None and padding.dtype != torch.bool:
-        raise ValueError(
-            f"padding: expected bool with True at padded positions, got {padding.dtype}; "
-            "from a 0/1 attention mask use `attention_mask == 0`"
-        )
+def _check_at_least(name: str, value: int, least: int) -> None:
+    check_whole(name, value)
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")

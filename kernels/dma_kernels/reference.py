@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from dma_kernels.checks import check_attention_inputs
-from dma_kernels.lifetimes import check_selection, document_runs
+from dma_kernels.keep_rule import KeepRule
+from dma_kernels.lifetimes import check_ranks
+from dma_kernels.packing import Packing
 from dma_kernels.precision import without_autocast
 from dma_kernels.scores import ordered_bits, saturated
 
@@ -31,11 +33,15 @@ def reference_mask(
 
     Source: arXiv 2508.02124v6, equation 4, with the causal mask before the selection.
     """
-    check_selection(ranks, keep_window_size, documents, padding, keep_last, sinks)
+    check_ranks(ranks)
+    keep = KeepRule(keep_window_size, keep_last, sinks)
+    packing = Packing.of(documents, padding)
+    if packing is not None:
+        packing.check_fits(ranks.shape[0], ranks)
+    runs = packing and packing.runs
     length = ranks.shape[-1]
     position = torch.arange(length, device=ranks.device)
     allowed = (position <= position[:, None])[None, None]  # [B or 1, 1, N, N]
-    runs = document_runs(documents, padding)
     if runs is not None:
         allowed = allowed & (runs[:, None, None, :] == runs[:, None, :, None])
     if padding is not None:
@@ -45,12 +51,12 @@ def reference_mask(
     priority = ordered_bits(ranks).long() * length + position  # [B, G, N]
     lowest = torch.iinfo(torch.int64).min
     candidates = torch.where(allowed, priority[..., None, :], lowest)  # [B, G, N, N]
-    kept = candidates.topk(min(keep_window_size, length), dim=-1).indices
+    kept = candidates.topk(min(keep.window, length), dim=-1).indices
     mask = torch.zeros_like(candidates, dtype=torch.bool).scatter_(-1, kept, True)
 
-    mask |= position > position[:, None] - keep_last
+    mask |= position > position[:, None] - keep.last
     place_in_document = (allowed & (position < position[:, None])).sum(-1)  # [B or 1, 1, N] real keys before
-    mask |= (place_in_document < sinks)[..., None, :]
+    mask |= (place_in_document < keep.sinks)[..., None, :]
     return mask & allowed
 
 

@@ -13,7 +13,7 @@ from fuzz_backends import AttentionCase
 from fuzz_told import told
 from torch import Tensor, nn
 
-from dma_kernels import DynamicMaskCache, FullCache
+from dma_kernels import DynamicMaskCache, FullCache, KeepRule, NewKeys, Packing
 from dma_lightning import MIXERS, ModelConfig, TokenMixer
 
 _SMALL = ModelConfig(
@@ -51,10 +51,10 @@ class _Reading:
         self.case, self.mask, self.full = case, case.mask(), kind == "full"
         self.expected = torch.from_numpy(case.expected()[0])
         batch, kv_heads, length, head_dim = case.inputs[1].shape
-        kept = (case.kept.window, case.kept.keep_last, case.kept.sinks)
+        kept = KeepRule(case.kept.window, case.kept.keep_last, case.kept.sinks)
         options = {"dtype": case.grad.dtype, "backend": "triton" if kind == "triton" else "torch"}
         sizes = (batch, kv_heads, head_dim)
-        self.cache = FullCache(batch, *kept) if self.full else DynamicMaskCache(*sizes, *kept, **options)
+        self.cache = FullCache(batch, kept) if self.full else DynamicMaskCache(*sizes, kept, **options)
         self.length, self.exact = length, case.grad.dtype == torch.float64
         self.rows, self.place = list(range(batch)), [0] * batch  # which sequence each row reads, and how far it is
 
@@ -72,12 +72,13 @@ class _Reading:
             return
         count = rng.choice((1, 1, 1, 2, 5, rng.randint(1, self.left), rng.randint(1, self.left)))
         count = min(count, self.left)
-        inputs, ranks = [self._part(x, count) for x in self.case.inputs], self._part(self.case.ranks, count)
+        (q, *inputs), ranks = [self._part(x, count) for x in self.case.inputs], self._part(self.case.ranks, count)
         packing = {name: self._packing(x, count) for name, x in self.case.packing.arguments().items()}
+        new = NewKeys(*inputs, ranks, Packing.of(**packing))
         if self.full or rng.random() < 0.7:
-            out, kept = self.cache.attend(*inputs, ranks, **packing), [count] * len(self.rows)
+            out, kept = self.cache.attend(q, new), [count] * len(self.rows)
         else:
-            out, kept = self.cache.verify(*inputs, ranks, **packing), [rng.randint(0, count) for _ in self.rows]
+            out, kept = self.cache.verify(q, new), [rng.randint(0, count) for _ in self.rows]
             if rng.random() < 0.8:
                 self.cache.commit(torch.tensor(kept))
             else:  # the guess is dropped
@@ -104,7 +105,7 @@ class _Reading:
         visible = self.cache.visible()
         for b, (row, place) in enumerate(zip(self.rows, self.place, strict=True)):
             for g in range(self.mask.shape[1]) if place else ():
-                found = self.cache.position[b, g][visible[b, g]].tolist()
+                found = self.cache.state.position[b, g][visible[b, g]].tolist()
                 assert sorted(found) == np.flatnonzero(self.mask[row, g, place - 1]).tolist(), "live set"
 
 

@@ -9,79 +9,55 @@ from torch import Tensor
 
 from dma_kernels.attention.plain import segment_attention
 from dma_kernels.decoding.attention import decode_attention
-from dma_kernels.decoding.dynamic_cache import FEW, Attention, check_new_keys
+from dma_kernels.decoding.dynamic_cache import FEW, Attention
+from dma_kernels.decoding.state import NewKeys
+from dma_kernels.keep_rule import KeepRule
 from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.packing import Packing
 from dma_kernels.scores import saturated
 
 
 class FullCache:
-    """A cache that keeps every key: for comparison, and for a `keep_window_size` that is changed between calls.
+    """A cache that keeps every key: for comparison, and for a rule that is changed between calls.
 
     A call costs O(n N) for N positions read so far, or O(N w) for more than a few n. Arguments as `DynamicMaskCache`;
-    keys, values, scores, ranks, documents and padding of all positions are kept.
+    keys, values, biases, ranks, documents and padding of all positions are kept.
     """
 
-    def __init__(
-        self,
-        batch: int,
-        keep_window_size: int,
-        keep_last: int = 0,
-        sinks: int = 0,
-        device: torch.device | str | None = None,
-    ) -> None:
-        if batch < 1 or keep_window_size < 1 or min(keep_last, sinks) < 0:
-            raise ValueError(
-                "expected batch and keep_window_size >= 1, keep_last and sinks >= 0, "
-                f"got {batch}, {keep_window_size}, {keep_last} and {sinks}"
-            )
-        self.keep_window_size, self.keep_last, self.sinks = keep_window_size, keep_last, sinks
+    def __init__(self, batch: int, keep: KeepRule | int, device: torch.device | str | None = None) -> None:
+        if batch < 1:
+            raise ValueError(f"expected batch >= 1, got {batch}")
+        self.keep = keep if isinstance(keep, KeepRule) else KeepRule(keep)
         self.length, self.document = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
         self._kept: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scores: Tensor,
-        ranks: Tensor,
-        documents: Tensor | None = None,
-        padding: Tensor | None = None,
-        attention: Attention = segment_attention,
-    ) -> Tensor:
+    def attend(self, q: Tensor, new: NewKeys, attention: Attention = segment_attention) -> Tensor:
         """As `DynamicMaskCache.attend`, from all that has been read."""
-        check_new_keys(q, k, v, scores, ranks, documents, padding)
-        batch, new = k.shape[0], k.shape[2]
-        real = torch.ones(batch, new, dtype=torch.bool, device=k.device) if padding is None else ~padding
-        documents = self.document[:, None].expand(batch, new) if documents is None else documents.long()
-        kept = {"key": k, "value": v, "score": saturated(scores), "rank": ranks}
+        new.check(q)
+        real, count = new.real, q.shape[2]
+        documents = self.document[:, None].expand_as(real) if new.documents is None else new.documents.long()
+        kept = {"key": new.key, "value": new.value, "key_bias": saturated(new.key_bias), "rank": new.rank}
         kept |= {"document": documents, "padding": ~real}
         self._check_fits(kept)
         if self._kept:
             kept = {name: torch.cat([self._kept[name], x], dim=min(2, x.ndim - 1)) for name, x in kept.items()}
         else:
             kept = {name: x.detach().clone() for name, x in kept.items()}  # what was given may be written over
-        mask = Lifetimes.top_w(
-            kept["rank"],
-            self.keep_window_size,
-            documents=kept["document"],
-            padding=kept["padding"],
-            keep_last=self.keep_last,
-            sinks=self.sinks,
-        )
-        past = mask.length - new
-        if past and new <= FEW:
-            query = torch.arange(past, mask.length, device=k.device)[:, None]
+        packing = Packing.of(kept["document"], kept["padding"])
+        mask = Lifetimes.selected(kept["rank"], self.keep, packing)
+        past = mask.length - count
+        if past and count <= FEW:
+            query = torch.arange(past, mask.length, device=q.device)[:, None]
             visible = (mask.birth[..., None, :] <= query) & (query < mask.death[..., None, :])  # [B, G, n, N]
-            out = decode_attention(q, kept["key"], kept["value"], kept["score"], visible)
+            out = decode_attention(q, kept["key"], kept["value"], kept["key_bias"], visible)
         else:
             q = F.pad(q, (0, 0, past, 0))  # what was asked before is not asked again
-            out = attention(q, kept["key"], kept["value"], kept["score"], mask)[:, :, past:]
-        last = torch.where(real, torch.arange(1, new + 1, device=k.device), 0).amax(-1)  # the last real one, from 1
+            out = attention(q, kept["key"], kept["value"], kept["key_bias"], mask)[:, :, past:]
+        last = torch.where(real, torch.arange(1, count + 1, device=q.device), 0).amax(-1)  # the last real one, from 1
         latest = documents.gather(1, (last - 1).clamp(min=0)[:, None]).squeeze(1)
         self.document = torch.where(last > 0, latest, self.document)
-        self.length = self.length + new
+        self.length = self.length + count
         self._kept = kept
         return out
 

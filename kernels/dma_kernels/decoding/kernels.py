@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dma_kernels.attention.kernels.common import LOG2_E, float32_precision, padded_head_dim
+from dma_kernels.decoding.state import CacheState, NewKeys
+from dma_kernels.keep_rule import KeepRule
 from dma_kernels.score_kernels import ordered_bits, saturated
 
 
@@ -287,45 +289,32 @@ def _decode_step_kernel(
 
 def launch_decode_step(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scores: Tensor,
-    ranks: Tensor,
+    new: NewKeys,
+    state: CacheState,
+    *,
     real: Tensor | None,
-    key: Tensor,
-    value: Tensor,
-    score: Tensor,
-    rank: Tensor,
-    position: Tensor,
-    ranked: Tensor,
-    sink: Tensor,
-    length: Tensor,
-    seen: Tensor,
-    arrivals: Tensor,
-    keep_window_size: int,
-    keep_last: int,
-    sinks: int,
+    keep: KeepRule,
     config: DecodeConfig | None = None,
 ) -> Tensor:
-    """Output `[B, H, 1, D]`; the cache is changed in place. Arguments as `decode_step`."""
-    q, k, v, scores, ranks = (_addressable(x) for x in (q, k, v, scores, ranks))
-    (batch, kv_heads, slots, head_dim), group = key.shape, q.shape[1] // k.shape[1]
-    tile, share, warps, stages = config or decode_config(key)
+    """Output `[B, H, 1, D]`; the cache is changed in place. Arguments as `decode_step_op`."""
+    q, k, v, bias, ranks = (_addressable(x) for x in (q, new.key, new.value, new.key_bias, new.rank))
+    (batch, kv_heads, slots, head_dim), group = state.key.shape, q.shape[1] // k.shape[1]
+    tile, share, warps, stages = config or decode_config(state.key)
     parts, block_d = triton.cdiv(slots, share), padded_head_dim(head_dim)
     few = triton.next_power_of_2(group)
     rows = batch * kv_heads * parts
     part = torch.empty(rows * group * (head_dim + 2), dtype=torch.float32, device=q.device)
     part, part_max, part_sum = part.split([rows * group * head_dim, rows * group, rows * group])
-    seen_bias = torch.empty(0 if share == tile else score.numel(), dtype=torch.float32, device=q.device)
+    seen_bias = torch.empty(0 if share == tile else state.key_bias.numel(), dtype=torch.float32, device=q.device)
     out = torch.empty((batch, q.shape[1], 1, head_dim), dtype=q.dtype, device=q.device)
     _decode_step_kernel[parts, kv_heads, batch](
-        q, k, v, scores, ranks, real,
-        key, value, score, rank, position, ranked.view(torch.int8), sink.view(torch.int8), length, seen,
-        out, seen_bias, part, part_max, part_sum, arrivals,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *scores.stride()[:2], *ranks.stride()[:2],
-        kv_heads, group, slots, share, parts, keep_window_size, keep_last, sinks, head_dim**-0.5,
+        q, k, v, bias, ranks, real,
+        *state.all[:5], state.ranked.view(torch.int8), state.sink.view(torch.int8), state.lengths, state.seen,
+        out, seen_bias, part, part_max, part_sum, state.arrivals,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *bias.stride()[:2], *ranks.stride()[:2],
+        kv_heads, group, slots, share, parts, keep.window, keep.last, keep.sinks, head_dim**-0.5,
         D=head_dim, BLOCK_D=block_d, BLOCK_R=max(16, triton.next_power_of_2(group)), BLOCK_C=tile,
-        FEW_R=few, BESIDES=keep_last + sinks > 0, SINKS=sinks > 0,
+        FEW_R=few, BESIDES=keep.last + keep.sinks > 0, SINKS=keep.sinks > 0,
         WHOLE=slots % tile == 0 and head_dim == block_d, ONE_TILE=share == tile, ALONE=parts == 1,
         RANKS=_RANKS, PARTS=max(1, min(_PARTS, _ADDED // (few * block_d))),
         PRECISION=float32_precision(), num_warps=warps, num_stages=stages,

@@ -1,4 +1,4 @@
-"""One position enters a cache and attends to it, by one Triton kernel: the twin of `DynamicMaskCache`'s plain step.
+"""One position enters a cache and attends to it: in plain PyTorch, and as one operation of a Triton kernel.
 
 B batch, H query heads, G KV heads, D head dim, C slots.
 """
@@ -6,64 +6,93 @@ B batch, H query heads, G KV heads, D head dim, C slots.
 import torch
 from torch import Tensor
 
+from dma_kernels.decoding.attention import decode_attention
+from dma_kernels.decoding.state import CacheState, NewKeys
+from dma_kernels.keep_rule import KeepRule
+from dma_kernels.scores import ordered_bits, saturated
+
+
+def decode_step_reference(q: Tensor, new: NewKeys, state: CacheState, keep: KeepRule) -> Tensor:
+    """Output `[B, H, 1, D]` of one position within its document; the cache is changed in place.
+
+    Args:
+        q: `[B, H, 1, D]`.
+        new: the key of that position.
+        state: the cache, as large as the rule's capacity.
+        keep: which keys stay.
+    """
+    now, real = state.lengths[:, 0], new.real[:, 0]
+    state.seen += real[:, None]
+    sink = (real & (state.seen[:, 0] <= keep.sinks))[:, None]  # [B, 1]
+
+    # The later of two equal ranks wins, so a new key beats its equal.
+    order = ordered_bits(state.rank).long() * (1 << 32) + state.position
+    lowest, place = order.masked_fill(~state.ranked, torch.iinfo(torch.int64).max).min(dim=-1)  # [B, G]
+    full = state.ranked.sum(-1) >= keep.window
+    wins = real[:, None] & (~full | (ordered_bits(new.rank[..., 0]).long() * (1 << 32) + now[:, None] > lowest))
+    stays = state.ranked.gather(2, place[..., None]) & ~(full & wins)[..., None]
+    state.ranked.scatter_(2, place[..., None], stays)
+
+    free = (~state.visible(now, keep.last)).int().argmax(-1)[..., None]  # [B, G, 1]
+    kept = wins | sink | (real & (keep.last > 0))[:, None]
+    rows = free[..., None].expand(-1, -1, -1, q.shape[-1])
+    written = (
+        (state.key, rows, new.key), (state.value, rows, new.value), (state.key_bias, free, saturated(new.key_bias)),
+        (state.rank, free, new.rank), (state.position, free, now[:, None, None].expand_as(free)),
+        (state.ranked, free, wins[..., None]), (state.sink, free, sink[..., None].expand_as(free)),
+    )  # fmt: skip
+    for field, at, x in written:
+        keeps = kept.view(*kept.shape, *[1] * (x.ndim - 2))
+        field.scatter_(2, at, torch.where(keeps, x.to(field.dtype), field.gather(2, at)))
+    out = decode_attention(q, state.key, state.value, state.key_bias, state.visible(now, keep.last))
+    state.lengths += 1
+    return out
+
+
+def decode_step(q: Tensor, new: NewKeys, state: CacheState, keep: KeepRule) -> Tensor:
+    """`decode_step_reference` by one kernel; opaque to torch.compile."""
+    real = None if new.padding is None else ~new.padding[:, 0]
+    return decode_step_op(
+        q, new.key, new.value, new.key_bias, new.rank, real, *state.all,
+        state.document, state.lengths, state.seen, state.arrivals, keep.window, keep.last, keep.sinks,
+    )  # fmt: skip
+
 
 @torch.library.custom_op(
     "dma_kernels::decode_step",
-    mutates_args=("key", "value", "score", "rank", "position", "ranked", "sink", "length", "seen", "arrivals"),
+    mutates_args=("key", "value", "key_bias", "rank", "position", "ranked", "sink", "lengths", "seen", "arrivals"),
 )
-def decode_step(
+def decode_step_op(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scores: Tensor,
-    ranks: Tensor,
+    new_key: Tensor,
+    new_value: Tensor,
+    new_key_bias: Tensor,
+    new_rank: Tensor,
     real: Tensor | None,
     key: Tensor,
     value: Tensor,
-    score: Tensor,
+    key_bias: Tensor,
     rank: Tensor,
     position: Tensor,
     ranked: Tensor,
     sink: Tensor,
-    length: Tensor,
+    document: Tensor,
+    lengths: Tensor,
     seen: Tensor,
     arrivals: Tensor,
-    keep_window_size: int,
-    keep_last: int,
+    window: int,
+    last: int,
     sinks: int,
 ) -> Tensor:
-    """Output `[B, H, 1, D]` of one position within its document; opaque to torch.compile. For a cache made for it.
-
-    Args:
-        q: `[B, H, 1, D]`.
-        k: `[B, G, 1, D]`.
-        v: `[B, G, 1, D]`.
-        scores: float32 `[B, G, 1]`.
-        ranks: floating `[B, G, 1]`, compared in float32.
-        real: bool `[B]`, False at padding; None if all are real.
-        key: of the cache, as all up to `seen` changed in place; see `DynamicMaskCache`.
-        value: of the cache.
-        score: of the cache.
-        rank: of the cache.
-        position: of the cache.
-        ranked: of the cache.
-        sink: of the cache.
-        length: of the cache, `[B, G]`: each KV head counts for itself.
-        seen: of the cache, `[B, G]`.
-        arrivals: int32 `[B, G]`, zeros between calls.
-        keep_window_size: w.
-        keep_last: r.
-        sinks: s.
-    """
+    """`decode_step` of the fields of its arguments; `real`, bool `[B]`, is False at padding, None if all are real."""
     from dma_kernels.decoding.kernels import launch_decode_step
 
+    new = NewKeys(new_key, new_value, new_key_bias, new_rank)
+    state = CacheState(key, value, key_bias, rank, position, ranked, sink, document, lengths, seen, arrivals)
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        return launch_decode_step(
-            q, k, v, scores, ranks, real, key, value, score, rank, position, ranked, sink, length, seen, arrivals,
-            keep_window_size, keep_last, sinks,
-        )  # fmt: skip
+        return launch_decode_step(q, new, state, real=real, keep=KeepRule(window, last, sinks))
 
 
-@decode_step.register_fake
+@decode_step_op.register_fake
 def _(q: Tensor, *_: object) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -3,12 +3,13 @@
 import masks
 import pytest
 import torch
+from arrivals import arrivals, attend, verify
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from poison import poisoned_buffers
 from torch import Tensor
 
-from dma_kernels import DynamicMaskCache
+from dma_kernels import DynamicMaskCache, KeepRule
 
 pytest.importorskip("triton")
 from dma_kernels.decoding.kernels import DecodeConfig, _addressable, launch_decode_step
@@ -39,7 +40,8 @@ def at(inputs: dict[str, Tensor | None], t: int, end: int | None = None) -> dict
 def caches(head_dim: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> list[DynamicMaskCache]:
     """One that steps by plain PyTorch, and one that steps by the kernel."""
     return [
-        DynamicMaskCache(BATCH, KV_HEADS, head_dim, *sizes, dtype, DEVICE, backend) for backend in ("torch", "triton")
+        DynamicMaskCache(BATCH, KV_HEADS, head_dim, KeepRule(*sizes), dtype, DEVICE, backend)
+        for backend in ("torch", "triton")
     ]
 
 
@@ -48,7 +50,7 @@ def check_equal(plain: DynamicMaskCache, fused: DynamicMaskCache) -> None:
     state = fused.state_dict()
     for name, x in plain.state_dict().items():
         assert torch.equal(x.nan_to_num(nan=7.0), state[name].nan_to_num(nan=7.0)), name
-    assert not fused._arrivals.any()
+    assert not fused.state.arrivals.any()
 
 
 def check_steps(
@@ -57,11 +59,11 @@ def check_steps(
     """Read some positions at once and the others one by one."""
     plain, fused = caches(inputs["q"].shape[-1], sizes, inputs["q"].dtype)
     for cache in (plain, fused):
-        cache.attend(**at(inputs, 0, prefill))
+        attend(cache, **at(inputs, 0, prefill))
     for t in range(prefill, inputs["q"].shape[2]):
-        expected = plain.attend(**at(inputs, t))
+        expected = attend(plain, **at(inputs, t))
         with poisoned_buffers():
-            out = fused.attend(**at(inputs, t))
+            out = attend(fused, **at(inputs, t))
         torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
         check_equal(plain, fused)
 
@@ -118,12 +120,11 @@ def test_the_configuration_changes_nothing(config: tuple[int, int, int, int]) ->
     inputs = make_inputs(220, 4, 16, True, torch.float32)
     plain, fused = caches(16, (190, 1, 1), torch.float32)
     for cache in (plain, fused):
-        cache.attend(**at(inputs, 0, 219))
-    expected = plain.attend(**at(inputs, 219))
-    new = [at(inputs, 219)[name] for name in ("q", "k", "v", "scores", "ranks")]
-    slots = [getattr(fused, name) for name in ("key", "value", "score", "rank", "position", "ranked", "sink")]
-    state = (*slots, fused._lengths, fused._seen, fused._arrivals)
-    out = launch_decode_step(*new, None, *state, 190, 1, 1, config=DecodeConfig(*config))
+        attend(cache, **at(inputs, 0, 219))
+    expected = attend(plain, **at(inputs, 219))
+    q, new = inputs["q"][:, :, 219:], arrivals(**{x: y for x, y in at(inputs, 219).items() if x != "q"})
+    options = {"real": None, "keep": KeepRule(190, 1, 1), "config": DecodeConfig(*config)}
+    out = launch_decode_step(q, new, fused.state, **options)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     check_equal(plain, fused)
 
@@ -137,7 +138,7 @@ def test_a_nan_is_kept_and_ends_with_its_document() -> None:
     plain, fused = caches(16, (4, 0, 0), torch.float32)
     outs = []
     for t in range(30):
-        outs.append([cache.attend(**at(inputs, t), documents=documents[:, t : t + 1]) for cache in (plain, fused)])
+        outs.append([attend(cache, **at(inputs, t), documents=documents[:, t : t + 1]) for cache in (plain, fused)])
         torch.testing.assert_close(*outs[-1], equal_nan=True)
         check_equal(plain, fused)
     assert all(outs[t][1][:, :2].isnan().all() == (12 <= t < 24) for t in range(30))
@@ -150,7 +151,7 @@ def test_an_infinity_that_has_died_is_not_seen(sizes: tuple[int, int, int]) -> N
     inputs["v"][:, :, 5, 0], inputs["ranks"][:, :, 5] = torch.inf, -9.0
     plain, fused = caches(16, sizes, torch.float32)
     for t in range(60):
-        outs = [cache.attend(**at(inputs, t)) for cache in (plain, fused)]
+        outs = [attend(cache, **at(inputs, t)) for cache in (plain, fused)]
         if t > 5 + sizes[1] + sizes[0]:
             torch.testing.assert_close(*outs)
             assert outs[1].isfinite().all()
@@ -169,12 +170,12 @@ def test_select_and_chunks_between_steps() -> None:
     plain, fused = caches(16, (6, 1, 1), torch.float32)
     rows = torch.tensor([1, 0], device=DEVICE)
     for cache in (plain, fused):
-        cache.attend(**at(inputs, 0, 9))
-        cache.attend(**at(inputs, 9))
+        attend(cache, **at(inputs, 0, 9))
+        attend(cache, **at(inputs, 9))
         cache.select(rows)
-        cache.verify(**at(inputs, 10, 14))
+        verify(cache, **at(inputs, 10, 14))
         cache.commit(torch.tensor([2, 3], device=DEVICE))
-        cache.attend(**at(inputs, 14))
+        attend(cache, **at(inputs, 14))
     check_equal(plain, fused)
     with pytest.raises(ValueError, match="expected the state"):
         fused.load_state_dict({})
@@ -197,16 +198,16 @@ def test_a_captured_step_and_a_captured_verification_go_on() -> None:
     step, several = ({name: x.clone() for name, x in at(inputs, 0, n).items()} for n in (1, 3))
     accepted = torch.full((BATCH,), 2, device=DEVICE)
     for cache in (plain, fused):
-        cache.attend(**at(inputs, 0, 20))
+        attend(cache, **at(inputs, 0, 20))
     saved = {name: x.clone() for name, x in fused.state_dict().items()}
 
     def verify() -> Tensor:
-        out = fused.verify(**several)
+        out = verify(fused, **several)
         fused.commit(accepted)
         return out
 
     graphs, outs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()], []
-    for graph, call in zip(graphs, (lambda: fused.attend(**step), verify), strict=True):
+    for graph, call in zip(graphs, (lambda: attend(fused, **step), verify), strict=True):
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             call()
@@ -222,10 +223,10 @@ def test_a_captured_step_and_a_captured_verification_go_on() -> None:
             (step, several)[which][name].copy_(x)
         graphs[which].replay()
         if which:
-            expected = plain.verify(**at(inputs, t, t + size))
+            expected = verify(plain, **at(inputs, t, t + size))
             plain.commit(accepted)
         else:
-            expected = plain.attend(**at(inputs, t))
+            expected = attend(plain, **at(inputs, t))
         torch.testing.assert_close(outs[which], expected, atol=2e-2, rtol=2e-2)
         check_equal(plain, fused)
         t += (1, 2)[which]
@@ -237,10 +238,10 @@ def test_equal_scores_are_no_preference_however_large(score: float) -> None:
     inputs |= {"q": torch.zeros_like(inputs["q"]), "scores": torch.full_like(inputs["scores"], score)}
     plain, fused = caches(16, (20, 0, 0), torch.float32)
     for cache in (plain, fused):
-        cache.attend(**at(inputs, 0, 8))
+        attend(cache, **at(inputs, 0, 8))
         for t in range(8, 12):
             mean = inputs["v"][:, :, : t + 1].mean(2, keepdim=True).repeat_interleave(2, dim=1)
-            torch.testing.assert_close(cache.attend(**at(inputs, t)), mean)
+            torch.testing.assert_close(attend(cache, **at(inputs, t)), mean)
     check_equal(plain, fused)
 
 
@@ -249,5 +250,5 @@ def test_an_infinite_score_shows() -> None:
     inputs["scores"] = inputs["scores"].clone()
     inputs["scores"][:, :, 8] = torch.inf
     for cache in caches(16, (20, 0, 0), torch.float32):
-        cache.attend(**at(inputs, 0, 8))
-        assert cache.attend(**at(inputs, 8)).isnan().all()
+        attend(cache, **at(inputs, 0, 8))
+        assert attend(cache, **at(inputs, 8)).isnan().all()

@@ -3,11 +3,12 @@
 import masks
 import pytest
 import torch
+from arrivals import attend, verify
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dma_kernels import DynamicMaskCache, FullCache, Lifetimes, reference_attention
+from dma_kernels import DynamicMaskCache, FullCache, KeepRule, Lifetimes, reference_attention
 from dma_kernels.decoding import dynamic_cache, full_cache
 from dma_kernels.scores import ordered_bits
 
@@ -55,7 +56,7 @@ def oracle(inputs: dict[str, Tensor | None], window: int, keep_last: int, sinks:
 
 def sees(cache: DynamicMaskCache, length: int) -> Tensor:
     """Which positions the last query sees, bool `[B, G, N]`; none of them twice."""
-    visible, position = cache.visible(), cache.position
+    visible, position = cache.visible(), cache.state.position
     count = torch.zeros(*position.shape[:2], length, dtype=torch.long)
     count.scatter_add_(2, position.clamp(min=0), visible.long())
     assert count.max() <= 1
@@ -108,34 +109,34 @@ def check_calls(
     inputs["padding"] = masks.make_padding(padding, BATCH, length)
     mask = oracle(inputs, window, keep_last, sinks)
     expected = reference_attention(*(inputs[name] for name in ("q", "k", "v", "scores")), mask)
-    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, window, keep_last, sinks, torch.float64)
+    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(window, keep_last, sinks), torch.float64)
     start = 0
     for (kind, _), size in zip(calls, sizes, strict=True):
         if kind == "verify":  # wrong guesses first, then the right ones, of which the first is accepted
             before = {name: x.clone() for name, x in cache.state_dict().items()}
-            cache.verify(**make_inputs(3, ties))
+            verify(cache, **make_inputs(3, ties))
             assert all(torch.equal(x, before[name]) for name, x in cache.state_dict().items())
-            out = cache.verify(**part(inputs, start, start + size))
+            out = verify(cache, **part(inputs, start, start + size))
             assert all(torch.equal(x, before[name]) for name, x in cache.state_dict().items())
             torch.testing.assert_close(out, expected[:, :, start : start + size])
             cache.commit(torch.tensor([1, 1]))
             if size > 1:
-                out = cache.attend(**part(inputs, start + 1, start + size))
+                out = attend(cache, **part(inputs, start + 1, start + size))
                 torch.testing.assert_close(out, expected[:, :, start + 1 : start + size])
         else:
-            out = cache.attend(**part(inputs, start, start + size))
+            out = attend(cache, **part(inputs, start, start + size))
             torch.testing.assert_close(out, expected[:, :, start : start + size])
         start += size
         assert torch.equal(sees(cache, length), mask[:, :, start - 1])
-        assert (cache.ranked.sum(-1) <= window).all()
+        assert (cache.state.ranked.sum(-1) <= window).all()
 
 
 def test_rows_may_accept_different_numbers() -> None:
     inputs = make_inputs(12, ties=False)
-    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 3, 1, 1, torch.float64)
-    cache.attend(**part(inputs, 0, 5))
+    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(3, 1, 1), torch.float64)
+    attend(cache, **part(inputs, 0, 5))
     before = {name: x.clone() for name, x in cache.state_dict().items()}
-    cache.verify(**part(inputs, 5, 9))
+    verify(cache, **part(inputs, 5, 9))
     cache.commit(torch.tensor([0, 3]))
     for name, x in cache.state_dict().items():
         if name != "sizes":
@@ -143,7 +144,7 @@ def test_rows_may_accept_different_numbers() -> None:
     assert cache.length.tolist() == [5, 8]
     rows = [{n: x[:, :, s:e] if n in "qkv" else x[..., s:e] for n, x in inputs.items()} for s, e in ((5, 9), (8, 12))]
     mixed = {name: torch.stack([rows[0][name][0], rows[1][name][1]]) for name in inputs}
-    out = cache.attend(**mixed)
+    out = attend(cache, **mixed)
     mask = oracle(inputs | {"documents": None, "padding": None}, 3, 1, 1)
     expected = reference_attention(*(inputs[name] for name in ("q", "k", "v", "scores")), mask)
     torch.testing.assert_close(out[0], expected[0, :, 5:9])
@@ -157,10 +158,10 @@ def test_select_reorders_and_repeats_rows() -> None:
         DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 4, dtype=torch.float64),
         FullCache(BATCH, 4),
     ):
-        cache.attend(**part(inputs, 0, 9))
+        attend(cache, **part(inputs, 0, 9))
         cache.select(rows)
         chosen = {name: x[rows] for name, x in inputs.items()}
-        outs = [cache.attend(**part(chosen, t, t + 1)) for t in range(9, 20)]
+        outs = [attend(cache, **part(chosen, t, t + 1)) for t in range(9, 20)]
         mask = Lifetimes.top_w(chosen["ranks"], 4).to_dense()
         expected = reference_attention(*(chosen[name] for name in ("q", "k", "v", "scores")), mask)
         torch.testing.assert_close(torch.cat(outs, dim=2), expected[:, :, 9:])
@@ -176,25 +177,25 @@ def test_what_was_given_may_be_written_over(way: str) -> None:
     given = {name: x.clone() for name, x in part(inputs, 0, 9).items()}
     if way == "full":
         cache = FullCache(BATCH, 4)
-        cache.attend(**given)
+        attend(cache, **given)
     else:
         cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 4, dtype=torch.float64)
-        cache.verify(**given)
+        verify(cache, **given)
     for name, x in given.items():
         if way == "full" or name == "documents":  # keys must stay until they are committed
             x.fill_(7)
     if way == "guessed":
         cache.commit(torch.full((BATCH,), 9))
-    out = cache.attend(**part(inputs, 9, 20))
+    out = attend(cache, **part(inputs, 9, 20))
     torch.testing.assert_close(out, expected[:, :, 9:])
 
 
 def test_the_full_cache_takes_another_window_at_any_time() -> None:
     inputs = make_inputs(30, ties=False)
-    cache = FullCache(BATCH, 8, keep_last=1, sinks=1)
+    cache = FullCache(BATCH, KeepRule(8, 1, 1))
     for start, end, window in ((0, 10, 8), (10, 11, 3), (11, 20, 12), (20, 30, 1)):
-        cache.keep_window_size = window
-        out = cache.attend(**part(inputs, start, end))
+        cache.keep = KeepRule(window, 1, 1)
+        out = attend(cache, **part(inputs, start, end))
         mask = Lifetimes.top_w(inputs["ranks"], window, keep_last=1, sinks=1).to_dense()
         expected = reference_attention(*(inputs[name] for name in ("q", "k", "v", "scores")), mask)
         torch.testing.assert_close(out, expected[:, :, start:end])
@@ -202,13 +203,13 @@ def test_the_full_cache_takes_another_window_at_any_time() -> None:
 
 def test_state_can_be_saved_and_loaded() -> None:
     inputs = make_inputs(30, ties=True)
-    caches = [DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 4, 2, 1, torch.float64) for _ in range(2)]
+    caches = [DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(4, 2, 1), torch.float64) for _ in range(2)]
     caches[0].attend(**part(inputs, 0, 17))
     caches[1].load_state_dict(caches[0].state_dict())
-    outs = [torch.cat([cache.attend(**part(inputs, t, t + 1)) for t in range(17, 30)], dim=2) for cache in caches]
+    outs = [torch.cat([attend(cache, **part(inputs, t, t + 1)) for t in range(17, 30)], dim=2) for cache in caches]
     assert torch.equal(*outs)
     for sizes in ((5, 2, 1), (5, 1, 1)):  # the latter of as many slots
-        other = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, *sizes, torch.float64)
+        other = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(*sizes), torch.float64)
         with pytest.raises(ValueError, match="expected the state of a cache with"):
             other.load_state_dict(caches[0].state_dict())
 
@@ -218,7 +219,7 @@ def test_a_nan_shows_as_long_as_its_key_lives() -> None:
     inputs["v"][0, 0, 2] = torch.nan
     inputs["ranks"][0, 0, 2] = -9.0  # and dies as soon as two better ones are there
     cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 2, dtype=torch.float64)
-    outs = torch.cat([cache.attend(**part(inputs, t, t + 1)) for t in range(12)], dim=2)
+    outs = torch.cat([attend(cache, **part(inputs, t, t + 1)) for t in range(12)], dim=2)
     mask = Lifetimes.top_w(inputs["ranks"], 2).to_dense()
     broken = mask[0, 0, :, 2]
     assert torch.equal(outs[0, 0].isnan().any(-1), broken)
@@ -227,10 +228,10 @@ def test_a_nan_shows_as_long_as_its_key_lives() -> None:
 
 def test_memory_does_not_grow() -> None:
     inputs = make_inputs(200, ties=False)
-    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 8, 2, 1, torch.float64)
+    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(8, 2, 1), torch.float64)
     shapes = {name: x.shape for name, x in cache.state_dict().items()}
     for start in range(0, 200, 40):
-        cache.attend(**part(inputs, start, start + 40))
+        attend(cache, **part(inputs, start, start + 40))
         assert {name: x.shape for name, x in cache.state_dict().items()} == shapes
     assert cache.capacity == 11
 
@@ -243,49 +244,49 @@ def test_bad_input() -> None:
     cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 4)
     inputs = make_inputs(3, ties=False)
     with pytest.raises(ValueError, match=r"k: expected torch\.float32 as the cache, got torch\.float64"):
-        cache.attend(**inputs)
+        attend(cache, **inputs)
     inputs = {name: x.float() for name, x in inputs.items()}
     with pytest.raises(ValueError, match=r"ranks: expected floating \[2, 2, 3\]"):
-        cache.attend(**inputs | {"ranks": inputs["ranks"][:, :1]})
+        attend(cache, **inputs | {"ranks": inputs["ranks"][:, :1]})
     with pytest.raises(ValueError, match="ranks: expected floating"):
-        cache.attend(**inputs | {"ranks": inputs["ranks"].long()})
+        attend(cache, **inputs | {"ranks": inputs["ranks"].long()})
     for wrong in (inputs["q"][:, :, :2], inputs["q"][:1], inputs["q"].double(), inputs["q"][:, :3]):
         with pytest.raises(ValueError, match=r"q|query heads"):
-            cache.attend(**inputs | {"q": wrong})
+            attend(cache, **inputs | {"q": wrong})
     with pytest.raises(ValueError, match=r"k: expected \[2, 2, n, 4\]"):
-        cache.attend(**{name: x[:1] for name, x in inputs.items()})
+        attend(cache, **{name: x[:1] for name, x in inputs.items()})
     with pytest.raises(ValueError, match="k: expected at least one"):
-        cache.attend(**part(inputs, 0, 0))
+        attend(cache, **part(inputs, 0, 0))
     with pytest.raises(ValueError, match="padding: expected bool"):
-        cache.attend(**inputs, padding=torch.zeros(2, 3))
+        attend(cache, **inputs, padding=torch.zeros(2, 3))
     with pytest.raises(ValueError, match="expected a call of verify before"):
         cache.commit(torch.tensor([1, 1]))
-    cache.verify(**inputs)
+    verify(cache, **inputs)
     for count in (1, torch.tensor([1]), torch.tensor([1.0, 1.0])):
         with pytest.raises(ValueError, match="count: expected an int64 tensor"):
             cache.commit(count)
     with pytest.raises(ValueError, match="ranks"):
-        cache.verify(**inputs | {"ranks": inputs["ranks"][:, :1]})
-    cache.verify(**inputs)
-    cache.attend(**inputs)  # what was not committed is gone
+        verify(cache, **inputs | {"ranks": inputs["ranks"][:, :1]})
+    verify(cache, **inputs)
+    attend(cache, **inputs)  # what was not committed is gone
     with pytest.raises(ValueError, match="expected a call of verify before"):
         cache.commit(torch.tensor([1, 1]))
     assert cache.length.tolist() == [3, 3]
     full = FullCache(BATCH, 4)
-    full.attend(**inputs)
+    attend(full, **inputs)
     with pytest.raises(ValueError, match="padding: expected bool"):
-        full.attend(**inputs, padding=torch.zeros(2, 3))
+        attend(full, **inputs, padding=torch.zeros(2, 3))
     with pytest.raises(ValueError, match="k: expected batch 2 and keys like"):
-        full.attend(**{name: x.double() for name, x in inputs.items()})
-    assert full.attend(**inputs).shape == inputs["q"].shape
+        attend(full, **{name: x.double() for name, x in inputs.items()})
+    assert attend(full, **inputs).shape == inputs["q"].shape
     assert full.length.tolist() == [6, 6]
 
 
 def test_numbers_of_accepted_positions_are_clamped() -> None:
     inputs = make_inputs(8, ties=False)
     cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 3, dtype=torch.float64)
-    cache.attend(**part(inputs, 0, 4))
-    cache.verify(**part(inputs, 4, 8))
+    attend(cache, **part(inputs, 0, 4))
+    verify(cache, **part(inputs, 4, 8))
     cache.commit(torch.tensor([-1, 9]))
     assert cache.length.tolist() == [4, 8]
 
@@ -303,9 +304,9 @@ def test_a_document_goes_on_behind_padding(few: int, monkeypatch: pytest.MonkeyP
         DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 3, dtype=torch.float64),
         FullCache(BATCH, 3),
     ):
-        cache.attend(**part(inputs, 0, 4), documents=documents, padding=padding)
-        out = [cache.attend(**part(inputs, 4, 8)), cache.attend(**part(inputs, 8, 9))]
-        out.append(cache.attend(**part(inputs, 9, 12), documents=torch.full((BATCH, 3), 5 + 256)))
+        attend(cache, **part(inputs, 0, 4), documents=documents, padding=padding)
+        out = [attend(cache, **part(inputs, 4, 8)), attend(cache, **part(inputs, 8, 9))]
+        out.append(attend(cache, **part(inputs, 9, 12), documents=torch.full((BATCH, 3), 5 + 256)))
         outs.append(torch.cat(out, dim=2))
     torch.testing.assert_close(*outs)
     expected = Lifetimes.top_w(
@@ -326,6 +327,6 @@ def test_equal_scores_are_no_preference_however_large(cut: list[int]) -> None:
     for cache in (FullCache(BATCH, 20), DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 20, dtype=torch.float64)):
         outs, start = [], 0
         for count in cut:
-            outs.append(cache.attend(**part(inputs, start, start + count)))
+            outs.append(attend(cache, **part(inputs, start, start + count)))
             start += count
         torch.testing.assert_close(torch.cat(outs, dim=2), expected.repeat_interleave(HEADS // KV_HEADS, dim=1))

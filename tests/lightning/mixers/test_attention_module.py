@@ -29,7 +29,7 @@ def make_module(backend: str = "torch", **changed: object) -> DynamicMaskAttenti
 def live_sets(module: DynamicMaskAttention, x: Tensor) -> Tensor:
     """The module's mask for an input."""
     values = module.v_proj(x).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-    return Lifetimes.top_w(key_ranks(values, module.A, module.dt_proj.weight), module.keep_window_size).to_dense()
+    return Lifetimes.top_w(key_ranks(values, module.A, module.dt_proj.weight), module.keep.window).to_dense()
 
 
 @pytest.mark.parametrize("window", [1, 7, 62, 63, 68])

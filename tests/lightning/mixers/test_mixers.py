@@ -196,7 +196,7 @@ def test_sizes_are_what_a_cache_holds_and_a_query_sees(name: str) -> None:
         cache = mixer.new_cache(1)
         mixer(torch.randn(1, LENGTH, 32), cache=cache)
     if config.attention == "dma":
-        held = sum(x.numel() for x in (cache.key, cache.value, cache.score))
+        held = sum(x.numel() for x in (cache.state.key, cache.state.value, cache.state.key_bias))
     elif config.attention == "nsa":
         kept = [*cache.tokens._kept.values(), *cache.window._kept.values(), *cache._waiting, *cache._compressed]
         held = sum(x.numel() for x in kept)
@@ -312,7 +312,7 @@ def test_wrong_sizes(changed: dict[str, object], message: str) -> None:
 def test_a_ring_holds_the_last_positions() -> None:
     cache, values = PositionCache(1, window=4), torch.arange(11.0)
     for start, end in ((0, 2), (2, 3), (3, 7), (7, 8), (8, 9), (9, 11)):
-        kept, keys, _ = cache.extend(None, None, x=values[start:end].view(1, 1, -1, 1))
+        kept, keys, _ = cache.extend(None, x=values[start:end].view(1, 1, -1, 1))
         assert {*range(max(0, end - 4), end)} <= {*keys.position.tolist()}
         assert kept["x"].flatten().tolist() == keys.position.tolist()
         assert sorted(cache._position.tolist()) == [*range(max(0, end - 4), end)]

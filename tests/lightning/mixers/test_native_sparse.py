@@ -179,7 +179,7 @@ def test_without_overlap_importance_is_the_attention_itself() -> None:
 
 def test_equal_blocks_are_chosen_from_the_end() -> None:
     """Keys of zeros make all blocks equally important."""
-    places = PositionCache(1).place(80, None, None)
+    places = PositionCache(1).place(80, None)
     zeros = torch.zeros(1, HEADS, 80, HEAD_DIM)
     blocks = BlockGrid(8, 8, 8, 5).choose(zeros, zeros[:, :KV_HEADS, :10], places.first_of(places), places, places)
     assert sorted(blocks[0, 0, 79].tolist()) == [0, 6, 7, 8, 9]
@@ -199,7 +199,7 @@ def test_numbers_of_flash_linear_attention() -> None:
 
     q, k, v = wave(HEADS, 0.7310585), wave(KV_HEADS, 1.2345679), wave(KV_HEADS, 0.3141593)
     k_mean, v_mean = (x.unflatten(2, (10, 8)).mean(3) for x in (k, v))
-    places, grid = PositionCache(1).place(80, None, None), BlockGrid(8, 8, 8, 5)
+    places, grid = PositionCache(1).place(80, None), BlockGrid(8, 8, 8, 5)
     compressed = masked_attention(q, k_mean, v_mean, grid.sees_compressed(places, places))
     blocks = grid.choose(q, k_mean, places.first_of(places), places, places)
     arguments = (blocks, places.position, places.first_of(places), places.padding, 8)

@@ -1,0 +1,151 @@
+"""What a cache holds, and what arrives at it.
+
+B batch, G KV heads, n new positions, D head dim, C slots, M any number of slots.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dma_kernels.checks import check_attention_inputs
+from dma_kernels.packing import Packing
+
+EMPTY = -1  # position of a slot that holds no key
+
+
+@dataclass(frozen=True)
+class NewKeys:
+    """Keys that arrive at a cache, in the order of their positions.
+
+    Attributes:
+        key: after the rotary embedding, `[B, G, n, D]`.
+        value: same shape.
+        key_bias: what is added to the logits of each key, `[B, G, n]` in at least float32.
+        rank: what selection compares, floating `[B, G, n]`.
+        packing: documents and padding of the n positions; None if there are none, and the document goes on.
+    """
+
+    key: Tensor
+    value: Tensor
+    key_bias: Tensor
+    rank: Tensor
+    packing: Packing | None = None
+
+    @property
+    def documents(self) -> Tensor | None:
+        """Integer ids `[B, n]`; an id other than that of the last real position begins a document."""
+        return self.packing and self.packing.documents
+
+    @property
+    def padding(self) -> Tensor | None:
+        """Bool `[B, n]`, True at padded positions."""
+        return self.packing and self.packing.padding
+
+    @property
+    def real(self) -> Tensor:
+        """Which positions are no padding, bool `[B, n]`."""
+        if self.padding is not None:
+            return ~self.padding
+        return torch.ones(self.key.shape[0], self.key.shape[2], dtype=torch.bool, device=self.key.device)
+
+    def check(self, q: Tensor) -> None:
+        """Raise `ValueError` unless keys and queries `[B, H, n, D]` belong together, with at least one position."""
+        check_attention_inputs(q, self.key, self.value, self.key_bias)
+        if 0 in self.key.shape:
+            raise ValueError(f"k: expected at least one sequence and position, got {list(self.key.shape)}")
+        rank, like = self.rank, self.key_bias
+        if rank.shape != like.shape or rank.device != like.device or not rank.is_floating_point():
+            raise ValueError(
+                f"ranks: expected floating {list(like.shape)} on {like.device}, "
+                f"got {rank.dtype} {list(rank.shape)} on {rank.device}"
+            )
+        if self.packing is not None:
+            self.packing.check_fits(rank.shape[0], rank)
+
+
+@dataclass
+class Slots:
+    """Fields of keys, each `[B, G, M, ...]`.
+
+    Attributes:
+        key: after the rotary embedding, `[B, G, M, D]`.
+        value: same shape.
+        key_bias: what is added to the logits, `[B, G, M]` in at least float32.
+        rank: what selection compares, same shape.
+        position: int64 `[B, G, M]`; -1 in an empty slot.
+        ranked: whether a key is among the w best so far, bool `[B, G, M]`.
+        sink: whether a key is among the first of its document, bool `[B, G, M]`.
+    """
+
+    key: Tensor
+    value: Tensor
+    key_bias: Tensor
+    rank: Tensor
+    position: Tensor
+    ranked: Tensor
+    sink: Tensor
+
+    @property
+    def all(self) -> tuple[Tensor, ...]:
+        """The fields above, in their order."""
+        return tuple(getattr(self, field.name) for field in fields(Slots))
+
+    def take(self, index: Tensor, found: Tensor) -> "Slots":
+        """Slots by number, `[B, G, K]`; those not `found` are empty."""
+
+        def rows(x: Tensor) -> Tensor:
+            taken = x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
+            return taken.masked_fill(~found[..., None], 0)
+
+        position = self.position.gather(2, index).masked_fill(~found, EMPTY)
+        flags = ((self.ranked.gather(2, index) & found), (self.sink.gather(2, index) & found))
+        numbers = (x.gather(2, index).masked_fill(~found, 0) for x in (self.key_bias, self.rank))
+        return Slots(rows(self.key), rows(self.value), *numbers, position, *flags)
+
+    def joined(self, other: "Slots") -> "Slots":
+        """The slots of both, these first."""
+        return Slots(*(torch.cat(pair, dim=2) for pair in zip(self.all, other.all, strict=True)))
+
+
+@dataclass
+class CacheState(Slots):
+    """All tensors of a `DynamicMaskCache`, M = C; a step of one position changes them in place.
+
+    Attributes:
+        document: id of the last real position, int64 `[B]`.
+        lengths: positions read so far, int64 `[B, G]`; each KV head counts for itself, since the programs of a kernel
+            that serve different ones do not wait for each other.
+        seen: real positions of the last document so far, int64 `[B, G]`.
+        arrivals: int32 `[B, G]`, zeros between the calls of a kernel.
+    """
+
+    document: Tensor
+    lengths: Tensor
+    seen: Tensor
+    arrivals: Tensor
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int, int], head_dim: int, dtype: torch.dtype, device: torch.device | str | None
+    ) -> Self:
+        """Slots `[B, G, C]` without keys; keys and values have the dtype."""
+        wide = torch.promote_types(dtype, torch.float32)
+        key, value = (torch.zeros(*shape, head_dim, dtype=dtype, device=device) for _ in range(2))
+        key_bias, rank = (torch.zeros(shape, dtype=wide, device=device) for _ in range(2))
+        position = torch.full(shape, EMPTY, dtype=torch.int64, device=device)
+        ranked, sink = (torch.zeros(shape, dtype=torch.bool, device=device) for _ in range(2))
+        document = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        lengths, seen = (torch.zeros(shape[:2], dtype=torch.int64, device=device) for _ in range(2))
+        arrivals = torch.zeros(shape[:2], dtype=torch.int32, device=device)
+        return cls(key, value, key_bias, rank, position, ranked, sink, document, lengths, seen, arrivals)
+
+    def select(self, rows: Tensor) -> "CacheState":
+        """These sequences, int64 `[B']`, in this order, as new tensors."""
+        return CacheState(*(getattr(self, field.name).index_select(0, rows) for field in fields(self)))
+
+    def visible(self, position: Tensor, keep_last: int) -> Tensor:
+        """Which slots a query at these positions `[B]` sees, bool `[B, G, C]`."""
+        recent = self.position > (position - keep_last)[:, None, None]
+        return (self.position != EMPTY) & (self.ranked | self.sink | recent)
