@@ -20,10 +20,10 @@ from fuzz_mutations import CLASSES, SENTINEL, change_bytes, change_file, change_
 from fuzz_prepared import source
 from fuzz_told import told
 
-from dma_lightning import checkpoint_arguments
 from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.checkpoints.files import AtomicCheckpointIO, read_checkpoint
 from dma_lightning.cli import build_cli
+from dma_lightning.cli.saved_run import saved_defaults
 from dma_lightning.data import TextDataModule
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.trained_models import load_checkpoint, tokenizer_of
@@ -226,11 +226,8 @@ def _loaded(rng: random.Random, file: Path) -> LanguageModel:
 
 
 def _defaults(file: Path) -> dict[str, Any]:
-    """What the command line takes from a checkpoint; the name of the function has changed."""
-    names = ("saved_defaults", "saved_arguments")
-    read = next(getattr(checkpoint_arguments, name) for name in names if hasattr(checkpoint_arguments, name))
-    found = read(file)
-    return found[0] if isinstance(found, tuple) else found
+    """What the command line takes from a checkpoint."""
+    return saved_defaults(file)[0]
 
 
 def _change_entry(rng: random.Random, file: Path) -> str:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dma_lightning import LanguageModel, callbacks, generation
-from dma_lightning.callbacks import ContinuationWriter
+from dma_lightning import LanguageModel, generation
+from dma_lightning.callbacks import ContinuationWriter, continuations
 from dma_lightning.cli import build_cli, main
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.monitoring import samples
@@ -227,7 +227,7 @@ def test_documents_are_gone_on_with_alone(tmp_path: Path, monkeypatch: pytest.Mo
         calls.append((input_ids, options.get("padding"), torch.is_autocast_enabled("cpu")))
         return generation.generate(model, input_ids, *args, **options)
 
-    for module in (callbacks, samples):
+    for module in (continuations, samples):
         monkeypatch.setattr(module, "generate", spy)
     options = [*SMALL, "--data=PreparedDataModule", "--data.path=prepared", "--data.sequence_length=128"]
     options += ["--data.val_fraction=0.3", "--data.batch_size=4", "--trainer.accelerator=cpu"]

@@ -19,7 +19,7 @@ from pathlib import Path
 import kill_runs
 import pytest
 import torch
-from test_interruption import Harmful
+from harmful import Harmful
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import TOGETHER, train
 

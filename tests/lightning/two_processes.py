@@ -24,7 +24,8 @@ from dma_lightning.callbacks import GradientGuard
 from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.checkpoints.files import AtomicCheckpointIO
 from dma_lightning.data import IGNORE_INDEX
-from dma_lightning.strategies import FullyShardedStrategy, SameCheckpoint
+from dma_lightning.distributed import SameCheckpoint
+from dma_lightning.strategies import FullyShardedStrategy
 
 STEPS = 20
 TOGETHER = "gpu" if torch.cuda.device_count() > 1 else "cpu"  # where two processes train

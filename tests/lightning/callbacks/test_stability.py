@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from dma_lightning import LanguageModel, MQARDataModule
-from dma_lightning.callbacks import GradientGuard, UnstableTrainingError, _Readings
+from dma_lightning.callbacks.gradient_guard import GradientGuard, UnstableTrainingError, _Readings
 from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.data import Batch
 from dma_lightning.step_means import StepTotals

@@ -11,9 +11,9 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save
 from torch.serialization import set_crc32_options
 
-from dma_lightning import zip_checksums
 from dma_lightning.checkpoints.files import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from dma_lightning.checkpoints.sharded import META, check_shards, sharded_weights
+from dma_lightning.files import zip_checksums
 
 CONTENT = {"state_dict": {"a": torch.arange(300.0), "b": torch.ones(7)}, "lr_schedulers": [], "global_step": 5}
 

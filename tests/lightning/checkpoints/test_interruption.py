@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from harmful import Harmful
 from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
@@ -423,13 +424,6 @@ def test_file_size_limit_is_met_by_the_real_writer(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, before)
     assert list(tmp_path.iterdir()) == [path]
     assert AtomicCheckpointIO().load_checkpoint(path)["x"].sum() == 5
-
-
-class Harmful:
-    """Runs code when it is unpickled."""
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, ("harm",)
 
 
 def test_loading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from dma_lightning.callbacks import GradientGuard
 from dma_lightning.checkpoints.files import AtomicCheckpointIO
 from dma_lightning.cli.entry import DMACLI, ConfigOfRun, build_cli, main
 from dma_lightning.cli.prepare import prepare
+from dma_lightning.distributed import SameCheckpoint
 from dma_lightning.monitoring import ProgressBar
-from dma_lightning.strategies import SameCheckpoint
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))

@@ -21,11 +21,12 @@ import torch
 import zstandard
 from cpu_loader import table
 from cpu_verify import sentence
-from test_text import write_tokenizer
+from small_texts import write_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import default_collate
 
-from dma_lightning import LanguageModel, PreparedDataModule, TextDataModule, cli, prepare_command
+from dma_lightning import LanguageModel, PreparedDataModule, TextDataModule, cli
+from dma_lightning.cli import prepare as prepare_command
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.data import IGNORE_INDEX, shards
 from dma_lightning.data.documents import Piece, read_documents

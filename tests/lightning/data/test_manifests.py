@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_text import write_tokenizer
+from small_texts import write_tokenizer
 
 from dma_lightning import PreparedDataModule
 from dma_lightning.cli.prepare import prepare

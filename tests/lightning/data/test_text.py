@@ -6,29 +6,11 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from small_texts import make_data, read, write_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from dma_lightning import FileTokenizer, TextDataModule
+from dma_lightning import FileTokenizer
 from dma_lightning.data import text
-
-
-def make_data(tmp_path: Path, path: Path | str | None, **changed: object) -> TextDataModule:
-    """A data module with a cache of its own."""
-    arguments = {"sequence_length": 10, "val_fraction": 0.2, "batch_size": 3} | changed
-    return TextDataModule(None if path is None else str(path), cache_dir=str(tmp_path / "cache"), **arguments)
-
-
-def read(data: TextDataModule) -> tuple[bytes, bytes]:
-    """Training and validation text, as the data sets show it."""
-    data.prepare_data()
-    data.setup("fit")
-    parts = []
-    for dataset in (data.train_set, data.val_set):
-        items = [dataset[i] for i in range(len(dataset))]
-        for item in items:
-            assert torch.equal(item["input_ids"][1:], item["labels"][:-1])
-        parts.append(b"".join(bytes(item["input_ids"].tolist()) for item in items))
-    return parts[0], parts[1]
 
 
 def test_splits_by_position(tmp_path: Path) -> None:
@@ -129,17 +111,6 @@ def test_empty_folder(tmp_path: Path) -> None:
 def test_bad_arguments(tmp_path: Path, changed: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_data(tmp_path, None, **changed)
-
-
-def write_tokenizer(path: Path, vocab_size: int = 300) -> None:
-    """A byte-level BPE tokenizer of the help topics."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(list(topics.values())[:20], trainer)
-    tokenizer.save(str(path))
 
 
 def test_a_tokenizer_makes_the_tokens(tmp_path: Path) -> None:

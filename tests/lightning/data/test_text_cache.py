@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_text import make_data, read, write_tokenizer
+from small_texts import make_data, read, write_tokenizer
 
 from dma_lightning import TextDataModule
 from dma_lightning.data.files import everybody_may_read

@@ -1,0 +1,10 @@
+"""What must not be read."""
+
+import os
+
+
+class Harmful:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("harm",)
