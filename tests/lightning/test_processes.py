@@ -26,7 +26,7 @@ from two_processes import TOGETHER, train
 from dma_lightning import LanguageModel
 from dma_lightning.checkpoints.files import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from dma_lightning.checkpoints.sharded import load_sharded
-from dma_lightning.strategies import _watch
+from dma_lightning.distributed import _watch
 
 HERE = Path(__file__).parent
 
