@@ -51,7 +51,7 @@ class DogeLayer(nn.Module):
         packing: Packing | None = None,
         cache: MixerCache | None = None,
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), packing, cache)
+        attended = self.self_attn(self.input_layernorm(x), packing, cache=cache)
         x = self.input_residual * x + self.dropout(attended)
         return self.post_attention_residual * x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 

@@ -90,16 +90,12 @@ class TokenMixer(nn.Module, ABC):
     def __call__(
         self,
         x: Tensor,
-        packing: Packing | Tensor | None = None,
-        cache: MixerCache | None = None,
-        *,
-        documents: Tensor | None = None,
+        documents: Tensor | Packing | None = None,
         padding: Tensor | None = None,
+        cache: MixerCache | None = None,
     ) -> Tensor:
-        """As `forward`; documents and padding may also come by their names, ids of documents instead of a packing."""
-        documents = packing if isinstance(packing, Tensor) else documents
-        if documents is not None or padding is not None:
-            packing = Packing.of(documents, padding)
+        """`forward` with documents and padding `[B, N]`, or with a packing, which has both, in place of documents."""
+        packing = documents if isinstance(documents, Packing) else Packing.of(documents, padding)
         return super().__call__(x, packing, cache)
 
     @abstractmethod

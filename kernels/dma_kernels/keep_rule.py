@@ -21,13 +21,9 @@ class KeepRule:
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("keep_window_size", self.window), ("keep_last", self.last), ("sinks", self.sinks)):
-            check_whole(name, value)
-        if self.window < 1 or self.last < 0 or self.sinks < 0:
-            raise ValueError(
-                "expected keep_window_size >= 1, keep_last >= 0 and sinks >= 0, "
-                f"got {self.window}, {self.last} and {self.sinks}"
-            )
+        check_at_least("keep_window_size", self.window, 1)
+        check_at_least("keep_last", self.last, 0)
+        check_at_least("sinks", self.sinks, 0)
 
     @property
     def capacity(self) -> int:
@@ -35,7 +31,9 @@ class KeepRule:
         return self.window + self.last + self.sinks
 
 
-def check_whole(name: str, value: int) -> None:
-    """Raise `ValueError` for a number with a fraction, which a computation of sizes leads to."""
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Raise `ValueError` unless a size is a whole number of at least so much."""
     if isinstance(value, float):
         raise ValueError(f"{name}: expected a whole number, got {value}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dma_kernels.drawing import draw_mask
-from dma_kernels.keep_rule import KeepRule, check_whole
+from dma_kernels.keep_rule import KeepRule, check_at_least
 from dma_kernels.packing import Packing, document_ends
 from dma_kernels.selection.ops import deaths_by_rank
 
@@ -96,7 +96,7 @@ class Lifetimes:
         Raises:
             ValueError: on wrong shapes, dtypes or devices, or sizes below 1.
         """
-        _check_at_least("window", window, 1)
+        check_at_least("window", window, 1)
         birth, packing = _positions(length, device, documents, padding, packing)
         death = (birth + min(window, length)).clamp(max=length)
         return cls._within(birth, death, min(window, length), packing)
@@ -112,7 +112,7 @@ class Lifetimes:
         padding: Tensor | None = None,
     ) -> "Lifetimes":
         """The last `count` positions, to be united with another mask; the same as `sliding_window`."""
-        _check_at_least("count", count, 1)
+        check_at_least("count", count, 1)
         return cls.sliding_window(length, count, device, documents=documents, padding=padding)
 
     @classmethod
@@ -126,7 +126,7 @@ class Lifetimes:
         padding: Tensor | None = None,
     ) -> "Lifetimes":
         """The first `count` real keys of each document, visible to its end. Other arguments as `sliding_window`."""
-        _check_at_least("count", count, 1)
+        check_at_least("count", count, 1)
         birth, packing = _positions(length, device, documents, padding)
         death = torch.where(_is_sink(count, birth, packing), length, birth)
         return cls._within(birth, death, min(count, length), packing)
@@ -295,7 +295,7 @@ def _positions(
     packing: Packing | None = None,
 ) -> tuple[Tensor, Packing]:
     """Birth of every key, int32 `[1, 1, N]`, and the packing; checks the arguments."""
-    _check_at_least("length", length, 1)
+    check_at_least("length", length, 1)
     if packing is not None and not (documents is None and padding is None):
         raise ValueError("expected documents and padding, or a packing, got both; a packing has them")
     packing = packing or Packing.of(documents, padding) or Packing()
@@ -322,10 +322,4 @@ def check_ranks(ranks: Tensor) -> None:
     """Raise `ValueError` unless ranks are those of a sequence."""
     if ranks.ndim != 3 or not ranks.is_floating_point():
         raise ValueError(f"ranks: expected floating [B, G, N], got {ranks.dtype} {list(ranks.shape)}")
-    _check_at_least("sequence length", ranks.shape[-1], 1)
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    check_whole(name, value)
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    check_at_least("sequence length", ranks.shape[-1], 1)

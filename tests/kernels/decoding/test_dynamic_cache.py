@@ -204,7 +204,7 @@ def test_the_full_cache_takes_another_window_at_any_time() -> None:
 def test_state_can_be_saved_and_loaded() -> None:
     inputs = make_inputs(30, ties=True)
     caches = [DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(4, 2, 1), torch.float64) for _ in range(2)]
-    caches[0].attend(**part(inputs, 0, 17))
+    attend(caches[0], **part(inputs, 0, 17))
     caches[1].load_state_dict(caches[0].state_dict())
     outs = [torch.cat([attend(cache, **part(inputs, t, t + 1)) for t in range(17, 30)], dim=2) for cache in caches]
     assert torch.equal(*outs)

@@ -185,7 +185,7 @@ def test_flex_refuses_to_train_on_a_cpu() -> None:
         ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
         ({"num_heads": 5, "num_kv_heads": 5}, "hidden_size must be a multiple of num_heads, got 32 and 5; or set"),
         ({"head_dim": 7}, "head_dim: rotary embedding needs an even number >= 2, got 7"),
-        ({"keep_window_size": 0}, "expected keep_window_size >= 1"),
+        ({"keep_window_size": 0}, "keep_window_size: expected at least 1"),
         ({"score_form": "relu"}, "score_form: expected one of"),
         (
             {"backend": "flash"},
