@@ -84,7 +84,8 @@ def logged_step(trainer: pl.Trainer) -> int:
 def set_logged_step(trainer: pl.Trainer) -> None:
     """In `on_train_batch_start`: let figures be written under the number of optimizer steps that are made.
 
-    Lightning counts them apart, and a run that goes on behind a validation has one less.
+    Lightning counts them apart. Its count is one less in a run that goes on behind a validation which this run would
+    not have made there, such as the last of a shorter one.
     """
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 

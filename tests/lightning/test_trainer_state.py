@@ -176,30 +176,29 @@ def test_the_step_of_a_validation() -> None:
 
 
 def test_a_resumed_run_writes_under_its_own_steps(tmp_path: Path) -> None:
-    file = tmp_path / "step2.ckpt"
-
-    def save(trainer: pl.Trainer, *_: object) -> None:
-        if trainer.global_step == 2 and not file.exists():
-            trainer.save_checkpoint(file)
-
-    def written(**options: Any) -> list[tuple[int | None, dict[str, float]]]:
+    def written(*callbacks: pl.Callback, **options: Any) -> list[tuple[int | None, dict[str, float]]]:
         logger = Written()
-        sets = LambdaCallback(on_train_batch_start=lambda trainer, *_: set_logged_step(trainer), on_validation_end=save)
-        fit(sets, val_check_interval=2, max_steps=5, log_every_n_steps=1, logger=logger, **options)
-        return [(step, figures) for step, figures in logger.lines if "batch" in figures]
+        sets = LambdaCallback(on_train_batch_start=lambda trainer, *_: set_logged_step(trainer))
+        fit(sets, *callbacks, log_every_n_steps=1, logger=logger, **options)
+        return [line for line in logger.lines if "batch" in line[1]]
 
-    whole = written()
-    assert [step for step, _ in whole] == [0, 1, 2, 3, 4]
-    assert written(ckpt_path=file) == whole[2:]
+    saves = LambdaCallback(on_validation_end=lambda trainer, *_: trainer.save_checkpoint(tmp_path / "x.ckpt"))
+    begun = written(STOPS, saves, max_steps=3)  # the validation at its end is one that the resumed run does not expect
+    whole = written(max_steps=5)
+    assert [(step, figures["batch"]) for step, figures in whole] == [(i, i) for i in range(5)]
+    assert begun + written(ckpt_path=tmp_path / "x.ckpt", max_steps=5) == whole
 
 
 def test_a_run_that_ends_in_a_hook_writes_its_last_step() -> None:
     class EndError(Exception):
         pass
 
+    trainers = []
+
     def end(trainer: pl.Trainer, *_: object) -> None:
         if trainer.global_step == 3:
             write_logs(trainer)
+            trainers.append(trainer)
             raise EndError
 
     whole, ended = Written(), Written()
@@ -208,6 +207,7 @@ def test_a_run_that_ends_in_a_hook_writes_its_last_step() -> None:
         fit(LambdaCallback(on_train_batch_end=end), log_every_n_steps=1, logger=ended, limit_val_batches=0)
     assert ended.lines == whole.lines[:3]
     assert [figures["batch"] for _, figures in ended.lines] == [0, 1, 2]
+    assert trainers[0].callback_metrics["batch"] == 2
 
 
 def test_modules_with_a_trainer() -> None:
