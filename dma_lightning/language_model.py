@@ -9,7 +9,6 @@ from typing import Any, Literal, Self, get_args
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.core.saving import _default_map_location
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from dma_lightning.model import DogeForCausalLM
 from dma_lightning.plain_values import PlainHyperparameters, plain
 from dma_lightning.schedules import Schedule, lr_factor
 from dma_lightning.step_means import StepTotals, scale_gradients
-from dma_lightning.trainer_state import is_logging_step
+from dma_lightning.trainer_state import accumulates, has_trainer, is_logging_step, let_clip_gradients, saved_device
 
 # How layers are compiled: what two kernels read, such as the rotary embedding's gradient, is computed in both of them
 # instead of being written out in float32.
@@ -125,7 +124,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
                 those of a model with its arguments.
         """
         path = local_checkpoint(checkpoint_path, weights_only)
-        saved = read_checkpoint(path, map_location or _default_map_location)
+        saved = read_checkpoint(path, map_location or saved_device)
         arguments = model_arguments(saved, path, cls) | changed
         weights, layers = saved_weights(saved, path), arguments.get("num_hidden_layers", ModelConfig.num_hidden_layers)
         if path.is_dir() or not weights:
@@ -193,7 +192,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss over the labels of a batch; `backward` weighs it where a step has several batches."""
         loss, _, totals = self._loss(batch)
-        if self._trainer is not None:
+        if has_trainer(self):
             self._batches.append(totals)
         return loss
 
@@ -211,7 +210,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
 
     def on_after_backward(self) -> None:
         """Make the gradient of a step that of the mean over all of its labels, and log that mean."""
-        if self.trainer.fit_loop._should_accumulate():
+        if accumulates(self.trainer):
             return
         totals = StepTotals.of(self._batches, self.trainer.world_size)
         self._batches.clear()
@@ -257,9 +256,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         matrices = [p for p in self.parameters() if p.ndim >= 2]
         vectors = [p for p in self.parameters() if p.ndim < 2]  # norms, residual weights, A
         optimizer = AdamW([{"params": matrices}, {"params": vectors}], lr=hp.lr, fused=self._fuses_optimizer)
-        # Lightning takes a fused optimizer for one that undoes the scaling of gradients, which nothing scales here, and
-        # would not clip them (https://github.com/Lightning-AI/pytorch-lightning/issues/21435).
-        optimizer._step_supports_amp_scaling = False
+        let_clip_gradients(optimizer)
         self._set_rates(optimizer, step=0)
         return {
             "optimizer": optimizer,

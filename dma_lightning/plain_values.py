@@ -1,6 +1,5 @@
 """Arguments as checkpoints can hold them: numbers, text, and lists, tuples and dictionaries of these."""
 
-import copy
 import inspect
 import os
 from collections.abc import Mapping
@@ -9,6 +8,8 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+
+from dma_lightning.trainer_state import set_initial_hparams
 
 
 class PlainHyperparameters:
@@ -27,7 +28,7 @@ class PlainHyperparameters:
         """
         super().save_hyperparameters(*args, frame=frame or inspect.currentframe().f_back, **options)
         self.hparams.update(plain(dict(self.hparams), type(self).__name__))
-        self._hparams_initial = copy.deepcopy(self._hparams)  # what loggers get
+        set_initial_hparams(self)
 
 
 def plain(value: Any, what: str) -> Any:

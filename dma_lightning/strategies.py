@@ -4,6 +4,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -53,7 +54,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """
         if self._save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
-        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         state = get_optimizer_state_dict(self.model, optimizer, options=_FULL_STATE)
         numbers = {name: number for number, name in enumerate(self._names(optimizer))}
         return _renamed(state, numbers) if self.is_global_zero else {}

@@ -1,6 +1,60 @@
-"""Where a trainer stands: the one room for what Lightning keeps to itself."""
+"""What Lightning keeps to itself: all of its private names that we use stand here.
+
+A release of Lightning may change them without notice. `tests/lightning/test_trainer_state.py` runs each function with a
+real trainer, compares `OVERRIDDEN` with Lightning, and finds private names that stand anywhere else.
+"""
+
+import copy
+from traceback import walk_tb
+from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.core.saving import _default_map_location
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.connectors import checkpoint_connector
+from torch.optim import Optimizer
+
+# Private names of Lightning's classes that classes of ours override, call or set on themselves: methods with their
+# parameters, attributes without. The classes are named, since to import the command line's takes long.
+OVERRIDDEN: dict[str, tuple[str, ...]] = {
+    "lightning.pytorch.callbacks.ModelCheckpoint": (
+        "_every_n_train_steps",
+        "_get_metric_interpolated_filepath_name(self, monitor_candidates, trainer, del_filepath)",
+        "_last_checkpoint_saved",
+        "_last_global_step_saved",
+        "_link_checkpoint(trainer, filepath, linkpath)",
+        "_monitor_candidates(self, trainer)",
+        "_remove_checkpoint(self, trainer, filepath)",
+        "_save_checkpoint(self, trainer, filepath)",
+        "_save_last_checkpoint(self, trainer, monitor_candidates)",
+        "_save_none_monitor_checkpoint(self, trainer, monitor_candidates)",
+        "_save_topk_checkpoint(self, trainer, monitor_candidates)",
+        "_should_remove_checkpoint(self, trainer, previous, current)",
+        "_should_skip_saving_checkpoint(self, trainer)",
+    ),
+    "lightning.pytorch.cli.LightningCLI": (
+        "_get(self, config, key, default)",
+        "_parse_ckpt_path(self)",
+        "_run_subcommand(self, subcommand)",
+        "_subcommand_parsers",
+    ),
+    "lightning.pytorch.strategies.ModelParallelStrategy": ("_data_parallel_size", "_save_distributed_checkpoint"),
+}
+
+CLASS_PATH = "_class_path"  # the hyperparameter under which the command line saves the class of a module
+ADDED_HPARAMS = (CLASS_PATH, "_instantiator")  # those that no user has given
+
+
+def accumulates(trainer: pl.Trainer) -> bool:
+    """Whether the optimizer step needs more batches than the one that is being trained on, or was last."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def validates_next(trainer: pl.Trainer) -> bool:
+    """In `on_train_batch_end`: whether a validation follows."""
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
 
 
 def is_logging_step(trainer: pl.Trainer, before_step: bool = False) -> bool:
@@ -12,7 +66,7 @@ def is_logging_step(trainer: pl.Trainer, before_step: bool = False) -> bool:
         trainer: while it trains.
         before_step: whether the step is still to be made, as in `training_step`; in `on_train_batch_end` it is done.
     """
-    if trainer.fit_loop._should_accumulate():
+    if accumulates(trainer):
         return False
     return trainer._logger_connector.should_update_logs or is_last_step(trainer, before_step)
 
@@ -25,3 +79,74 @@ def is_last_step(trainer: pl.Trainer, before_step: bool = False) -> bool:
 def logged_step(trainer: pl.Trainer) -> int:
     """The step under which Lightning writes figures: of training in `on_train_batch_end`, else of a validation."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def set_logged_step(trainer: pl.Trainer) -> None:
+    """In `on_train_batch_start`: let figures be written under the number of optimizer steps that are made.
+
+    Lightning counts them apart. Its count is one less in a run that goes on behind a validation which this run would
+    not have made there, such as the last of a shorter one.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+def write_logs(trainer: pl.Trainer) -> None:
+    """In `on_train_batch_end` of a run that ends there: write what this step logs, as Lightning does after the hook."""
+    trainer._logger_connector.on_batch_end()
+    trainer._logger_connector.update_train_step_metrics()
+
+
+def has_trainer(module: pl.LightningModule) -> bool:
+    """Whether a trainer runs the module; `module.trainer` raises if none does."""
+    return module._trainer is not None
+
+
+def set_initial_hparams(module: pl.LightningModule | pl.LightningDataModule) -> None:
+    """Let loggers get the hyperparameters as they are now."""
+    module._hparams_initial = copy.deepcopy(module.hparams)
+
+
+def let_clip_gradients(optimizer: Optimizer) -> None:
+    """Let the gradients of a fused optimizer be clipped in 16-mixed and bf16-mixed; for runs that do not scale them.
+
+    Lightning takes such an optimizer for one that undoes the scaling by itself, whose gradients would be clipped too
+    early (https://github.com/Lightning-AI/pytorch-lightning/issues/21435). The name is torch's, which reads it where
+    gradients are scaled.
+    """
+    optimizer._step_supports_amp_scaling = False
+
+
+def random_states() -> dict[str, Any]:
+    """Of Python, NumPy and torch on the CPU."""
+    return _collect_rng_states(include_cuda=False)
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Go on with states of `random_states`."""
+    _set_rng_states(states)
+
+
+def saved_device(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    """As `map_location` of `torch.load`: tensors go to the device that they were on, or to the CPU if there is none."""
+    return _default_map_location(storage, location)
+
+
+def log_into_version(logger: TensorBoardLogger, version: int | str, purge_step: int | None) -> None:
+    """Before a logger writes anything: let it go on in the folder of a version.
+
+    Args:
+        logger: which was made for another.
+        version: number of the folder, or its name if that is another than `version_` and the number.
+        purge_step: what was written from this step on is taken out of the curves. None: nothing is.
+    """
+    logger._version = version
+    if purge_step is not None:
+        logger._kwargs["purge_step"] = purge_step
+
+
+def is_of_restoring(error: BaseException) -> bool:
+    """Whether an error was raised while Lightning took over what a checkpoint holds (and not while it saved one)."""
+    return any(
+        frame.f_globals.get("__name__") == checkpoint_connector.__name__ and "dump" not in frame.f_code.co_name
+        for frame, _ in walk_tb(error.__traceback__)
+    )

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 
 from dma_lightning.config import ModelConfig
 from dma_lightning.files.reading import as_kind
+from dma_lightning.trainer_state import ADDED_HPARAMS
 
 _VARIABLE = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
@@ -42,7 +43,7 @@ def checked_arguments(arguments: Mapping[str, Any], kind: type, what: str, **mor
     """
     classes = [(True, more), *_arguments(kind)]
     types = {name: x for _, own in reversed(classes) for name, x in own.items()}
-    given = {name: value for name, value in arguments.items() if name not in ("_instantiator", "_class_path")}
+    given = {name: value for name, value in arguments.items() if name not in ADDED_HPARAMS}
     if unknown := sorted(given.keys() - types.keys()):
         raise ValueError(
             f"{what}: expected fields that this version knows, got {unknown}; the checkpoint is probably of a newer "

@@ -4,13 +4,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.utilities import rank_zero_warn
+
+from dma_lightning.trainer_state import random_states, set_random_states
 
 
 def rng_states(trainer: pl.Trainer) -> dict[str, Any]:
     """Of this process, without arrays, which a safe load refuses; of GPUs, its own alone."""
-    states, device = _collect_rng_states(include_cuda=False), trainer.strategy.root_device
+    states, device = random_states(), trainer.strategy.root_device
     name, keys, *rest = states["numpy"]
     states["numpy"] = (name, keys.tolist(), *rest)
     return states | ({"device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
@@ -25,7 +26,7 @@ def restore_rng_states(states: list[dict[str, Any]], trainer: pl.Trainer) -> Non
     if len(states) == trainer.world_size:
         own = states[trainer.global_rank]
         try:
-            _set_rng_states(own)
+            set_random_states(own)
             if "device" in own and trainer.strategy.root_device.type == "cuda":
                 torch.cuda.set_rng_state(own["device"], trainer.strategy.root_device)
         except (TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:

@@ -22,7 +22,7 @@ from dma_lightning.checkpoints.random_states import restore_rng_states, rng_stat
 from dma_lightning.distributed import of_all_processes
 from dma_lightning.files.locks import locked_folder
 from dma_lightning.files.reading import as_kind
-from dma_lightning.trainer_state import is_logging_step
+from dma_lightning.trainer_state import accumulates, is_logging_step, set_logged_step, validates_next, write_logs
 
 RNG_KEY = "rng_states"  # in a checkpoint: of each process, in the order of their ranks
 # Options of `ModelCheckpoint` that a run which shall go on exactly cannot have.
@@ -142,14 +142,12 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._take(signal.SIGINT, instead_of=signal.default_int_handler)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        # Lightning counts the steps of what is logged apart, and resumes with one less where a validation followed.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        set_logged_step(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate():
+        if accumulates(trainer):
             return  # gradients are in no checkpoint
-        if not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        if not validates_next(trainer):
             if trainer.global_step % self._every_n_train_steps == 0:
                 self._save_now(trainer)
             # Several processes ask each other, and wait for their GPUs; if no step logs, after each all the same.
@@ -157,7 +155,7 @@ class ResumableCheckpoint(ModelCheckpoint):
                 self._stop_if_asked(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fit_loop.epoch_loop._should_accumulate():
+        if trainer.state.fn != "fit" or trainer.sanity_checking or accumulates(trainer):
             return
         self._validated = trainer.global_step
         if self.save_on_validation_end or trainer.global_step % self._every_n_train_steps == 0:
@@ -166,7 +164,7 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._leave_interrupts()
-        if not trainer.fit_loop.epoch_loop._should_accumulate():
+        if not accumulates(trainer):
             self._save_now(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -285,9 +283,8 @@ class ResumableCheckpoint(ModelCheckpoint):
         """End the run, in all processes after the same step, if one of them was asked to."""
         if trainer.strategy.reduce_boolean_decision(self._asked_to_stop is not None, all=False):
             self._save_now(trainer)
-            if not trainer.validating:  # what this step logs, which Lightning writes after this hook
-                trainer._logger_connector.on_batch_end()
-                trainer._logger_connector.update_train_step_metrics()
+            if not trainer.validating:
+                write_logs(trainer)
             number = signal.Signals(self._asked_to_stop or signal.SIGTERM)
             rank_zero_info(f"{number.name}: step {trainer.global_step} is saved; `--ckpt_path last` goes on")
             raise SIGTERMException(128 + number)  # a status other than that of a finished run

@@ -1,6 +1,5 @@
 """LightningCLI as this project needs it: what data, model, trainer and checkpoint say to each other."""
 
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, LearningRateMonitor
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from dma_lightning.callbacks import ContinuationWriter
@@ -28,6 +26,7 @@ from dma_lightning.cli.saved_run import (
 )
 from dma_lightning.distributed import SameCheckpoint, end_with_first_process
 from dma_lightning.monitoring import ProgressBar
+from dma_lightning.trainer_state import is_of_restoring, log_into_version
 
 # Callbacks of our configs that Lightning refuses where an option of the trainer is false.
 _CALLBACKS_OF = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint, "logger": LearningRateMonitor}
@@ -161,13 +160,8 @@ class DMACLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except (AttributeError, AssertionError, LookupError, TypeError, ValueError) as error:
-            frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-            restores = any(
-                frame.f_globals.get("__name__") == checkpoint_connector.__name__ and "dump" not in frame.f_code.co_name
-                for frame in frames
-            )
             reason = f"{error_of_ours(error) or repr(error)}"
-            if self.checkpoint is None or not restores or str(self.checkpoint) in reason:
+            if self.checkpoint is None or not is_of_restoring(error) or str(self.checkpoint) in reason:
                 raise
             raise ValueError(
                 f"ckpt_path {self.checkpoint}: expected states that this run can go on with, got others: {reason}"
@@ -211,9 +205,8 @@ class DMACLI(LightningCLI):
         for logger in found:
             number = folder.name.removeprefix("version_")
             plain = number.isdecimal() and folder.name == f"version_{int(number)}"
-            logger._version = int(number) if plain else folder.name
-            if not 0 < trainer.max_steps <= step:  # else there is nothing to do
-                logger._kwargs["purge_step"] = step
+            is_done = 0 < trainer.max_steps <= step  # and logs nothing more
+            log_into_version(logger, int(number) if plain else folder.name, None if is_done else step)
         if found or loggers == [False]:  # then the folder has a config.yaml
             self.save_config_kwargs = {"config_filename": f"config_from_step_{step}.yaml", "overwrite": True}
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")

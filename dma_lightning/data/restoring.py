@@ -15,6 +15,7 @@ from dma_lightning.checkpoints.arguments import checked_arguments
 from dma_lightning.checkpoints.files import local_checkpoint, read_checkpoint
 from dma_lightning.files.reading import as_kind
 from dma_lightning.plain_values import PlainHyperparameters
+from dma_lightning.trainer_state import CLASS_PATH
 
 _PACKAGE = __name__.rpartition(".")[0]
 
@@ -105,9 +106,9 @@ def data_arguments(saved: Mapping[str, Any], path: Path, kind: type[RestorableDa
     """
     arguments = saved.get(RestorableDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     what = f"{path}: datamodule_hyper_parameters"
-    class_path = as_kind(arguments.get("_class_path"), str | None, f"{what}._class_path")
+    class_path = as_kind(arguments.get(CLASS_PATH), str | None, f"{what}.{CLASS_PATH}")
     if kind is not None and class_path is not None and class_path.rpartition(".")[2] != kind.__name__:
-        raise ValueError(f"{what}._class_path: expected {kind.__name__}, got {class_path!r}; load it with that class")
+        raise ValueError(f"{what}.{CLASS_PATH}: expected {kind.__name__}, got {class_path!r}; load it with that class")
     kind = kind or _registered(class_path)
     if kind is None:
         return SavedData(class_path)

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 
 from dma_lightning.data.base import Batch
 from dma_lightning.monitoring.peaks import compute_dtype, peak_flops, wait_for
-from dma_lightning.trainer_state import is_logging_step
+from dma_lightning.trainer_state import accumulates, is_logging_step
 
 
 class RunSummary(pl.Callback):
@@ -30,7 +30,7 @@ class RunSummary(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if self.estimated or trainer.fit_loop._should_accumulate():
+        if self.estimated or accumulates(trainer):
             return
         if self.started is None:  # behind the first step, in which layers may be compiled
             wait_for(pl_module.device)
