@@ -237,7 +237,7 @@ def test_bytes_become_text_as_soon_as_a_character_is_whole() -> None:
 def test_autocast_generates_in_its_dtype() -> None:
     model, prompt = make_model(), torch.randint(256, (1, 90))
     with torch.autocast("cpu", torch.bfloat16):
-        assert model.new_cache(1)[0].key.dtype == torch.bfloat16
+        assert model.new_cache(1)[0].state.key.dtype == torch.bfloat16
         tokens = model.generate(prompt, 10)
     assert tokens.shape == model.bfloat16().generate(prompt, 10).shape == (1, 10)
 
