@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def apply_rotary(x: Tensor, theta: float, positions: Tensor | None = None, scaling: float = 1.0) -> Tensor:
+def apply_rope(x: Tensor, theta: float, positions: Tensor | None = None, scaling: float = 1.0) -> Tensor:
     """Rotate the rows of `x` by their positions, divided by `scaling`.
 
     Args:

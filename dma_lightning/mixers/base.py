@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dma_kernels import Packing
 from dma_lightning.backends import Backend
-from dma_lightning.rotary import apply_rotary
+from dma_lightning.rotary import apply_rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,11 +229,12 @@ class GroupedQueryMixer(TokenMixer):
 
     def rotated(self, x: Tensor, positions: Tensor | None) -> Tensor:
         """`x` [B, heads, N, D] after the rotary embedding."""
-        return apply_rotary(x, self.rope_theta, positions, self.rope_scaling)
+        return apply_rope(x, self.rope_theta, positions, self.rope_scaling)
 
-    def joined(self, out: Tensor) -> Tensor:
-        """The output projection of `[B, H, N, D]`, `[B, N, C]`."""
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+def merge_heads(x: Tensor) -> Tensor:
+    """`[B, H, N, D] -> [B, N, H * D]`, as an output projection takes it."""
+    return x.transpose(1, 2).flatten(2)
 
 
 def _unpacking(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

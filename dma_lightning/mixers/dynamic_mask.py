@@ -29,7 +29,7 @@ from dma_lightning.backends import (
     explain_backend,
     resolve_backend,
 )
-from dma_lightning.mixers.base import GroupedQueryMixer, MixerConfig, mean_keys
+from dma_lightning.mixers.base import GroupedQueryMixer, MixerConfig, mean_keys, merge_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +124,8 @@ class DynamicMaskAttention(GroupedQueryMixer):
         scores = key_scores(ranks, self.score_form)
         backend = resolve_backend(self.backend, q.device.type, q.device.index, q.dtype, self.head_dim)
         if cache is None:
-            return self.joined(attend(backend, q, k, v, scores, ranks, self.keep, packing))
-        return self.joined(cache.attend(q, NewKeys(k, v, scores, ranks, packing), ATTENTIONS[backend]))
+            return self.o_proj(merge_heads(attend(backend, q, k, v, scores, ranks, self.keep, packing)))
+        return self.o_proj(merge_heads(cache.attend(q, NewKeys(k, v, scores, ranks, packing), ATTENTIONS[backend])))
 
     def lifetimes(self, x: Tensor, packing: Packing | None = None) -> tuple[Lifetimes, Tensor]:
         """The mask that a forward pass over x `[B, N, C]` selects, and the score of every key `[B, G, N]`."""

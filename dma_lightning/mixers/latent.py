@@ -17,12 +17,13 @@ from dma_lightning.mixers.base import (
     check_even,
     check_mixer_input,
     mean_keys,
+    merge_heads,
     normalised,
     positions_of,
 )
 from dma_lightning.mixers.masked import SDPA_OR_FLEX, attend_places, lifetime_attention
 from dma_lightning.mixers.position_cache import PositionCache
-from dma_lightning.rotary import apply_rotary
+from dma_lightning.rotary import apply_rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +123,8 @@ class LatentAttention(TokenMixer):
         q_plain, q_rotated = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         latent, k_rotated = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         latent = normalised(latent, self.kv_a_layernorm)  # [B, N, L]
-        q_rotated = apply_rotary(q_rotated, self.rope_theta, positions, self.rope_scaling)
-        k_rotated = apply_rotary(k_rotated[:, None], self.rope_theta, positions, self.rope_scaling)  # [B, 1, N, R]
+        q_rotated = apply_rope(q_rotated, self.rope_theta, positions, self.rope_scaling)
+        k_rotated = apply_rope(k_rotated[:, None], self.rope_theta, positions, self.rope_scaling)  # [B, 1, N, R]
         if cache is None:
             out = self._expanded(q_plain, q_rotated, latent, k_rotated, packing)
         else:
@@ -137,7 +138,7 @@ class LatentAttention(TokenMixer):
                 q, key = torch.cat([q_latent, q_rotated], dim=-1), kept["key"]
                 mixed = attend_places(q, key, key[..., : self.kv_lora_rank], queries, keys, scale=self.scale)
                 out = torch.einsum("bhnl,hvl->bhnv", mixed, up_values)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(merge_heads(out))
 
     def new_cache(self, batch: int, full: bool = False) -> PositionCache:
         return PositionCache(batch, device=self.q_proj.weight.device)

@@ -13,7 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from dma_kernels import Packing
 from dma_kernels.selected_blocks.attention import block_attention, block_attention_reference, kernels_take
 from dma_lightning.backends import Backend, check_backend, explain_backend, resolve_backend
-from dma_lightning.mixers.base import GroupedQueryMixer, MixerConfig, check_mixer_input, mean_keys, positions_of
+from dma_lightning.mixers.base import (
+    GroupedQueryMixer,
+    MixerConfig,
+    check_mixer_input,
+    mean_keys,
+    merge_heads,
+    positions_of,
+)
 from dma_lightning.mixers.block_selection import BlockGrid
 from dma_lightning.mixers.masked import attend_places, masked_attention
 from dma_lightning.mixers.position_cache import Places, PositionCache
@@ -148,7 +155,7 @@ class NativeSparseAttention(GroupedQueryMixer):
             out_window = attend_places(q, kept["key"], kept["value"], queries, places, self.window)
         gates = self.gate_proj(x).sigmoid().unflatten(-1, (3, -1)).transpose(1, 3)[..., None]  # [B, H, 3, N, 1]
         branches = torch.stack([out_compressed, out_selected, out_window], dim=2)  # [B, H, 3, N, D]
-        return self.joined((gates * branches).sum(2))
+        return self.o_proj(merge_heads((gates * branches).sum(2)))
 
     def new_cache(self, batch: int, full: bool = False) -> "NativeSparseCache":
         return NativeSparseCache(batch, None if full else self.window, self.grid, self.q_proj.weight.device)

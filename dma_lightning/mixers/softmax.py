@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dma_kernels import Lifetimes, Packing
 from dma_lightning.backends import ATTENTIONS, Backend, check_backend, explain_backend, resolve_backend
-from dma_lightning.mixers.base import GroupedQueryMixer, MixerConfig, mean_keys
+from dma_lightning.mixers.base import GroupedQueryMixer, MixerConfig, mean_keys, merge_heads
 from dma_lightning.mixers.masked import SDPA_OR_FLEX, attend_places, lifetime_attention
 from dma_lightning.mixers.position_cache import PositionCache
 
@@ -58,12 +58,12 @@ class MultiHeadAttention(GroupedQueryMixer):
     ) -> Tensor:
         q, k, v = self.queries_keys_values(x, cache)  # [B, H, N, D] and [B, G, N, D]
         if cache is None:
-            return self.joined(window_attention(q, k, v, self.window, self.backend, packing))
+            return self.o_proj(merge_heads(window_attention(q, k, v, self.window, self.backend, packing)))
         fresh = not cache.count
         kept, keys, queries = cache.extend(packing, key=k, value=v)
         if fresh:
-            return self.joined(window_attention(q, k, v, self.window, self.backend, packing))
-        return self.joined(attend_places(q, kept["key"], kept["value"], queries, keys, self.window))
+            return self.o_proj(merge_heads(window_attention(q, k, v, self.window, self.backend, packing)))
+        return self.o_proj(merge_heads(attend_places(q, kept["key"], kept["value"], queries, keys, self.window)))
 
     def new_cache(self, batch: int, full: bool = False) -> PositionCache:
         return PositionCache(batch, None if full else self.window, self.q_proj.weight.device)

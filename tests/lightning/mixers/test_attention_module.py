@@ -13,7 +13,7 @@ from dma_lightning import DynamicMaskAttention
 from dma_lightning.backends import _auto_backend, resolve_backend
 from dma_lightning.config import ModelConfig
 from dma_lightning.model import DogeForCausalLM
-from dma_lightning.rotary import apply_rotary
+from dma_lightning.rotary import apply_rope
 
 
 def make_module(backend: str = "torch", **changed: object) -> DynamicMaskAttention:
@@ -38,7 +38,7 @@ def test_starts_as_sliding_window_attention(window: int) -> None:
     x, position = torch.randn(2, 63, 32), torch.arange(63)
     band = (position <= position[:, None]) & (position > position[:, None] - window)
     q, k, v = (p(x).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (module.q_proj, module.k_proj, module.v_proj))
-    q, k = apply_rotary(module.q_norm(q), 10_000.0), apply_rotary(module.k_norm(k), 10_000.0)
+    q, k = apply_rope(module.q_norm(q), 10_000.0), apply_rope(module.k_norm(k), 10_000.0)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=band, enable_gqa=True)
     expected = module.o_proj(expected.transpose(1, 2).flatten(2))
     torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)

@@ -16,7 +16,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 from dma_lightning import MIXERS, DogeForCausalLM, DynamicMaskAttention, ModelConfig, TokenMixer
 from dma_lightning.mixers import SlidingWindowAttention
 from dma_lightning.mixers.position_cache import PositionCache
-from dma_lightning.rotary import apply_rotary
+from dma_lightning.rotary import apply_rope
 
 LENGTH = 70
 CONFIG = ModelConfig(
@@ -216,7 +216,7 @@ def test_sliding_window_and_all_of_the_past_equal_sdpa() -> None:
     for name, window in (("mha", LENGTH), ("swa", 9)):
         mixer = make_mixer(name)
         q, k, v = (p(x).unflatten(-1, (-1, 8)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
-        q, k = (apply_rotary(norm(y).transpose(1, 2), 1e4) for norm, y in ((mixer.q_norm, q), (mixer.k_norm, k)))
+        q, k = (apply_rope(norm(y).transpose(1, 2), 1e4) for norm, y in ((mixer.q_norm, q), (mixer.k_norm, k)))
         band = (t <= t[:, None]) & (t > t[:, None] - window)
         expected = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), attn_mask=band, enable_gqa=True)
         expected = mixer.o_proj(expected.transpose(1, 2).flatten(2))

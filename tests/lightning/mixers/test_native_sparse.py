@@ -14,7 +14,7 @@ from dma_lightning.mixers import native_sparse
 from dma_lightning.mixers.block_selection import BlockGrid
 from dma_lightning.mixers.masked import masked_attention
 from dma_lightning.mixers.position_cache import PositionCache
-from dma_lightning.rotary import apply_rotary
+from dma_lightning.rotary import apply_rope
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 SIZES = [  # l, s, b, count, window, length
@@ -62,7 +62,7 @@ def by_definition(module: NativeSparseAttention, x: Tensor) -> tuple[Tensor, lis
         return norm(k), v
 
     def rotate(y: Tensor, positions: Tensor | None = None) -> Tensor:
-        return apply_rotary(y[None], 1e4, positions)[0]
+        return apply_rope(y[None], 1e4, positions)[0]
 
     q = rotate(module.q_norm(module.q_proj(x).view(length, HEADS, HEAD_DIM)).transpose(0, 1))
     gates = module.gate_proj(x).sigmoid().view(length, 3, HEADS)
