@@ -1,7 +1,6 @@
 """Attention as dense batched matmuls per segment, in plain PyTorch: O(N·(C+S)) time and memory on any device.
 
-B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S segment length, K slots, Z = B *
-segments.
+B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S segment length, K slots, Z segments.
 """
 
 import torch

@@ -5,7 +5,7 @@ Queries are cut into segments of S positions. Each segment has its own key list:
     slots [0, C)       snapshot: the keys alive at the segment's start, sorted by death, latest first
     slots [C, C + S)   own: the keys born in the segment that are ever alive, in time order
 
-B batch, G KV heads, N length, T segments, S segment length, C snapshot slots, K = C + S slots, Z = B * T.
+B batch, G KV heads, N length, D head dim, T segments, S segment length, C snapshot slots, K = C + S slots.
 """
 
 import torch

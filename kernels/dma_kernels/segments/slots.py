@@ -142,8 +142,8 @@ class SegmentSlots:
 
     def fill_up(self, x: Tensor) -> Tensor:
         """`[B, G, n, ...]`, n at most T * S, filled up with zeros to `[B, G, T * S, ...]`."""
-        missing = self.filled_length - x.shape[2]
-        return F.pad(x, (*(0, 0) * (x.ndim - 3), 0, missing)) if missing else x
+        missing, later_dims = self.filled_length - x.shape[2], [0, 0] * (x.ndim - 3)
+        return F.pad(x, (*later_dims, 0, missing)) if missing else x
 
     def gather(self, x: Tensor) -> Tensor:
         """Rows of `x` [B, G, N, D] in their slots, `[Z, G, K, D]`, zeros in empty ones; differentiable."""
