@@ -8,7 +8,7 @@ The cases are those of `tests/fuzz`: a check takes a seed, draws a case from it,
 Python and NumPy that shares no code with the packages. The areas, and what one is about:
 
 - `selection`: `Lifetimes.top_w` with ties, NaN, infinities, documents, padding, kept last and first keys; its counts;
-  the layouts of segments, in which each visible pair stands exactly once;
+  the slots of segments, in which each visible pair stands exactly once;
 - `masks`, `intervals`: unions and intersections; block masks, also against torch's `create_block_mask`;
 - `backends`, `triton`, `flex`: output and gradients against softmax in float64 (`triton` by its interpreter if there is
   no GPU, `flex` without gradients);

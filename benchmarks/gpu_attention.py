@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from dma_flex import (
+    FlexPlan,
     Lifetimes,
-    SegmentPlan,
     block_mask,
     flex_segment_attention,
     key_bias_score_mod,
@@ -114,7 +114,7 @@ def measure_attention(heads: int, kv_heads: int, length: int, window: int) -> di
     *qkv, ranks = make_inputs(heads, kv_heads, length)
     scores = ranks.detach().exp().requires_grad_()
     mask = Lifetimes.top_w(ranks, window)
-    plan, naive = SegmentPlan.of(mask, 1, heads, kv_heads), block_mask(mask, length, num_heads=heads)
+    plan, naive = FlexPlan.of(mask, 1, heads, kv_heads), block_mask(mask, length, num_heads=heads)
 
     def flex() -> Tensor:
         return flex_segment_attention(*qkv, scores, mask, plan=plan)
@@ -127,7 +127,7 @@ def measure_attention(heads: int, kv_heads: int, length: int, window: int) -> di
 
     row: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "length": length, "window": window}
     row["selection"] = {"forward": time_ms(lambda: Lifetimes.top_w(ranks, window))}
-    row["plan"] = {"forward": time_ms(lambda: SegmentPlan.of(mask, 1, heads, kv_heads))}
+    row["plan"] = {"forward": time_ms(lambda: FlexPlan.of(mask, 1, heads, kv_heads))}
     row["flex"] = forward_and_backward(flex, [*qkv, scores])
     row["flex, natural order"] = forward_and_backward(natural_order, [*qkv, scores])
     for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("FlashAttention-2", SDPBackend.FLASH_ATTENTION)):
@@ -166,9 +166,10 @@ def measure_bias_gradients() -> Iterator[dict[str, Any]]:
     """Ways to the gradient of the key biases, over the segments of 32k keys: forward, and backward of q, k, v, bias."""
     heads, kv_heads, length, window = SHAPES[0]
     q, k, v, ranks = (x.detach() for x in make_inputs(heads, kv_heads, length))
-    plan = SegmentPlan.of(Lifetimes.top_w(ranks, window), 1, heads, kv_heads)
-    q, k, v = plan.split_queries(q), plan.copies.gather(k), plan.copies.gather(v)
-    bias = plan.copies.gather(ranks.exp()[..., None]).squeeze(-1)
+    plan = FlexPlan.of(Lifetimes.top_w(ranks, window), 1, heads, kv_heads)
+    slots = plan.slots
+    q, k, v = slots.split_queries(q), slots.gather(k), slots.gather(v)
+    bias = slots.gather(ranks.exp()[..., None]).squeeze(-1)
     column = torch.zeros(1, 1, 1, 16, device="cuda", dtype=q.dtype)  # the least that a tensor core takes
     one = column.index_fill(-1, torch.tensor([0], device="cuda"), 1)
     q_wide = torch.cat([q, one.expand(*q.shape[:3], -1)], -1)
@@ -192,7 +193,7 @@ def measure_bias_gradients() -> Iterator[dict[str, Any]]:
     lse = torch.full(q.shape[:3], 8.0, device="cuda")  # the time does not depend on the numbers
 
     def kernel() -> tuple[Tensor, ...]:
-        return key_gradients(q, k, v, bias, plan.birth, plan.death, lse, lse, q, HEAD_DIM**-0.5)
+        return key_gradients(q, k, v, bias, slots.birth, slots.death, lse, lse, q, HEAD_DIM**-0.5)
 
     yield {"way": "key-major kernel: dk, dv and dbias together", "backward": time_ms(kernel)}
 

@@ -101,6 +101,28 @@ def test_imports_without_triton(package: str) -> None:
     run_python(f"import sys; sys.modules['triton'] = None; import {package}")
 
 
+@pytest.mark.parametrize(
+    ("package", "old", "new"),
+    [("dma_kernels", "SegmentLayout", "SegmentSlots"), ("dma_flex", "SegmentPlan", "FlexPlan")],
+)
+def test_an_old_name_gives_the_new_class_and_says_so_once(package: str, old: str, new: str) -> None:
+    run_python(
+        f"""
+import warnings
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    import {package}
+    from {package} import *
+    assert not told, told
+    from {package} import {old}
+    assert {old} is {package}.{old} is {package}.{new}
+assert [str(x.message) for x in told] == ["{package}.{old}: {new} is its name now"], told
+assert told[0].category is FutureWarning and told[0].filename == "<string>", told[0]
+assert not hasattr({package}, "Nothing")
+"""
+    )
+
+
 def test_no_top_level_package_is_called_kernels_or_flex() -> None:
     assert not (ROOT / "kernels/__init__.py").exists()
     assert not (ROOT / "flex/__init__.py").exists()

@@ -9,14 +9,13 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from dma_flex.mods import key_bias_score_mod
-from dma_flex.segment_plan import SegmentPlan
-from dma_kernels import Lifetimes
+from dma_flex.segment_plan import FlexPlan
+from dma_kernels import Lifetimes, SegmentSlots
 from dma_kernels.attention.key_gradients import key_gradients
 from dma_kernels.checks import check_attention_inputs, check_lifetimes
 from dma_kernels.precision import without_autocast
@@ -32,7 +31,7 @@ def flex_segment_attention(
     lifetimes: Lifetimes,
     scale: float | None = None,
     segment_length: int | None = None,
-    plan: SegmentPlan | None = None,
+    plan: FlexPlan | None = None,
 ) -> Tensor:
     """Softmax attention over the live keys, with the scores as additive bias, by FlexAttention.
 
@@ -47,7 +46,7 @@ def flex_segment_attention(
         lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
         scale: factor of q·k, by default `1 / sqrt(D)`.
         segment_length: S, a multiple of 128 (or rounded up to one), by default about the mask's capacity.
-        plan: `SegmentPlan.of` these lifetimes, if they are used more than once; it is taken on trust.
+        plan: `FlexPlan.of` these lifetimes, if they are used more than once; it is taken on trust.
 
     Returns:
         `[B, H, N, D]` in the dtype of q. A query without any key gives 0.
@@ -65,12 +64,11 @@ def flex_segment_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if batch == 0:
         return q * (k.sum() + v.sum() + scores.sum()).to(q.dtype)  # empty, and differentiable in all
-    plan = SegmentPlan.of(lifetimes, batch, heads, kv_heads, segment_length) if plan is None else plan
+    plan = FlexPlan.of(lifetimes, batch, heads, kv_heads, segment_length) if plan is None else plan
     plan.check_fits(q, k)
     _check_grid(plan, q)
-    if missing := plan.length - length:  # outside what is compiled, so that lengths of one class share it
-        q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
-        scores = F.pad(scores, (0, missing))
+    # Outside what is compiled, so that lengths of one class share it.
+    q, k, v, scores = (plan.slots.fill_up(x) for x in (q, k, v, scores))
     with without_autocast(q.device):
         if torch.compiler.is_compiling():
             return _attend(q, k, v, scores, plan, scale)[:, :, :length]
@@ -91,32 +89,34 @@ def told_recompile_limit(q: Tensor) -> Iterator[None]:
         ) from error
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, plan: FlexPlan, scale: float) -> Tensor:
     """Attend over segments, `[B, H, T * S, D]`."""
     scores = saturated(scores)
     if not q.is_cuda:
         return _attend_on_cpu(q, k, v, scores, plan, scale)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, scores)):
         return _attend_with_gradients(q, k, v, scores, plan, scale)
-    q_seg, k_seg, v_seg = plan.split_queries(q), plan.copies.gather(k), plan.copies.gather(v)
-    arguments = _flex_arguments(q, k, _gather_bias(scores, plan), plan, scale)
-    return plan.join_queries(flex_attention(q_seg, k_seg, v_seg, **arguments))
+    slots = plan.slots
+    q_seg, k_seg, v_seg = slots.split_queries(q), slots.gather(k), slots.gather(v)
+    arguments = _flex_arguments(q, k, _gather_bias(scores, slots), plan, scale)
+    return slots.join_queries(flex_attention(q_seg, k_seg, v_seg, **arguments))
 
 
-def _attend_with_gradients(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
+def _attend_with_gradients(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, plan: FlexPlan, scale: float) -> Tensor:
     """The same in training: FlexAttention takes keys, values and bias as constants and computes dq."""
-    q_seg, k_seg, v_seg = plan.split_queries(q), plan.copies.gather(k), plan.copies.gather(v)
-    bias, copies = _gather_bias(scores.detach(), plan), plan.copies
+    slots = plan.slots
+    q_seg, k_seg, v_seg = slots.split_queries(q), slots.gather(k), slots.gather(v)
+    bias, copies = _gather_bias(scores.detach(), slots), slots.copies
     arguments = _flex_arguments(q, k, bias, plan, scale) | {"block_mask": _for_query_gradient(plan.block_mask)}
     out, aux = flex_attention(q_seg, k_seg.detach(), v_seg.detach(), **arguments, return_aux=AuxRequest(lse=True))
     out = _WithKeyGradients.apply(
-        out, k_seg, v_seg, scores, q_seg.detach(), bias, plan.birth, plan.death, aux.lse.detach(), scale,
+        out, k_seg, v_seg, scores, q_seg.detach(), bias, slots.birth, slots.death, aux.lse.detach(), scale,
         copies.row, copies.first, copies.slot,
     )  # fmt: skip
-    return plan.join_queries(out)
+    return slots.join_queries(out)
 
 
-def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
+def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, plan: FlexPlan, scale: float) -> Tensor:
     """The same without gradients, and with NaN made visible.
 
     FlexAttention's CPU kernel loses NaN logits in the maximum of a row and returns 0. So keys that are not finite, or
@@ -124,19 +124,20 @@ def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, plan: Segmen
     """
     broken = ~q.isfinite().all(-1, keepdim=True)
     bias = torch.where(k.isfinite().all(-1) & ~scores.isnan(), scores, torch.inf)
-    q_seg = _materialize(plan.split_queries(q.nan_to_num()))
-    k_seg, v_seg = plan.copies.gather(k.nan_to_num()), plan.copies.gather(v)
-    arguments = _flex_arguments(q, k, _gather_bias(bias, plan), plan, scale)
+    slots = plan.slots
+    q_seg = _materialize(slots.split_queries(q.nan_to_num()))
+    k_seg, v_seg = slots.gather(k.nan_to_num()), slots.gather(v)
+    arguments = _flex_arguments(q, k, _gather_bias(bias, slots), plan, scale)
     out = _materialize(flex_attention(q_seg, k_seg, v_seg, **arguments))
-    return plan.join_queries(out).masked_fill(broken, torch.nan)
+    return slots.join_queries(out).masked_fill(broken, torch.nan)
 
 
-def _gather_bias(bias: Tensor, plan: SegmentPlan) -> Tensor:
-    """`[B, G, T * S] -> [Z, G, K]`."""
-    return plan.copies.gather(bias[..., None]).squeeze(-1)
+def _gather_bias(bias: Tensor, slots: SegmentSlots) -> Tensor:
+    """`[B, G, N] -> [Z, G, K]`."""
+    return slots.gather(bias[..., None]).squeeze(-1)
 
 
-def _flex_arguments(q: Tensor, k: Tensor, bias: Tensor, plan: SegmentPlan, scale: float) -> dict[str, Any]:
+def _flex_arguments(q: Tensor, k: Tensor, bias: Tensor, plan: FlexPlan, scale: float) -> dict[str, Any]:
     """What every call of FlexAttention here has in common."""
     return {
         "score_mod": key_bias_score_mod(bias, q.shape[1]),
@@ -217,12 +218,13 @@ def _kernel_options(q: Tensor) -> dict[str, int]:
     return {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": columns, "fwd_num_warps": 4, "fwd_num_stages": stages}
 
 
-def _check_grid(plan: SegmentPlan, q: Tensor) -> None:
+def _check_grid(plan: FlexPlan, q: Tensor) -> None:
     """Raise `ValueError` for more segments than FlexAttention's CUDA kernels can take as a batch."""
-    if q.is_cuda and plan.birth.shape[0] > 65_535:
+    segments = plan.slots.birth.shape[0]
+    if q.is_cuda and segments > 65_535:
         raise ValueError(
-            f"backend 'flex' takes 65535 segments at most, got {plan.birth.shape[0]} of {plan.segment_length} "
-            "positions; set a larger segment_length, or use a smaller batch"
+            f"backend 'flex' takes 65535 segments at most, got {segments} of {plan.slots.segment_length} positions; "
+            "set a larger segment_length, or use a smaller batch"
         )
 
 

@@ -10,6 +10,7 @@ The rooms, in the order in which a key passes through them:
 - `decoding`: attention token by token, with an exact cache of constant size
 - `selected_blocks`: the selected branch of native sparse attention
 - `checks`: what all of them expect of their tensors; `tune`: configurations for a GPU; `drawing`: pictures of masks
+- `renamed`: `SegmentLayout`, the old name of `SegmentSlots`, whose arguments and fields are others; a FutureWarning
 """
 
 from dma_kernels.attention.ops import fused_attention
@@ -21,8 +22,8 @@ from dma_kernels.keep_rule import KeepRule
 from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.packing import Packing
 from dma_kernels.reference import reference_attention, reference_mask
+from dma_kernels.renamed import giving_renamed
 from dma_kernels.scores import ScoreForm, key_ranks, key_scores
-from dma_kernels.segments.plain import SegmentLayout
 from dma_kernels.segments.slots import SegmentSlots
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
     "NewKeys",
     "Packing",
     "ScoreForm",
-    "SegmentLayout",
     "SegmentSlots",
     "fused_attention",
     "key_ranks",
@@ -43,3 +43,5 @@ __all__ = [
     "reference_mask",
     "segment_attention",
 ]
+
+__getattr__ = giving_renamed(__name__, SegmentLayout=SegmentSlots)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from dma_flex import Lifetimes, SegmentPlan, block_mask, interval_block_mask, lifetime_mask_mod
+from dma_flex import FlexPlan, Lifetimes, block_mask, interval_block_mask, lifetime_mask_mod
 from dma_flex.block_masks import block_tables, block_tables_reference, empty_tables
 
 TABLES = ["kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"]
@@ -84,18 +84,18 @@ def test_any_intervals_of_three_blocks_or_more(case: tuple[Tensor, Tensor, int],
 def test_segments_hold_the_same_mask(case: tuple[Lifetimes, Tensor], group: int, segment: int | None) -> None:
     mask, pairs = case
     length, batch, heads = mask.length, 2 if mask.death.shape[0] == 1 else mask.death.shape[0], 2
-    plan = SegmentPlan.of(mask, batch, heads * group, heads, segment, BLOCK_SIZE)
-    z, q_len, slots = batch * plan.segments, plan.segment_length, plan.birth.shape[-1]
-    mask_mod = lifetime_mask_mod(plan.birth, plan.death, heads * group)
-    table_heads = 1 if plan.birth.shape[1] == 1 else heads * group
-    assert_same_tables(plan.block_mask, create_block_mask(mask_mod, z, table_heads, q_len, slots, "cpu", BLOCK_SIZE))
+    plan = FlexPlan.of(mask, batch, heads * group, heads, segment, BLOCK_SIZE)
+    slots = plan.slots
+    z, q_len, keys = batch * slots.segments, slots.segment_length, slots.birth.shape[-1]
+    mask_mod = lifetime_mask_mod(slots.birth, slots.death, heads * group)
+    table_heads = 1 if slots.birth.shape[1] == 1 else heads * group
+    assert_same_tables(plan.block_mask, create_block_mask(mask_mod, z, table_heads, q_len, keys, "cpu", BLOCK_SIZE))
 
-    query = torch.arange(q_len)[:, None]
-    seen = (plan.birth[..., None, :] <= query) & (query < plan.death[..., None, :])  # [Z, G or 1, S, K]
-    row = plan.copies.row[..., None, :]  # of all heads and sequences together
+    seen = slots.visible()  # [Z, G or 1, S, K]
+    row = slots.copies.row[..., None, :]  # of all heads and sequences together
     assert not (seen & (row < 0)).any()
-    start = torch.arange(batch * heads).view(batch, heads).repeat_interleave(plan.segments, 0) * plan.length
-    key = (row - start.view(z, heads, 1, 1)).clamp(min=0).expand(z, heads, q_len, slots)
+    start = torch.arange(batch * heads).view(batch, heads).repeat_interleave(slots.segments, 0) * slots.length
+    key = (row - start.view(z, heads, 1, 1)).clamp(min=0).expand(z, heads, q_len, keys)
     dense = torch.zeros(z, heads, q_len, length, dtype=torch.long).scatter_add_(-1, key, seen.long().expand(key.shape))
     dense = dense.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :length]
     assert torch.equal(dense, pairs.expand(dense.shape).long())

@@ -11,8 +11,8 @@ from torch.nn.attention.flex_attention import AuxOutput, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from dma_flex import (
+    FlexPlan,
     Lifetimes,
-    SegmentPlan,
     block_mask,
     flex_segment_attention,
     key_bias_score_mod,
@@ -78,8 +78,8 @@ def test_gradients_around_flex_attention(length: int, group: int, monkeypatch: p
     k, v = (torch.randn(2, 2, length, 16, dtype=torch.float64, requires_grad=True) for _ in range(2))
     scores = torch.randn(2, 2, length, dtype=torch.float64, requires_grad=True)
     mask = Lifetimes.top_w(scores, 40, padding=torch.rand(2, length) < 0.2)
-    plan = SegmentPlan.of(mask, 2, 2 * group, 2, segment_length=64, block_size=16)
-    missing = plan.length - length
+    plan = FlexPlan.of(mask, 2, 2 * group, 2, segment_length=64, block_size=16)
+    missing = plan.slots.length - length
     padded = [F.pad(x, (0, 0, 0, missing)) for x in (q, k, v)]
     found = module._attend_with_gradients(*padded, F.pad(scores, (0, missing)), plan, 0.25)[:, :, :length]
     expected = segment_attention(q, k, v, scores, mask, scale=0.25)
@@ -188,7 +188,7 @@ def test_the_recompile_limit_is_an_error(device: str) -> None:
 def test_a_plan_serves_many_calls(device: str) -> None:
     *qkv, scores = small_inputs(device)
     mask = Lifetimes.top_w(scores, 40)
-    plan = SegmentPlan.of(mask, 2, HEADS, KV_HEADS, segment_length=128)
+    plan = FlexPlan.of(mask, 2, HEADS, KV_HEADS, segment_length=128)
     with torch.no_grad():
         expected = flex_segment_attention(*qkv, scores, mask, segment_length=128)
         assert torch.equal(flex_segment_attention(*qkv, scores, mask, plan=plan), expected)
@@ -277,19 +277,19 @@ def test_bad_inputs(device: str) -> None:
         flex_segment_attention(q, k, v, scores, Lifetimes.causal(299, device))
     with pytest.raises(ValueError, match=r"scores: expected torch\.float32"):
         flex_segment_attention(q, k, v, scores.bfloat16(), mask)
-    plan = SegmentPlan.of(mask, 2, HEADS, KV_HEADS)
+    plan = FlexPlan.of(mask, 2, HEADS, KV_HEADS)
     with pytest.raises(ValueError, match="expected segment_length or plan, got both"):
         flex_segment_attention(q, k, v, scores, mask, segment_length=128, plan=plan)
     with pytest.raises(ValueError, match="num_heads a multiple of num_kv_heads, got 2, 3 and 2"):
-        SegmentPlan.of(mask, 2, 3, KV_HEADS)
+        FlexPlan.of(mask, 2, 3, KV_HEADS)
     with pytest.raises(ValueError, match=r"lifetimes: expected \[3 or 1, 2 or 1, N\], got \[2, 2, 300\]"):
-        SegmentPlan.of(mask, 3, HEADS, KV_HEADS)
+        FlexPlan.of(mask, 3, HEADS, KV_HEADS)
     with pytest.raises(ValueError, match="segment_length: expected at least 1, got 0"):
         flex_segment_attention(q, k, v, scores, mask, segment_length=0)
     with pytest.raises(ValueError, match="born at its own position"):
         flex_segment_attention(q, k, v, scores, Lifetimes(mask.birth + 1, mask.death, 40))
     with pytest.raises(ValueError, match="block_size: expected a power of two, got 100"):
-        SegmentPlan.of(mask, 2, HEADS, KV_HEADS, block_size=100)
+        FlexPlan.of(mask, 2, HEADS, KV_HEADS, block_size=100)
 
 
 @pytest.mark.skipif(ON_GPU, reason="about machines without a GPU")

@@ -12,7 +12,7 @@ from fuzz_draws import Packing, draw_length, draw_ranks, draw_window
 from fuzz_oracles import Kept
 from fuzz_told import told
 
-from dma_kernels import Lifetimes, SegmentLayout, SegmentSlots, reference_mask
+from dma_kernels import Lifetimes, SegmentSlots, reference_mask
 
 _DTYPES = (torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -48,7 +48,7 @@ class SelectionCase:
 
 
 def check_selection(seed: int) -> None:
-    """`Lifetimes.top_w` in its dense form and its counts, the O(N²) reference, and the layouts of segments."""
+    """`Lifetimes.top_w` in its dense form and its counts, the O(N²) reference, and the slots of segments."""
     rng = random.Random(seed)
     case = SelectionCase.drawn(rng)
     with told(seed, case):
@@ -62,22 +62,13 @@ def check_selection(seed: int) -> None:
         assert expected.sum(-1).max() <= mask.capacity, "capacity"
         reference = reference_mask(case.ranks, case.kept.window, **case.arguments())
         assert np.array_equal(reference.numpy(), expected), "reference_mask"
-        check_layout(SegmentLayout.of(mask, rng.choice((None, 1, 7, 16, length + 3)), rng.choice((1, 2, 16))), expected)
+        segment, block_size = rng.choice((None, 1, 7, 16, length + 3)), rng.choice((1, 2, 16))
+        check_slots(SegmentSlots.plain(mask, *expected.shape[:2], segment, block_size), expected)
         check_slots(SegmentSlots.of(mask, *expected.shape[:2], rng.choice((None, 1, 20)), 16), expected)
 
 
-def check_layout(layout: SegmentLayout, expected: np.ndarray) -> None:
-    """Each visible pair stands in exactly one slot, no other pair in any."""
-    b, g, t, s, slot = layout.visible().numpy().nonzero()
-    query = t * layout.segment_length + s
-    key = layout.key.numpy()[b, g, t, slot]
-    inside = query < layout.length
-    assert (key >= 0).all(), "an empty slot is seen"
-    _assert_each_once(b[inside], g[inside], query[inside], key[inside], expected)
-
-
 def check_slots(slots: SegmentSlots, expected: np.ndarray) -> None:
-    """The same of slots with segments as batch, whose rows are those of all sequences and heads together."""
+    """Each visible pair stands in exactly one slot, no other pair in any; rows are those of all heads together."""
     batch, kv_heads, _, length = expected.shape
     segments = slots.filled_length // slots.segment_length
     row, birth, death = (x.numpy() for x in (slots.copies.row, slots.birth, slots.death))

@@ -4,7 +4,7 @@ import masks
 import pytest
 import torch
 
-from dma_kernels import Lifetimes, SegmentLayout, reference_mask
+from dma_kernels import Lifetimes, SegmentSlots, reference_mask
 from dma_kernels.scores import ordered_bits
 from dma_kernels.selection.plain import KeyOrder, top_w_deaths
 
@@ -186,10 +186,10 @@ def test_documents_and_padding_of_the_constructors() -> None:
 def test_masks_by_hand_are_checked_before_they_are_cut() -> None:
     causal = Lifetimes.causal(8)
     with pytest.raises(ValueError, match="capacity: expected at least the 8 keys that are alive at once, got 3"):
-        SegmentLayout.of(Lifetimes(causal.birth, causal.death, 3))
+        SegmentSlots.plain(Lifetimes(causal.birth, causal.death, 3), 1, 1)
     with pytest.raises(ValueError, match="born at its own position"):
-        SegmentLayout.of(Lifetimes(causal.birth + 1, causal.death, 8))
-    assert SegmentLayout.of(Lifetimes(causal.birth, causal.death, 8)).length == 8
+        SegmentSlots.plain(Lifetimes(causal.birth + 1, causal.death, 8), 1, 1)
+    assert SegmentSlots.plain(Lifetimes(causal.birth, causal.death, 8), 1, 1).length == 8
 
 
 def test_huge_sizes_mean_everything() -> None:

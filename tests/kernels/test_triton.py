@@ -7,7 +7,7 @@ import torch
 from poison import poisoned_buffers
 from torch import Tensor
 
-from dma_kernels import Lifetimes, SegmentLayout
+from dma_kernels import Lifetimes, SegmentSlots
 from dma_kernels.attention.key_gradients import key_gradients_reference
 from dma_kernels.segments.gather import gather_rows_reference, sum_copies_reference
 
@@ -20,46 +20,46 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16] if ON_GPU else [torch.fl
 GROUPS, HEAD_DIMS = ([1, 2, 4, 8], [16, 20, 64, 96, 128, 256]) if ON_GPU else ([1, 4], [16, 18])
 
 
-def make_layout(length: int, device: str, kv_heads: int = 2, **arguments: Tensor) -> SegmentLayout:
+def make_slots(length: int, device: str, kv_heads: int = 2, **arguments: Tensor) -> SegmentSlots:
     """Segments of 32 positions for two sequences, with keys that live in several of them."""
     mask = Lifetimes.top_w(torch.randn(2, kv_heads, length, device=device), 20, **arguments)
-    return SegmentLayout.of(mask, segment_length=32, block_size=16)
+    return SegmentSlots.plain(mask, 2, kv_heads, segment_length=32, block_size=16)
 
 
 @pytest.mark.parametrize("head_dim", [1, 5, 16, 128])
 @pytest.mark.parametrize("length", [1, 63, 111, 257])
 def test_gather_and_its_transpose(length: int, head_dim: int, device: str) -> None:
-    copies = make_layout(length, device).copies(2, 2)
+    slots = make_slots(length, device)
+    copies, filled = slots.copies, slots.filled_length
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(2, length, 2, head_dim, device=device, dtype=dtype).transpose(1, 2)  # not contiguous
         with poisoned_buffers():
-            rows = launch_gather_rows(x, copies.row)
-            total = launch_sum_copies(rows, copies.first, copies.slot, list(x.shape))
-        assert torch.equal(rows, gather_rows_reference(x, copies.row))
-        torch.testing.assert_close(total, sum_copies_reference(rows, copies.row, list(x.shape)))
+            rows = launch_gather_rows(x, copies.row, head_rows=filled)
+            total = launch_sum_copies(rows, copies.first, copies.slot, list(x.shape), head_rows=filled)
+        assert torch.equal(rows, gather_rows_reference(slots.fill_up(x), copies.row))
+        expected = sum_copies_reference(rows, copies.row, [2, 2, filled, head_dim])[:, :, :length]
+        torch.testing.assert_close(total, expected)
 
 
 def test_copies_are_summed_in_float32(device: str) -> None:
     mask = Lifetimes.causal(256, device)
-    copies = SegmentLayout.of(mask, segment_length=1).copies(1, 1)  # key 0 has 256 copies
+    copies = SegmentSlots.plain(mask, 1, 1, segment_length=1).copies  # key 0 has 256 copies
     rows = torch.full((*copies.row.shape, 1), 1.0 + 2**-7, dtype=torch.bfloat16, device=device)
     total = launch_sum_copies(rows, copies.first, copies.slot, [1, 1, 256, 1])
     assert total[0, 0, 0, 0] == 256 * (1.0 + 2**-7)  # a running sum in bfloat16 stops growing at 256
 
 
-def make_inputs(layout: SegmentLayout, group: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
+def make_inputs(slots: SegmentSlots, group: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
     """Arguments of `key_gradients` with a log-sum-exp that belongs to them."""
-    birth, death = layout.local_lifetimes(2)
-    (z, kv_heads, keys), device, queries = birth.shape, birth.device, layout.segment_length
+    birth, death = slots.birth, slots.death
+    (z, kv_heads, keys), device, queries = birth.shape, birth.device, slots.segment_length
     q, grad_out = torch.randn(2, z, queries, kv_heads * group, head_dim, device=device).transpose(2, 3)
     k, v = torch.randn(2, z, kv_heads, keys, head_dim, device=device)
     q, k, v, grad_out = (x.to(dtype) for x in (q, k, v, grad_out))  # q and grad_out: not contiguous
     bias, scale = torch.randn(z, kv_heads, keys, device=device), head_dim**-0.5
     bias[:, :, -queries] = -torch.inf  # the first own key: for some query it is the only one
-    query = torch.arange(queries, device=device)[:, None]
-    visible = (birth[..., None, :] <= query) & (query < death[..., None, :])
     logits = q.float() @ k.float().repeat_interleave(group, 1).mT * scale + bias.repeat_interleave(group, 1)[:, :, None]
-    lse = logits.masked_fill(~visible.repeat_interleave(group, 1), -torch.inf).logsumexp(-1)
+    lse = logits.masked_fill(~slots.visible().repeat_interleave(group, 1), -torch.inf).logsumexp(-1)
     return [q, k, v, bias, birth, death, lse, torch.randn_like(lse), grad_out, scale]
 
 
@@ -75,7 +75,7 @@ def launch_in_base_2(inputs: list[Tensor]) -> tuple[Tensor, ...]:
 def test_key_gradients(length: int, group: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
     padding = torch.zeros(2, length, dtype=torch.bool, device=device)
     padding[1] = True  # all queries of a sequence without keys
-    inputs = make_inputs(make_layout(length, device, padding=padding), group, head_dim, dtype)
+    inputs = make_inputs(make_slots(length, device, padding=padding), group, head_dim, dtype)
     exact = key_gradients_reference(
         *(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
     )
@@ -92,6 +92,6 @@ def test_key_gradients(length: int, group: int, head_dim: int, dtype: torch.dtyp
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_key_gradients_are_the_same_bits_in_every_run(device: str) -> None:
-    inputs = make_inputs(make_layout(1025, device), 4, 64, torch.bfloat16)
+    inputs = make_inputs(make_slots(1025, device), 4, 64, torch.bfloat16)
     first, second = launch_in_base_2(inputs), launch_in_base_2(inputs)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))

@@ -1,6 +1,6 @@
 """Attention as dense batched matmuls per segment, in plain PyTorch: O(N·(C+S)) time and memory on any device.
 
-B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, T segments, S segment length, K slots.
+B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S segment length, K slots, Z segments.
 """
 
 import torch
@@ -11,7 +11,7 @@ from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.precision import without_autocast
 from dma_kernels.reference import masked_average, masked_logsumexp
 from dma_kernels.scores import saturated
-from dma_kernels.segments.plain import SegmentLayout
+from dma_kernels.segments.slots import SegmentSlots
 
 
 def segment_attention(
@@ -50,22 +50,21 @@ def segment_attention(
     dtype = torch.promote_types(q.dtype, torch.float32)
     heads, kv_heads = q.shape[1], k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    layout = SegmentLayout.of(lifetimes, segment_length)
+    slots = SegmentSlots.plain(lifetimes, q.shape[0], kv_heads, segment_length)
     with without_autocast(q.device):
-        k_seg, v_seg = layout.gather(k).to(dtype), layout.gather(v).to(dtype)  # [B, G, T, K, D]
-        scores_seg = layout.gather(saturated(scores).to(dtype)[..., None])  # [B, G, T, K, 1]
-        q_seg = layout.split_queries(q.to(dtype) * scale)  # [B, H, T, S, D]
-        q_seg = q_seg.unflatten(1, (kv_heads, -1)).transpose(2, 3)  # [B, G, T, R, S, D]
+        k_seg, v_seg = (slots.gather_plain(x).to(dtype) for x in (k, v))  # [Z, G, K, D]
+        bias = slots.gather_plain(saturated(scores).to(dtype)[..., None])  # [Z, G, K, 1]
+        q_seg = slots.split_queries(q.to(dtype) * scale)  # [Z, H, S, D]
+        q_seg = q_seg.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [Z, G, R * S, D]
 
-        logits = q_seg.flatten(3, 4) @ k_seg.transpose(-1, -2) + scores_seg.transpose(-1, -2)  # [B, G, T, R * S, K]
-        visible = layout.visible().repeat(1, 1, 1, heads // kv_heads, 1)
-        out = _join_heads(masked_average(logits, visible, v_seg), layout).to(q.dtype)
+        logits = q_seg @ k_seg.mT + bias.mT  # [Z, G, R * S, K]
+        visible = slots.visible().repeat(1, 1, heads // kv_heads, 1)
+        out = _join_heads(masked_average(logits, visible, v_seg), slots).to(q.dtype)
         if not return_lse:
             return out
-        return out, _join_heads(masked_logsumexp(logits, visible)[..., None], layout).squeeze(-1)
+        return out, _join_heads(masked_logsumexp(logits, visible)[..., None], slots).squeeze(-1)
 
 
-def _join_heads(x: Tensor, layout: SegmentLayout) -> Tensor:
-    """`[B, G, T, R * S, D] -> [B, H, N, D]`."""
-    by_head = x.unflatten(3, (-1, layout.segment_length)).transpose(2, 3)  # [B, G, R, T, S, D]
-    return layout.join_queries(by_head).flatten(1, 2)
+def _join_heads(x: Tensor, slots: SegmentSlots) -> Tensor:
+    """`[Z, G, R * S, D] -> [B, H, N, D]`."""
+    return slots.join_queries(x.unflatten(2, (-1, slots.segment_length)).flatten(1, 2))

@@ -73,6 +73,24 @@ class Copies:
         """Rows of `x` [B, G, N, D] in their slots, `[M..., D]`; differentiable, deterministic."""
         return gather_rows(x, self.row, self.first, self.slot)
 
+    def gather_plain(self, x: Tensor) -> Tensor:
+        """The same in plain PyTorch: on any device, without Triton, and differentiable twice."""
+        return _GatherRows.apply(x, self.row)
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows of `x` [B, G, N, D]; the backward is one index-add, unsorted."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(row)
+        ctx.shape = list(x.shape)
+        return gather_rows_reference(x, row)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return sum_copies_reference(grad, *ctx.saved_tensors, ctx.shape), None
+
 
 @torch.library.custom_op("dma_kernels::gather_rows", mutates_args=())
 def gather_rows(x: Tensor, row: Tensor, first: Tensor, slot: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
-"""Which row of keys stands in which slot of which segment, and when it is seen there: one operation.
+"""Which key stands in which slot of which segment, and when it is seen there.
 
-What `SegmentLayout` says, with segments as batch, as an operation that is opaque to torch.compile; on CUDA by Triton
-kernels.
+What a list of slots holds, `plain.py` says; `segment_slots` is the same as one operation that is opaque to
+torch.compile, on CUDA by Triton kernels.
 
-B batch, G KV heads, N length, T segments, S segment length, C snapshot slots, K = C + S slots, Z = B * T.
+B batch, H query heads, G KV heads, N length, D head dim, T segments, S segment length, C snapshot slots, K = C + S
+slots, Z = B * T.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +17,14 @@ from torch.utils._triton import has_triton
 
 from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.segments.gather import Copies
-from dma_kernels.segments.plain import SegmentLayout
+from dma_kernels.segments.plain import round_up, segment_slots_reference
 
 
 @dataclass(frozen=True)
 class SegmentSlots:
     """Which key stands in which slot of which segment; valid for all tensors of one shape.
+
+    Segments are a batch: Z = B * T of them, each with S queries and K slots.
 
     Attributes:
         copies: which row of `[B, G, N, D]`, N filled up to whole segments, each slot holds, `[Z, G, K]`.
@@ -58,54 +62,129 @@ class SegmentSlots:
         Raises:
             ValueError: if sizes do not belong together, or a key is not born at its own position.
         """
-        shape = lifetimes.death.shape
-        if batch < 1 or num_kv_heads < 1 or shape[0] not in (1, batch) or shape[1] not in (1, num_kv_heads):
-            raise ValueError(f"lifetimes: expected [{batch} or 1, {num_kv_heads} or 1, N], got {list(shape)}")
-        if segment_length is not None and segment_length < 1:
-            raise ValueError(f"segment_length: expected at least 1, got {segment_length}")
+        if batch < 1 or num_kv_heads < 1:
+            raise ValueError(f"expected batch and num_kv_heads >= 1, got {batch} and {num_kv_heads}")
         if block_size < 16 or block_size % 16:
             raise ValueError(f"block_size: expected a multiple of 16, got {block_size}")
-        lifetimes.check_segmentable()
-        segment = min(lifetimes.capacity if segment_length is None else segment_length, lifetimes.length)
-        segment = -(-segment // block_size) * block_size
-        filled = -(-lifetimes.length // segment) * segment
-        row, birth, death, first, slot = segment_slots(
+        return cls._filled_by(segment_slots, lifetimes, batch, num_kv_heads, segment_length, block_size)
+
+    @classmethod
+    def plain(
+        cls,
+        lifetimes: Lifetimes,
+        batch: int,
+        num_kv_heads: int,
+        segment_length: int | None = None,
+        block_size: int = 1,
+    ) -> "SegmentSlots":
+        """The same in plain PyTorch, on any device; arguments as `of`, but for any block size, and S by default >= 16.
+
+        Raises:
+            ValueError: if sizes do not belong together, or a key is not born at its own position.
+        """
+        segment = max(lifetimes.capacity, 16) if segment_length is None else segment_length
+        if segment < 1 or block_size < 1:
+            raise ValueError(f"expected segment_length and block_size >= 1, got {segment} and {block_size}")
+        return cls._filled_by(segment_slots_reference, lifetimes, batch, num_kv_heads, segment, block_size)
+
+    @classmethod
+    def _filled_by(
+        cls,
+        fill_slots: Callable[..., list[Tensor]],
+        lifetimes: Lifetimes,
+        batch: int,
+        num_kv_heads: int,
+        segment_length: int | None,
+        block_size: int,
+    ) -> "SegmentSlots":
+        check_mask_of(lifetimes, batch, num_kv_heads)
+        segment = rounded_segment(lifetimes.length, lifetimes.capacity, segment_length, block_size)
+        filled = round_up(lifetimes.length, segment)
+        tensors = fill_slots(
             lifetimes.birth, lifetimes.death, lifetimes.capacity, batch, num_kv_heads, filled, segment, block_size
         )
-        return cls(Copies(row, first, slot), birth, death, segment, lifetimes.length)
+        return cls.of_tensors(tensors, segment, lifetimes.length)
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Tensor], segment_length: int, length: int) -> "SegmentSlots":
+        """What the operation `segment_slots` returns, by name."""
+        row, birth, death, first, slot = tensors
+        return cls(Copies(row, first, slot), birth, death, segment_length, length)
+
+    @property
+    def segments(self) -> int:
+        """T, the segments of a sequence."""
+        return -(-self.length // self.segment_length)
 
     @property
     def filled_length(self) -> int:
         """The length that sequences are filled up to, whole segments."""
-        return -(-self.length // self.segment_length) * self.segment_length
+        return self.segments * self.segment_length
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.birth.shape[0] // self.segments
+
+    @property
+    def num_kv_heads(self) -> int:
+        """G."""
+        return self.copies.row.shape[1]
 
     def check_fits(self, q: Tensor, k: Tensor) -> None:
         """Raise `ValueError` unless these are the slots of keys `[B, G, N, D]`."""
-        segments, kv_heads = self.filled_length // self.segment_length, self.copies.row.shape[1]
-        batch, device = self.birth.shape[0] // segments, self.birth.device
-        if k.shape[:2] != (batch, kv_heads) or q.shape[2] != self.length or device != q.device:
+        sizes, device = (self.batch, self.num_kv_heads), self.birth.device
+        if k.shape[:2] != sizes or q.shape[2] != self.length or device != q.device:
             raise ValueError(
                 f"slots: expected some for q {list(q.shape)} and k {list(k.shape)} on {q.device}, got those for batch "
-                f"{batch}, {kv_heads} KV heads and {self.length} positions on {device}"
+                f"{self.batch}, {self.num_kv_heads} KV heads and {self.length} positions on {device}"
             )
 
+    def fill_up(self, x: Tensor) -> Tensor:
+        """`[B, G, n, ...]`, n at most T * S, filled up with zeros to `[B, G, T * S, ...]`."""
+        missing, later_dims = self.filled_length - x.shape[2], [0, 0] * (x.ndim - 3)
+        return F.pad(x, (*later_dims, 0, missing)) if missing else x
 
-def segment_slots_reference(
-    birth: Tensor,
-    death: Tensor,
-    capacity: int,
-    batch: int,
-    num_kv_heads: int,
-    length: int,
-    segment_length: int,
-    block_size: int,
-) -> list[Tensor]:
-    """`segment_slots` by `SegmentLayout`."""
-    birth, death = (F.pad(x, (0, length - x.shape[-1])) for x in (birth, death.clamp(max=length)))
-    lifetimes = Lifetimes(birth, death, capacity, born_at_position=True)
-    layout = SegmentLayout.of(lifetimes, segment_length, block_size)
-    copies, (birth, death) = layout.copies(batch, num_kv_heads), layout.local_lifetimes(batch)
-    return [copies.row, birth, death, copies.first, copies.slot.clone()]  # the slots are a view
+    def gather(self, x: Tensor) -> Tensor:
+        """Rows of `x` [B, G, N, D] in their slots, `[Z, G, K, D]`, zeros in empty ones; differentiable."""
+        return self.copies.gather(self.fill_up(x))
+
+    def gather_plain(self, x: Tensor) -> Tensor:
+        """The same in plain PyTorch, on any device, and differentiable twice."""
+        return self.copies.gather_plain(self.fill_up(x))
+
+    def split_queries(self, x: Tensor) -> Tensor:
+        """`[B, H, N, D] -> [Z, H, S, D]`, the last segment filled up with zeros; a view where strides allow it."""
+        return self.fill_up(x).unflatten(2, (self.segments, -1)).transpose(1, 2).flatten(0, 1)
+
+    def join_queries(self, x: Tensor) -> Tensor:
+        """The inverse of `split_queries`."""
+        joined = x.unflatten(0, (-1, self.segments)).transpose(1, 2).flatten(2, 3)
+        return joined if self.length == self.filled_length else joined[:, :, : self.length]
+
+    def visible(self) -> Tensor:
+        """Which query of a segment sees which slot, bool `[Z, G or 1, S, K]`."""
+        query = torch.arange(self.segment_length, device=self.birth.device)[:, None]
+        return (self.birth[..., None, :] <= query) & (query < self.death[..., None, :])
+
+
+def check_mask_of(lifetimes: Lifetimes, batch: int, num_kv_heads: int) -> None:
+    """Raise `ValueError` unless a mask is one for `batch` sequences and `num_kv_heads` heads, and can be cut."""
+    shape = lifetimes.death.shape
+    if shape[0] not in (1, batch) or shape[1] not in (1, num_kv_heads):
+        raise ValueError(f"lifetimes: expected [{batch} or 1, {num_kv_heads} or 1, N], got {list(shape)}")
+    lifetimes.check_segmentable()
+
+
+def rounded_segment(longest: int, capacity: int, segment_length: int | None, block_size: int) -> int:
+    """S: as asked for, by default the capacity; at most `longest`, rounded up to a multiple of the block size.
+
+    Raises:
+        ValueError: if the segment length is below 1.
+    """
+    if segment_length is not None and segment_length < 1:
+        raise ValueError(f"segment_length: expected at least 1, got {segment_length}")
+    return round_up(min(capacity if segment_length is None else segment_length, longest), block_size)
 
 
 @torch.library.custom_op("dma_kernels::segment_slots", mutates_args=())

@@ -7,7 +7,8 @@ from poison import poisoned_buffers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dma_kernels import Lifetimes
-from dma_kernels.segments.slots import segment_slots, segment_slots_reference
+from dma_kernels.segments.plain import segment_slots_reference
+from dma_kernels.segments.slots import segment_slots
 
 pytest.importorskip("triton")
 from dma_kernels.segments import slot_kernels as module
