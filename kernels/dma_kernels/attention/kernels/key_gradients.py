@@ -13,16 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dma_kernels.attention.configs import KernelConfig, kernel_config
-from dma_kernels.attention.kernels.common import (
-    LOG2_E,
-    SIZES,
-    aligned,
-    float32_precision,
-    padded_head_dim,
-    query_tiles,
-    slot_block,
-    slot_tiles,
-)
+from dma_kernels.attention.kernels.common import SIZES, aligned, query_tiles, slot_block, slot_tiles
+from dma_kernels.primitives import LOG2_E, finite_shift, float32_precision, padded_head_dim, scaled_products
 from dma_kernels.score_kernels import LARGEST_SCORE
 
 
@@ -38,11 +30,10 @@ def _add_query_tile(
     b_q = d_q.load([i_b, i_h, i_start + i_tile * BLOCK_S, 0]).reshape([BLOCK_S, BLOCK_D])
     b_do = d_do.load([i_b, i_h, i_start + i_tile * BLOCK_S, 0]).reshape([BLOCK_S, BLOCK_D])
     o_line = i_h * length + i_start + o_s
-    b_lse = tl.load(p_lse + o_line, mask=m_s, other=0.0)
-    b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse)  # nobody to look at, or all at -inf: P is 0, not NaN
+    b_lse = finite_shift(tl.load(p_lse + o_line, mask=m_s, other=0.0))
     b_delta = tl.load(p_delta + o_line, mask=m_s, other=0.0)
 
-    b_logits = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2_E) + b_bias[:, None]
+    b_logits = scaled_products(b_k, b_q, scale, PRECISION) + b_bias[:, None]
     b_p = tl.exp2(b_logits - b_lse[None, :])  # [BLOCK_K, BLOCK_S], rounded as in the forward
     if MASKED:
         visible = (b_birth[:, None] <= o_s[None, :]) & (o_s[None, :] < b_death[:, None]) & m_s[None, :]
