@@ -51,7 +51,7 @@ def key_gradients(
     from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
 
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        return launch_key_gradients(q, k, v, bias, birth, death, lse * math.log2(math.e), delta, grad_out, scale)
+        return launch_key_gradients(q, k, v, bias, birth, death, lse * math.log2(math.e), delta, grad_out, scale=scale)
 
 
 @key_gradients.register_fake

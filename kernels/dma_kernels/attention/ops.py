@@ -138,9 +138,9 @@ def attend_slots(
 
     rows = (first.numel() - 1) // (k.shape[0] * k.shape[1])  # of each head, those behind its end included
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        k_seg, v_seg = (launch_gather_rows(x, row, rows) for x in (k, v))
-        bias = launch_gather_rows(scores[..., None], row, rows, scores=True).squeeze(-1)
-        out, lse = launch_forward(q, k_seg, v_seg, bias, birth, death, segment_length, scale)
+        k_seg, v_seg = (launch_gather_rows(x, row, head_rows=rows) for x in (k, v))
+        bias = launch_gather_rows(scores[..., None], row, head_rows=rows, scores=True).squeeze(-1)
+        out, lse = launch_forward(q, k_seg, v_seg, bias, birth, death, scale=scale, segment_length=segment_length)
     return out, lse, k_seg, v_seg, bias
 
 
@@ -170,10 +170,11 @@ def attend_slots_backward(
     rows = (first.numel() - 1) // (batch * kv_heads)
     q, grad_out = aligned(q), aligned(grad_out)
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        dq, delta = launch_query_gradients(q, k, v, bias, birth, death, lse, out, grad_out, segment_length, scale)
-        *dkv, dbias = launch_key_gradients(q, k, v, bias, birth, death, lse, delta, grad_out, scale, segment_length)
+        sizes = {"scale": scale, "segment_length": segment_length}
+        dq, delta = launch_query_gradients(q, k, v, bias, birth, death, lse, out, grad_out, **sizes)
+        *dkv, dbias = launch_key_gradients(q, k, v, bias, birth, death, lse, delta, grad_out, **sizes)
         dk, dv, dscores = (
-            launch_sum_copies(x, first, slot, [batch, kv_heads, length, x.shape[-1]], rows)
+            launch_sum_copies(x, first, slot, shape=[batch, kv_heads, length, x.shape[-1]], head_rows=rows)
             for x in (*dkv, dbias[..., None])
         )
     return dq, dk, dv, dscores.squeeze(-1)

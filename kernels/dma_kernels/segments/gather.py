@@ -93,7 +93,7 @@ def sum_copies(rows: Tensor, row: Tensor, first: Tensor, slot: Tensor, shape: li
     from dma_kernels.segments.gather_kernels import launch_sum_copies
 
     with torch.cuda.device_of(rows):  # Triton launches on the current device
-        return launch_sum_copies(rows, first, slot, shape)
+        return launch_sum_copies(rows, first, slot, shape=shape)
 
 
 @gather_rows.register_fake

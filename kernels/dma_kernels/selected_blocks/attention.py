@@ -131,7 +131,7 @@ def attend_blocks(
     from dma_kernels.selected_blocks.kernels import launch_attend_blocks
 
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        return launch_attend_blocks(q, k, v, Tiles(queries, block, bits, count), first, padding, block_size)
+        return launch_attend_blocks(q, k, v, Tiles(queries, block, bits, count), first, padding, block_size=block_size)
 
 
 @torch.library.custom_op("dma_kernels::attend_blocks_backward", mutates_args=())
@@ -155,7 +155,7 @@ def attend_blocks_backward(
 
     tiles = Tiles(queries, block, bits, count)
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        return launch_attend_blocks_backward(grad_out, q, k, v, tiles, first, padding, out, lse, block_size)
+        return launch_attend_blocks_backward(q, k, v, tiles, first, padding, lse, out, grad_out, block_size=block_size)
 
 
 @attend_blocks.register_fake

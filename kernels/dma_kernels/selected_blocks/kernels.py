@@ -1,6 +1,6 @@
-"""Triton kernels behind `block_attention.py`.
+"""Triton kernels behind `attention.py`.
 
-Row r of a tile (see `block_tiles.py`) is query r // R of the tile, in head r % R. A tile passes over its entries. The
+Row r of a tile (see `tiles.py`) is query r // R of the tile, in head r % R. A tile passes over its entries. The
 gradients of keys and values pass over the entries of a block instead; a block that many have chosen is cut into
 chunks, whose sums are added up afterwards, in order: no atomics, so the same bits in every run.
 
@@ -194,7 +194,7 @@ def _add_chunks_kernel(
 
 
 def launch_attend_blocks(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, first: Tensor, padding: Tensor | None, block_size: int
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, first: Tensor, padding: Tensor | None, *, block_size: int
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, H, N, D]` and log-sum-exp in base 2, float32 `[B, H, N]`. Arguments as `block_attention`."""
     q, k, v = (_lines(x) for x in (q, k, v))
@@ -208,15 +208,16 @@ def launch_attend_blocks(
 
 
 def launch_attend_blocks_backward(
-    grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     tiles: Tiles,
     first: Tensor,
     padding: Tensor | None,
-    out: Tensor,
     lse: Tensor,
+    out: Tensor,
+    grad_out: Tensor,
+    *,
     block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""

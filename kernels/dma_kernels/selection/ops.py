@@ -28,7 +28,7 @@ def deaths_by_rank(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, w
     from dma_kernels.selection.kernels import launch_top_w_deaths
 
     with torch.cuda.device_of(ranks):  # Triton launches on the current device
-        return launch_top_w_deaths(ranks, runs, padding, window)
+        return launch_top_w_deaths(ranks, runs, padding, window=window)
 
 
 @deaths_by_rank.register_fake

@@ -92,8 +92,9 @@ def launch_forward(
     bias: Tensor,
     birth: Tensor,
     death: Tensor,
-    segment_length: int,
+    *,
     scale: float,
+    segment_length: int,
     config: KernelConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, H, N, D]` and log-sum-exp in base 2, `[B, H, N]` in float32, for float32, bfloat16 and float16.
@@ -105,8 +106,8 @@ def launch_forward(
         bias: float32 `[Z, G, K]`.
         birth: first query of the segment that sees a slot, int32 `[Z, G or 1, K]`; own slots in order of birth.
         death: first later query that no longer does, same shape; snapshot slots in falling order.
-        segment_length: S.
         scale: factor of q·k.
+        segment_length: S.
         config: by default that of `kernel_config`.
     """
     (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]

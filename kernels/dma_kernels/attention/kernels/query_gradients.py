@@ -95,8 +95,9 @@ def launch_query_gradients(
     lse: Tensor,
     out: Tensor,
     grad_out: Tensor,
-    segment_length: int,
+    *,
     scale: float,
+    segment_length: int,
     config: KernelConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of q, `[B, H, N, D]` in its dtype, and rowsum(dO · O), float32 `[B, H, N]`.
