@@ -9,6 +9,7 @@ The rooms, in the order in which a key passes through them:
 - `decoding`: attention token by token, with an exact cache of constant size
 - `selected_blocks`: the selected branch of native sparse attention
 - `primitives`: what kernels of several rooms compute in the same way, such as the running softmax
+- `launching`: how operations come to their kernels
 - `checks`: what all of them expect of their tensors; `tune`: configurations for a GPU; `drawing`: pictures of masks
 """
 
