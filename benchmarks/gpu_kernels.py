@@ -109,25 +109,24 @@ def measure_parts(heads: int, kv_heads: int, length: int, window: int, head_dim:
     q, k, v, ranks = (x.detach() for x in inputs)
     mask = Lifetimes.top_w(ranks, window)
     slots = SegmentSlots.of(mask, 1, kv_heads)
-    copies, where, scale = slots.copies, (slots.birth, slots.death), head_dim**-0.5
-    arguments = (copies.row, copies.first, copies.slot, *where, slots.segment_length, scale)
-    out, lse, *by_slot = attend_slots(q, k, v, ranks, *arguments)
+    copies, where = slots.copies, (slots.birth, slots.death)
+    sizes = {"scale": head_dim**-0.5, "segment_length": slots.segment_length}
+    arguments = (copies.row, copies.first, copies.slot, *where)
+    out, lse, *by_slot = attend_slots(q, k, v, ranks, *arguments, **sizes)
     grad, shape = torch.randn_like(out), [1, kv_heads, length, head_dim]
-    _, delta = launch_query_gradients(q, *by_slot, *where, lse, out, grad, slots.segment_length, scale)
+    _, delta = launch_query_gradients(q, *by_slot, *where, lse, out, grad, **sizes)
     parts = {
         "selection": lambda: Lifetimes.top_w(ranks, window),
         "selection, CUDA graph": captured(lambda: Lifetimes.top_w(ranks, window)),
         "plan": lambda: SegmentSlots.of(mask, 1, kv_heads),
         "plan, CUDA graph": captured(lambda: SegmentSlots.of(mask, 1, kv_heads)),
-        "gather of k": lambda: launch_gather_rows(k, copies.row, slots.filled_length),
-        "forward kernel": lambda: launch_forward(q, *by_slot, *where, slots.segment_length, scale),
-        "query gradients": lambda: launch_query_gradients(
-            q, *by_slot, *where, lse, out, grad, slots.segment_length, scale
+        "gather of k": lambda: launch_gather_rows(k, copies.row, head_rows=slots.filled_length),
+        "forward kernel": lambda: launch_forward(q, *by_slot, *where, **sizes),
+        "query gradients": lambda: launch_query_gradients(q, *by_slot, *where, lse, out, grad, **sizes),
+        "key gradients": lambda: launch_key_gradients(q, *by_slot, *where, lse, delta, grad, **sizes),
+        "sum of dk": lambda: launch_sum_copies(
+            by_slot[0], copies.first, copies.slot, shape=shape, head_rows=slots.filled_length
         ),
-        "key gradients": lambda: launch_key_gradients(
-            q, *by_slot, *where, lse, delta, grad, scale, slots.segment_length
-        ),
-        "sum of dk": lambda: launch_sum_copies(by_slot[0], copies.first, copies.slot, shape, slots.filled_length),
     }
     row: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "length": length, "window": window}
     row |= {"head_dim": head_dim, "parts": {name: time_ms(part) for name, part in parts.items()}}

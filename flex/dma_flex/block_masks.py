@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
-from torch.utils._triton import has_triton
 
 from dma_flex.mods import MaskMod, heads_per_row, lifetime_mask_mod
 from dma_kernels import Lifetimes
+from dma_kernels.launching import register_launch
 
 _TABLE_NAMES = (
     *("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"),
@@ -86,6 +86,13 @@ def mask_of_tables(
     )
 
 
+def _plain_tables(
+    birth: Tensor, death: Tensor, q_len: int, block_size: int, num_heads: int | None = None
+) -> list[Tensor]:
+    """Copies, since the outputs of an operation must not share memory."""
+    return [x.clone() for x in block_tables_reference(birth, death, q_len, block_size, num_heads)]
+
+
 @torch.library.custom_op("dma_flex::block_tables", mutates_args=())
 def block_tables(
     birth: Tensor, death: Tensor, q_len: int, block_size: int, num_heads: int | None = None
@@ -98,14 +105,15 @@ def block_tables(
         How many partial blocks of keys each block of queries has, `[B, H, Q]`, and their indices, `[B, H, Q, C]`; the
         same of full ones; then both by blocks of keys, `[B, H, C]` and `[B, H, C, Q]`.
     """
-    if not (death.is_cuda and has_triton()):
-        # Copies, since the outputs of an operation must not share memory.
-        return [x.clone() for x in block_tables_reference(birth, death, q_len, block_size, num_heads)]
+    return _plain_tables(birth, death, q_len, block_size, num_heads)
+
+
+@register_launch(block_tables, without_triton=_plain_tables)
+def _(birth: Tensor, death: Tensor, q_len: int, block_size: int, num_heads: int | None = None) -> list[Tensor]:
     from dma_flex.triton_block_tables import launch_block_tables
 
     tables = empty_tables(death, q_len, block_size, num_heads)
-    with torch.cuda.device_of(death):  # Triton launches on the current device
-        launch_block_tables(birth, death, tables, q_len=q_len, block_size=block_size)
+    launch_block_tables(birth, death, tables, q_len=q_len, block_size=block_size)
     return tables
 
 

@@ -9,6 +9,8 @@ The rooms, in the order in which a key passes through them:
 - `attention`: attention over these lists, forward and backward
 - `decoding`: attention token by token, with an exact cache of constant size
 - `selected_blocks`: the selected branch of native sparse attention
+- `primitives`: what kernels of several rooms compute in the same way, such as the running softmax
+- `launching`: how operations come to their kernels
 - `checks`: what all of them expect of their tensors; `tune`: configurations for a GPU; `drawing`: pictures of masks
 - `renamed`: `SegmentLayout`, the old name of `SegmentSlots`, whose arguments and fields are others; a FutureWarning
 """

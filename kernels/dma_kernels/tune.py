@@ -3,7 +3,7 @@
     python -m dma_kernels.tune      a few minutes; later processes on such a GPU find the file
 
 16 query and 4 KV heads, N = 32k (8k in float32), w = 1024, random ranks. Kernels are compiled by several processes
-first. See `kernel_configs.py` for where the file is kept, and how to pin another.
+first. See `attention/configs.py` for where the file is kept, and how to pin another.
 """
 
 import argparse
@@ -86,13 +86,15 @@ def make_arguments(element_bytes: int, head_dim: int) -> dict[str, Tensor]:
     )
     ranks = torch.randn(1, 4, length, device="cuda")
     slots = SegmentSlots.of(Lifetimes.top_w(ranks, _WINDOW), 1, 4)
-    k, v, bias = (launch_gather_rows(x, slots.copies.row, slots.filled_length) for x in (k, v, ranks[..., None]))
+    k, v, bias = (
+        launch_gather_rows(x, slots.copies.row, head_rows=slots.filled_length) for x in (k, v, ranks[..., None])
+    )
     return {"q": q, "k": k, "v": v, "bias": bias.squeeze(-1), "birth": slots.birth, "death": slots.death}
 
 
 def launcher(case: Case, arguments: dict[str, Tensor]) -> Callable[[], object]:
     """The launch of a case; its time does not depend on the numbers."""
-    rest: dict[str, Any] = {"segment_length": _WINDOW, "scale": case.head_dim**-0.5, "config": case.config}
+    rest: dict[str, Any] = {"scale": case.head_dim**-0.5, "segment_length": _WINDOW, "config": case.config}
     grad, lse = torch.randn_like(arguments["q"]), torch.full(arguments["q"].shape[:3], 12.0, device="cuda")
     if case.kernel == "forward":
         return lambda: launch_forward(**arguments, **rest)

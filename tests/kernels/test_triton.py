@@ -35,7 +35,7 @@ def test_gather_and_its_transpose(length: int, head_dim: int, device: str) -> No
         x = torch.randn(2, length, 2, head_dim, device=device, dtype=dtype).transpose(1, 2)  # not contiguous
         with poisoned_buffers():
             rows = launch_gather_rows(x, copies.row, head_rows=filled)
-            total = launch_sum_copies(rows, copies.first, copies.slot, list(x.shape), head_rows=filled)
+            total = launch_sum_copies(rows, copies.first, copies.slot, shape=list(x.shape), head_rows=filled)
         assert torch.equal(rows, gather_rows_reference(slots.fill_up(x), copies.row))
         expected = sum_copies_reference(rows, copies.row, [2, 2, filled, head_dim])[:, :, :length]
         torch.testing.assert_close(total, expected)
@@ -45,7 +45,7 @@ def test_copies_are_summed_in_float32(device: str) -> None:
     mask = Lifetimes.causal(256, device)
     copies = SegmentSlots.plain(mask, 1, 1, segment_length=1).copies  # key 0 has 256 copies
     rows = torch.full((*copies.row.shape, 1), 1.0 + 2**-7, dtype=torch.bfloat16, device=device)
-    total = launch_sum_copies(rows, copies.first, copies.slot, [1, 1, 256, 1])
+    total = launch_sum_copies(rows, copies.first, copies.slot, shape=[1, 1, 256, 1])
     assert total[0, 0, 0, 0] == 256 * (1.0 + 2**-7)  # a running sum in bfloat16 stops growing at 256
 
 
@@ -65,7 +65,8 @@ def make_inputs(slots: SegmentSlots, group: int, head_dim: int, dtype: torch.dty
 
 def launch_in_base_2(inputs: list[Tensor]) -> tuple[Tensor, ...]:
     """The kernel, which takes the log-sum-exp in base 2."""
-    return launch_key_gradients(*inputs[:6], inputs[6] * math.log2(math.e), *inputs[7:])
+    *tensors, scale = inputs
+    return launch_key_gradients(*tensors[:6], tensors[6] * math.log2(math.e), *tensors[7:], scale=scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dma_kernels.attention.ops import check_machine
+from dma_kernels.launching import register_launch
 
 
 @torch.library.custom_op("dma_kernels::key_gradients", mutates_args=())
@@ -44,14 +45,26 @@ def key_gradients(
         grad_out: gradient of the attention's output, `[Z, H, S, D]`.
         scale: factor of q·k.
     """
-    arguments = (q, k, v, bias, birth, death, lse, delta, grad_out, scale)
-    if not q.is_cuda:
-        return key_gradients_reference(*arguments)
+    return key_gradients_reference(q, k, v, bias, birth, death, lse, delta, grad_out, scale)
+
+
+@register_launch(key_gradients)
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    birth: Tensor,
+    death: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_out: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     check_machine(q.device, q.dtype)
     from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
 
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        return launch_key_gradients(q, k, v, bias, birth, death, lse * math.log2(math.e), delta, grad_out, scale)
+    return launch_key_gradients(q, k, v, bias, birth, death, lse * math.log2(math.e), delta, grad_out, scale=scale)
 
 
 @key_gradients.register_fake

@@ -14,6 +14,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils._triton import has_triton_package
 
 from dma_kernels.checks import check_attention_inputs, check_lifetimes, check_no_tangents
+from dma_kernels.launching import on_device_of_first
 from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.segments.slots import SegmentSlots
 
@@ -115,6 +116,7 @@ def _interpreted() -> bool:
 
 
 @torch.library.custom_op("dma_kernels::attend_slots", mutates_args=())
+@on_device_of_first
 def attend_slots(
     q: Tensor,
     k: Tensor,
@@ -137,14 +139,14 @@ def attend_slots(
     from dma_kernels.segments.gather_kernels import launch_gather_rows
 
     rows = (first.numel() - 1) // (k.shape[0] * k.shape[1])  # of each head, those behind its end included
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        k_seg, v_seg = (launch_gather_rows(x, row, rows) for x in (k, v))
-        bias = launch_gather_rows(scores[..., None], row, rows, scores=True).squeeze(-1)
-        out, lse = launch_forward(q, k_seg, v_seg, bias, birth, death, segment_length, scale)
+    k_seg, v_seg = (launch_gather_rows(x, row, head_rows=rows) for x in (k, v))
+    bias = launch_gather_rows(scores[..., None], row, head_rows=rows, scores=True).squeeze(-1)
+    out, lse = launch_forward(q, k_seg, v_seg, bias, birth, death, scale=scale, segment_length=segment_length)
     return out, lse, k_seg, v_seg, bias
 
 
 @torch.library.custom_op("dma_kernels::attend_slots_backward", mutates_args=())
+@on_device_of_first
 def attend_slots_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -169,13 +171,13 @@ def attend_slots_backward(
     batch, kv_heads, length = q.shape[0], k.shape[1], q.shape[2]
     rows = (first.numel() - 1) // (batch * kv_heads)
     q, grad_out = aligned(q), aligned(grad_out)
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        dq, delta = launch_query_gradients(q, k, v, bias, birth, death, lse, out, grad_out, segment_length, scale)
-        *dkv, dbias = launch_key_gradients(q, k, v, bias, birth, death, lse, delta, grad_out, scale, segment_length)
-        dk, dv, dscores = (
-            launch_sum_copies(x, first, slot, [batch, kv_heads, length, x.shape[-1]], rows)
-            for x in (*dkv, dbias[..., None])
-        )
+    sizes = {"scale": scale, "segment_length": segment_length}
+    dq, delta = launch_query_gradients(q, k, v, bias, birth, death, lse, out, grad_out, **sizes)
+    *dkv, dbias = launch_key_gradients(q, k, v, bias, birth, death, lse, delta, grad_out, **sizes)
+    dk, dv, dscores = (
+        launch_sum_copies(x, first, slot, shape=[batch, kv_heads, length, x.shape[-1]], head_rows=rows)
+        for x in (*dkv, dbias[..., None])
+    )
     return dq, dk, dv, dscores.squeeze(-1)
 
 

@@ -14,9 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dma_kernels.attention.kernels.common import LOG2_E, float32_precision, padded_head_dim
 from dma_kernels.decoding.state import CacheState, NewKeys
 from dma_kernels.keep_rule import KeepRule
+from dma_kernels.primitives import (
+    LOG2_E,
+    add_values,
+    finite_shift,
+    float32_precision,
+    merge_parts,
+    online_softmax_step,
+    padded_head_dim,
+    scaled_products,
+)
 from dma_kernels.score_kernels import ordered_bits, saturated
 
 
@@ -118,15 +127,12 @@ def _attend_tile(
     b_out, b_max, b_sum, b_q, b_key, b_value, b_bias, scale, BESIDES: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Add a tile of slots to the running softmax; biases in base 2, -inf where a slot is not seen."""
-    b_logits = tl.dot(b_q, tl.trans(b_key), input_precision=PRECISION) * (scale * LOG2_E) + b_bias[None, :]
+    b_logits = scaled_products(b_q, b_key, scale, PRECISION) + b_bias[None, :]
     b_logits = tl.where(b_bias[None, :] == -float("inf"), -float("inf"), b_logits)  # whatever the key is
-    b_new = tl.maximum(b_max, tl.max(b_logits, axis=1))
-    b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)  # nothing seen so far: 0, not NaN
-    b_p, b_decay = tl.exp2(b_logits - b_shift[:, None]), tl.exp2(b_max - b_shift)
+    b_p, b_decay, b_max, b_sum = online_softmax_step(b_max, b_sum, b_logits)
     if BESIDES:  # what is no longer seen may stay in its slot for long, and a weight of 0 does not stop a NaN
         b_value = tl.where((b_bias != -float("inf"))[:, None], b_value, 0.0)
-    b_out = tl.dot(b_p.to(b_value.dtype), b_value, b_out * b_decay[:, None], input_precision=PRECISION)
-    return b_out, b_new, b_sum * b_decay + tl.sum(b_p, axis=1)
+    return add_values(b_out, b_p, b_decay, b_value, PRECISION), b_max, b_sum
 
 
 @triton.jit
@@ -145,13 +151,8 @@ def _add_parts(
         b_maxs = tl.load(p_part_max + o_pr, mask=m_pr, other=-float("inf"), cache_modifier=".cg")
         b_sums = tl.load(p_part_sum + o_pr, mask=m_pr, other=0.0, cache_modifier=".cg")
         p_tile = p_part + o_pr[:, :, None] * D + o_d[None, None, :]
-        b_parts = tl.load(p_tile, mask=m_part, other=0.0, cache_modifier=".cg")
-        b_new = tl.maximum(b_max, tl.max(b_maxs, axis=0))
-        b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)
-        b_weight, b_decay = tl.exp2(b_maxs - b_shift[None, :]), tl.exp2(b_max - b_shift)
-        b_sum = b_sum * b_decay + tl.sum(b_sums * b_weight, axis=0)
-        b_out = b_out * b_decay[:, None] + tl.sum(b_parts * b_weight[:, :, None], axis=0)
-        b_max = b_new
+        b_outs = tl.load(p_tile, mask=m_part, other=0.0, cache_modifier=".cg")
+        b_out, b_max, b_sum = merge_parts(b_out, b_max, b_sum, b_outs, b_maxs, b_sums)
     return b_out, b_max, b_sum
 
 
@@ -160,8 +161,7 @@ def _with_new_key(b_out, b_max, b_sum, b_q, b_k, b_v, score, kept, scale):
     """The output, with the new key if it is kept."""
     b_logit = (tl.sum(b_q * b_k[None, :], axis=1) * scale + score) * LOG2_E
     b_logit = tl.where(kept, b_logit, -float("inf"))
-    b_new = tl.maximum(b_max, b_logit)
-    b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)
+    b_shift = finite_shift(tl.maximum(b_max, b_logit))
     b_p, b_decay = tl.exp2(b_logit - b_shift), tl.exp2(b_max - b_shift)
     b_sum = b_sum * b_decay + b_p
     b_out = b_out * b_decay[:, None] + tl.where(kept, b_p[:, None] * b_v[None, :], 0.0)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from dma_kernels.launching import register_launch
+
 
 def flat_rows(key: Tensor, length: int) -> Tensor:
     """Row of the key in each slot, `[B, G, ...]` in the dtype of `key`; -1 where `key` is negative."""
@@ -95,23 +97,27 @@ class _GatherRows(torch.autograd.Function):
 @torch.library.custom_op("dma_kernels::gather_rows", mutates_args=())
 def gather_rows(x: Tensor, row: Tensor, first: Tensor, slot: Tensor) -> Tensor:
     """Rows of `x` [B, G, N, D] by number, `[M..., D]`; zeros where the number is -1. See `Copies`."""
-    if not x.is_cuda:
-        return gather_rows_reference(x, row)
+    return gather_rows_reference(x, row)
+
+
+@register_launch(gather_rows)
+def _(x: Tensor, row: Tensor, first: Tensor, slot: Tensor) -> Tensor:
     from dma_kernels.segments.gather_kernels import launch_gather_rows
 
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        return launch_gather_rows(x, row)
+    return launch_gather_rows(x, row)
 
 
 @torch.library.custom_op("dma_kernels::sum_copies", mutates_args=())
 def sum_copies(rows: Tensor, row: Tensor, first: Tensor, slot: Tensor, shape: list[int]) -> Tensor:
     """Each row's copies summed up in at least float32, `shape` [B, G, N, D], in the dtype of `rows`."""
-    if not rows.is_cuda:
-        return sum_copies_reference(rows, row, shape)
+    return sum_copies_reference(rows, row, shape)
+
+
+@register_launch(sum_copies)
+def _(rows: Tensor, row: Tensor, first: Tensor, slot: Tensor, shape: list[int]) -> Tensor:
     from dma_kernels.segments.gather_kernels import launch_sum_copies
 
-    with torch.cuda.device_of(rows):  # Triton launches on the current device
-        return launch_sum_copies(rows, first, slot, shape)
+    return launch_sum_copies(rows, first, slot, shape=shape)
 
 
 @gather_rows.register_fake

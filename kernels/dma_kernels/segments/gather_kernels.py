@@ -54,7 +54,7 @@ def _sum_copies_kernel(
     tl.store(p_out + o_r[:, None] * D + o_d[None, :], b_sum, mask=m_r[:, None] & m_d[None, :])
 
 
-def launch_gather_rows(x: Tensor, row: Tensor, head_rows: int | None = None, scores: bool = False) -> Tensor:
+def launch_gather_rows(x: Tensor, row: Tensor, *, head_rows: int | None = None, scores: bool = False) -> Tensor:
     """`gather_rows` of `x` [B, G, N, D] by int32 `row` [M...].
 
     A head counts as `head_rows` >= N rows, by default N. With `scores`, rows are float32 and `saturated` on the way.
@@ -71,7 +71,7 @@ def launch_gather_rows(x: Tensor, row: Tensor, head_rows: int | None = None, sco
 
 
 def launch_sum_copies(
-    rows: Tensor, first: Tensor, slot: Tensor, shape: list[int], head_rows: int | None = None
+    rows: Tensor, first: Tensor, slot: Tensor, *, shape: list[int], head_rows: int | None = None
 ) -> Tensor:
     """`sum_copies` of `rows` [M..., D] into `shape` [B, G, N, D]; a head counts as `head_rows` rows, by default N."""
     rows, out = rows.contiguous(), rows.new_empty(shape)

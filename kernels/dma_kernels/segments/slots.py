@@ -9,12 +9,13 @@ slots, Z = B * T.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._triton import has_triton
 
+from dma_kernels.launching import register_launch
 from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.segments.gather import Copies
 from dma_kernels.segments.plain import round_up, segment_slots_reference
@@ -215,13 +216,14 @@ def segment_slots(
         are, `[Z * G * K]`, as in `Copies`; first query of the segment that sees a slot and first later one that no
         longer does, counted from the segment's start, `[Z, G or 1, K]`. In the order row, birth, death, first, slot.
     """
-    arguments = (birth, death, capacity, batch, num_kv_heads, length, segment_length, block_size)
-    if not death.is_cuda or not has_triton():
-        return segment_slots_reference(*arguments)
+    return segment_slots_reference(birth, death, capacity, batch, num_kv_heads, length, segment_length, block_size)
+
+
+@register_launch(segment_slots, without_triton=segment_slots_reference)
+def _(birth: Tensor, *arguments: Any) -> list[Tensor]:  # birth is each key's own position
     from dma_kernels.segments.slot_kernels import launch_segment_slots
 
-    with torch.cuda.device_of(death):  # Triton launches on the current device
-        return launch_segment_slots(*arguments[1:])
+    return launch_segment_slots(*arguments)
 
 
 segment_slots.register_fake(segment_slots_reference)  # its shapes follow from the arguments alone

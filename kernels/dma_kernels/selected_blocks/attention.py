@@ -12,6 +12,7 @@ from torch.autograd.function import FunctionCtx
 
 from dma_kernels.attention.ops import check_kernels_can, check_machine
 from dma_kernels.checks import check_attention_inputs, check_no_tangents
+from dma_kernels.launching import on_device_of_first
 from dma_kernels.precision import without_autocast
 from dma_kernels.reference import masked_average
 from dma_kernels.selected_blocks.tiles import Tiles, make_tiles
@@ -114,6 +115,7 @@ def block_attention(
 
 
 @torch.library.custom_op("dma_kernels::attend_blocks", mutates_args=())
+@on_device_of_first
 def attend_blocks(
     q: Tensor,
     k: Tensor,
@@ -130,11 +132,12 @@ def attend_blocks(
     check_machine(q.device, q.dtype)  # here, since torch.compile cannot trace it
     from dma_kernels.selected_blocks.kernels import launch_attend_blocks
 
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        return launch_attend_blocks(q, k, v, Tiles(queries, block, bits, count), first, padding, block_size)
+    tiles = Tiles(queries, block, bits, count)
+    return launch_attend_blocks(q, k, v, tiles, first, padding, block_size=block_size)
 
 
 @torch.library.custom_op("dma_kernels::attend_blocks_backward", mutates_args=())
+@on_device_of_first
 def attend_blocks_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -154,8 +157,7 @@ def attend_blocks_backward(
     from dma_kernels.selected_blocks.kernels import launch_attend_blocks_backward
 
     tiles = Tiles(queries, block, bits, count)
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        return launch_attend_blocks_backward(grad_out, q, k, v, tiles, first, padding, out, lse, block_size)
+    return launch_attend_blocks_backward(q, k, v, tiles, first, padding, lse, out, grad_out, block_size=block_size)
 
 
 @attend_blocks.register_fake

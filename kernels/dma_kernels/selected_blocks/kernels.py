@@ -1,6 +1,6 @@
-"""Triton kernels behind `block_attention.py`.
+"""Triton kernels behind `attention.py`.
 
-Row r of a tile (see `block_tiles.py`) is query r // R of the tile, in head r % R. A tile passes over its entries. The
+Row r of a tile (see `tiles.py`) is query r // R of the tile, in head r % R. A tile passes over its entries. The
 gradients of keys and values pass over the entries of a block instead; a block that many have chosen is cut into
 chunks, whose sums are added up afterwards, in order: no atomics, so the same bits in every run.
 
@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dma_kernels.attention.kernels.common import LOG2_E, float32_precision, padded_head_dim
+from dma_kernels.primitives import (
+    add_values,
+    float32_precision,
+    log_sum_exp,
+    normalized,
+    online_softmax_step,
+    padded_head_dim,
+    row_pointers,
+    scaled_products,
+)
 from dma_kernels.selected_blocks.tiles import ROWS, Tiles, find_choosers
 
 _SIZES = ("kv_heads", "group", "length", "entries", "blocks", "chunks")
@@ -40,8 +49,7 @@ def _load_queries(
     b_query, b_head = i_tile * QUERIES + o_m // group, i_g * group + o_m % group
     m_m = (o_m < QUERIES * group) & (b_query < length)
     m_q = m_m[:, None] & (o_d < D)[None, :]
-    o_q = (i_b * q_b + b_head.to(tl.int64) * q_h + b_query.to(tl.int64) * q_n)[:, None] + o_d[None, :]
-    b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)
+    b_q = tl.load(row_pointers(p_q, i_b, b_head, b_query, q_b, q_h, q_n, BLOCK_D), mask=m_q, other=0.0)
     b_first = tl.load(p_first + i_b * length + b_query, mask=m_m, other=0)
     i_line = (i_b * kv_heads + i_g) * tl.num_programs(0) + i_tile
     return i_b, i_g, i_line, (i_b * kv_heads * group + b_head) * length + b_query, b_query, b_first, b_q, m_m, m_q
@@ -70,19 +78,15 @@ def _forward_kernel(
         o_key = tl.load(p_block + i) * S + o_s
         m_k = (o_key < length)[:, None] & m_d[None, :]
         b_k = tl.load(p_k + o_key.to(tl.int64)[:, None] * k_n + o_d[None, :], mask=m_k, other=0.0)
-        b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        b_logits = scaled_products(b_q, b_k, scale, PRECISION)
         visible = _visible(tl.load(p_bits + i), b_query, b_first, o_key, p_padding, length, QUERIES)
         b_logits = tl.where(visible, b_logits, -float("inf"))
-        b_new = tl.maximum(b_max, tl.max(b_logits, axis=1))
-        b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)  # nothing seen so far: 0, not NaN
-        b_p, b_decay = tl.exp2(b_logits - b_shift[:, None]), tl.exp2(b_max - b_shift)
+        b_p, b_decay, b_max, b_sum = online_softmax_step(b_max, b_sum, b_logits)
         b_v = tl.load(p_v + o_key.to(tl.int64)[:, None] * v_n + o_d[None, :], mask=m_k, other=0.0)
-        b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision=PRECISION)
-        b_max = b_new
-    b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+        b_out = add_values(b_out, b_p, b_decay, b_v, PRECISION)
+    b_out = normalized(b_out, b_sum)
     tl.store(p_out + o_line[:, None] * D + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_q)
-    tl.store(p_lse + o_line, tl.where(b_sum == 0.0, -float("inf"), b_max + tl.log2(b_sum)), mask=m_m)
+    tl.store(p_lse + o_line, log_sum_exp(b_max, b_sum), mask=m_m)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -111,7 +115,7 @@ def _query_gradients_kernel(
         o_key = tl.load(p_block + i) * S + o_s
         m_k = (o_key < length)[:, None] & m_d[None, :]
         b_k = tl.load(p_k + o_key.to(tl.int64)[:, None] * k_n + o_d[None, :], mask=m_k, other=0.0)
-        b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        b_logits = scaled_products(b_q, b_k, scale, PRECISION)
         visible = _visible(tl.load(p_bits + i), b_query, b_first, o_key, p_padding, length, QUERIES)
         b_p = tl.where(visible, tl.exp2(b_logits - b_lse[:, None]), 0.0)
         b_v = tl.load(p_v + o_key.to(tl.int64)[:, None] * v_n + o_d[None, :], mask=m_k, other=0.0)
@@ -155,15 +159,14 @@ def _key_gradients_kernel(
             b_query = b_tile * QUERIES + o_row // group
             m_m = (o_row < QUERIES * group) & (b_query < length) & (o_e < end)
             m_q = m_m[:, None] & m_d[None, :]
-            o_q = (i_b * q_b + b_head.to(tl.int64) * q_h + b_query.to(tl.int64) * q_n)[:, None] + o_d[None, :]
+            b_q = tl.load(row_pointers(p_q, i_b, b_head, b_query, q_b, q_h, q_n, BLOCK_D), mask=m_q, other=0.0)
             o_line = (i_b * kv_heads * group + b_head) * length + b_query
-            b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)
             b_grad = tl.load(p_grad + o_line[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
             b_first = tl.load(p_first + i_b * length + b_query, mask=m_m, other=0)
             b_lse = tl.load(p_lse + o_line, mask=m_m, other=0.0)
             b_delta = tl.load(p_delta + o_line, mask=m_m, other=0.0)
             visible = _visible(b_bits, b_query, b_first, o_key, p_padding, length, QUERIES) & m_m[:, None]
-            b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+            b_logits = scaled_products(b_q, b_k, scale, PRECISION)
             b_p = tl.where(visible, tl.exp2(b_logits - b_lse[:, None]), 0.0)  # [rows, S]
             b_dv = tl.dot(tl.trans(b_p.to(b_grad.dtype)), b_grad, b_dv, input_precision=PRECISION)
             b_ds = b_p * (tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
@@ -191,7 +194,7 @@ def _add_chunks_kernel(
 
 
 def launch_attend_blocks(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, first: Tensor, padding: Tensor | None, block_size: int
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, first: Tensor, padding: Tensor | None, *, block_size: int
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, H, N, D]` and log-sum-exp in base 2, float32 `[B, H, N]`. Arguments as `block_attention`."""
     q, k, v = (_lines(x) for x in (q, k, v))
@@ -205,15 +208,16 @@ def launch_attend_blocks(
 
 
 def launch_attend_blocks_backward(
-    grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     tiles: Tiles,
     first: Tensor,
     padding: Tensor | None,
-    out: Tensor,
     lse: Tensor,
+    out: Tensor,
+    grad_out: Tensor,
+    *,
     block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""

@@ -1,4 +1,4 @@
-"""Triton kernels behind `selection.py`: deaths of the causal top-w, by one sort and five launches around it.
+"""Triton kernels behind `ops.py`: deaths of the causal top-w, by one sort and five launches around it.
 
 Let `key[x]` be the position of the key of order x. The key of order x dies where the W-th better one stands,
 
@@ -157,7 +157,7 @@ def _deaths_kernel(
 
 
 def launch_top_w_deaths(
-    ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int, tiling: Tiling | None = None
+    ranks: Tensor, runs: Tensor | None, padding: Tensor | None, *, window: int, tiling: Tiling | None = None
 ) -> Tensor:
     """`deaths_by_rank` of ranks `[B, G, N]`."""
     length, device = ranks.shape[-1], ranks.device

@@ -5,9 +5,13 @@ B batch, G KV heads, N length, W keep-window size.
 
 import torch
 from torch import Tensor
-from torch.utils._triton import has_triton
 
+from dma_kernels.launching import register_launch
 from dma_kernels.selection.plain import KeyOrder, key_priorities, top_w_deaths
+
+
+def _plain_deaths(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int) -> Tensor:
+    return top_w_deaths(KeyOrder.of(key_priorities(ranks, runs, padding)), window).contiguous()
 
 
 @torch.library.custom_op("dma_kernels::top_w_deaths", mutates_args=())
@@ -23,12 +27,14 @@ def deaths_by_rank(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, w
     Returns:
         int32 `[B, G, N]`.
     """
-    if not ranks.is_cuda or not has_triton():
-        return top_w_deaths(KeyOrder.of(key_priorities(ranks, runs, padding)), window).contiguous()
+    return _plain_deaths(ranks, runs, padding, window)
+
+
+@register_launch(deaths_by_rank, without_triton=_plain_deaths)
+def _(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int) -> Tensor:
     from dma_kernels.selection.kernels import launch_top_w_deaths
 
-    with torch.cuda.device_of(ranks):  # Triton launches on the current device
-        return launch_top_w_deaths(ranks, runs, padding, window)
+    return launch_top_w_deaths(ranks, runs, padding, window=window)
 
 
 @deaths_by_rank.register_fake

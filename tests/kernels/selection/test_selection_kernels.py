@@ -51,7 +51,7 @@ def check(
 ) -> None:
     """Compare the deaths of all keys that take part."""
     with poisoned_buffers():
-        found = launch_top_w_deaths(ranks, runs, padding, window, tiling)
+        found = launch_top_w_deaths(ranks, runs, padding, window=window, tiling=tiling)
     priority = key_priorities(ranks, runs, padding)
     expected = top_w_deaths(KeyOrder.of(priority), window)
     assert found.dtype == expected.dtype
@@ -125,7 +125,7 @@ def test_non_contiguous_ranks(device: str) -> None:
 
 
 def test_empty_batch(device: str) -> None:
-    assert launch_top_w_deaths(torch.zeros(0, 2, 9, device=device), None, None, 3).shape == (0, 2, 9)
+    assert launch_top_w_deaths(torch.zeros(0, 2, 9, device=device), None, None, window=3).shape == (0, 2, 9)
 
 
 @pytest.mark.parametrize("window", [1, 5, 70])

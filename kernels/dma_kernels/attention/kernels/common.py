@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from dma_kernels.primitives import LOG2_E, scaled_products
+
 # Arguments of which no value compiles a kernel anew. The length is none: loads are wider if it is a multiple of 16.
 SIZES = ("kv_heads", "mask_heads", "group", "segments")
 
@@ -77,7 +78,7 @@ def tile_logits(
     """Logits of a tile in base 2, [BLOCK_M, BLOCK_K]; -inf where a query does not see a key."""
     o_k = i_slot + tl.arange(0, BLOCK_K)
     b_bias = tl.load(p_bias + o_k) * LOG2_E
-    b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E) + b_bias[None, :]
+    b_logits = scaled_products(b_q, b_k, scale, PRECISION) + b_bias[None, :]
     if MASKED:
         b_birth, b_death = tl.load(p_birth + o_k), tl.load(p_death + o_k)
         visible = (b_birth[None, :] <= o_t[:, None]) & (o_t[:, None] < b_death[None, :])
@@ -110,15 +111,3 @@ def aligned(x: Tensor) -> Tensor:
     fits = x.stride(-1) == 1 and all(stride > 0 and stride % step == 0 for stride in strides)
     fits = fits and all(stride % step == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
     return x if fits else x.clone(memory_format=torch.contiguous_format)
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """The least head dim from `head_dim` on that kernels take as a tile: a power of two from 16."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def float32_precision() -> str:
-    """`ieee` or `tf32`, as torch's settings ask for; the rule of FlexAttention's own kernels."""
-    setting = torch.backends.cuda.matmul.fp32_precision
-    exact = torch.get_float32_matmul_precision() == "highest" if setting == "none" else setting == "ieee"
-    return "ieee" if exact else "tf32"

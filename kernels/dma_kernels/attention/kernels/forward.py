@@ -17,13 +17,20 @@ from dma_kernels.attention.kernels.common import (
     SIZES,
     aligned,
     count_slot_tiles,
-    float32_precision,
     locate_rows,
-    padded_head_dim,
     slot_block,
     slot_of,
     slot_tiles,
     tile_logits,
+)
+from dma_kernels.primitives import (
+    add_values,
+    float32_precision,
+    log_sum_exp,
+    normalized,
+    online_softmax_step,
+    padded_head_dim,
+    row_pointers,
 )
 
 
@@ -35,14 +42,9 @@ def _attend_tile(
     """Add one tile of keys to the running softmax."""
     b_k = d_k.load([i_line + i_slot, 0])  # [BLOCK_K, BLOCK_D]
     b_logits = tile_logits(b_q, b_k, p_bias, p_birth, p_death, i_slot, o_t, scale, BLOCK_K, MASKED, PRECISION)
-    b_new = tl.maximum(b_max, tl.max(b_logits, axis=1))
-    b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)  # nothing seen so far: 0, not NaN
-    b_p = tl.exp2(b_logits - b_shift[:, None])
-    b_decay = tl.exp2(b_max - b_shift)
-    b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
+    b_p, b_decay, b_max, b_sum = online_softmax_step(b_max, b_sum, b_logits)
     b_v = d_v.load([i_line + i_slot, 0])
-    b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision=PRECISION)
-    return b_out, b_new, b_sum
+    return add_values(b_out, b_p, b_decay, b_v, PRECISION), b_max, b_sum
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -53,9 +55,8 @@ def _forward_kernel(
 ):  # fmt: skip
     """Output and log-sum-exp of one tile of queries."""
     i_zg, i_z, i_g, i_b, i_tile, o_t, o_h, o_n, m_row = locate_rows(kv_heads, group, length, segments, segment, BLOCK_M)
-    o_d = tl.arange(0, BLOCK_D)
-    m_q = m_row[:, None] & (o_d < D)[None, :]
-    b_q = tl.load(p_q + (i_b * q_b + o_h * q_h + o_n * q_n)[:, None] + o_d[None, :], mask=m_q, other=0.0)
+    m_q = m_row[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    b_q = tl.load(row_pointers(p_q, i_b, o_h, o_n, q_b, q_h, q_n, BLOCK_D), mask=m_q, other=0.0)
     i_line = i_zg * keys
     p_bias += i_line.to(tl.int64)
     p_birth += (i_z * mask_heads + i_g % mask_heads).to(tl.int64) * keys
@@ -78,9 +79,8 @@ def _forward_kernel(
             b_out, b_max, b_sum, b_q, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
             BLOCK_K, True, PRECISION,
         )  # fmt: skip
-    b_lse = tl.where(b_sum == 0.0, -float("inf"), b_max + tl.log2(b_sum))
-    b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-    p_tile = p_out + (i_b * out_b + o_h * out_h + o_n * out_n)[:, None] + o_d[None, :]
+    b_lse, b_out = log_sum_exp(b_max, b_sum), normalized(b_out, b_sum)
+    p_tile = row_pointers(p_out, i_b, o_h, o_n, out_b, out_h, out_n, BLOCK_D)
     tl.store(p_tile, b_out.to(p_out.dtype.element_ty), mask=m_q)
     tl.store(p_lse + (i_b * kv_heads * group + o_h) * length + o_n, b_lse, mask=m_row)
 
@@ -92,8 +92,9 @@ def launch_forward(
     bias: Tensor,
     birth: Tensor,
     death: Tensor,
-    segment_length: int,
+    *,
     scale: float,
+    segment_length: int,
     config: KernelConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, H, N, D]` and log-sum-exp in base 2, `[B, H, N]` in float32, for float32, bfloat16 and float16.
@@ -105,8 +106,8 @@ def launch_forward(
         bias: float32 `[Z, G, K]`.
         birth: first query of the segment that sees a slot, int32 `[Z, G or 1, K]`; own slots in order of birth.
         death: first later query that no longer does, same shape; snapshot slots in falling order.
-        segment_length: S.
         scale: factor of q·k.
+        segment_length: S.
         config: by default that of `kernel_config`.
     """
     (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]

@@ -13,16 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dma_kernels.attention.configs import KernelConfig, kernel_config
-from dma_kernels.attention.kernels.common import (
-    LOG2_E,
-    SIZES,
-    aligned,
-    float32_precision,
-    padded_head_dim,
-    query_tiles,
-    slot_block,
-    slot_tiles,
-)
+from dma_kernels.attention.kernels.common import SIZES, aligned, query_tiles, slot_block, slot_tiles
+from dma_kernels.primitives import LOG2_E, finite_shift, float32_precision, padded_head_dim, scaled_products
 from dma_kernels.score_kernels import LARGEST_SCORE
 
 
@@ -38,11 +30,10 @@ def _add_query_tile(
     b_q = d_q.load([i_b, i_h, i_start + i_tile * BLOCK_S, 0]).reshape([BLOCK_S, BLOCK_D])
     b_do = d_do.load([i_b, i_h, i_start + i_tile * BLOCK_S, 0]).reshape([BLOCK_S, BLOCK_D])
     o_line = i_h * length + i_start + o_s
-    b_lse = tl.load(p_lse + o_line, mask=m_s, other=0.0)
-    b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse)  # nobody to look at, or all at -inf: P is 0, not NaN
+    b_lse = finite_shift(tl.load(p_lse + o_line, mask=m_s, other=0.0))
     b_delta = tl.load(p_delta + o_line, mask=m_s, other=0.0)
 
-    b_logits = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2_E) + b_bias[:, None]
+    b_logits = scaled_products(b_k, b_q, scale, PRECISION) + b_bias[:, None]
     b_p = tl.exp2(b_logits - b_lse[None, :])  # [BLOCK_K, BLOCK_S], rounded as in the forward
     if MASKED:
         visible = (b_birth[:, None] <= o_s[None, :]) & (o_s[None, :] < b_death[:, None]) & m_s[None, :]
@@ -118,6 +109,7 @@ def launch_key_gradients(
     lse: Tensor,
     delta: Tensor,
     grad_out: Tensor,
+    *,
     scale: float,
     segment_length: int | None = None,
     config: KernelConfig | None = None,
@@ -131,14 +123,34 @@ def launch_key_gradients(
     """
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"expected q in float32, bfloat16 or float16, got {q.dtype}")
-    if missing := -q.shape[-1] % (16 // q.element_size()):  # tensor descriptors step by 16 bytes
+    missing = -q.shape[-1] % (16 // q.element_size())  # tensor descriptors step by 16 bytes
+    if missing:
         q, k, v, grad_out = (F.pad(x, (0, missing)) for x in (q, k, v, grad_out))
-        *dkv, dbias = launch_key_gradients(
-            q, k, v, bias, birth, death, lse, delta, grad_out, scale, segment_length, config
-        )  # fmt: skip
-        return *(x[..., :-missing].contiguous() for x in dkv), dbias
-    q, grad_out = aligned(q), aligned(grad_out)
-    k, v, bias, birth, death, lse, delta = (x.contiguous() for x in (k, v, bias, birth, death, lse, delta))
+    dk, dv, dbias = _launch(
+        aligned(q), *(x.contiguous() for x in (k, v, bias, birth, death, lse, delta)), aligned(grad_out),
+        scale=scale, segment_length=segment_length or q.shape[2], config=config,
+    )  # fmt: skip
+    if missing:
+        dk, dv = (x[..., :-missing].contiguous() for x in (dk, dv))
+    return dk, dv, dbias
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    birth: Tensor,
+    death: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_out: Tensor,
+    *,
+    scale: float,
+    segment_length: int,
+    config: KernelConfig | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`launch_key_gradients` of tensors that lie in memory as the kernel wants them."""
     (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     dbias = torch.empty(k.shape[:3], dtype=torch.float32, device=k.device)
@@ -151,7 +163,7 @@ def launch_key_gradients(
     _key_gradients_kernel[(keys // block_k * z * kv_heads,)](
         query_tiles(q, block_s, block_d), *(slot_tiles(x, block_k, block_d) for x in (k, v)), bias, birth, death,
         lse, delta, query_tiles(grad_out, block_s, block_d), *(slot_tiles(x, block_k, block_d) for x in (dk, dv)),
-        dbias, kv_heads, birth.shape[1], heads // kv_heads, length, z // batch, segment_length or length, keys, scale,
+        dbias, kv_heads, birth.shape[1], heads // kv_heads, length, z // batch, segment_length, keys, scale,
         BLOCK_D=block_d, BLOCK_S=block_s, BLOCK_K=block_k,
         PRECISION=float32_precision(), num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip

@@ -19,14 +19,13 @@ from dma_kernels.attention.kernels.common import (
     SIZES,
     aligned,
     count_slot_tiles,
-    float32_precision,
     locate_rows,
-    padded_head_dim,
     slot_block,
     slot_of,
     slot_tiles,
     tile_logits,
 )
+from dma_kernels.primitives import finite_shift, float32_precision, padded_head_dim, row_pointers
 
 
 @triton.jit
@@ -53,16 +52,14 @@ def _query_gradients_kernel(
 ):  # fmt: skip
     """Gradient of one tile of queries."""
     i_zg, i_z, i_g, i_b, i_tile, o_t, o_h, o_n, m_row = locate_rows(kv_heads, group, length, segments, segment, BLOCK_M)
-    o_d = tl.arange(0, BLOCK_D)
-    m_q = m_row[:, None] & (o_d < D)[None, :]
-    b_q = tl.load(p_q + (i_b * q_b + o_h * q_h + o_n * q_n)[:, None] + o_d[None, :], mask=m_q, other=0.0)
-    b_do = tl.load(p_do + (i_b * do_b + o_h * do_h + o_n * do_n)[:, None] + o_d[None, :], mask=m_q, other=0.0)
-    b_out = tl.load(p_out + (i_b * out_b + o_h * out_h + o_n * out_n)[:, None] + o_d[None, :], mask=m_q, other=0.0)
+    m_q = m_row[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    b_q = tl.load(row_pointers(p_q, i_b, o_h, o_n, q_b, q_h, q_n, BLOCK_D), mask=m_q, other=0.0)
+    b_do = tl.load(row_pointers(p_do, i_b, o_h, o_n, do_b, do_h, do_n, BLOCK_D), mask=m_q, other=0.0)
+    b_out = tl.load(row_pointers(p_out, i_b, o_h, o_n, out_b, out_h, out_n, BLOCK_D), mask=m_q, other=0.0)
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1)
     o_row = (i_b * kv_heads * group + o_h) * length + o_n
     tl.store(p_delta + o_row, b_delta, mask=m_row)
-    b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0)
-    b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse)  # nobody to look at, or all at -inf: P is 0, not NaN
+    b_lse = finite_shift(tl.load(p_lse + o_row, mask=m_row, other=0.0))
 
     i_line = i_zg * keys
     p_bias += i_line.to(tl.int64)
@@ -84,7 +81,7 @@ def _query_gradients_kernel(
             b_dq, b_q, b_do, b_lse, b_delta, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
             BLOCK_K, True, PRECISION,
         )  # fmt: skip
-    p_tile = p_dq + (i_b * dq_b + o_h * dq_h + o_n * dq_n)[:, None] + o_d[None, :]
+    p_tile = row_pointers(p_dq, i_b, o_h, o_n, dq_b, dq_h, dq_n, BLOCK_D)
     tl.store(p_tile, (b_dq * scale).to(p_dq.dtype.element_ty), mask=m_q)
 
 
@@ -98,8 +95,9 @@ def launch_query_gradients(
     lse: Tensor,
     out: Tensor,
     grad_out: Tensor,
-    segment_length: int,
+    *,
     scale: float,
+    segment_length: int,
     config: KernelConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of q, `[B, H, N, D]` in its dtype, and rowsum(dO · O), float32 `[B, H, N]`.
