@@ -12,7 +12,8 @@ How it is trained:
 
 - `data`: data modules; `metrics`, `schedules`, `step_means`: what the LightningModule in `language_model` computes with
 - `callbacks`: act on a run; `monitoring`: only watch it
-- `checkpoints`: written, checked and read; `trained_models`: models out of them, to infer with
+- `checkpoints`: written, checked and read; `saved_run`: one that is opened once, and what it says
+- `trained_models`: models out of checkpoints, to infer with
 - `strategies`: FSDP2; `distributed`: what processes agree on; `trainer_state`: what Lightning keeps to itself
 - `cli`: the command line, one file a command
 

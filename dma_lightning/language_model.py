@@ -18,14 +18,14 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
-from dma_lightning.checkpoints.arguments import model_arguments
-from dma_lightning.checkpoints.files import local_checkpoint, read_checkpoint
-from dma_lightning.checkpoints.weights import check_layers, compare_weights, model_weights, saved_weights
+from dma_lightning.checkpoints.files import local_checkpoint
+from dma_lightning.checkpoints.weights import check_layers, compare_weights, model_weights
 from dma_lightning.config import ModelConfig
 from dma_lightning.data.base import IGNORE_INDEX, Batch
 from dma_lightning.metrics import BitsPerByte, MeanLoss, Perplexity, bits_per_byte
 from dma_lightning.model import DogeForCausalLM
 from dma_lightning.plain_values import PlainHyperparameters, plain
+from dma_lightning.saved_run import SavedRun
 from dma_lightning.schedules import Schedule, lr_factor
 from dma_lightning.step_means import StepTotals, scale_gradients
 from dma_lightning.trainer_state import accumulates, has_trainer, is_logging_step, let_clip_gradients, saved_device
@@ -124,9 +124,14 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
                 those of a model with its arguments.
         """
         path = local_checkpoint(checkpoint_path, weights_only)
-        saved = read_checkpoint(path, map_location or saved_device)
-        arguments = model_arguments(saved, path, cls) | changed
-        weights, layers = saved_weights(saved, path), arguments.get("num_hidden_layers", ModelConfig.num_hidden_layers)
+        return cls.from_saved(SavedRun.open(path, map_location or saved_device), strict, **changed)
+
+    @classmethod
+    def from_saved(cls, saved: SavedRun, strict: bool | None = None, **changed: Any) -> Self:
+        """The model of an opened checkpoint; arguments and errors are those of `load_from_checkpoint`."""
+        path, weights = saved.path, saved.weights
+        arguments = saved.model_arguments(cls) | changed
+        layers = arguments.get("num_hidden_layers", ModelConfig.num_hidden_layers)
         if path.is_dir() or not weights:
             raise ValueError(f"{path}: expected a checkpoint of one file with weights, got one without")
         if strict is not False or "num_hidden_layers" not in changed:
@@ -138,9 +143,10 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         compare_weights(weights, expected, path, strict is not False)
         module = cls(**arguments)
         module.configure_model()
-        module.on_load_checkpoint(saved)
-        module.load_state_dict(saved["state_dict"], strict=module.strict_loading if strict is None else strict)
-        return module.to(next(iter(saved["state_dict"].values())).device)
+        module.on_load_checkpoint(saved.content)
+        state = saved.content["state_dict"]
+        module.load_state_dict(state, strict=module.strict_loading if strict is None else strict)
+        return module.to(next(iter(state.values())).device)
 
     def forward(self, input_ids: Tensor, documents: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
         """Logits `[B, N, V]` of token ids `[B, N]`; see `DogeForCausalLM.forward`."""

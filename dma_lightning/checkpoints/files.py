@@ -82,9 +82,18 @@ def local_checkpoint(path: Any, weights_only: bool | None) -> Path:
 
 
 def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
+    """Path of the checkpoint that `read_newest` finds, as a trainer takes it."""
+    found = read_newest(folders)
+    return None if found is None else found[0]
+
+
+def read_newest(folders: Iterable[Path]) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint written last of those at any depth below some folders that training can go on from.
 
     Those that cannot be read are left out with a warning.
+
+    Returns:
+        Its path and what `read_checkpoint` says that it holds; None if there is none.
 
     Raises:
         ValueError: if there are some, and none can be read.
@@ -99,7 +108,7 @@ def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
             damaged.append(path)
             continue
         if "lr_schedulers" in saved:
-            return path
+            return path, saved
     if damaged:
         raise ValueError(
             f"ckpt_path last: expected a whole checkpoint, got {len(damaged)} that cannot be read, the newest "

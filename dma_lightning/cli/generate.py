@@ -9,7 +9,7 @@ import torch
 
 from dma_lightning.generation import decode_until, pad_prompts, stream_tokens
 from dma_lightning.sampling import Sampling
-from dma_lightning.trained_models import load_checkpoint, tokenizer_of
+from dma_lightning.trained_models import load_with_tokenizer
 
 
 def generate(
@@ -50,8 +50,8 @@ def generate(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
-    module = load_checkpoint(ckpt_path, device, backend)
-    model, tokenizer = module.model, tokenizer_of(module, ckpt_path)
+    module, tokenizer = load_with_tokenizer(ckpt_path, device, backend)
+    model = module.model
     prompt_tokens = tokenizer.encode(prompt)
     input_ids, _ = pad_prompts([prompt_tokens], device)
     made = 0

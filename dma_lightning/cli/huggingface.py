@@ -10,7 +10,7 @@ from dma_lightning.checkpoints.files import AtomicCheckpointIO
 from dma_lightning.huggingface.doge import copy_tokenizer, load_doge, new_folder, save_doge
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.tokenizers import ByteTokenizer
-from dma_lightning.trained_models import carried_tokenizer, load_checkpoint
+from dma_lightning.trained_models import model_of, open_checkpoint
 
 
 def import_hf(source: Path, target: Path) -> None:
@@ -50,6 +50,6 @@ def export_hf(ckpt_path: Path, target: Path) -> None:
         ckpt_path: a checkpoint.
         target: new folder, which gets config.json, model.safetensors and SHA256SUMS.
     """
-    model = load_checkpoint(ckpt_path, "cpu").model
-    save_doge(model, target, ckpt_path.resolve().parent, carried_tokenizer(ckpt_path))
+    saved = open_checkpoint(ckpt_path, "cpu")
+    save_doge(model_of(saved, "cpu").model, target, ckpt_path.resolve().parent, saved.tokenizer)
     print(f"written to {target}")

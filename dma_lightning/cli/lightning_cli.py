@@ -13,19 +13,21 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from dma_lightning.callbacks import ContinuationWriter
-from dma_lightning.checkpoints.files import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
-from dma_lightning.cli.errors import error_of_ours
-from dma_lightning.cli.saved_run import (
+from dma_lightning.checkpoints.files import AtomicCheckpointIO
+from dma_lightning.cli.ckpt_path import (
     LINKS,
     check_data,
+    check_holds_training,
     check_weights,
-    checkpoint_argument,
-    checkpoint_file,
+    open_argument,
+    open_ckpt_path,
     run_folders,
     saved_defaults,
 )
+from dma_lightning.cli.errors import error_of_ours
 from dma_lightning.distributed import SameCheckpoint, end_with_first_process
 from dma_lightning.monitoring import ProgressBar
+from dma_lightning.saved_run import SavedRun
 from dma_lightning.trainer_state import is_of_restoring, log_into_version
 
 # Callbacks of our configs that Lightning refuses where an option of the trainer is false.
@@ -77,6 +79,7 @@ class DMACLI(LightningCLI):
     """
 
     checkpoint: Path | None = None  # what `ckpt_path` stands for, if it is a file or folder
+    saved: SavedRun | None = None  # that checkpoint, opened, until trainer, model and data are made
     resuming = False  # whether that is the last of the run that `fit` was asked to go on with
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -88,24 +91,24 @@ class DMACLI(LightningCLI):
             parser.link_arguments(f"data.{source}", f"model.{target}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.checkpoint = checkpoint_argument(args)
-        if self.checkpoint is None:  # then a config may name one, or `last` stands for one of this run
+        self.saved = open_argument(args)
+        if self.saved is None:  # then a config may name one, or `last` stands for one of this run
             super().parse_arguments(parser, args)
-            self.checkpoint = self._configured_checkpoint()
+            self.saved = self._configured_checkpoint()
             asks = self.config.get("subcommand") == "fit" and self._subcommand_config().ckpt_path == "last"
-            if self.checkpoint is None:
+            if self.saved is None:
                 self.save_config_kwargs = {"may_be_killed": asks}
                 return
             self.resuming = asks
-        saved, data = saved_defaults(self.checkpoint)
+        self.checkpoint, defaults = self.saved.path, saved_defaults(self.saved)
         for subparser in self._subcommand_parsers.values():
-            subparser.set_defaults(saved)
+            subparser.set_defaults(defaults)
         super().parse_arguments(parser, args)
-        check_data(self._subcommand_config().get("data"), data, self.checkpoint)
+        check_data(self._subcommand_config().get("data"), self.saved)
         attention = self._subcommand_config().model.attention
-        if self.resuming and attention != saved.get("model.attention", attention):
+        if self.resuming and attention != defaults.get("model.attention", attention):
             raise ValueError(
-                f"ckpt_path last: expected attention {saved['model.attention']!r} as in {self.checkpoint}, got "
+                f"ckpt_path last: expected attention {defaults['model.attention']!r} as in {self.checkpoint}, got "
                 f"{attention!r}; give each experiment a folder of its own by --trainer.logger.init_args.name, or "
                 "name the checkpoint to go on from"
             )
@@ -113,35 +116,38 @@ class DMACLI(LightningCLI):
     def _subcommand_config(self) -> Namespace:
         return self.config.get(self.config.get("subcommand") or "", Namespace())
 
-    def _configured_checkpoint(self) -> Path | None:
+    def _configured_checkpoint(self) -> SavedRun | None:
         """The checkpoint that the parsed configuration stands for.
 
         Raises:
-            ValueError: if there is none, unless `fit` shall go on with the last.
+            ValueError: if there is none, unless `fit` shall go on with the last; if it cannot be read.
         """
         config = self._subcommand_config()
         path = config.get("ckpt_path")
         if path != "last":
-            return checkpoint_file(path)
+            return open_ckpt_path(path)
         folders = run_folders(config.trainer)
-        found = newest_checkpoint(folders)
+        found = SavedRun.newest(folders)
         where = " or ".join(str(folder) for folder in folders)
         if found is None and self.config.subcommand != "fit":
             raise ValueError(f"ckpt_path: expected a checkpoint below {where}, found none to take as the last")
         rank_zero_only(print)(
             f"ckpt_path last: no checkpoint below {where}; training begins anew"
             if found is None
-            else f"ckpt_path last: {found}"
+            else f"ckpt_path last: {found.path}"
         )
         return found
 
     def instantiate_classes(self) -> None:
-        if self.checkpoint is not None:  # before anything is made that could be too large
-            arguments, trains = self._subcommand_config().model.as_dict(), self.subcommand == "fit"
-            check_weights(self.checkpoint, arguments, trains)
+        if self.saved is not None:  # before anything is made that could be too large
+            if self.subcommand == "fit":
+                check_holds_training(self.saved)
+            arguments = self._subcommand_config().model.as_dict()
+            check_weights(self.saved, arguments)
         super().instantiate_classes()
-        if self.checkpoint is not None:  # now with what the data dictates
-            check_weights(self.checkpoint, arguments | {"vocab_size": self.model.hparams.vocab_size}, trains)
+        if self.saved is not None:  # now with what the data dictates
+            check_weights(self.saved, arguments | {"vocab_size": self.model.hparams.vocab_size})
+            self.saved = None  # training may delete the file
         if self.subcommand is not None:
             config = self.config_init[self.subcommand]
             if self.checkpoint is not None:
@@ -195,7 +201,7 @@ class DMACLI(LightningCLI):
         as Lightning's for CSV, would write over those that are there.)
         """
         trainer, folder = self._get(self.config_init, "trainer"), self.checkpoint.resolve().parents[1]
-        step = read_checkpoint(self.checkpoint).get("global_step", 0)
+        step = self.saved.step
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         found = [
             logger

@@ -23,7 +23,7 @@ from fuzz_told import told
 from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.checkpoints.files import AtomicCheckpointIO, read_checkpoint
 from dma_lightning.cli import build_cli
-from dma_lightning.cli.saved_run import saved_defaults
+from dma_lightning.cli.ckpt_path import open_ckpt_path, saved_defaults
 from dma_lightning.data import TextDataModule
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.trained_models import load_checkpoint, tokenizer_of
@@ -227,7 +227,7 @@ def _loaded(rng: random.Random, file: Path) -> LanguageModel:
 
 def _defaults(file: Path) -> dict[str, Any]:
     """What the command line takes from a checkpoint."""
-    return saved_defaults(file)[0]
+    return saved_defaults(open_ckpt_path(str(file)))
 
 
 def _change_entry(rng: random.Random, file: Path) -> str:

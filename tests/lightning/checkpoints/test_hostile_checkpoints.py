@@ -23,12 +23,14 @@ from dma_lightning import LanguageModel, MQARDataModule, PreparedDataModule, Tex
 from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.checkpoints.files import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from dma_lightning.cli import build_cli, main
+from dma_lightning.cli.ckpt_path import check_weights, open_ckpt_path
+from dma_lightning.cli.ckpt_path import saved_defaults as defaults_of
 from dma_lightning.cli.prepare import prepare
-from dma_lightning.cli.saved_run import check_weights, saved_defaults
 from dma_lightning.data import SequenceDataModule
-from dma_lightning.data.restoring import data_arguments
+from dma_lightning.data.restoring import SavedData, data_arguments
 from dma_lightning.files.locks import locked_folder
 from dma_lightning.plain_values import plain
+from dma_lightning.saved_run import SavedRun
 from dma_lightning.trained_models import load_checkpoint
 
 LAST = f"{CHECKPOINTS}/last.ckpt"
@@ -64,6 +66,12 @@ def run(_made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     made.clear()
     yield tmp_path
     assert not made
+
+
+def saved_defaults(path: Path) -> tuple[dict[str, Any], SavedData]:
+    """What the command line takes from a checkpoint, and what that says about its data."""
+    saved = open_ckpt_path(str(path))
+    return defaults_of(saved), saved.data
 
 
 def command(*args: str) -> Callable[[str, pytest.MonkeyPatch], None]:
@@ -261,7 +269,7 @@ def test_sizes_are_compared_before_anything_is_made(name: str, value: int, messa
     evil = changed(lambda content: content["hyper_parameters"].update({name: value}))
     arguments = {"num_hidden_layers": 4} | read_checkpoint(evil)["hyper_parameters"]
     arguments = {name: value for name, value in arguments.items() if not name.startswith("_")}
-    for read in (LanguageModel.load_from_checkpoint, lambda path: check_weights(path, arguments, trains=True)):
+    for read in (LanguageModel.load_from_checkpoint, lambda path: check_weights(SavedRun.open(path), arguments)):
         start = time.process_time()
         with pytest.raises(ValueError, match=message):
             read(evil)

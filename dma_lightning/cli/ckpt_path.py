@@ -1,4 +1,4 @@
-"""What `ckpt_path` stands for on the command line, and what a checkpoint says about model and data."""
+"""What `ckpt_path` stands for on the command line, and what that checkpoint says about model and data."""
 
 import argparse
 import dataclasses
@@ -11,20 +11,18 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType
 
-from dma_lightning.checkpoints.arguments import model_arguments
-from dma_lightning.checkpoints.files import read_checkpoint
 from dma_lightning.checkpoints.weights import (
     EMBEDDING,
+    Weights,
     check_layers,
     compare_weights,
     layers_in,
     model_weights,
-    saved_weights,
 )
 from dma_lightning.config import ModelConfig
 from dma_lightning.data import SequenceDataModule
-from dma_lightning.data.restoring import SavedData, data_arguments
 from dma_lightning.language_model import LanguageModel
+from dma_lightning.saved_run import SavedRun
 
 # What the data dictates to the model: attribute of the data module, and argument of the model.
 LINKS = {
@@ -45,31 +43,34 @@ class _UnknownData(SequenceDataModule):
         raise NotImplementedError
 
 
-def checkpoint_argument(args: ArgsType) -> Path | None:
+def open_argument(args: ArgsType) -> SavedRun | None:
     """The checkpoint that the command line names, unless by a URL or one of Lightning's keywords.
 
     Raises:
-        ValueError: if there is no such file.
+        ValueError: if there is no such file, or it cannot be read.
     """
     if args is not None and not isinstance(args, list):
         return None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
-    return checkpoint_file(parser.parse_known_args(args)[0].ckpt_path)
+    return open_ckpt_path(parser.parse_known_args(args)[0].ckpt_path)
 
 
-def checkpoint_file(path: str | None) -> Path | None:
+def open_ckpt_path(path: str | None) -> SavedRun | None:
     """The file or folder of a `ckpt_path`, unless it is a URL or one of Lightning's keywords.
 
     Raises:
-        ValueError: if there is no such file.
+        ValueError: if there is no such file, or it cannot be read.
     """
     path = path and path.removeprefix("file://")
     if path in (None, "", "null") or "://" in path or path.split(":")[0] in _LIGHTNING_CHECKPOINTS:
         return None
     if not Path(path).exists():
         raise ValueError(f"--ckpt_path: expected an existing checkpoint, got {path!r}; look under runs/")
-    return Path(path)
+    try:
+        return SavedRun.open(Path(path))
+    except ValueError as error:
+        raise ValueError(f"ckpt_path {error}; `last` takes the newest whole one") from error
 
 
 def run_folders(trainer: Namespace) -> list[Path]:
@@ -94,33 +95,28 @@ def _logger_folder(trainer: Namespace) -> Path:
     return folder if version is None else folder / (version if isinstance(version, str) else f"version_{version}")
 
 
-def saved_defaults(checkpoint: Path) -> tuple[dict[str, Any], SavedData]:
-    """Defaults that a checkpoint gives to the command line, and what it says about its data.
+def saved_defaults(saved: SavedRun) -> dict[str, Any]:
+    """Defaults that a checkpoint gives to the command line.
 
     Raises:
-        ValueError: if it cannot be read, or holds arguments that are not known or of another type.
+        ValueError: if it holds arguments that are not known or of another type.
     """
-    try:
-        saved = read_checkpoint(checkpoint)
-    except ValueError as error:
-        raise ValueError(f"ckpt_path {error}; `last` takes the newest whole one") from error
-    model, data = model_arguments(saved, checkpoint, LanguageModel), data_arguments(saved, checkpoint)
+    model, data = saved.model_arguments(LanguageModel), saved.data
     defaults: dict[str, Any] = {f"model.{name}": x for name, x in model.items() if name not in LINKS.values()}
     if data.kind is not None:
         init_args = data.arguments | dict.fromkeys(data.files, _NOT_TAKEN)
         defaults["data"] = {"class_path": f"{data.kind.__module__}.{data.kind.__qualname__}", "init_args": init_args}
     elif data.class_path is not None:
         defaults["data"] = {"class_path": f"{__name__}.{_UnknownData.__name__}"}
-    return defaults, data
+    return defaults
 
 
-def check_data(data: Namespace | None, saved: SavedData, checkpoint: Path) -> None:
+def check_data(data: Namespace | None, saved: SavedRun) -> None:
     """Make sure that the user has named what is not taken from a checkpoint.
 
     Args:
         data: the parsed configuration of the data.
-        saved: what the checkpoint says about it.
-        checkpoint: its path, for messages.
+        saved: the checkpoint.
 
     Raises:
         ValueError: if a class or a file is missing; with the flag that gives it.
@@ -129,53 +125,76 @@ def check_data(data: Namespace | None, saved: SavedData, checkpoint: Path) -> No
         return
     if data.class_path.endswith(f".{_UnknownData.__name__}"):
         raise ValueError(
-            f"data: expected a class that you name, since {checkpoint} names {saved.class_path!r} and checkpoints "
+            f"data: expected a class that you name, since {saved.path} names {saved.data.class_path!r} and checkpoints "
             "import no code; give --data with the class, and its arguments"
         )
     for name, value in data.get("init_args", Namespace()).items():
         if value == _NOT_TAKEN:
             raise ValueError(
-                f"data.{name}: expected a place that you name, since {checkpoint} names {saved.files.get(name)!r} and "
-                f"its run's config.yaml does not; give --data.{name}"
+                f"data.{name}: expected a place that you name, since {saved.path} names {saved.data.files.get(name)!r} "
+                f"and its run's config.yaml does not; give --data.{name}"
             )
 
 
-def check_weights(checkpoint: Path, arguments: Mapping[str, Any], trains: bool) -> None:
+def check_holds_training(saved: SavedRun) -> None:
+    """Refuse to train on from weights alone.
+
+    Raises:
+        ValueError: if the checkpoint holds nothing else.
+    """
+    if not saved.holds_training:
+        raise ValueError(
+            f"ckpt_path: expected a checkpoint of `fit`, got {saved.path}, which holds weights alone; training cannot "
+            "go on from it"
+        )
+
+
+def check_weights(saved: SavedRun, arguments: Mapping[str, Any]) -> None:
     """Compare the names and shapes of a checkpoint's weights with those of a model that is still to be made.
 
     Args:
-        checkpoint: its path.
+        saved: the checkpoint.
         arguments: of the model; without vocab_size, it is the checkpoint's.
-        trains: whether training is to go on.
 
     Raises:
-        ValueError: if they differ, with the options that do; if training is to go on from weights alone.
+        ValueError: if they differ, with the options that do.
     """
-    saved = read_checkpoint(checkpoint)
-    if trains and "optimizer_states" not in saved and "lr_schedulers" not in saved:
-        raise ValueError(
-            f"ckpt_path: expected a checkpoint of `fit`, got {checkpoint}, which holds weights alone; training cannot "
-            "go on from it"
-        )
-    weights, options = saved_weights(saved, checkpoint), saved.get(LanguageModel.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    if not weights:
+    if not saved.weights:
         return
-    if EMBEDDING in weights:
-        arguments = {"vocab_size": weights[EMBEDDING].shape[0]} | arguments
-    layers = options.get("num_hidden_layers", ModelConfig.num_hidden_layers)
-    if arguments["num_hidden_layers"] == layers:  # else the user's is another, and the message below says so
-        check_layers(weights, layers, checkpoint)
-    fits = arguments["num_hidden_layers"] == layers_in(weights)
-    expected = model_weights(LanguageModel, arguments) if fits else {}
-    if expected == weights:
+    if EMBEDDING in saved.weights:
+        arguments = {"vocab_size": saved.weights[EMBEDDING].shape[0]} | arguments
+    was = saved.model_arguments(LanguageModel)
+    _check_layers(saved, was, arguments)
+    expected = _expected_weights(saved, arguments)
+    if expected == saved.weights:
         return
-    known = {x.name for x in dataclasses.fields(ModelConfig)} & arguments.keys()
-    differ = [
-        f"{x} {arguments[x]!r} instead of {was!r}" for x, was in options.items() if x in known and arguments[x] != was
-    ]
+    differ = _different_options(was, arguments)
     if not differ:
-        compare_weights(weights, expected, checkpoint, strict=True)
+        compare_weights(saved.weights, expected, saved.path, strict=True)
     raise ValueError(
-        f"ckpt_path: expected a model with the weights of {checkpoint}, got one with {' and '.join(differ)}; leave "
+        f"ckpt_path: expected a model with the weights of {saved.path}, got one with {' and '.join(differ)}; leave "
         "these as they were, or begin a run of its own"
     )
+
+
+def _check_layers(saved: SavedRun, was: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Compare how many layers a checkpoint says that its model has with those in it, unless the user names another.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    layers = was.get("num_hidden_layers", ModelConfig.num_hidden_layers)
+    if arguments["num_hidden_layers"] == layers:
+        check_layers(saved.weights, layers, saved.path)
+
+
+def _expected_weights(saved: SavedRun, arguments: Mapping[str, Any]) -> Weights:
+    """The weights of a model of these arguments; none if it has another number of layers than the checkpoint."""
+    fits = arguments["num_hidden_layers"] == layers_in(saved.weights)
+    return model_weights(LanguageModel, arguments) if fits else {}
+
+
+def _different_options(was: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[str]:
+    """Options of the model that are others than they were, in words."""
+    known = {x.name for x in dataclasses.fields(ModelConfig)} & arguments.keys()
+    return [f"{x} {arguments[x]!r} instead of {old!r}" for x, old in was.items() if x in known and arguments[x] != old]

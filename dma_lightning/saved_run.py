@@ -1,0 +1,85 @@
+"""A checkpoint that is opened once, and what commands ask of it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import lightning.pytorch as pl
+
+from dma_lightning.checkpoints.arguments import model_arguments
+from dma_lightning.checkpoints.files import read_checkpoint, read_newest
+from dma_lightning.checkpoints.weights import Weights, saved_weights
+from dma_lightning.data.restoring import SavedData, data_arguments
+from dma_lightning.data.text import TOKENIZER_KEY
+from dma_lightning.files.reading import as_kind
+
+
+@dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
+class SavedRun:
+    """What a checkpoint holds, read once; what it says of model, data and tokenizer is checked when it is asked for.
+
+    Its tensors stay on the disk until they are used. A file that is deleted meanwhile takes its space until nobody
+    holds the `SavedRun` any more.
+    """
+
+    path: Path
+    """The file, or the folder to which every process has written its part."""
+    content: dict[str, Any] = field(repr=False)
+    """All that is in it; of a folder, without weights and optimizer states."""
+
+    @classmethod
+    def open(cls, path: Path, map_location: Any = "cpu") -> Self:
+        """Read a checkpoint; arguments and errors are those of `read_checkpoint`."""
+        return cls(path, read_checkpoint(path, map_location))
+
+    @classmethod
+    def newest(cls, folders: Iterable[Path]) -> Self | None:
+        """The newest whole checkpoint below some folders; errors are those of `read_newest`."""
+        found = read_newest(folders)
+        return None if found is None else cls(*found)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that were made."""
+        return self.content.get("global_step", 0)
+
+    @property
+    def holds_training(self) -> bool:
+        """Whether training can go on from it, or it holds weights alone."""
+        return "optimizer_states" in self.content or "lr_schedulers" in self.content
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Names and shapes of the weights."""
+        return saved_weights(self.content, self.path)
+
+    def model_arguments(self, kind: type[pl.LightningModule]) -> dict[str, Any]:
+        """Arguments of the model; `kind` is its class.
+
+        Raises:
+            ValueError: if one is unknown or has another type.
+        """
+        return model_arguments(self.content, self.path, kind)
+
+    @cached_property
+    def data(self) -> SavedData:
+        """What it says about its data.
+
+        Raises:
+            ValueError: if an argument is unknown or has another type.
+        """
+        return data_arguments(self.content, self.path)
+
+    @cached_property
+    def tokenizer(self) -> str | None:
+        """The `tokenizer.json` of the text that the model was trained on, if there was one.
+
+        Raises:
+            ValueError: if it is no text.
+        """
+        # That of the data module is under its name.
+        states = (state for state in self.content.values() if isinstance(state, dict))
+        found = next((state[TOKENIZER_KEY] for state in states if TOKENIZER_KEY in state), None)
+        return as_kind(found, str | None, f"{self.path}: {TOKENIZER_KEY}")
