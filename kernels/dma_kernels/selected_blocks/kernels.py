@@ -159,8 +159,9 @@ def _key_gradients_kernel(
             b_query = b_tile * QUERIES + o_row // group
             m_m = (o_row < QUERIES * group) & (b_query < length) & (o_e < end)
             m_q = m_m[:, None] & m_d[None, :]
-            b_q = tl.load(row_pointers(p_q, i_b, b_head, b_query, q_b, q_h, q_n, BLOCK_D), mask=m_q, other=0.0)
+            p_rows = row_pointers(p_q, i_b, b_head, b_query, q_b, q_h, q_n, BLOCK_D)
             o_line = (i_b * kv_heads * group + b_head) * length + b_query
+            b_q = tl.load(p_rows, mask=m_q, other=0.0)
             b_grad = tl.load(p_grad + o_line[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
             b_first = tl.load(p_first + i_b * length + b_query, mask=m_m, other=0)
             b_lse = tl.load(p_lse + o_line, mask=m_m, other=0.0)
