@@ -1,6 +1,6 @@
 """The attention backends by name.
 
-A backend attends from q, k, v and the keys' scores over the lifetimes of the keys. None falls back to another: it runs
+A backend attends from q, k, v and the keys' biases over the lifetimes of the keys. None falls back to another: it runs
 as asked, or raises.
 
 B batch, H query heads, G KV heads, N length, D head dim.
@@ -75,12 +75,12 @@ def _auto_backend(device: str, index: int | None, dtype: torch.dtype, head_dim: 
     return chosen, reason
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, lifetimes: Lifetimes) -> Tensor:
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, lifetimes: Lifetimes) -> Tensor:
     """The O(N²) definition over lifetimes."""
-    return reference_attention(q, k, v, scores, lifetimes.to_dense())
+    return reference_attention(q, k, v, key_bias, lifetimes.to_dense())
 
 
-# Attention over lifetimes, of q, k, v and scores.
+# Attention over lifetimes, of q, k, v and key_bias.
 ATTENTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Lifetimes], Tensor]] = {
     "triton": fused_attention,
     "flex": flex_segment_attention,
@@ -94,14 +94,14 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scores: Tensor,
+    key_bias: Tensor,
     ranks: Tensor,
     keep: KeepRule,
     packing: Packing | None = None,
 ) -> Tensor:
     """Dynamic mask attention by a backend, `[B, H, N, D]`."""
     if backend != "reference":
-        return ATTENTIONS[backend](q, k, v, scores, Lifetimes.selected(ranks, keep, packing))
+        return ATTENTIONS[backend](q, k, v, key_bias, Lifetimes.selected(ranks, keep, packing))
     packing = packing or Packing()  # with a mask of its own, in which nothing is shared with the others
     besides = {"documents": packing.documents, "padding": packing.padding, "keep_last": keep.last, "sinks": keep.sinks}
-    return reference_attention(q, k, v, scores, reference_mask(ranks, keep.window, **besides))
+    return reference_attention(q, k, v, key_bias, reference_mask(ranks, keep.window, **besides))

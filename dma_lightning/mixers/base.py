@@ -66,16 +66,15 @@ class TokenMixer(nn.Module, ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        renamed = []
         if "forward" in vars(cls) and "documents" in inspect.signature(cls.forward).parameters:
-            warnings.warn(
-                f"{cls.__qualname__}.forward: it takes `packing` instead of documents and padding now",
-                FutureWarning,
-                stacklevel=2,
-            )
+            renamed.append("forward takes `packing` instead of documents and padding")
             cls.forward = _unpacking(cls.forward)
         if "of_config" in vars(cls) and "from_config" not in vars(cls):
-            warnings.warn(f"{cls.__qualname__}.of_config: from_config is its name now", FutureWarning, stacklevel=2)
+            renamed.append("of_config is called from_config")
             cls.from_config = cls.of_config
+        if renamed:
+            warnings.warn(f"{cls.__qualname__}: {' and '.join(renamed)} now", FutureWarning, stacklevel=2)
 
     @classmethod
     @abstractmethod

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dma_kernels.precision import without_autocast
-from dma_kernels.scores import ordered_bits
+from dma_kernels.ranks import ordered_bits
 from dma_lightning.mixers.position_cache import Places
 
 _FORCED = 0x7FFFFFFF  # above every importance, NaN included

@@ -19,7 +19,7 @@ from dma_kernels import (
     Packing,
     ScoreForm,
     key_ranks,
-    key_scores,
+    rank_bias,
 )
 from dma_lightning.backends import (
     ATTENTIONS,
@@ -100,7 +100,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
         self.score_form, self.backend = score_form, backend
         self.A = nn.Parameter(torch.zeros(self.num_kv_heads))
         self.dt_proj = nn.Linear(self.num_kv_heads * self.head_dim, self.num_kv_heads, bias=bias)  # Δ
-        key_scores(self.A.detach(), score_form)  # an unknown form is an error now, not in the first step
+        rank_bias(self.A.detach(), score_form)  # an unknown form is an error now, not in the first step
 
     @classmethod
     def from_config(cls, config: DynamicMaskConfig) -> Self:
@@ -121,17 +121,17 @@ class DynamicMaskAttention(GroupedQueryMixer):
     ) -> Tensor:
         q, k, v = self.queries_keys_values(x, cache)  # [B, H, N, D] and [B, G, N, D]
         ranks = key_ranks(v, self.A, self.dt_proj.weight, self.dt_proj.bias)  # [B, G, N]
-        scores = key_scores(ranks, self.score_form)
+        key_bias = rank_bias(ranks, self.score_form)
         backend = resolve_backend(self.backend, q.device.type, q.device.index, q.dtype, self.head_dim)
         if cache is None:
-            return self.o_proj(merge_heads(attend(backend, q, k, v, scores, ranks, self.keep, packing)))
-        return self.o_proj(merge_heads(cache.attend(q, NewKeys(k, v, scores, ranks, packing), ATTENTIONS[backend])))
+            return self.o_proj(merge_heads(attend(backend, q, k, v, key_bias, ranks, self.keep, packing)))
+        return self.o_proj(merge_heads(cache.attend(q, NewKeys(k, v, key_bias, ranks, packing), ATTENTIONS[backend])))
 
     def lifetimes(self, x: Tensor, packing: Packing | None = None) -> tuple[Lifetimes, Tensor]:
-        """The mask that a forward pass over x `[B, N, C]` selects, and the score of every key `[B, G, N]`."""
+        """The mask that a forward pass over x `[B, N, C]` selects, and the bias of every key `[B, G, N]`."""
         v = self.heads(x, self.v_proj)
         ranks = key_ranks(v, self.A, self.dt_proj.weight, self.dt_proj.bias)
-        return Lifetimes.selected(ranks, self.keep, packing), key_scores(ranks, self.score_form)
+        return Lifetimes.selected(ranks, self.keep, packing), rank_bias(ranks, self.score_form)
 
     def new_cache(self, batch: int, full: bool = False) -> KeyCache:
         """An empty cache for `batch` sequences on the module's device.
@@ -157,7 +157,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
         return 4 * self.num_heads * self.head_dim * mean_keys(length, self.keep.capacity)
 
     def cache_elements(self, length: int) -> int:
-        """Keys, values and scores; besides these, the rank and position of each key are kept."""
+        """Keys, values and biases; besides these, the rank and position of each key are kept."""
         return min(length, self.keep.capacity) * self.num_kv_heads * (2 * self.head_dim + 1)
 
     def computed_by(self, device: torch.device, dtype: torch.dtype) -> str:

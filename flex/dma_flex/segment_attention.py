@@ -19,7 +19,7 @@ from dma_kernels import Lifetimes, SegmentSlots
 from dma_kernels.attention.key_gradients import key_gradients
 from dma_kernels.checks import check_attention_inputs, check_lifetimes
 from dma_kernels.precision import without_autocast
-from dma_kernels.scores import saturated
+from dma_kernels.ranks import saturated
 from dma_kernels.segments.gather import sum_copies
 
 
@@ -27,22 +27,22 @@ def flex_segment_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scores: Tensor,
+    key_bias: Tensor,
     lifetimes: Lifetimes,
     scale: float | None = None,
     segment_length: int | None = None,
     plan: FlexPlan | None = None,
 ) -> Tensor:
-    """Softmax attention over the live keys, with the scores as additive bias, by FlexAttention.
+    """Softmax attention over the live keys, with a bias for each key, by FlexAttention.
 
-    Trains on CUDA, differentiable in q, k, v and scores; infers on CUDA and CPU. The first call with new shapes
+    Trains on CUDA, differentiable in q, k, v and key_bias; infers on CUDA and CPU. The first call with new shapes
     compiles.
 
     Args:
         q: `[B, H, N, D]`, float32, bfloat16 or float16; products are accumulated in float32.
         k: `[B, G, N, D]`, H a multiple of G.
         v: `[B, G, N, D]`.
-        scores: bias of each key, float32 `[B, G, N]`.
+        key_bias: what is added to the logits of each key, float32 `[B, G, N]`.
         lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
         scale: factor of q·k, by default `1 / sqrt(D)`.
         segment_length: S, a multiple of 128 (or rounded up to one), by default about the mask's capacity.
@@ -55,25 +55,25 @@ def flex_segment_attention(
         ValueError: if shapes, dtypes or devices do not belong together, or FlexAttention cannot do what is asked.
         RuntimeError: where torch.compile's recompile limit would end in a dense O(N²) run.
     """
-    check_attention_inputs(q, k, v, scores)
+    check_attention_inputs(q, k, v, key_bias)
     check_lifetimes(lifetimes, k)
-    _check_flex_can(q, k, v, scores)
+    _check_flex_can(q, k, v, key_bias)
     if plan is not None and segment_length is not None:
         raise ValueError("expected segment_length or plan, got both; a plan has its segment length")
     (batch, heads, length), kv_heads = q.shape[:3], k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if batch == 0:
-        return q * (k.sum() + v.sum() + scores.sum()).to(q.dtype)  # empty, and differentiable in all
+        return q * (k.sum() + v.sum() + key_bias.sum()).to(q.dtype)  # empty, and differentiable in all
     plan = FlexPlan.of(lifetimes, batch, heads, kv_heads, segment_length) if plan is None else plan
     plan.check_fits(q, k)
     _check_grid(plan, q)
     # Outside what is compiled, so that lengths of one class share it.
-    q, k, v, scores = (plan.slots.fill_up(x) for x in (q, k, v, scores))
+    q, k, v, key_bias = (plan.slots.fill_up(x) for x in (q, k, v, key_bias))
     with without_autocast(q.device):
         if torch.compiler.is_compiling():
-            return _attend(q, k, v, scores, plan, scale)[:, :, :length]
+            return _attend(q, k, v, key_bias, plan, scale)[:, :, :length]
         with told_recompile_limit(q):
-            return _compiled_attend()(q, k, v, scores, plan, scale)[:, :, :length]
+            return _compiled_attend()(q, k, v, key_bias, plan, scale)[:, :, :length]
 
 
 @contextmanager
@@ -89,41 +89,41 @@ def told_recompile_limit(q: Tensor) -> Iterator[None]:
         ) from error
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, plan: FlexPlan, scale: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, plan: FlexPlan, scale: float) -> Tensor:
     """Attend over segments, `[B, H, T * S, D]`."""
-    scores = saturated(scores)
+    key_bias = saturated(key_bias)
     if not q.is_cuda:
-        return _attend_on_cpu(q, k, v, scores, plan, scale)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, scores)):
-        return _attend_with_gradients(q, k, v, scores, plan, scale)
+        return _attend_on_cpu(q, k, v, key_bias, plan, scale)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, key_bias)):
+        return _attend_with_gradients(q, k, v, key_bias, plan, scale)
     slots = plan.slots
     q_seg, k_seg, v_seg = slots.split_queries(q), slots.gather(k), slots.gather(v)
-    arguments = _flex_arguments(q, k, _gather_bias(scores, slots), plan, scale)
+    arguments = _flex_arguments(q, k, _gather_bias(key_bias, slots), plan, scale)
     return slots.join_queries(flex_attention(q_seg, k_seg, v_seg, **arguments))
 
 
-def _attend_with_gradients(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, plan: FlexPlan, scale: float) -> Tensor:
+def _attend_with_gradients(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, plan: FlexPlan, scale: float) -> Tensor:
     """The same in training: FlexAttention takes keys, values and bias as constants and computes dq."""
     slots = plan.slots
     q_seg, k_seg, v_seg = slots.split_queries(q), slots.gather(k), slots.gather(v)
-    bias, copies = _gather_bias(scores.detach(), slots), slots.copies
+    bias, copies = _gather_bias(key_bias.detach(), slots), slots.copies
     arguments = _flex_arguments(q, k, bias, plan, scale) | {"block_mask": _for_query_gradient(plan.block_mask)}
     out, aux = flex_attention(q_seg, k_seg.detach(), v_seg.detach(), **arguments, return_aux=AuxRequest(lse=True))
     out = _WithKeyGradients.apply(
-        out, k_seg, v_seg, scores, q_seg.detach(), bias, slots.birth, slots.death, aux.lse.detach(), scale,
+        out, k_seg, v_seg, key_bias, q_seg.detach(), bias, slots.birth, slots.death, aux.lse.detach(), scale,
         copies.row, copies.first, copies.slot,
     )  # fmt: skip
     return slots.join_queries(out)
 
 
-def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, plan: FlexPlan, scale: float) -> Tensor:
+def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, plan: FlexPlan, scale: float) -> Tensor:
     """The same without gradients, and with NaN made visible.
 
     FlexAttention's CPU kernel loses NaN logits in the maximum of a row and returns 0. So keys that are not finite, or
-    have a NaN score, get an infinite bias, and queries that are not finite an output of NaN.
+    have a bias of NaN, get an infinite bias, and queries that are not finite an output of NaN.
     """
     broken = ~q.isfinite().all(-1, keepdim=True)
-    bias = torch.where(k.isfinite().all(-1) & ~scores.isnan(), scores, torch.inf)
+    bias = torch.where(k.isfinite().all(-1) & ~key_bias.isnan(), key_bias, torch.inf)
     slots = plan.slots
     q_seg = _materialize(slots.split_queries(q.nan_to_num()))
     k_seg, v_seg = slots.gather(k.nan_to_num()), slots.gather(v)
@@ -175,11 +175,11 @@ class _WithKeyGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, out: Tensor, k: Tensor, v: Tensor, scores: Tensor, q: Tensor, bias: Tensor, birth: Tensor,
+        ctx: FunctionCtx, out: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, q: Tensor, bias: Tensor, birth: Tensor,
         death: Tensor, lse: Tensor, scale: float, row: Tensor, first: Tensor, slot: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(q, k, v, bias, birth, death, lse, out, row, first, slot)
-        ctx.scale, ctx.shape = scale, [*scores.shape, 1]
+        ctx.scale, ctx.shape = scale, [*key_bias.shape, 1]
         return out.view_as(out)
 
     @staticmethod
@@ -188,8 +188,8 @@ class _WithKeyGradients(torch.autograd.Function):
         wide = torch.promote_types(grad.dtype, torch.float32)
         delta = (grad.to(wide) * out.to(wide)).sum(-1)  # [Z, H, S]
         dk, dv, dbias = key_gradients(*inputs, delta, grad, ctx.scale)
-        dscores = sum_copies(dbias[..., None], row, first, slot, ctx.shape).squeeze(-1)
-        return grad, dk, dv, dscores, *[None] * 9
+        dkey_bias = sum_copies(dbias[..., None], row, first, slot, ctx.shape).squeeze(-1)
+        return grad, dk, dv, dkey_bias, *[None] * 9
 
 
 def _for_query_gradient(mask: BlockMask) -> BlockMask:
@@ -228,7 +228,7 @@ def _check_grid(plan: FlexPlan, q: Tensor) -> None:
         )
 
 
-def _check_flex_can(q: Tensor, k: Tensor, v: Tensor, scores: Tensor) -> None:
+def _check_flex_can(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor) -> None:
     """Raise `ValueError` for what FlexAttention cannot do, naming the backend that can."""
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
@@ -240,7 +240,7 @@ def _check_flex_can(q: Tensor, k: Tensor, v: Tensor, scores: Tensor) -> None:
         raise ValueError(
             f"backend 'flex' needs a head dim from 16 to 256 on CUDA, got {q.shape[-1]}; use backend 'torch' for it"
         )
-    check_differentiable(q, k, v, scores)
+    check_differentiable(q, k, v, key_bias)
 
 
 def check_differentiable(q: Tensor, *others: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 The rooms, in the order in which a key passes through them:
 
-- `scores`: ranks and scores of keys; `keep_rule`: how many of them a query keeps; `packing`: documents and padding
+- `ranks`: ranks and biases of keys; `keep_rule`: how many of them a query keeps; `packing`: documents and padding
 - `lifetimes`: which queries see a key; `reference`: the O(N²) definition of it all
 - `selection`: which keys live, and until when
 - `segments`: from lifetimes to dense lists of keys
@@ -23,9 +23,9 @@ from dma_kernels.decoding.state import NewKeys
 from dma_kernels.keep_rule import KeepRule
 from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.packing import Packing
+from dma_kernels.ranks import ScoreForm, key_ranks, rank_bias
 from dma_kernels.reference import reference_attention, reference_mask
 from dma_kernels.renamed import giving_renamed
-from dma_kernels.scores import ScoreForm, key_ranks, key_scores
 from dma_kernels.segments.slots import SegmentSlots
 
 __all__ = [
@@ -40,10 +40,10 @@ __all__ = [
     "SegmentSlots",
     "fused_attention",
     "key_ranks",
-    "key_scores",
+    "rank_bias",
     "reference_attention",
     "reference_mask",
     "segment_attention",
 ]
 
-__getattr__ = giving_renamed(__name__, SegmentLayout=SegmentSlots)
+__getattr__ = giving_renamed(__name__, SegmentLayout=SegmentSlots, key_scores=rank_bias)

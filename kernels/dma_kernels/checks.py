@@ -6,17 +6,17 @@ from torch import Tensor
 from dma_kernels.lifetimes import Lifetimes
 
 
-def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, scores: Tensor | None = None) -> None:
-    """Raise `ValueError` unless q `[B, H, N, D]`, k and v `[B, G, N, D]` and scores `[B, G, N]` belong together."""
+def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> None:
+    """Raise `ValueError` unless q `[B, H, N, D]`, k and v `[B, G, N, D]` and key_bias `[B, G, N]` belong together."""
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"expected q [B, H, N, D] and k [B, G, N, D], got {list(q.shape)} and {list(k.shape)}")
     batch, heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
     expected = {"k": (batch, kv_heads, length, head_dim), "v": (batch, kv_heads, length, head_dim)}
-    expected["scores"] = (batch, kv_heads, length)
+    expected["key_bias"] = (batch, kv_heads, length)
     if head_dim == 0:
         raise ValueError(f"expected a head dim of at least 1, got q {list(q.shape)}")
-    for name, x in {"k": k, "v": v, "scores": scores}.items():
+    for name, x in {"k": k, "v": v, "key_bias": key_bias}.items():
         if x is None:
             continue
         if x.shape != expected[name]:
@@ -31,8 +31,10 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, scores: Tensor | Non
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     least = torch.promote_types(q.dtype, torch.float32)
-    if scores is not None and scores.dtype not in (torch.float32, least):
-        raise ValueError(f"scores: expected {least} for {q.dtype} inputs, got {scores.dtype}; selection needs its bits")
+    if key_bias is not None and key_bias.dtype not in (torch.float32, least):
+        raise ValueError(
+            f"key_bias: expected {least} for {q.dtype} inputs, got {key_bias.dtype}; selection needs its bits"
+        )
 
 
 def check_no_tangents(*inputs: Tensor) -> None:

@@ -11,7 +11,7 @@ from dma_kernels.keep_rule import KeepRule
 from dma_kernels.lifetimes import check_ranks
 from dma_kernels.packing import Packing
 from dma_kernels.precision import without_autocast
-from dma_kernels.scores import ordered_bits, saturated
+from dma_kernels.ranks import ordered_bits, saturated
 
 
 def reference_mask(
@@ -64,18 +64,19 @@ def reference_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scores: Tensor,
+    key_bias: Tensor,
     mask: Tensor,
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention over the keys of a dense mask, with the scores as additive bias; O(N²).
+    """Softmax attention over the keys of a dense mask, with a bias for each key; O(N²).
 
     Args:
         q: `[B, H, N, D]`.
         k: `[B, G, N, D]`, H a multiple of G.
         v: `[B, G, N, D]`.
-        scores: bias of each key, `[B, G, N]`, as `saturated` leaves it; so does every other backend.
+        key_bias: what is added to the logits of each key, `[B, G, N]`; here and in every other backend, as `saturated`
+            leaves it.
         mask: bool `[B or 1, G or 1, N, N]` (query, key), True where the query sees the key.
         scale: factor of q·k, by default `1 / sqrt(D)`.
         return_lse: also return the log-sum-exp of each query's logits.
@@ -89,16 +90,16 @@ def reference_attention(
 
     Source: arXiv 2508.02124v6, equations 5 and 6.
     """
-    check_attention_inputs(q, k, v, scores)
+    check_attention_inputs(q, k, v, key_bias)
     _check_mask(mask, k)
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k_full, v_full, scores_full = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v, saturated(scores)))
+    k_full, v_full, bias_full = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v, saturated(key_bias)))
     mask = mask.expand(-1, k.shape[1], -1, -1).repeat_interleave(group, dim=1)
 
     with without_autocast(q.device):
-        logits = q.to(dtype) @ k_full.transpose(-1, -2) * scale + scores_full[..., None, :]  # [B, H, N, N]
+        logits = q.to(dtype) @ k_full.transpose(-1, -2) * scale + bias_full[..., None, :]  # [B, H, N, N]
         out = masked_average(logits, mask, v_full).to(q.dtype)
     return (out, masked_logsumexp(logits, mask)) if return_lse else out
 

@@ -1,9 +1,13 @@
-"""Old names of what a package offers: they give what has a new one, and say so."""
+"""Old names of what a package offers: they give what has a new one, and say so once."""
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 def giving_renamed(package: str, **new: Any) -> Callable[[str], Any]:
@@ -17,3 +21,21 @@ def giving_renamed(package: str, **new: Any) -> Callable[[str], Any]:
         return vars(sys.modules[package]).setdefault(name, new[name])
 
     return attribute
+
+
+def taking_renamed(**new: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Let a function take arguments by their old names, too, with one FutureWarning in a process for each."""
+
+    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        @functools.wraps(function)
+        def taking(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+            for old in new:
+                if old not in options:
+                    continue
+                warnings.warn(f"{function.__name__}: {old} is called {new[old]} now", FutureWarning, stacklevel=2)
+                options[new[old]] = options.pop(old)
+            return function(*arguments, **options)
+
+        return taking
+
+    return decorate

@@ -275,7 +275,7 @@ def test_bad_inputs(device: str) -> None:
         flex_segment_attention(*(x.double() for x in (q, k, v, scores)), mask)
     with pytest.raises(ValueError, match=r"lifetimes: expected \[2 or 1, 2 or 1, 300\] .* got \[1, 1, 299\]"):
         flex_segment_attention(q, k, v, scores, Lifetimes.causal(299, device))
-    with pytest.raises(ValueError, match=r"scores: expected torch\.float32"):
+    with pytest.raises(ValueError, match=r"key_bias: expected torch\.float32"):
         flex_segment_attention(q, k, v, scores.bfloat16(), mask)
     plan = FlexPlan.of(mask, 2, HEADS, KV_HEADS)
     with pytest.raises(ValueError, match="expected segment_length or plan, got both"):

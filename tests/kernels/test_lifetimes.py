@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dma_kernels import Lifetimes, SegmentSlots, reference_mask
-from dma_kernels.scores import ordered_bits
+from dma_kernels.ranks import ordered_bits
 from dma_kernels.selection.plain import KeyOrder, top_w_deaths
 
 

@@ -27,22 +27,22 @@ def fused_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scores: Tensor,
+    key_bias: Tensor,
     lifetimes: Lifetimes,
     scale: float | None = None,
     segment_length: int | None = None,
     slots: SegmentSlots | None = None,
 ) -> Tensor:
-    """Softmax attention over the live keys, with the scores as additive bias, by Triton kernels.
+    """Softmax attention over the live keys, with a bias for each key, by Triton kernels.
 
-    Differentiable in q, k, v and scores; the same bits in every run. A NaN in v, which also makes the rank of its key
+    Differentiable in q, k, v and key_bias; the same bits in every run. A NaN in v, which also makes the rank of its key
     NaN, or an infinity shows in all queries of a segment that pass over the key's tile, also in earlier ones.
 
     Args:
         q: `[B, H, N, D]`, float32, bfloat16 or float16; products are accumulated in float32.
         k: `[B, G, N, D]`, H a multiple of G.
         v: `[B, G, N, D]`.
-        scores: bias of each key, float32 `[B, G, N]`.
+        key_bias: what is added to the logits of each key, float32 `[B, G, N]`.
         lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
         scale: factor of q·k, by default `1 / sqrt(D)`.
         segment_length: S, rounded up to a multiple of 128; by default the mask's capacity is.
@@ -54,14 +54,14 @@ def fused_attention(
     Raises:
         ValueError: if shapes, dtypes or devices do not belong together, or the kernels cannot do what is asked.
     """
-    check_attention_inputs(q, k, v, scores)
+    check_attention_inputs(q, k, v, key_bias)
     check_lifetimes(lifetimes, k)
     check_kernels_can(q.dtype, q.shape[-1])
-    check_no_tangents(q, k, v, scores)
+    check_no_tangents(q, k, v, key_bias)
     if slots is not None and segment_length is not None:
         raise ValueError("expected segment_length or slots, got both; slots have their segment length")
     if not q.numel():
-        return q * (k.sum() + v.sum() + scores.sum()).to(q.dtype)  # empty, and differentiable in all
+        return q * (k.sum() + v.sum() + key_bias.sum()).to(q.dtype)  # empty, and differentiable in all
     head_dim = q.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
     slots = SegmentSlots.of(lifetimes, q.shape[0], k.shape[1], segment_length) if slots is None else slots
@@ -70,7 +70,7 @@ def fused_attention(
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
     copies = slots.copies
     out, *_ = attend_slots(
-        q, k, v, scores, copies.row, copies.first, copies.slot, slots.birth, slots.death, slots.segment_length, scale
+        q, k, v, key_bias, copies.row, copies.first, copies.slot, slots.birth, slots.death, slots.segment_length, scale
     )
     return out[..., :head_dim] if missing else out
 
@@ -121,7 +121,7 @@ def attend_slots(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scores: Tensor,
+    key_bias: Tensor,
     row: Tensor,
     first: Tensor,
     slot: Tensor,
@@ -130,7 +130,7 @@ def attend_slots(
     segment_length: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output and log-sum-exp in base 2, and keys, values and saturated scores in segment order, for the backward.
+    """Output and log-sum-exp in base 2, and keys, values and saturated biases in segment order, for the backward.
 
     Arguments as `fused_attention` and `SegmentSlots`; head dims in steps of 16 bytes.
     """
@@ -140,7 +140,7 @@ def attend_slots(
 
     rows = (first.numel() - 1) // (k.shape[0] * k.shape[1])  # of each head, those behind its end included
     k_seg, v_seg = (launch_gather_rows(x, row, head_rows=rows) for x in (k, v))
-    bias = launch_gather_rows(scores[..., None], row, head_rows=rows, scores=True).squeeze(-1)
+    bias = launch_gather_rows(key_bias[..., None], row, head_rows=rows, bias=True).squeeze(-1)
     out, lse = launch_forward(q, k_seg, v_seg, bias, birth, death, scale=scale, segment_length=segment_length)
     return out, lse, k_seg, v_seg, bias
 
@@ -162,7 +162,7 @@ def attend_slots_backward(
     segment_length: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v `[B, G, N, D]` and scores `[B, G, N]`; k, v and bias in segment order."""
+    """Gradients of q, k, v `[B, G, N, D]` and key_bias `[B, G, N]`; k, v and bias in segment order."""
     from dma_kernels.attention.kernels.common import aligned
     from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
     from dma_kernels.attention.kernels.query_gradients import launch_query_gradients
@@ -174,18 +174,18 @@ def attend_slots_backward(
     sizes = {"scale": scale, "segment_length": segment_length}
     dq, delta = launch_query_gradients(q, k, v, bias, birth, death, lse, out, grad_out, **sizes)
     *dkv, dbias = launch_key_gradients(q, k, v, bias, birth, death, lse, delta, grad_out, **sizes)
-    dk, dv, dscores = (
+    dk, dv, dkey_bias = (
         launch_sum_copies(x, first, slot, shape=[batch, kv_heads, length, x.shape[-1]], head_rows=rows)
         for x in (*dkv, dbias[..., None])
     )
-    return dq, dk, dv, dscores.squeeze(-1)
+    return dq, dk, dv, dkey_bias.squeeze(-1)
 
 
 @attend_slots.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, row: Tensor, *_: object) -> tuple[Tensor, ...]:
+def _(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, row: Tensor, *_: object) -> tuple[Tensor, ...]:
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     k_seg = k.new_empty(*row.shape, k.shape[-1])
-    return _positions_first(q), lse, k_seg, torch.empty_like(k_seg), scores.new_empty(row.shape)
+    return _positions_first(q), lse, k_seg, torch.empty_like(k_seg), key_bias.new_empty(row.shape)
 
 
 @attend_slots_backward.register_fake

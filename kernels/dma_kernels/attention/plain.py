@@ -9,8 +9,8 @@ from torch import Tensor
 from dma_kernels.checks import check_attention_inputs, check_lifetimes
 from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.precision import without_autocast
+from dma_kernels.ranks import saturated
 from dma_kernels.reference import masked_average, masked_logsumexp
-from dma_kernels.scores import saturated
 from dma_kernels.segments.slots import SegmentSlots
 
 
@@ -18,13 +18,13 @@ def segment_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scores: Tensor,
+    key_bias: Tensor,
     lifetimes: Lifetimes,
     scale: float | None = None,
     segment_length: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention over the live keys, with the scores as additive bias; differentiable in q, k, v, scores.
+    """Softmax attention over the live keys, with a bias for each key; differentiable in q, k, v and key_bias.
 
     A NaN or infinity in k or v shows in all queries of a segment that holds the key, also in earlier ones.
 
@@ -32,7 +32,7 @@ def segment_attention(
         q: `[B, H, N, D]`, float64, float32, bfloat16 or float16; computed in at least float32.
         k: `[B, G, N, D]`, H a multiple of G.
         v: `[B, G, N, D]`.
-        scores: bias of each key, `[B, G, N]`.
+        key_bias: what is added to the logits of each key, `[B, G, N]`.
         lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
         scale: factor of q·k, by default `1 / sqrt(D)`.
         segment_length: S, by default about the mask's capacity.
@@ -45,7 +45,7 @@ def segment_attention(
     Raises:
         ValueError: if shapes, dtypes or devices do not belong together.
     """
-    check_attention_inputs(q, k, v, scores)
+    check_attention_inputs(q, k, v, key_bias)
     check_lifetimes(lifetimes, k)
     dtype = torch.promote_types(q.dtype, torch.float32)
     heads, kv_heads = q.shape[1], k.shape[1]
@@ -53,7 +53,7 @@ def segment_attention(
     slots = SegmentSlots.plain(lifetimes, q.shape[0], kv_heads, segment_length)
     with without_autocast(q.device):
         k_seg, v_seg = (slots.gather_plain(x).to(dtype) for x in (k, v))  # [Z, G, K, D]
-        bias = slots.gather_plain(saturated(scores).to(dtype)[..., None])  # [Z, G, K, 1]
+        bias = slots.gather_plain(saturated(key_bias).to(dtype)[..., None])  # [Z, G, K, 1]
         q_seg = slots.split_queries(q.to(dtype) * scale)  # [Z, H, S, D]
         q_seg = q_seg.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [Z, G, R * S, D]
 

@@ -10,14 +10,14 @@ from dma_kernels.precision import without_autocast
 from dma_kernels.reference import masked_average
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, visible: Tensor) -> Tensor:
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, visible: Tensor) -> Tensor:
     """Softmax attention of a few queries, computed in at least float32.
 
     Args:
         q: `[B, H, n, D]`.
         k: `[B, G, C, D]`.
         v: `[B, G, C, D]`.
-        scores: `[B, G, C]`.
+        key_bias: `[B, G, C]`.
         visible: bool `[B, G, C]`, or `[B, G, n, C]` if queries differ.
 
     Returns:
@@ -29,7 +29,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, visible: T
     v = v.masked_fill(~visible.any(2)[..., None], 0)  # a weight of 0 does not stop a NaN that has died
     with without_autocast(q.device):
         q_rows = (q.to(dtype) * q.shape[-1] ** -0.5).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, G, R * n, D]
-        logits = q_rows @ k.to(dtype).transpose(-1, -2) + scores.to(dtype)[:, :, None]
+        logits = q_rows @ k.to(dtype).transpose(-1, -2) + key_bias.to(dtype)[:, :, None]
         visible = visible.repeat(1, 1, q.shape[1] // kv_heads, 1)
         out = masked_average(logits, visible, v.to(dtype))
     return out.unflatten(2, (-1, q.shape[2])).flatten(1, 2).to(q.dtype)

@@ -25,10 +25,10 @@ from dma_kernels.decoding.step import decode_step, decode_step_reference
 from dma_kernels.keep_rule import KeepRule
 from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.packing import document_ends, document_runs
-from dma_kernels.scores import saturated
+from dma_kernels.ranks import saturated
 from dma_kernels.selection.ops import deaths_by_rank
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Lifetimes], Tensor]  # of q, k, v, scores
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Lifetimes], Tensor]  # of q, k, v, key_bias
 StepBackend = Literal["torch", "triton"]
 
 FEW = 64  # up to so many positions are cheaper as rows of one dense product

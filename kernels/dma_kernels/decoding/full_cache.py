@@ -14,7 +14,7 @@ from dma_kernels.decoding.state import NewKeys
 from dma_kernels.keep_rule import KeepRule
 from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.packing import Packing
-from dma_kernels.scores import saturated
+from dma_kernels.ranks import saturated
 
 
 class FullCache:

@@ -26,7 +26,7 @@ from dma_kernels.primitives import (
     padded_head_dim,
     scaled_products,
 )
-from dma_kernels.score_kernels import ordered_bits, saturated
+from dma_kernels.rank_kernels import ordered_bits, saturated
 
 
 class DecodeConfig(NamedTuple):
@@ -157,9 +157,9 @@ def _add_parts(
 
 
 @triton.jit
-def _with_new_key(b_out, b_max, b_sum, b_q, b_k, b_v, score, kept, scale):
+def _with_new_key(b_out, b_max, b_sum, b_q, b_k, b_v, new_bias, kept, scale):
     """The output, with the new key if it is kept."""
-    b_logit = (tl.sum(b_q * b_k[None, :], axis=1) * scale + score) * LOG2_E
+    b_logit = (tl.sum(b_q * b_k[None, :], axis=1) * scale + new_bias) * LOG2_E
     b_logit = tl.where(kept, b_logit, -float("inf"))
     b_shift = finite_shift(tl.maximum(b_max, b_logit))
     b_p, b_decay = tl.exp2(b_logit - b_shift), tl.exp2(b_max - b_shift)
@@ -170,10 +170,10 @@ def _with_new_key(b_out, b_max, b_sum, b_q, b_k, b_v, score, kept, scale):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _decode_step_kernel(
-    p_q, p_k, p_v, p_score, p_new_rank, p_real,
+    p_q, p_k, p_v, p_new_bias, p_new_rank, p_real,
     p_key, p_value, p_bias, p_rank, p_position, p_ranked, p_sink, p_length, p_seen,
     p_out, p_seen_bias, p_part, p_part_max, p_part_sum, p_arrivals,
-    q_b, q_h, k_b, k_g, v_b, v_g, score_b, score_g, rank_b, rank_g,
+    q_b, q_h, k_b, k_g, v_b, v_g, bias_b, bias_g, rank_b, rank_g,
     kv_heads, group, slots, share, parts, window, keep_last, sinks, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, FEW_R: tl.constexpr,
     BESIDES: tl.constexpr, SINKS: tl.constexpr, WHOLE: tl.constexpr, ONE_TILE: tl.constexpr, ALONE: tl.constexpr,
@@ -196,7 +196,7 @@ def _decode_step_kernel(
     b_bias = tl.load(p_bias + o_c, mask=o_c < end, other=0.0)
     real = tl.full([], 1, tl.int1) if p_real is None else tl.load(p_real + i_b) != 0
     new_rank = tl.load(p_new_rank + i_b * rank_b + i_g * rank_g).to(tl.float32)
-    score = saturated(tl.load(p_score + i_b * score_b + i_g * score_g))
+    new_bias = saturated(tl.load(p_new_bias + i_b * bias_b + i_g * bias_g))
     p_q += i_b * q_b + i_g * group * q_h
     b_q = tl.load(p_q + tl.minimum(o_r, group - 1)[:, None] * q_h + o_d[None, :], mask=m_d[None, :], other=0.0)
     b_key = _load_rows(p_key, o_c, o_c < end, D, BLOCK_D, WHOLE)
@@ -260,7 +260,7 @@ def _decode_step_kernel(
         if ALONE:
             m_r = (o_r < group)[:, None] & m_d[None, :]
             b_out = _with_new_key(
-                b_out, b_max, b_sum, b_q.to(tl.float32), b_k.to(tl.float32), b_v.to(tl.float32), score, kept, scale
+                b_out, b_max, b_sum, b_q.to(tl.float32), b_k.to(tl.float32), b_v.to(tl.float32), new_bias, kept, scale
             )  # fmt: skip
             tl.store(p_out + o_r[:, None] * D + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_r)
             tl.debug_barrier()  # all threads have read the old state
@@ -269,7 +269,7 @@ def _decode_step_kernel(
                 p_part, p_part_max, p_part_sum, parts, group, o_f, D, BLOCK_D, FEW_R, PARTS
             )  # fmt: skip
             b_few = _with_new_key(
-                b_few, b_few_max, b_few_sum, b_few_q, b_k.to(tl.float32), b_v.to(tl.float32), score, kept, scale
+                b_few, b_few_max, b_few_sum, b_few_q, b_k.to(tl.float32), b_v.to(tl.float32), new_bias, kept, scale
             )  # fmt: skip
             tl.store(p_out + o_f[:, None] * D + o_d[None, :], b_few.to(p_out.dtype.element_ty), mask=m_f)
             tl.store(p_arrivals + i_row, 0)
@@ -278,7 +278,7 @@ def _decode_step_kernel(
             tl.debug_barrier()  # it may be so here too
         tl.store(p_key + free * D + o_d, b_k, mask=m_d & kept)
         tl.store(p_value + free * D + o_d, b_v, mask=m_d & kept)
-        tl.store(p_bias + free, score, mask=kept)
+        tl.store(p_bias + free, new_bias, mask=kept)
         tl.store(p_rank + free, new_rank, mask=kept)
         tl.store(p_position + free, now, mask=kept)
         tl.store(p_ranked + free, wins.to(tl.int8), mask=kept)

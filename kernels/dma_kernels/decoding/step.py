@@ -9,7 +9,7 @@ from torch import Tensor
 from dma_kernels.decoding.attention import decode_attention
 from dma_kernels.decoding.state import CacheState, NewKeys
 from dma_kernels.keep_rule import KeepRule
-from dma_kernels.scores import ordered_bits, saturated
+from dma_kernels.ranks import ordered_bits, saturated
 
 
 def decode_step_reference(q: Tensor, new: NewKeys, state: CacheState, keep: KeepRule) -> Tensor:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dma_kernels.score_kernels import saturated
+from dma_kernels.rank_kernels import saturated
 
 _TILE = 1024  # elements of a program; larger ones wait for the row with the most copies
 
@@ -19,9 +19,9 @@ _TILE = 1024  # elements of a program; larger ones wait for the row with the mos
 @triton.jit
 def _gather_rows_kernel(
     p_x, p_row, p_out, slots, heads, length, stride_b, stride_g, stride_n,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SCORES: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Copy one row per slot, saturated if rows are scores; zeros into empty slots."""
+    """Copy one row per slot, saturated if rows are biases; zeros into empty slots."""
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     b_row = tl.load(p_row + o_m, mask=o_m < slots, other=-1)
@@ -29,7 +29,7 @@ def _gather_rows_kernel(
     o_x = b_head // heads * stride_b + b_head % heads * stride_g + b_position * stride_n
     m_x = (b_row >= 0)[:, None] & (o_d < D)[None, :]
     b_x = tl.load(p_x + o_x[:, None] + o_d[None, :], mask=m_x, other=0.0)  # [BLOCK_M, BLOCK_D]
-    if SCORES:
+    if BIAS:
         b_x = saturated(b_x)
     tl.store(p_out + o_m[:, None] * D + o_d[None, :], b_x, mask=(o_m < slots)[:, None] & (o_d < D)[None, :])
 
@@ -54,10 +54,10 @@ def _sum_copies_kernel(
     tl.store(p_out + o_r[:, None] * D + o_d[None, :], b_sum, mask=m_r[:, None] & m_d[None, :])
 
 
-def launch_gather_rows(x: Tensor, row: Tensor, *, head_rows: int | None = None, scores: bool = False) -> Tensor:
+def launch_gather_rows(x: Tensor, row: Tensor, *, head_rows: int | None = None, bias: bool = False) -> Tensor:
     """`gather_rows` of `x` [B, G, N, D] by int32 `row` [M...].
 
-    A head counts as `head_rows` >= N rows, by default N. With `scores`, rows are float32 and `saturated` on the way.
+    A head counts as `head_rows` >= N rows, by default N. With `bias`, rows are float32 and `saturated` on the way.
     """
     x, row = x if x.stride(-1) == 1 else x.contiguous(), row.contiguous()
     out = x.new_empty(*row.shape, x.shape[-1])
@@ -65,7 +65,7 @@ def launch_gather_rows(x: Tensor, row: Tensor, *, head_rows: int | None = None, 
     if out.numel():
         _gather_rows_kernel[triton.cdiv(row.numel(), block_m),](
             x, row, out, row.numel(), x.shape[1], head_rows or x.shape[2], *x.stride()[:3],
-            D=x.shape[-1], BLOCK_D=block_d, BLOCK_M=block_m, SCORES=scores,
+            D=x.shape[-1], BLOCK_D=block_d, BLOCK_M=block_m, BIAS=bias,
         )  # fmt: skip
     return out
 

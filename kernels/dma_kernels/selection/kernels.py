@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dma_kernels.score_kernels import ordered_bits
+from dma_kernels.rank_kernels import ordered_bits
 from dma_kernels.selection.plain import LOWEST_PRIORITY, RANK_BITS
 
 _TABLE = (128, 32)  # blocks and bins that are summed up at once

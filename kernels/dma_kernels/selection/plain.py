@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dma_kernels.scores import ordered_bits
+from dma_kernels.ranks import ordered_bits
 
 # Of the 32 bits of an ordered rank, those that tell ranks apart: the low ones only repeat its sign.
 RANK_BITS = 25

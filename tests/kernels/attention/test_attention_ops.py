@@ -331,7 +331,7 @@ def test_bad_inputs(device: str) -> None:
         fused_attention(*(x.double() for x in (*qkv, scores)), mask)
     with pytest.raises(ValueError, match=r"lifetimes: expected \[2 or 1, 2 or 1, 40\] .* got \[1, 1, 39\]"):
         fused_attention(*qkv, scores, Lifetimes.causal(39, device))
-    with pytest.raises(ValueError, match=r"scores: expected torch\.float32"):
+    with pytest.raises(ValueError, match=r"key_bias: expected torch\.float32"):
         fused_attention(*qkv, scores.bfloat16(), mask)
     with pytest.raises(ValueError, match="'triton' takes head dims up to 256, got 272"):
         fused_attention(*(torch.zeros(2, KV_HEADS, 40, 272, device=device),) * 3, scores, mask)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dma_kernels import (
     Lifetimes,
     key_ranks,
-    key_scores,
+    rank_bias,
     reference_attention,
     reference_mask,
     segment_attention,
@@ -37,7 +37,7 @@ def run(inputs: list[Tensor], window: int, arguments: dict, backend: str, weight
     """Output, log-sum-exp and the gradients of all leaves."""
     q, k, v, A, delta = inputs
     ranks = key_ranks(v, A, delta)
-    scores = key_scores(ranks, form)
+    scores = rank_bias(ranks, form)
     if backend == "reference":
         mask = reference_mask(ranks, window, **arguments)
         out, lse = reference_attention(q, k, v, scores, mask, return_lse=True)
@@ -125,7 +125,7 @@ def test_empty_batch() -> None:
 
 def _inputs(**changed: Tensor) -> dict[str, Tensor]:
     inputs = {"q": torch.zeros(2, 4, 8, 4), "k": torch.zeros(2, 2, 8, 4), "v": torch.zeros(2, 2, 8, 4)}
-    return inputs | {"scores": torch.zeros(2, 2, 8)} | changed
+    return inputs | {"key_bias": torch.zeros(2, 2, 8)} | changed
 
 
 @pytest.mark.parametrize(
@@ -133,10 +133,10 @@ def _inputs(**changed: Tensor) -> dict[str, Tensor]:
     [
         ({"q": torch.zeros(4, 8, 4)}, r"expected q \[B, H, N, D\]"),
         ({"k": torch.zeros(2, 2, 9, 4)}, r"k: expected \[2, 2, 8, 4\] .* got \[2, 2, 9, 4\]"),
-        ({"scores": torch.zeros(2, 4, 8)}, r"scores: expected \[2, 2, 8\]"),
+        ({"key_bias": torch.zeros(2, 4, 8)}, r"key_bias: expected \[2, 2, 8\]"),
         ({"q": torch.zeros(2, 3, 8, 4)}, "query heads must be a multiple of KV heads, got 3 and 2"),
         ({"v": torch.zeros(2, 2, 8, 4).half()}, "one floating dtype"),
-        ({"scores": torch.zeros(2, 2, 8).bfloat16()}, "scores: expected torch.float32"),
+        ({"key_bias": torch.zeros(2, 2, 8).bfloat16()}, "key_bias: expected torch.float32"),
         ({"v": torch.zeros(2, 2, 8, 4, device="meta")}, "v: expected on cpu as q, got meta"),
     ],
 )
@@ -225,6 +225,6 @@ def test_an_infinite_score_shows(function: Callable[..., Tensor]) -> None:
     ranks = torch.zeros(1, 1, 20)
     ranks[..., 9] = 89
     mask = Lifetimes.top_w(ranks, 3)
-    out = function(q, k, v, key_scores(ranks), mask if function is segment_attention else mask.to_dense())
+    out = function(q, k, v, rank_bias(ranks), mask if function is segment_attention else mask.to_dense())
     assert out[:, :, 9:].isnan().all()
     assert out[:, :, :9].isfinite().all() or function is segment_attention  # of the segment, which is passed over whole

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dma_kernels import DynamicMaskCache, FullCache, KeepRule, Lifetimes, reference_attention
 from dma_kernels.decoding import dynamic_cache, full_cache
-from dma_kernels.scores import ordered_bits
+from dma_kernels.ranks import ordered_bits
 
 HEAD_DIM, HEADS, KV_HEADS, BATCH = 4, 4, 2, 2
 # One position; several; several of which only some are accepted.

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dma_kernels import Lifetimes
-from dma_kernels.scores import ordered_bits
+from dma_kernels.ranks import ordered_bits
 from dma_kernels.selection.ops import deaths_by_rank
 from dma_kernels.selection.plain import LOWEST_PRIORITY, RANK_BITS, KeyOrder, key_priorities, top_w_deaths
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dma_kernels.scores import ordered_bits
+from dma_kernels.ranks import ordered_bits
 from dma_kernels.selected_blocks.attention import block_attention_reference
 from dma_lightning import DogeForCausalLM, ModelConfig, NativeSparseAttention
 from dma_lightning.mixers import native_sparse

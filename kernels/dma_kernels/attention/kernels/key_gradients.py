@@ -15,7 +15,7 @@ from torch import Tensor
 from dma_kernels.attention.configs import KernelConfig, kernel_config
 from dma_kernels.attention.kernels.common import SIZES, aligned, query_tiles, slot_block, slot_tiles
 from dma_kernels.primitives import LOG2_E, finite_shift, float32_precision, padded_head_dim, scaled_products
-from dma_kernels.score_kernels import LARGEST_SCORE
+from dma_kernels.rank_kernels import LARGEST_BIAS
 
 
 @triton.jit
@@ -60,8 +60,8 @@ def _key_gradients_kernel(
     o_k = i_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     o_mask = (i_z * mask_heads + i_g % mask_heads).to(tl.int64) * keys + o_k
     b_birth, b_death = tl.load(p_birth + o_mask), tl.load(p_death + o_mask)
-    b_score = tl.load(p_bias + i_zg.to(tl.int64) * keys + o_k).to(tl.float32)
-    b_bias = b_score * LOG2_E
+    b_key_bias = tl.load(p_bias + i_zg.to(tl.int64) * keys + o_k).to(tl.float32)
+    b_bias = b_key_bias * LOG2_E
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     b_dbias = tl.zeros([BLOCK_K], dtype=tl.float32)
@@ -95,7 +95,7 @@ def _key_gradients_kernel(
             )  # fmt: skip
     d_dk.store([i_line, 0], (b_dk * scale).to(d_dk.dtype))
     d_dv.store([i_line, 0], b_dv.to(d_dv.dtype))
-    b_dbias = tl.where(tl.abs(b_score) == LARGEST_SCORE, 0.0, b_dbias)  # saturated
+    b_dbias = tl.where(tl.abs(b_key_bias) == LARGEST_BIAS, 0.0, b_dbias)  # saturated
     tl.store(p_dbias + i_zg.to(tl.int64) * keys + o_k, b_dbias)
 
 

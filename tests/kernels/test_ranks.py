@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dma_kernels import key_ranks, key_scores
-from dma_kernels.scores import ordered_bits, saturated
+from dma_kernels import key_ranks, rank_bias
+from dma_kernels.ranks import ordered_bits, saturated
 
 
 def test_ranks_follow_the_formula() -> None:
@@ -28,10 +28,10 @@ def test_ranks_are_float32_under_autocast_too(dtype: torch.dtype) -> None:
 
 def test_score_forms() -> None:
     ranks = torch.randn(2, 3, 4)
-    torch.testing.assert_close(key_scores(ranks, "exp"), ranks.exp())
-    assert key_scores(ranks, "linear") is ranks
+    torch.testing.assert_close(rank_bias(ranks, "exp"), ranks.exp())
+    assert rank_bias(ranks, "linear") is ranks
     with pytest.raises(ValueError, match=r"score_form: expected one of \['exp', 'linear'\], got 'sigmoid'"):
-        key_scores(ranks, "sigmoid")
+        rank_bias(ranks, "sigmoid")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Ranks and scores of keys: what selects a key, and what is added to its logits.
+"""Ranks and biases of keys: what selects a key, and what is added to its logits.
 
 B batch, G KV heads, N length, D head dim.
 """
@@ -17,7 +17,7 @@ ScoreForm = Literal["exp", "linear"]
 # whose last bits depend on their shape (training, chunked prefill and decoding differ in it).
 DROPPED_MANTISSA_BITS = 7
 CANONICAL_NAN = 0x7FC00000
-SATURATION = 4  # scores end at the largest number of their dtype over this
+SATURATION = 4  # biases end at the largest number of their dtype over this
 
 
 def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor | None = None) -> Tensor:
@@ -56,26 +56,26 @@ def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor | No
         return A.to(dtype)[:, None] * F.softplus(u)
 
 
-def key_scores(ranks: Tensor, form: ScoreForm = "exp") -> Tensor:
-    """Score of every key, the additive bias of its logits: `exp(rank)`, or the rank itself for `"linear"`.
+def rank_bias(ranks: Tensor, form: ScoreForm = "exp") -> Tensor:
+    """Bias of every key, which is added to its logits: `exp(rank)`, or the rank itself for `"linear"`.
 
     Both forms are monotone in the rank, so they select the same keys; selection always compares ranks. In float32 `exp`
-    overflows above a rank of 88.7: the score is infinite, every query that sees the key gets NaN, and so does the loss.
+    overflows above a rank of 88.7: the bias is infinite, every query that sees the key gets NaN, and so does the loss.
     """
     if form not in get_args(ScoreForm):
         raise ValueError(f"score_form: expected one of {list(get_args(ScoreForm))}, got {form!r}")
     return ranks.exp() if form == "exp" else ranks
 
 
-def saturated(scores: Tensor) -> Tensor:
-    """The scores that attention adds to its logits: finite ones up to a quarter of the dtype's largest number.
+def saturated(key_bias: Tensor) -> Tensor:
+    """What attention adds to the logits of each key: finite biases, up to a quarter of their dtype's largest number.
 
-    So neither the factor log2(e) nor the sum with q·k overflows. Keys beyond the bound have equal scores, which get no
+    So neither the factor log2(e) nor the sum with q·k overflows. Keys beyond the bound have equal biases, which get no
     gradient. Infinities and NaN stay as they are, so that they show.
     """
-    largest = torch.finfo(scores.dtype).max
-    clamped = scores.clamp(-largest / SATURATION, largest / SATURATION)
-    return torch.where(scores.abs() > largest, scores, clamped)
+    largest = torch.finfo(key_bias.dtype).max
+    clamped = key_bias.clamp(-largest / SATURATION, largest / SATURATION)
+    return torch.where(key_bias.abs() > largest, key_bias, clamped)
 
 
 def ordered_bits(ranks: Tensor) -> Tensor:
