@@ -103,9 +103,13 @@ def test_imports_without_triton(package: str) -> None:
 
 @pytest.mark.parametrize(
     ("package", "old", "new"),
-    [("dma_kernels", "SegmentLayout", "SegmentSlots"), ("dma_flex", "SegmentPlan", "FlexPlan")],
+    [
+        ("dma_kernels", "SegmentLayout", "SegmentSlots"),
+        ("dma_kernels", "key_scores", "rank_bias"),
+        ("dma_flex", "SegmentPlan", "FlexPlan"),
+    ],
 )
-def test_an_old_name_gives_the_new_class_and_says_so_once(package: str, old: str, new: str) -> None:
+def test_an_old_name_gives_what_has_a_new_one_and_says_so_once(package: str, old: str, new: str) -> None:
     run_python(
         f"""
 import warnings

@@ -20,9 +20,11 @@ from dma_kernels.attention.key_gradients import key_gradients
 from dma_kernels.checks import check_attention_inputs, check_lifetimes
 from dma_kernels.precision import without_autocast
 from dma_kernels.ranks import saturated
+from dma_kernels.renamed import taking_renamed
 from dma_kernels.segments.gather import sum_copies
 
 
+@taking_renamed(scores="key_bias")
 def flex_segment_attention(
     q: Tensor,
     k: Tensor,

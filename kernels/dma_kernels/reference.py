@@ -12,6 +12,7 @@ from dma_kernels.lifetimes import check_ranks
 from dma_kernels.packing import Packing
 from dma_kernels.precision import without_autocast
 from dma_kernels.ranks import ordered_bits, saturated
+from dma_kernels.renamed import taking_renamed
 
 
 def reference_mask(
@@ -60,6 +61,7 @@ def reference_mask(
     return mask & allowed
 
 
+@taking_renamed(scores="key_bias")
 def reference_attention(
     q: Tensor,
     k: Tensor,

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dma_kernels import key_ranks, rank_bias
+from dma_kernels import Lifetimes, key_ranks, rank_bias, reference_attention, segment_attention
 from dma_kernels.ranks import ordered_bits, saturated
 
 
@@ -74,3 +74,12 @@ def test_finite_scores_are_bounded_and_others_stay(dtype: torch.dtype) -> None:
     torch.testing.assert_close(saturated(shown), shown, rtol=0, atol=0, equal_nan=True)
     compiled = torch.compile(saturated, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(scores), out)
+
+
+def test_the_old_name_of_a_bias_is_taken_with_one_notice() -> None:
+    q, bias, mask = torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9), Lifetimes.causal(9)
+    for attention, over in ((segment_attention, mask), (reference_attention, mask.to_dense())):
+        with pytest.warns(FutureWarning, match="scores is called key_bias now") as told:
+            out = attention(q, q, q, scores=bias, **{"lifetimes" if over is mask else "mask": over})
+        assert len(told) == 1
+        assert torch.equal(out, attention(q, q, q, bias, over))

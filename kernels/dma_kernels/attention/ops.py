@@ -16,6 +16,7 @@ from torch.utils._triton import has_triton_package
 from dma_kernels.checks import check_attention_inputs, check_lifetimes, check_no_tangents
 from dma_kernels.launching import on_device_of_first
 from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.renamed import taking_renamed
 from dma_kernels.segments.slots import SegmentSlots
 
 # What the kernels can do.
@@ -23,6 +24,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 
+@taking_renamed(scores="key_bias")
 def fused_attention(
     q: Tensor,
     k: Tensor,

@@ -11,9 +11,11 @@ from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.precision import without_autocast
 from dma_kernels.ranks import saturated
 from dma_kernels.reference import masked_average, masked_logsumexp
+from dma_kernels.renamed import taking_renamed
 from dma_kernels.segments.slots import SegmentSlots
 
 
+@taking_renamed(scores="key_bias")
 def segment_attention(
     q: Tensor,
     k: Tensor,
