@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
-from dma_flex.block_masks import block_tables
 from dma_kernels import Lifetimes
 from dma_kernels.attention.key_gradients import key_gradients
 from dma_kernels.launching import on_device_of_first, register_launch
@@ -49,7 +48,6 @@ def make_cases(device: str) -> Iterable[tuple[CustomOpDef, tuple[Any, ...]]]:
     ranks = torch.randn(2, 2, 63, device=device).round()
     mask = Lifetimes.top_w(ranks, 9)
     yield deaths_by_rank, (ranks, None, None, 9)
-    yield block_tables, (mask.birth, mask.death, 63, 16, 4)
     yield segment_slots, (mask.birth, mask.death, mask.capacity, 2, 2, 64, 32, 16)
     layout = SegmentLayout.of(mask, segment_length=32, block_size=16)
     copies, (birth, death) = layout.copies(2, 2), layout.local_lifetimes(2)
