@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
-from dma_kernels import Lifetimes
+from dma_kernels import Lifetimes, SegmentSlots
 from dma_kernels.attention.key_gradients import key_gradients
 from dma_kernels.launching import on_device_of_first, register_launch
 from dma_kernels.segments.gather import gather_rows, sum_copies
-from dma_kernels.segments.plain import SegmentLayout
 from dma_kernels.segments.slots import segment_slots
 from dma_kernels.selection.ops import deaths_by_rank
 
@@ -49,9 +48,9 @@ def make_cases(device: str) -> Iterable[tuple[CustomOpDef, tuple[Any, ...]]]:
     mask = Lifetimes.top_w(ranks, 9)
     yield deaths_by_rank, (ranks, None, None, 9)
     yield segment_slots, (mask.birth, mask.death, mask.capacity, 2, 2, 64, 32, 16)
-    layout = SegmentLayout.of(mask, segment_length=32, block_size=16)
-    copies, (birth, death) = layout.copies(2, 2), layout.local_lifetimes(2)
-    x = torch.randint(9, (2, 2, 63, 16), device=device).float()  # integers: sums have no error
+    slots = SegmentSlots.plain(mask, 2, 2, segment_length=32, block_size=16)
+    copies, birth, death = slots.copies, slots.birth, slots.death
+    x = torch.randint(9, (2, 2, 64, 16), device=device).float()  # integers: sums have no error
     yield gather_rows, (x, copies.row, copies.first, copies.slot)
     rows = copies.gather(x)
     yield sum_copies, (rows, copies.row, copies.first, copies.slot, list(x.shape))

@@ -9,6 +9,7 @@ from torch import Tensor
 from dma_kernels.decoding.attention import decode_attention
 from dma_kernels.decoding.state import CacheState, NewKeys
 from dma_kernels.keep_rule import KeepRule
+from dma_kernels.launching import on_device_of_first
 from dma_kernels.ranks import ordered_bits, saturated
 
 
@@ -62,6 +63,7 @@ def decode_step(q: Tensor, new: NewKeys, state: CacheState, keep: KeepRule) -> T
     "dma_kernels::decode_step",
     mutates_args=("key", "value", "key_bias", "rank", "position", "ranked", "sink", "lengths", "seen", "arrivals"),
 )
+@on_device_of_first
 def decode_step_op(
     q: Tensor,
     new_key: Tensor,
@@ -89,8 +91,7 @@ def decode_step_op(
 
     new = NewKeys(new_key, new_value, new_key_bias, new_rank)
     state = CacheState(key, value, key_bias, rank, position, ranked, sink, document, lengths, seen, arrivals)
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        return launch_decode_step(q, new, state, real=real, keep=KeepRule(window, last, sinks))
+    return launch_decode_step(q, new, state, real=real, keep=KeepRule(window, last, sinks))
 
 
 @decode_step_op.register_fake

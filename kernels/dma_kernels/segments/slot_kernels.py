@@ -158,6 +158,7 @@ def _fill_slots_kernel(
 
 def launch_segment_slots(
     death: Tensor,
+    *,
     capacity: int,
     batch: int,
     num_kv_heads: int,

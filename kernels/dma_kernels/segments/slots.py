@@ -9,7 +9,6 @@ slots, Z = B * T.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -220,10 +219,27 @@ def segment_slots(
 
 
 @register_launch(segment_slots, without_triton=segment_slots_reference)
-def _(birth: Tensor, *arguments: Any) -> list[Tensor]:  # birth is each key's own position
+def _(
+    birth: Tensor,  # each key's own position
+    death: Tensor,
+    capacity: int,
+    batch: int,
+    num_kv_heads: int,
+    length: int,
+    segment_length: int,
+    block_size: int,
+) -> list[Tensor]:
     from dma_kernels.segments.slot_kernels import launch_segment_slots
 
-    return launch_segment_slots(*arguments)
+    return launch_segment_slots(
+        death,
+        capacity=capacity,
+        batch=batch,
+        num_kv_heads=num_kv_heads,
+        length=length,
+        segment_length=segment_length,
+        block_size=block_size,
+    )
 
 
 segment_slots.register_fake(segment_slots_reference)  # its shapes follow from the arguments alone

@@ -55,8 +55,9 @@ def check(
 ) -> None:
     """Compare all five outputs for a length filled up to `length`."""
     sizes = (mask.capacity, batch, kv_heads, length, segment, block_size)
+    names = ("capacity", "batch", "num_kv_heads", "length", "segment_length", "block_size")
     with poisoned_buffers():
-        found = launch_segment_slots(mask.death, *sizes, **launch)
+        found = launch_segment_slots(mask.death, **dict(zip(names, sizes, strict=True)), **launch)
     expected = segment_slots_reference(mask.birth, mask.death, *sizes)
     for name, x, y in zip(NAMES, found, expected, strict=True):
         assert x.dtype == y.dtype == torch.int32, name
