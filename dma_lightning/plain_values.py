@@ -7,12 +7,14 @@ from enum import Enum
 from types import FrameType
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
+from lightning.pytorch.core.mixins import HyperparametersMixin
 
 from dma_lightning.trainer_state import set_initial_hparams
 
 
-class PlainHyperparameters:
+class PlainHyperparameters(HyperparametersMixin):
     """For modules of Lightning: saves their arguments as plain values, so that checkpoints can be read again."""
 
     def save_hyperparameters(self, *args: Any, frame: FrameType | None = None, **options: Any) -> None:
@@ -26,7 +28,9 @@ class PlainHyperparameters:
         Raises:
             ValueError: if an argument cannot be made plain.
         """
-        super().save_hyperparameters(*args, frame=frame or inspect.currentframe().f_back, **options)
+        assert isinstance(self, pl.LightningModule | pl.LightningDataModule)
+        caller = frame or getattr(inspect.currentframe(), "f_back", None)  # a frame that names itself would stay
+        super().save_hyperparameters(*args, frame=caller, **options)
         self.hparams.update(plain(dict(self.hparams), type(self).__name__))
         set_initial_hparams(self)
 

@@ -82,4 +82,5 @@ class SavedRun:
         # That of the data module is under its name.
         states = (state for state in self.content.values() if isinstance(state, dict))
         found = next((state[TOKENIZER_KEY] for state in states if TOKENIZER_KEY in state), None)
-        return as_kind(found, str | None, f"{self.path}: {TOKENIZER_KEY}")
+        checked: str | None = as_kind(found, str | None, f"{self.path}: {TOKENIZER_KEY}")
+        return checked

@@ -199,6 +199,9 @@ class FileTokenizer:
         return self._decode(context), self._decode(context + new)
 
 
+DataTokenizer = ByteTokenizer | FileTokenizer  # those that can make data
+
+
 @contextmanager
 def library_errors(what: str) -> Iterator[None]:
     """Make a `ValueError` of one line of whatever the library raises; its panics are no `Exception`."""

@@ -1,6 +1,7 @@
 """Models out of checkpoints, with their tokenizers, to infer with."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ def model_of(saved: SavedRun, device: str, backend: str | None = None) -> Langua
     Raises:
         ValueError: if it holds no model of ours.
     """
-    changed = {} if backend is None else {"backend": backend}
+    changed: dict[str, Any] = {} if backend is None else {"backend": backend}
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(saved.content["state_dict"]["model.embed_tokens.weight"].dtype)
@@ -76,7 +77,7 @@ def model_of(saved: SavedRun, device: str, backend: str | None = None) -> Langua
 def _tokenizer(module: LanguageModel, saved: SavedRun) -> Tokenizer:
     vocabulary, file = module.model.config.vocab_size, saved.path.resolve().parent / "tokenizer.json"
     carried = saved.tokenizer
-    if carried is None and vocabulary == ByteTokenizer.vocab_size and module.hparams.bytes_per_token is not None:
+    if carried is None and vocabulary == ByteTokenizer.vocab_size and module.hparams["bytes_per_token"] is not None:
         return ByteTokenizer()
     if carried is None and not file.exists():
         raise ValueError(

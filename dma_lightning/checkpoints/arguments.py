@@ -57,7 +57,7 @@ def _arguments(kind: type) -> Iterator[tuple[bool, dict[str, Any]]]:
     """Arguments of `__init__` with their types, of a class and those above it, each with whether the class takes it."""
     taken = True
     for base in kind.__mro__:
-        if "__init__" in vars(base):
-            (_, *parameters), hints = signature(base.__init__).parameters.values(), get_type_hints(base.__init__)
+        if init := vars(base).get("__init__"):
+            (_, *parameters), hints = signature(init).parameters.values(), get_type_hints(init)
             yield taken, {x.name: hints.get(x.name, Any) for x in parameters if x.kind not in _VARIABLE}
             taken = taken and any(x.kind == Parameter.VAR_KEYWORD for x in parameters)

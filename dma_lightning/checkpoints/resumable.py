@@ -109,16 +109,18 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._rng_to_load: list[dict[str, Any]] | None = None
         self._validated: int | None = None  # the step whose weights were validated last
         self._asked_to_stop: int | None = None  # the signal that asked
-        self._locks, self._locked = ExitStack(), None  # the folder that no other run may write to
+        self._locks = ExitStack()
+        self._locked: Path | None = None  # the folder that no other run may write to
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         with warnings.catch_warnings():  # Lightning's warning is below, for folders with more than an old lock
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
-        if stage == "fit" and self.save_top_k and any(Path(self.dirpath).expanduser().glob("[!.]*")):
+        if stage == "fit" and self.save_top_k and any(self._folder.glob("[!.]*")):
             rank_zero_warn(f"Checkpoint directory {self.dirpath} exists and is not empty.")
         self._training, self._asked_to_stop = False, None
-        if stage == "fit" and not trainer.fast_dev_run and "://" not in self.dirpath:
+        tries_out = trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning sets it undeclared
+        if stage == "fit" and not tries_out and "://" not in str(self.dirpath):
             self._lock(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -133,7 +135,7 @@ class ResumableCheckpoint(ModelCheckpoint):
             restore_rng_states(self._rng_to_load, trainer)
             self._rng_to_load = None
             self._last_global_step_saved = trainer.global_step
-        here = Path(self.dirpath).expanduser().resolve()
+        here = self._folder.resolve()
         if self.save_last and trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent == here:
             # The link that is there is this run's; Lightning would make another beside it.
             self.last_model_path = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
@@ -151,7 +153,8 @@ class ResumableCheckpoint(ModelCheckpoint):
             if trainer.global_step % self._every_n_train_steps == 0:
                 self._save_now(trainer)
             # Several processes ask each other, and wait for their GPUs; if no step logs, after each all the same.
-            if trainer.world_size == 1 or not trainer.log_every_n_steps or is_logging_step(trainer):
+            logs = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it undeclared
+            if trainer.world_size == 1 or not logs or is_logging_step(trainer):
                 self._stop_if_asked(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -209,19 +212,26 @@ class ResumableCheckpoint(ModelCheckpoint):
         self.best_k_models = {path: score for path, score in scores.items() if self._is_own(path)}
         if self.best_k_models:
             best, worst = (min, max) if self.mode == "min" else (max, min)
-            self.best_model_path = best(self.best_k_models, key=self.best_k_models.get)
+            self.best_model_path = best(self.best_k_models, key=self.best_k_models.__getitem__)
             self.best_model_score = self.best_k_models[self.best_model_path]
-            self.kth_best_model_path = worst(self.best_k_models, key=self.best_k_models.get)
+            self.kth_best_model_path = worst(self.best_k_models, key=self.best_k_models.__getitem__)
             self.kth_value = self.best_k_models[self.kth_best_model_path]
+
+    @property
+    def _folder(self) -> Path:
+        """Where checkpoints are, from `setup` on."""
+        assert self.dirpath is not None
+        return Path(self.dirpath).expanduser()
 
     def _is_own(self, path: str) -> bool:
         """Whether this callback can have written a checkpoint there."""
         file = Path(path).expanduser()
-        in_folder = file.parent.resolve() == Path(self.dirpath).expanduser().resolve()
+        in_folder = file.parent.resolve() == self._folder.resolve()
         return in_folder and not file.is_symlink() and re.fullmatch(self._own_names(), file.name) is not None
 
     def _own_names(self) -> str:
         """Pattern of the file names that `filename` leads to."""
+        assert self.filename is not None
         literals = re.split(r"\{(.*?)(?::.*?)?\}", self.filename)  # every second is the name of a figure
         names = [f"{name}=" if self.auto_insert_metric_name else "" for name in literals[1::2]]
         figures = [re.escape(name) + r"[-+.,%\w ]+" for name in names]
@@ -234,7 +244,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         Raises:
             ValueError: in all processes, if another run does.
         """
-        folder, problem = Path(self.dirpath).expanduser(), None
+        folder, problem = self._folder, None
         beside = [x._locked for x in trainer.checkpoint_callbacks if isinstance(x, ResumableCheckpoint)]
         if trainer.is_global_zero and folder.resolve() not in beside:  # as where the best are kept besides
             try:

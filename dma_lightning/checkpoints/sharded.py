@@ -81,7 +81,8 @@ def check_shards(path: Path) -> None:
     for index in _indices(path):
         content = _read_index(index)
         for key, place in content.storage_data.items():
-            name, offset, length = as_kind((place.relative_path, place.offset, place.length), _PLACE, f"{index}")
+            written: _PLACE = as_kind((place.relative_path, place.offset, place.length), _PLACE, f"{index}")
+            name, offset, length = written
             file = path / name
             if Path(name).name != name or file.is_symlink():
                 raise ValueError(f"{index}: expected names of files in this folder, got {name!r}")

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from pydoc import locate
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint
@@ -77,7 +77,8 @@ def run_folders(trainer: Namespace) -> list[Path]:
     """Where a trainer puts its checkpoints: the folders that its callbacks name, and its logger's if one names none."""
     callbacks = trainer.get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    checkpoints = [x for x in callbacks if issubclass(locate(x.class_path), Checkpoint)]
+    # jsonargparse has found these classes before.
+    checkpoints = [x for x in callbacks if issubclass(cast("type", locate(x.class_path)), Checkpoint)]
     chosen = {x.get("init_args", {}).get("dirpath") for x in checkpoints} or {None}
     folders = [Path(folder).expanduser() for folder in sorted(chosen - {None})]
     return folders + [_logger_folder(trainer)] * (None in chosen)
@@ -162,7 +163,7 @@ def check_weights(saved: SavedRun, arguments: Mapping[str, Any]) -> None:
     if not saved.weights:
         return
     if EMBEDDING in saved.weights:
-        arguments = {"vocab_size": saved.weights[EMBEDDING].shape[0]} | arguments
+        arguments = {"vocab_size": saved.weights[EMBEDDING].shape[0], **arguments}
     was = saved.model_arguments(LanguageModel)
     _check_layers(saved, was, arguments)
     expected = _expected_weights(saved, arguments)

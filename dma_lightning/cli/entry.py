@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from collections.abc import Callable
 
 from jsonargparse import auto_cli
 from lightning.pytorch.cli import ArgsType
@@ -16,7 +17,7 @@ from dma_lightning.cli.sizes import sizes
 from dma_lightning.data import SequenceDataModule
 from dma_lightning.language_model import LanguageModel
 
-_COMMANDS = {
+_COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "prepare": prepare,
     "sizes": sizes,
@@ -69,8 +70,8 @@ def main() -> None:
         return
     set_up_parsing()
     try:
-        options = {"as_positional": name != "generate", "prog": f"dma-lightning {name}", "allow_abbrev": False}
-        auto_cli(_COMMANDS[name], args=args, **options)
+        prog, as_positional = f"dma-lightning {name}", name != "generate"
+        auto_cli(_COMMANDS[name], args=args, as_positional=as_positional, prog=prog, allow_abbrev=False)
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         sys.exit(f"dma-lightning {name}: {error}{'; make room' if full else ''}")

@@ -59,10 +59,11 @@ def generate(
     def tokens() -> Iterator[int]:
         nonlocal made
         eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
-        options = {"seed": seed, "full_cache": full_cache, "eos_token_id": eos}
-        for token in stream_tokens(model, input_ids, max_new_tokens, sampling, **options):
+        for token in stream_tokens(
+            model, input_ids, max_new_tokens, sampling, eos_token_id=eos, seed=seed, full_cache=full_cache
+        ):
             made += 1
-            yield token.item()
+            yield int(token.item())
 
     start = time.perf_counter()
     pieces = decode_until(tokenizer, tokens(), [stop] * bool(stop) + (stops or []), prompt_tokens)

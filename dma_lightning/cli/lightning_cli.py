@@ -61,7 +61,9 @@ class ConfigOfRun(SaveConfigCallback):
             if "to NOT exist" not in str(error):  # such as a lost connection
                 raise
             if not self.may_be_killed:
-                path = Path(trainer.log_dir, self.config_filename)
+                folder = trainer.log_dir
+                assert folder is not None
+                path = Path(folder, self.config_filename)
                 raise ValueError(
                     f"{path}: expected none of another run, got one; name another version of the logger (without one, "
                     "another trainer.default_root_dir), go on by `fit --ckpt_path last`, or move it away"
@@ -186,12 +188,13 @@ class DMACLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        trainer.callbacks.append(SameCheckpoint(self.checkpoint))
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it undeclared
+        callbacks.append(SameCheckpoint(self.checkpoint))
         if self.subcommand != "predict":  # in which no process needs another, and each takes its time
             end_with_first_process(trainer)
-        writes = any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)
+        writes = any(isinstance(callback, BasePredictionWriter) for callback in callbacks)
         if self.subcommand == "predict" and not writes:
-            trainer.callbacks.append(ContinuationWriter())
+            callbacks.append(ContinuationWriter())
         return trainer
 
     def _log_where_it_was(self) -> None:
@@ -200,6 +203,8 @@ class DMACLI(LightningCLI):
         What was logged after that checkpoint is taken out of the curves, since it is computed again. (Loggers of files,
         as Lightning's for CSV, would write over those that are there.)
         """
+        assert self.checkpoint is not None
+        assert self.saved is not None
         trainer, folder = self._get(self.config_init, "trainer"), self.checkpoint.resolve().parents[1]
         step = self.saved.step
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]

@@ -29,10 +29,11 @@ from dma_lightning.data.manifests import (
     ShardRecord,
     read_plan,
     read_records,
+    token_type,
 )
 from dma_lightning.data.shards import ShardWriter, write_json, write_text
 from dma_lightning.files.locks import HOLDER, LOCK, locked_folder
-from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, SpecialTokens, Tokenizer
+from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer, FileTokenizer, SpecialTokens
 
 _TASK_BYTES = 1 << 20  # text that a process takes at once
 _TASKS_AHEAD = 3  # for each process
@@ -129,7 +130,7 @@ def _usable_cores() -> int:
 
 def _plan(
     files: list[Path],
-    tokenizer: Tokenizer,
+    tokenizer: DataTokenizer,
     special_tokens: SpecialTokens,
     text_field: str,
     eos_token_id: int | None,
@@ -140,7 +141,7 @@ def _plan(
         version=VERSION,
         tokenizer_sha256=carried and hashlib.sha256(carried.encode()).hexdigest(),
         vocab_size=tokenizer.vocab_size,
-        dtype=np.min_scalar_type(tokenizer.vocab_size - 1).name,
+        dtype=token_type(tokenizer.vocab_size),
         text_field=text_field,
         eos_token_id=eos_token_id,
         shard_tokens=shard_tokens,
@@ -155,7 +156,7 @@ def _state(files: list[Path]) -> list[tuple[str, int, int]]:
     return [(name, x.st_size, x.st_mtime_ns) for name, x in zip(names, map(Path.stat, files), strict=True)]
 
 
-def _carried(tokenizer: Tokenizer) -> str | None:
+def _carried(tokenizer: DataTokenizer) -> str | None:
     """What the tokenizer's file says, unless tokens are bytes."""
     return None if isinstance(tokenizer, ByteTokenizer) else tokenizer.to_json()
 
@@ -174,7 +175,7 @@ def _refuse_other_files(output: Path) -> None:
         raise ValueError(f"{output}: expected no folder, an empty one, or one of this command; got other files there")
 
 
-def _begin(output: Path, plan: Plan, tokenizer: Tokenizer) -> list[ShardRecord]:
+def _begin(output: Path, plan: Plan, tokenizer: DataTokenizer) -> list[ShardRecord]:
     """Take up a folder: the shards that are there, checked.
 
     Raises:
@@ -328,7 +329,7 @@ def _tasks(pieces: Iterable[tuple[int, Piece]]) -> Iterator[list[tuple[int, Piec
         yield task
 
 
-_tokenizer: Tokenizer  # of each process that tokenises
+_tokenizer: DataTokenizer  # of each process that tokenises
 
 
 def _start_worker(tokenizer: str | None, special_tokens: SpecialTokens) -> None:
@@ -338,7 +339,9 @@ def _start_worker(tokenizer: str | None, special_tokens: SpecialTokens) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
 
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -23,8 +23,14 @@ class LengthWriter:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.dtype = file, np.dtype("uint8")
+        self.file = file
+        self.dtype_name: LengthType = "uint8"
         self.dropped = 0  # bytes of the document behind its last token
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what is written."""
+        return np.dtype(self.dtype_name)
 
     def add(self, lengths: np.ndarray, size: int) -> None:
         """Append the lengths of the tokens of a piece of a document.
@@ -62,7 +68,7 @@ class LengthWriter:
 
     def _widen(self) -> None:
         """Write anew what is there, from the end on: what is read next is not overwritten before."""
-        self.dtype, count = np.dtype("uint32"), self.file.tell()
+        self.dtype_name, count = "uint32", self.file.tell()
         for start in reversed(range(0, count, _CHUNK)):
             self.file.seek(start)
             chunk = np.frombuffer(self.file.read(min(_CHUNK, count - start)), np.uint8)

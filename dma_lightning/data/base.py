@@ -7,14 +7,14 @@ import multiprocessing
 import os
 import signal
 import warnings
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dma_lightning.data.restoring import RestorableDataModule
-from dma_lightning.data.samplers import EvalSampler, PaddedDataset, TrainSampler
+from dma_lightning.data.samplers import EvalSampler, PaddedDataset, Sequences, TrainSampler
 from dma_lightning.files.reading import Count, as_kind
 
 IGNORE_INDEX = -100
@@ -67,9 +67,9 @@ class SequenceDataModule(RestorableDataModule):
         num_workers: processes that load data beside each training process.
     """
 
-    train_set: Dataset
-    val_set: Dataset
-    test_set: Dataset
+    train_set: Sequences
+    val_set: Sequences
+    test_set: Sequences
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -99,7 +99,7 @@ class SequenceDataModule(RestorableDataModule):
         self.vocab_size, self.sequence_length = vocab_size, sequence_length
         self.batch_size, self.num_workers = batch_size, num_workers
         self._train_sampler: TrainSampler | None = None
-        self._saved: _Position | dict = {}  # the position of a checkpoint
+        self._saved: _Position | None = None  # the position of a checkpoint
 
     def train_dataloader(self) -> DataLoader:
         """Batches of this process, from the position on.
@@ -108,12 +108,13 @@ class SequenceDataModule(RestorableDataModule):
             ValueError: if a checkpoint was made within an epoch of other data or batches, or of another length.
         """
         if not self._batches_trained:
-            self._saved = {}  # of a checkpoint that was looked at, not gone on from
-        seed = self._saved.get("seed", int(os.environ.get("PL_GLOBAL_SEED", 0)))
+            self._saved = None  # of a checkpoint that was looked at, not gone on from
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        seed = self._saved["seed"] if self._saved else seed
         position = self._position if self.trainer is not None else None
         sampler = TrainSampler(len(self.train_set), self.batch_size, *self._processes, seed, position)
         self._train_sampler = sampler
-        if self._saved.get("batches"):
+        if self._saved and self._saved["batches"]:
             _check_same_batches(self._saved, sampler, self.fingerprint, self._batches_per_epoch)
         # Lightning asks loaders for their state, and does not see the data module's.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
@@ -146,7 +147,7 @@ class SequenceDataModule(RestorableDataModule):
             ValueError: if a part of the position is missing or has another type.
         """
         saved = state.get(POSITION_KEY)
-        self._saved = as_kind(saved, _Position, f"data {POSITION_KEY}") if saved else {}
+        self._saved = as_kind(saved, _Position, f"data {POSITION_KEY}") if saved else None
 
     @property
     def _processes(self) -> tuple[int, int]:
@@ -157,10 +158,14 @@ class SequenceDataModule(RestorableDataModule):
     @property
     def _batches_trained(self) -> int:
         """In all epochs; loaders with workers are ahead of it."""
-        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        if self.trainer is None:
+            return 0
+        total = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return total.processed  # type: ignore[attr-defined]  # declared as a class above its own
 
     @property
     def _batches_per_epoch(self) -> int:
+        assert self._train_sampler is not None
         batches, limit = self._train_sampler.batches, 1.0 if self.trainer is None else self.trainer.limit_train_batches
         return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
@@ -171,12 +176,12 @@ class SequenceDataModule(RestorableDataModule):
             done += saved["epoch"] * self._batches_per_epoch + saved["batches"] - saved["batches_trained"]
         return divmod(done, max(1, self._batches_per_epoch))
 
-    def _eval_loader(self, dataset: Dataset) -> DataLoader:
+    def _eval_loader(self, dataset: Sequences) -> DataLoader:
         return self._loader(PaddedDataset(dataset, IGNORE_INDEX), EvalSampler(len(dataset), *self._processes))
 
-    def _loader(self, dataset: Dataset, sampler: Sampler | None = None) -> DataLoader:
+    def _loader(self, dataset: Sequences, sampler: Sampler | None = None) -> DataLoader:
         return DataLoader(
-            dataset,
+            cast("Dataset[dict[str, Any]]", dataset),  # torch takes whatever has a length and items
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
@@ -190,6 +195,7 @@ class SequenceDataModule(RestorableDataModule):
 def _begin_worker(worker: int) -> None:
     """Preemption and Ctrl+C reach workers, too; they are needed until the training process has saved, and end then."""
     parent = multiprocessing.parent_process()
+    assert parent is not None
     if multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent.pid:
         os._exit(1)  # torch ends workers whose parent is killed later, but not before they have begun
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -197,7 +203,7 @@ def _begin_worker(worker: int) -> None:
 
 
 def _check_same_batches(
-    saved: dict[str, Any], sampler: TrainSampler, fingerprint: str | None, batches_per_epoch: int
+    saved: _Position, sampler: TrainSampler, fingerprint: str | None, batches_per_epoch: int
 ) -> None:
     """That a position within an epoch means the same.
 

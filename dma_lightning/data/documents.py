@@ -7,15 +7,20 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dma_lightning.data.files import COMPRESSED, JSONL
 from dma_lightning.data.text import byte_pieces
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer  # from Python 3.12 on in collections.abc
 
 _CHUNK = 1 << 20
 _PACKED = 1 << 16  # bytes that are decompressed at once
 _BOM = b"\xef\xbb\xbf"
 _NO_TEXT = (".json", ".tar", ".tgz")  # which would pass for text
+
+_Stream = BinaryIO | gzip.GzipFile
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def read_documents(path: Path, text_field: str, skip_lines: int = 0) -> Iterator
             raise ValueError(f"{path}: expected a whole {compression} file: {error}") from error
 
 
-def _decompress(path: Path, compression: str, raw: BinaryIO) -> BinaryIO:
+def _decompress(path: Path, compression: str, raw: BinaryIO) -> _Stream:
     """What is in the file.
 
     Raises:
@@ -110,15 +115,16 @@ class _Joined(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: "Buffer") -> int:
+        target = memoryview(buffer)
         while not self.rest and (piece := next(self.pieces, None)) is not None:
             self.rest = memoryview(piece)
-        size = min(len(buffer), len(self.rest))
-        buffer[:size], self.rest = self.rest[:size], self.rest[size:]
+        size = min(len(target), len(self.rest))
+        target[:size], self.rest = self.rest[:size], self.rest[size:]
         return size
 
 
-def _whole(path: Path, stream: BinaryIO, raw: BinaryIO) -> Iterator[Piece]:
+def _whole(path: Path, stream: _Stream, raw: BinaryIO) -> Iterator[Piece]:
     """The file as one document."""
     line, last = 1, None
     for piece in byte_pieces(iter(lambda: stream.read(_CHUNK), b"")):
@@ -132,7 +138,7 @@ def _whole(path: Path, stream: BinaryIO, raw: BinaryIO) -> Iterator[Piece]:
         yield Piece(last.text, last.bytes, last.read, None)
 
 
-def _lines(path: Path, stream: BinaryIO, raw: BinaryIO, text_field: str, skip_lines: int) -> Iterator[Piece]:
+def _lines(path: Path, stream: _Stream, raw: BinaryIO, text_field: str, skip_lines: int) -> Iterator[Piece]:
     """Each line as one document."""
     for number, line in enumerate(stream, start=1):
         line = line if number > 1 else line.removeprefix(_BOM)

@@ -14,6 +14,8 @@ from dma_lightning.data.arrays import LengthType, ends_size, largest_token, mapp
 from dma_lightning.files.reading import Count, read_json, sha256
 from dma_lightning.tokenizers import SpecialTokens
 
+TokenType = Literal["uint8", "uint16", "uint32"]
+
 VERSION = 2  # version 1 has no bytes of each token
 PLAN, MANIFEST, TOKENIZER = "plan.json", "manifest.json", "tokenizer.json"
 _THREADS = 8  # that check shards; more than disks serve at once
@@ -99,7 +101,7 @@ class Plan:
     version: int
     tokenizer_sha256: SHA256 | None
     vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 32)]
-    dtype: Literal["uint8", "uint16", "uint32"]
+    dtype: TokenType
     text_field: str
     eos_token_id: Count | None
     shard_tokens: Positive
@@ -107,7 +109,7 @@ class Plan:
     special_tokens: SpecialTokens = "parse"
 
     def __post_init__(self) -> None:
-        if self.dtype != (smallest := np.min_scalar_type(self.vocab_size - 1).name):
+        if self.dtype != (smallest := token_type(self.vocab_size)):
             raise ValueError(f"dtype: expected {smallest} for {self.vocab_size} tokens, got {self.dtype}")
         if self.tokenizer_sha256 is None and self.vocab_size != 256:
             raise ValueError(f"vocab_size: expected 256 for tokens that are bytes, got {self.vocab_size}")
@@ -175,7 +177,7 @@ class Manifest(Plan):
 
     def _verify_shard(self, folder: Path, shard: ShardRecord) -> None:
         shard.verify(folder)
-        if self.has_lengths:
+        if shard.lengths_dtype is not None:
             file = folder / f"{shard.name}.lengths"
             if (total := int(mapped(str(file), shard.lengths_dtype).sum(dtype=np.uint64))) > shard.bytes:
                 raise ValueError(
@@ -192,6 +194,11 @@ class Manifest(Plan):
 
 class _Versioned(msgspec.Struct):
     version: int
+
+
+def token_type(vocab_size: int) -> TokenType:
+    """The smallest that holds every token."""
+    return "uint8" if vocab_size <= 1 << 8 else "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def shard_name(number: int) -> str:

@@ -13,7 +13,7 @@ from dma_lightning.data.shards import Shard
 from dma_lightning.data.text import TokenizedDataModule
 from dma_lightning.data.windows import TokenWindows
 from dma_lightning.files.reading import sha256, verifies_content
-from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
+from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer, FileTokenizer
 
 
 class PreparedDataModule(TokenizedDataModule):
@@ -121,7 +121,7 @@ class PreparedDataModule(TokenizedDataModule):
                 )
 
 
-def _tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+def _tokenizer(folder: Path, manifest: Manifest) -> DataTokenizer:
     """The tokenizer of a prepared folder.
 
     Raises:

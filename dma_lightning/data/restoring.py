@@ -40,7 +40,7 @@ class RestorableDataModule(PlainHyperparameters, pl.LightningDataModule):
         return arguments
 
     @classmethod
-    def load_from_checkpoint(
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's other options are none that data has
         cls, checkpoint_path: str | Path, weights_only: bool | None = None, **changed: Any
     ) -> "RestorableDataModule":
         """The data module of a checkpoint, whose arguments are taken as plain values of known fields.
@@ -106,7 +106,7 @@ def data_arguments(saved: Mapping[str, Any], path: Path, kind: type[RestorableDa
     """
     arguments = saved.get(RestorableDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     what = f"{path}: datamodule_hyper_parameters"
-    class_path = as_kind(arguments.get(CLASS_PATH), str | None, f"{what}.{CLASS_PATH}")
+    class_path: str | None = as_kind(arguments.get(CLASS_PATH), str | None, f"{what}.{CLASS_PATH}")
     if kind is not None and class_path is not None and class_path.rpartition(".")[2] != kind.__name__:
         raise ValueError(f"{what}.{CLASS_PATH}: expected {kind.__name__}, got {class_path!r}; load it with that class")
     kind = kind or _registered(class_path)

@@ -1,10 +1,19 @@
 """Which sequences each process reads, and in which order."""
 
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler
+
+
+class Sequences(Protocol):
+    """A data set of sequences whose number is known; each is the content of a `Batch` without its dimension B."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
 class TrainSampler(DistributedSampler):
@@ -36,7 +45,8 @@ class TrainSampler(DistributedSampler):
         seed: int = 0,
         position: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
-        super().__init__(range(count), num_replicas=ranks, rank=rank, seed=seed)
+        data: Any = range(count)  # torch asks for a data set, and uses its length alone
+        super().__init__(data, num_replicas=ranks, rank=rank, seed=seed)
         self.count, self.batch_size, self.position = count, batch_size, position
         self.global_batch = ranks * batch_size
         self.batches = count // self.global_batch
@@ -69,7 +79,8 @@ class EvalSampler(DistributedSampler):
     """
 
     def __init__(self, count: int, ranks: int = 1, rank: int = 0) -> None:
-        super().__init__(range(count), num_replicas=ranks, rank=rank, shuffle=False)
+        data: Any = range(count)  # as for `TrainSampler`
+        super().__init__(data, num_replicas=ranks, rank=rank, shuffle=False)
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.rank, self.total_size, self.num_replicas))
@@ -83,13 +94,13 @@ class PaddedDataset(Dataset):
         ignore_index: the label of no token.
     """
 
-    def __init__(self, dataset: Dataset, ignore_index: int) -> None:
+    def __init__(self, dataset: Sequences, ignore_index: int) -> None:
         self.dataset, self.ignore_index = dataset, ignore_index
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.dataset[index % len(self)]
         if index < len(self):
             return item

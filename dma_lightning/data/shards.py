@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dma_lightning.data.arrays import LengthWriter, mapped, mapped_ends
+from dma_lightning.data.arrays import LengthType, LengthWriter, mapped, mapped_ends
 from dma_lightning.data.manifests import ShardRecord, read_manifest, shard_name  # noqa: F401  # where it was before
 from dma_lightning.files.atomic import atomic_write
 from dma_lightning.files.reading import sha256
@@ -51,6 +51,7 @@ class ShardWriter:
         self._write(tokens)
         self.bytes += size
         if self.lengths:
+            assert lengths is not None
             self.lengths.add(lengths, size)
 
     def end_document(self, eos: np.ndarray) -> None:
@@ -65,10 +66,10 @@ class ShardWriter:
 
     def finish(self, next_file: int, next_line: int) -> ShardRecord:
         """Give the files their names."""
-        lengths = None, None
+        lengths: tuple[LengthType, str] | tuple[None, None] = None, None
         if self.lengths:
             _name(self.lengths.file, self.lengths_path)
-            lengths = self.lengths.dtype.name, sha256(self.lengths_path)
+            lengths = self.lengths.dtype_name, sha256(self.lengths_path)
         _name(self.file, self.path)
         ends = self.folder / f"{self.name}.ends.npy"
         with atomic_write(ends) as file:
@@ -128,6 +129,7 @@ class Shard:
     @cached_property
     def ends(self) -> np.ndarray:
         """Where the documents of the whole shard end, counted from its first token."""
+        assert self.ends_file is not None
         tokens = Path(self.tokens_file).stat().st_size // np.dtype(self.dtype).itemsize
         return mapped_ends(Path(self.ends_file), tokens)
 
@@ -155,6 +157,8 @@ class Shard:
 
     @cached_property
     def _lengths(self) -> np.ndarray:
+        assert self.lengths_file is not None
+        assert self.lengths_dtype is not None
         return mapped(self.lengths_file, self.lengths_dtype)
 
     def __reduce__(self) -> tuple:

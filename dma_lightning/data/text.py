@@ -14,7 +14,7 @@ from dma_lightning.data.files import COMPRESSED, JSONL, everybody_may_read, text
 from dma_lightning.data.shards import Shard
 from dma_lightning.data.text_cache import TextCache
 from dma_lightning.data.windows import TokenWindows
-from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, SpecialTokens, Tokenizer
+from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer, FileTokenizer, SpecialTokens
 
 _CHUNK = 1 << 20
 _SEPARATOR = b"\n"
@@ -28,7 +28,7 @@ class TokenizedDataModule(SequenceDataModule):
     A subclass sets `tokenizer` before it calls `__init__`.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: DataTokenizer
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint carries along: position, and the tokenizer, unless tokens are bytes."""
@@ -133,10 +133,18 @@ class TextDataModule(TokenizedDataModule):
         cache, record = self._cache, self._cache.read()
         tokens = record.tokens
         border = tokens - round(tokens * self.val_fraction)
-        lengths = (str(cache.lengths), record.lengths_dtype) if cache.with_lengths else (None, None)
         train, val = (
-            Shard(str(cache.array), None, cache.dtype.name, *part, *lengths, byte_tokens=not cache.with_lengths)
-            for part in ((0, border), (border, tokens))
+            Shard(
+                str(cache.array),
+                None,
+                cache.dtype.name,
+                start,
+                stop,
+                str(cache.lengths) if cache.with_lengths else None,
+                record.lengths_dtype if cache.with_lengths else None,
+                byte_tokens=not cache.with_lengths,
+            )
+            for start, stop in ((0, border), (border, tokens))
         )
         self.train_set = TokenWindows([train], self.sequence_length)
         self.val_set = self.test_set = TokenWindows([val], self.sequence_length)
@@ -159,12 +167,12 @@ class TextDataModule(TokenizedDataModule):
     @cached_property
     def _cache(self) -> TextCache:
         digest, _ = self._content
-        is_bytes = isinstance(self.tokenizer, ByteTokenizer)
-        name = f"bytes-{digest}"
-        if not is_bytes:
+        name, with_lengths = f"bytes-{digest}", False
+        if not isinstance(self.tokenizer, ByteTokenizer):
             tokenizer = hashlib.sha256(self.tokenizer.to_json().encode()).hexdigest()
             name = f"tokens-{digest}-{tokenizer[:16]}{'-text' * (self.special_tokens == 'text')}"
-        return TextCache(self.cache_dir / f"{name}.bin", self.vocab_size, with_lengths=not is_bytes)
+            with_lengths = True
+        return TextCache(self.cache_dir / f"{name}.bin", self.vocab_size, with_lengths)
 
     def _tokens(self) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
         """Tokens of the text, piece by piece, how many bytes of it each stands for, and the bytes of the piece."""

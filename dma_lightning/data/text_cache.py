@@ -22,7 +22,7 @@ from dma_lightning.files.atomic import atomic_write
 from dma_lightning.files.reading import check_regular, read_json, sha256, verifies_content
 
 _VERSION = 1
-_PRIVATE = 0o600
+_PRIVATE, _PUBLIC = 0o600, 0o666  # the second less the umask
 
 
 @dataclass(frozen=True)
@@ -132,21 +132,27 @@ class TextCache:
             text_bytes: of the text.
             private: whether nobody else may read them.
         """
-        options = {"suffix": f".{secrets.token_hex(8)}.tmp"} | ({"mode": _PRIVATE} if private else {})
+        suffix, mode = f".{secrets.token_hex(8)}.tmp", _PRIVATE if private else _PUBLIC
         with (
-            atomic_write(self.array, **options) as array,
-            atomic_write(self.lengths, **options) if self.with_lengths else nullcontext() as lengths,
+            atomic_write(self.array, suffix, mode) as array,
+            atomic_write(self.lengths, suffix, mode) if self.with_lengths else nullcontext() as lengths,
         ):
-            writer = LengthWriter(lengths) if self.with_lengths else None
+            writer = None if lengths is None else LengthWriter(lengths)
             for tokens, lengths_of_tokens, size in pieces:
                 array.write(tokens.astype(self.dtype).data)
                 if writer:
+                    assert lengths_of_tokens is not None
                     writer.add(lengths_of_tokens, size)
-        known = (writer.dtype.name, sha256(self.lengths)) if writer else (None, None)
-        tokens = self.array.stat().st_size // self.dtype.itemsize
-        largest = largest_token(self.array, self.dtype.name)
-        record = CacheRecord(_VERSION, tokens, text_bytes, largest, sha256(self.array), *known)
-        with atomic_write(self.record, **options) as file:
+        record = CacheRecord(
+            _VERSION,
+            self.array.stat().st_size // self.dtype.itemsize,
+            text_bytes,
+            largest_token(self.array, self.dtype.name),
+            sha256(self.array),
+            writer.dtype_name if writer else None,
+            sha256(self.lengths) if writer else None,
+        )
+        with atomic_write(self.record, suffix, mode) as file:
             file.write(msgspec.json.encode(asdict(record)))
 
     def make_private(self) -> None:

@@ -6,7 +6,7 @@ Every error is one line that names the file and, where there is one, the field.
 import hashlib
 import os
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, overload
 
 import msgspec
 
@@ -61,7 +61,15 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
         raise ValueError(f"{path}: expected {what}: {error}") from error
 
 
-def as_kind(value: Any, kind: type[T], what: str) -> T:
+@overload
+def as_kind(value: Any, kind: type[T], what: str) -> T: ...
+
+
+@overload
+def as_kind(value: Any, kind: Any, what: str) -> Any: ...  # of what is no class, such as a union
+
+
+def as_kind(value: Any, kind: Any, what: str) -> Any:
     """Validate a plain value that a file held.
 
     Args:
