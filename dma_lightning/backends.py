@@ -9,7 +9,7 @@ B batch, H query heads, G KV heads, N length, D head dim.
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from dma_kernels.attention.ops import KERNEL_DTYPES, MAX_HEAD_DIM
 logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "triton", "flex", "torch", "reference"]
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Lifetimes], Tensor]
+"""Attention over lifetimes, of q, k, v and key_bias."""
 
 # Major compute capabilities of the GPUs on which the tests of the Triton kernels have passed; `auto` takes no others.
 _TRITON_FAMILIES = {9}
@@ -75,16 +78,20 @@ def _auto_backend(device: str, index: int | None, dtype: torch.dtype, head_dim: 
     return chosen, reason
 
 
+# Their logsumexp, which they may return besides, is not asked for here.
+_segments = cast("Attention", segment_attention)
+_dense = cast("Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]", reference_attention)
+
+
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, lifetimes: Lifetimes) -> Tensor:
     """The O(N²) definition over lifetimes."""
-    return reference_attention(q, k, v, key_bias, lifetimes.to_dense())
+    return _dense(q, k, v, key_bias, lifetimes.to_dense())
 
 
-# Attention over lifetimes, of q, k, v and key_bias.
-ATTENTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Lifetimes], Tensor]] = {
+ATTENTIONS: dict[str, Attention] = {
     "triton": fused_attention,
     "flex": flex_segment_attention,
-    "torch": segment_attention,
+    "torch": _segments,
     "reference": dense_attention,
 }
 
@@ -103,5 +110,12 @@ def attend(
     if backend != "reference":
         return ATTENTIONS[backend](q, k, v, key_bias, Lifetimes.selected(ranks, keep, packing))
     packing = packing or Packing()  # with a mask of its own, in which nothing is shared with the others
-    besides = {"documents": packing.documents, "padding": packing.padding, "keep_last": keep.last, "sinks": keep.sinks}
-    return reference_attention(q, k, v, key_bias, reference_mask(ranks, keep.window, **besides))
+    mask = reference_mask(
+        ranks,
+        keep_window_size=keep.window,
+        documents=packing.documents,
+        padding=packing.padding,
+        keep_last=keep.last,
+        sinks=keep.sinks,
+    )
+    return _dense(q, k, v, key_bias, mask)

@@ -114,8 +114,8 @@ def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device | str | N
         raise ValueError(f"prompts: expected at least one, each with a token, got lengths {[len(x) for x in prompts]}")
     rows = [torch.tensor(prompt, dtype=torch.int64, device=device) for prompt in prompts]
     real = [torch.zeros_like(row, dtype=torch.bool) for row in rows]
-    left = {"batch_first": True, "padding_side": "left"}
-    return pad_sequence(rows, **left), pad_sequence(real, padding_value=True, **left)
+    input_ids = pad_sequence(rows, batch_first=True, padding_side="left")
+    return input_ids, pad_sequence(real, batch_first=True, padding_value=True, padding_side="left")
 
 
 def prompt_and_rest(batch: Batch, row: int, length: int | None = None) -> tuple[Tensor, Tensor]:
@@ -182,7 +182,7 @@ def stream_text(
         raise ValueError("prompt: expected text, got an empty string")
     prompt_tokens = tokenizer.encode(prompt)
     input_ids, _ = pad_prompts([prompt_tokens], device)
-    tokens = (token.item() for token in stream_tokens(model, input_ids, max_new_tokens, sampling, **options))
+    tokens = (int(token.item()) for token in stream_tokens(model, input_ids, max_new_tokens, sampling, **options))
     yield from decode_until(tokenizer, tokens, stop, prompt_tokens)
 
 

@@ -3,19 +3,23 @@
 B batch, N length, V vocabulary.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from dma_lightning.checkpoints.files import local_checkpoint
@@ -39,6 +43,21 @@ _INDUCTOR = {"realize_reads_threshold": 12}
 _ADAMW = {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False}
 
 
+class _Arguments(AttributeDict):
+    """The types of what `hparams` holds: arguments of `LanguageModel`, those of a `ModelConfig` besides."""
+
+    lr: float
+    weight_decay: float
+    betas: Sequence[float]
+    schedule: Schedule
+    warmup_fraction: float
+    decay_fraction: float
+    bytes_per_token: float | None
+    compile_layers: bool
+    cuda_graphs: bool
+    activation_checkpointing: bool
+
+
 class LanguageModel(PlainHyperparameters, pl.LightningModule):
     """Trains a Doge decoder with AdamW to predict the labels of each position.
 
@@ -57,6 +76,8 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         activation_checkpointing: keep no activations within layers, but compute them again in the backward pass.
         config: the fields of `ModelConfig`.
     """
+
+    hparams: _Arguments
 
     def __init__(
         self,
@@ -102,7 +123,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         self.test_metrics = self._metrics()
 
     @classmethod
-    def load_from_checkpoint(
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's would read hparams_file, too
         cls,
         checkpoint_path: str | Path,
         map_location: Any = None,
@@ -160,6 +181,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
                 has; for `predict` by processes that share the weights.
         """
         for metric in (*self.val_metrics.values(), *self.test_metrics.values()):
+            assert isinstance(metric, Metric)
             metric.reset()  # its sums may be of an evaluation in inference mode, to which training cannot add
         strategy, accumulate = self.trainer.strategy, self.trainer.accumulate_grad_batches
         if stage == "predict" and isinstance(strategy, ModelParallelStrategy) and self.trainer.world_size > 1:
@@ -189,8 +211,9 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
 
     def on_fit_start(self) -> None:
         config = self.model.config
-        length = getattr(self.trainer.datamodule, "sequence_length", config.max_position_embeddings)
-        if reason := self.model.layers[0].self_attn.unused_at(length):
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it from outside
+        length = getattr(data, "sequence_length", config.max_position_embeddings)
+        if reason := self.model.mixers[0].unused_at(length):
             rank_zero_warn(reason)
         if self.global_rank > 0:  # weights are drawn; dropout shall differ from that of the first process
             torch.manual_seed(torch.initial_seed() + self.global_rank)
@@ -250,7 +273,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         norm = nn.utils.get_total_norm(gradients) if gradients else torch.nan
         self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with two groups, and the schedule per optimizer step.
 
         Raises:
@@ -282,7 +305,9 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         scheduler = self.lr_schedulers()
         if self._restored and isinstance(scheduler, LambdaLR):  # a learning-rate finder has one of its own
             self._restored = False
-            self._set_rates(self.optimizers(use_pl_optimizer=False), scheduler.last_epoch)
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            assert isinstance(optimizer, Optimizer)  # the one of `configure_optimizers`
+            self._set_rates(optimizer, scheduler.last_epoch)
             scheduler.base_lrs = [self.hparams.lr] * len(scheduler.base_lrs)
 
     @property
@@ -319,12 +344,12 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         return nats / labels.clamp(min=1), logits, StepTotals(nats.detach(), labels, size)
 
     def _metrics(self) -> nn.ModuleDict:
-        tokens = {"num_classes": self.model.config.vocab_size, "ignore_index": IGNORE_INDEX}
+        vocabulary = self.model.config.vocab_size
         metrics: dict[str, nn.Module] = {
             "loss": MeanLoss(),
             "perplexity": Perplexity(),
             # To validate its arguments would wait for the device.
-            "accuracy": MulticlassAccuracy(**tokens, average="micro", validate_args=False),
+            "accuracy": MulticlassAccuracy(vocabulary, average="micro", ignore_index=IGNORE_INDEX, validate_args=False),
             "bits_per_byte": BitsPerByte(),
         }
         return nn.ModuleDict(metrics)
@@ -332,6 +357,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
     def _evaluate(self, batch: Batch, split: Literal["val", "test"], metrics: nn.ModuleDict) -> None:
         _, logits, totals = self._loss(batch)
         for name, metric in metrics.items():
+            assert isinstance(metric, Metric)
             if isinstance(metric, BitsPerByte):
                 if totals.size is None:
                     continue

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable
-from typing import Self
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 
@@ -44,7 +44,7 @@ class MeanLoss(Metric):
     def compute(self) -> Tensor:
         return quotient(*(self.sums - self.excess))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: object) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> nn.Module:
         """Move to another device, but keep float32 whatever the dtype of the model becomes."""
         return super()._apply(lambda x: fn(x).to(x.dtype), *args)
 

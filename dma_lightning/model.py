@@ -3,8 +3,8 @@
 B batch, N length, C hidden size, V vocabulary.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dma_kernels import Packing
 from dma_lightning.config import ModelConfig
 from dma_lightning.generation import generate
-from dma_lightning.mixers import MIXERS, MixerCache
+from dma_lightning.mixers import MIXERS, MixerCache, TokenMixer
 from dma_lightning.sampling import Sampling
 
 
@@ -116,8 +116,9 @@ class DogeForCausalLM(nn.Module):
         if cache is not None and len(cache) != len(self.layers):
             raise ValueError(f"cache: expected one for each of the {len(self.layers)} layers, got {len(cache)}")
         packing = Packing.of(documents, padding)
+        caches: Sequence[MixerCache | None] = cache or [None] * len(self.layers)
         x = self.embed_tokens(input_ids)  # [B, N, C]
-        for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers), strict=True):
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(layer, x, packing, use_reentrant=False)
             else:
@@ -126,7 +127,7 @@ class DogeForCausalLM(nn.Module):
 
     def new_cache(self, batch: int, full: bool = False) -> list[MixerCache]:
         """Empty caches of all layers; arguments as `TokenMixer.new_cache`."""
-        return [layer.self_attn.new_cache(batch, full) for layer in self.layers]
+        return [mixer.new_cache(batch, full) for mixer in self.mixers]
 
     def generate(
         self, input_ids: Tensor, max_new_tokens: int, sampling: Sampling | None = None, **options: Any
@@ -137,6 +138,12 @@ class DogeForCausalLM(nn.Module):
         """
         options.setdefault("eos_token_id", self.config.eos_token_id)
         return generate(self, input_ids, max_new_tokens, sampling, **options)
+
+    @property
+    def mixers(self) -> list[TokenMixer]:
+        """Those of the layers, from the first to the last."""
+        layers = cast("Iterable[DogeLayer]", self.layers)  # a ModuleList does not say what modules it has
+        return [layer.self_attn for layer in layers]
 
     @property
     def num_parameters(self) -> int:
@@ -159,7 +166,7 @@ class DogeForCausalLM(nn.Module):
 
         Matrix products only: 6 per weight, and three times what the mixers count for a forward pass.
         """
-        mixing = sum(layer.self_attn.mixing_flops(length) for layer in self.layers)
+        mixing = sum(mixer.mixing_flops(length) for mixer in self.mixers)
         return 6 * (self.num_non_embedding_parameters + self.lm_head.weight.numel()) + 3 * mixing
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -167,3 +174,8 @@ class DogeForCausalLM(nn.Module):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def decoder_of(module: nn.Module) -> DogeForCausalLM:
+    """The decoder of a `LanguageModel`, for callbacks."""
+    return cast("DogeForCausalLM", module.model)  # Lightning's hooks name modules of any kind

@@ -34,7 +34,7 @@ class StepTotals:
         if len(batches) == processes == 1:
             return batches[0]
         known = all(x.size is not None for x in batches)
-        rows = [torch.stack([x.nats, x.labels, x.size if known else x.labels]) for x in batches]
+        rows = [torch.stack([x.nats, x.labels, x.labels if x.size is None or not known else x.size]) for x in batches]
         totals = torch.stack(rows).sum(0)
         if processes > 1:
             torch.distributed.all_reduce(totals)
@@ -48,7 +48,8 @@ class StepTotals:
 
     @property
     def nats_per_byte(self) -> Tensor:
-        """Loss for each byte of text; NaN for a step whose labels stand for none."""
+        """Loss for each byte of text, where the data says how many; NaN for a step whose labels stand for none."""
+        assert self.size is not None
         return quotient(self.nats, self.size)
 
 

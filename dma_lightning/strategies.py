@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -55,7 +56,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         if self._save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
         optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        state = get_optimizer_state_dict(self.model, optimizer, options=_FULL_STATE)
+        state = get_optimizer_state_dict(self._own_model, optimizer, options=_FULL_STATE)
         numbers = {name: number for number, name in enumerate(self._names(optimizer))}
         return _renamed(state, numbers) if self.is_global_zero else {}
 
@@ -80,20 +81,26 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Give every process its part of what any number of processes have saved."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
-            load_sharded(path, self.model, self.optimizers)
+            load_sharded(path, self._own_model, self.optimizers)
             return read_checkpoint(path)
         checkpoint = read_checkpoint(path)
-        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=_FULL_STATE)
+        set_model_state_dict(self._own_model, checkpoint.pop("state_dict"), options=_FULL_STATE)
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
             named = _renamed(state, dict(enumerate(self._names(optimizer))))
             for group, own in zip(named["param_groups"], optimizer.param_groups, strict=True):
                 group["fused"] = own["fused"]  # as `LanguageModel.on_load_checkpoint`, which comes too late here
-            set_optimizer_state_dict(self.model, optimizer, named, options=_FULL_STATE)
+            set_optimizer_state_dict(self._own_model, optimizer, named, options=_FULL_STATE)
         return checkpoint
+
+    @property
+    def _own_model(self) -> nn.Module:
+        """The part of this process, once there is one."""
+        assert self.model is not None
+        return self.model
 
     def _names(self, optimizer: Optimizer) -> list[str]:
         """Names of an optimizer's parameters, in the order of its groups."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names = {parameter: name for name, parameter in self._own_model.named_parameters()}
         return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.core.saving import _default_map_location
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.connectors import checkpoint_connector
-from torch.optim import Optimizer
+from torch.optim import Adam
 
 # Private names of Lightning's classes that classes of ours override, call or set on themselves: methods with their
 # parameters, attributes without. The classes are named, since to import the command line's takes long.
@@ -54,7 +54,9 @@ def accumulates(trainer: pl.Trainer) -> bool:
 
 def validates_next(trainer: pl.Trainer) -> bool:
     """In `on_train_batch_end`: whether a validation follows."""
-    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None  # of the batches that are trained on
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 def is_logging_step(trainer: pl.Trainer, before_step: bool = False) -> bool:
@@ -103,11 +105,11 @@ def has_trainer(module: pl.LightningModule) -> bool:
 
 def set_initial_hparams(module: pl.LightningModule | pl.LightningDataModule) -> None:
     """Let loggers get the hyperparameters as they are now."""
-    module._hparams_initial = copy.deepcopy(module.hparams)
+    module._hparams_initial = copy.deepcopy(module.hparams)  # type: ignore[union-attr]  # Lightning declares it nowhere
 
 
-def let_clip_gradients(optimizer: Optimizer) -> None:
-    """Let the gradients of a fused optimizer be clipped in 16-mixed and bf16-mixed; for runs that do not scale them.
+def let_clip_gradients(optimizer: Adam) -> None:
+    """Let the gradients of a fused Adam be clipped in 16-mixed and bf16-mixed; for runs that do not scale them.
 
     Lightning takes such an optimizer for one that undoes the scaling by itself, whose gradients would be clipped too
     early (https://github.com/Lightning-AI/pytorch-lightning/issues/21435). The name is torch's, which reads it where

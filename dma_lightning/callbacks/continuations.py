@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from dma_lightning.data.base import Batch
 from dma_lightning.generation import generate, pad_prompts, prompt_and_rest, split_text
+from dma_lightning.model import decoder_of
 from dma_lightning.sampling import Sampling
 from dma_lightning.tokenizers import Tokenizer
 
@@ -79,9 +80,11 @@ class ContinuationWriter(BasePredictionWriter):
         input_ids, padding = pad_prompts(prompts, pl_module.device)
         options = {"padding": padding if padding.any() else None, "seed": self.seed + batch_idx}
         with trainer.precision_plugin.forward_context():
-            new = generate(pl_module.model, input_ids, count, self.sampling, **options).tolist()
+            new = generate(decoder_of(pl_module), input_ids, count, self.sampling, **options).tolist()
         lines = zip(batch_indices or range(rows), prompts, new, (rest[:count] for rest in rests), strict=True)
-        tokenizer = getattr(trainer.datamodule, "tokenizer", None)
+        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it from outside
+        tokenizer = getattr(data, "tokenizer", None)
+        assert self.file is not None  # `on_predict_start` has named it
         with self.file.open("a") as file:
             for index, *values in lines:
                 texts = values if tokenizer is None else _texts(tokenizer, *values)

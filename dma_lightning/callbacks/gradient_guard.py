@@ -87,7 +87,9 @@ class GradientGuard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         self._read(wait=is_logging_step(trainer, before_step=True))
-        self._unread.append(_Readings.take(trainer.global_step + 1, pl_module.step_loss.float(), pl_module))
+        loss = pl_module.step_loss
+        assert isinstance(loss, Tensor)  # of a `LanguageModel`, behind its backward
+        self._unread.append(_Readings.take(trainer.global_step + 1, loss.float(), pl_module))
         if "skip" in (self.not_finite, self.spike) and self._read(wait=True):
             for parameter in pl_module.parameters():
                 parameter.grad = None  # nothing to step with

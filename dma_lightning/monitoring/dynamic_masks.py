@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dma_lightning.data.base import Batch
+from dma_lightning.model import decoder_of
 from dma_lightning.monitoring.recording import dynamic_layers, first_sequence, record_masks
 from dma_lightning.monitoring.writer import tensorboard
 from dma_lightning.trainer_state import is_logging_step, logged_step
@@ -44,17 +45,17 @@ class DynamicMaskMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         due = trainer.global_step >= self.next_step and is_logging_step(trainer)
-        if not due or not dynamic_layers(pl_module.model):
+        if not due or not (mixers := dynamic_layers(decoder_of(pl_module))):
             return
         self.next_step = trainer.global_step + self.every_n_steps
-        recorded = record_masks(trainer, pl_module.model, first_sequence(batch))
+        recorded = record_masks(trainer, decoder_of(pl_module), first_sequence(batch))
         figures = {f"dma/layer_{i}/{name}": x for i, mask in recorded.items() for name, x in mask.figures().items()}
         values = torch.stack(list(figures.values())).tolist()  # waits for the GPU once, not for each
         known = {name: x for name, x in zip(figures, values, strict=True) if not math.isnan(x)}
         for logger in trainer.loggers:  # by itself, since Lightning would write the figures anew at every logging step
             logger.log_metrics(known, logged_step(trainer))
         writer = tensorboard(trainer)
-        for i, mixer in dynamic_layers(pl_module.model).items():
+        for i, mixer in mixers.items():
             scores = recorded[i].scores
             _add_histogram(writer, f"dma/layer_{i}/A", mixer.A, logged_step(trainer))
             real = recorded[i].real.expand_as(scores)

@@ -4,15 +4,17 @@ G KV heads, N length.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dma_kernels import Lifetimes
 from dma_lightning.data.base import Batch
 from dma_lightning.generation import evaluating
 from dma_lightning.mixers import DynamicMaskAttention
+from dma_lightning.model import DogeForCausalLM
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,17 @@ def _mean_where(x: Tensor, where: Tensor) -> Tensor:
 
 def first_sequence(batch: Batch) -> Batch:
     """A copy of the first sequence of a batch."""
-    return {name: x[:1].clone() for name, x in batch.items()}
+    tensors = cast("dict[str, Tensor]", batch)  # a TypedDict says no type for all of its values
+    return cast("Batch", {name: x[:1].clone() for name, x in tensors.items()})
 
 
-def dynamic_layers(model: nn.Module) -> dict[int, DynamicMaskAttention]:
+def dynamic_layers(model: DogeForCausalLM) -> dict[int, DynamicMaskAttention]:
     """The mixers of a decoder that are dynamic mask attention, by the number of their layer."""
-    mixers = {i: layer.self_attn for i, layer in enumerate(model.layers)}
-    return {i: mixer for i, mixer in mixers.items() if isinstance(mixer, DynamicMaskAttention)}
+    return {i: mixer for i, mixer in enumerate(model.mixers) if isinstance(mixer, DynamicMaskAttention)}
 
 
 @torch.no_grad()
-def record_masks(trainer: pl.Trainer, model: nn.Module, sequence: Batch) -> dict[int, RecordedMask]:
+def record_masks(trainer: pl.Trainer, model: DogeForCausalLM, sequence: Batch) -> dict[int, RecordedMask]:
     """Masks of all layers with dynamic mask attention over a batch of one sequence, by one forward pass.
 
     With layers that are sharded among processes, all of them must take part.

@@ -14,6 +14,7 @@ from torch import Tensor
 from dma_kernels import Lifetimes
 from dma_lightning.data.base import Batch
 from dma_lightning.generation import generate, prompt_and_rest, split_text
+from dma_lightning.model import decoder_of
 from dma_lightning.monitoring.recording import RecordedMask, dynamic_layers, first_sequence, record_masks
 from dma_lightning.monitoring.writer import tensorboard
 from dma_lightning.sampling import Sampling
@@ -95,9 +96,10 @@ class SampleMonitor(pl.Callback):
         if (self.validations - 1) % self.every_n_validations and not is_last_step(trainer):
             return
         writer, step = tensorboard(trainer), logged_step(trainer)
-        tokenizer = getattr(trainer.datamodule, "tokenizer", None)
-        if dynamic_layers(pl_module.model):
-            self._show_masks(writer, step, record_masks(trainer, pl_module.model, sequence), sequence, tokenizer)
+        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it from outside
+        tokenizer, model = getattr(data, "tokenizer", None), decoder_of(pl_module)
+        if dynamic_layers(model):
+            self._show_masks(writer, step, record_masks(trainer, model, sequence), sequence, tokenizer)
         if self.max_new_tokens:
             with trainer.precision_plugin.forward_context():
                 self._show_continuation(writer, step, pl_module, sequence, tokenizer)
@@ -130,7 +132,7 @@ class SampleMonitor(pl.Callback):
         prompt, rest = prompt_and_rest(sequence, row=0)
         # In one piece, since processes that share a model must read as often, however long their prompts are.
         options = {"seed": self.seed, "chunk_size": sequence["input_ids"].shape[1]}
-        new = generate(pl_module.model, prompt[None], self.max_new_tokens, self.sampling, **options)[0]
+        new = generate(decoder_of(pl_module), prompt[None], self.max_new_tokens, self.sampling, **options)[0]
         if writer is not None:
             before, made = _pieces_of_both(tokenizer, prompt.tolist(), new.tolist())
             _, real = _pieces_of_both(tokenizer, prompt.tolist(), rest[: self.max_new_tokens].tolist())
@@ -206,5 +208,5 @@ def mask_picture(mask: RecordedMask, heads: int, length: int) -> Tensor:
 
 def _corner(lifetimes: Lifetimes, length: int) -> Tensor:
     """The dense mask `[G, L, L]` of the first positions of a batch of one."""
-    ends = (x[..., :length].cpu() for x in (lifetimes.birth, lifetimes.death))
-    return Lifetimes(*ends, lifetimes.capacity).to_dense()[0]
+    birth, death = (x[..., :length].cpu() for x in (lifetimes.birth, lifetimes.death))
+    return Lifetimes(birth, death, lifetimes.capacity).to_dense()[0]

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ import torch
 from lightning.fabric.utilities.throughput import Throughput
 
 from dma_lightning.data.base import Batch
+from dma_lightning.model import decoder_of
 from dma_lightning.monitoring.peaks import compute_dtype, peak_flops, wait_for
 from dma_lightning.trainer_state import is_logging_step
 
@@ -30,6 +32,8 @@ class SpeedMonitor(pl.Callback):
     Raises:
         ValueError: if the peak is not positive.
     """
+
+    log_dict: Callable[..., None]  # of the module; Lightning gives it to callbacks
 
     def __init__(self, peak_flops: float | None = None) -> None:
         if peak_flops is not None and peak_flops <= 0:
@@ -58,7 +62,7 @@ class SpeedMonitor(pl.Callback):
     ) -> None:
         count, length = batch["input_ids"].shape
         if length not in self.flops_per_token:
-            self.flops_per_token[length] = pl_module.model.training_flops(length)
+            self.flops_per_token[length] = decoder_of(pl_module).training_flops(length)
         self.batches += 1
         self.sequences += count
         self.tokens += count * length
@@ -96,7 +100,11 @@ class SpeedMonitor(pl.Callback):
 
     def _update(self, now: float) -> None:
         counts = {"batches": self.batches, "samples": self.sequences, "lengths": self.tokens}
-        self.throughput.update(time=now - self.started, flops=self.flops, **counts)
+        self.throughput.update(
+            time=now - self.started,
+            flops=self.flops,  # type: ignore[arg-type]  # Lightning only adds them up
+            **counts,
+        )
         self.flops = 0.0
 
 

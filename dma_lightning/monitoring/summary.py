@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from dma_lightning.data.base import Batch
+from dma_lightning.model import decoder_of
 from dma_lightning.monitoring.peaks import compute_dtype, peak_flops, wait_for
 from dma_lightning.trainer_state import accumulates, is_logging_step
 
@@ -50,14 +51,14 @@ class RunSummary(pl.Callback):
 
 def summary_rows(trainer: pl.Trainer, pl_module: pl.LightningModule, sequences: int, length: int) -> dict[str, str]:
     """The table for batches `[sequences, length]` of each device: what a line is about, and what it says."""
-    model, config = pl_module.model, pl_module.model.config
-    mixer, device, dtype = model.layers[0].self_attn, pl_module.device, compute_dtype(trainer)
+    model = decoder_of(pl_module)
+    mixer, device, dtype = model.mixers[0], pl_module.device, compute_dtype(trainer)
     accumulated, devices, steps = trainer.accumulate_grad_batches, trainer.world_size, total_steps(trainer)
     per_step = sequences * accumulated * devices * length
     flops = model.training_flops(length)
     rows = {
         "parameters": f"{model.num_parameters:,}, {model.num_non_embedding_parameters:,} without embeddings and head",
-        "attention": f"{config.attention} ({type(mixer).__name__})",
+        "attention": f"{model.config.attention} ({type(mixer).__name__})",
         "computed by": mixer.computed_by(device, dtype),
         "devices": f"{devices} x {device.type}, precision {trainer.precision}",
         "step": f"{sequences} sequences x {accumulated} accumulated x {devices} devices "
