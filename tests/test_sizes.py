@@ -17,8 +17,9 @@ MAX_LINES, MAX_PARAMETERS = 45, 8
 # Where the arguments of `__init__`, and of functions, are flags.
 FLAGS = ("dma_lightning/data/", "dma_lightning/callbacks/", "dma_lightning/monitoring/", "dma_lightning/mixers/")
 FLAGS += ("dma_lightning/cli/", "dma_lightning/checkpoints/resumable.py", "dma_lightning/language_model.py")
+FLAGS += ("dma_lightning/generation.py",)
 
-COMMANDS = ("generate", "prepare", "sizes", "import_hf", "export_hf")
+COMMANDS = ("generate", "stream_tokens", "prepare", "sizes", "import_hf", "export_hf")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
