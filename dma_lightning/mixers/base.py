@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,28 +51,52 @@ class MixerConfig:
 class MixerCache(Protocol):
     """What a token mixer keeps of the tokens that it has read."""
 
-    length: Tensor
-    """Positions read so far, int64 `[B]`."""
+    if TYPE_CHECKING:  # it may be computed
+
+        @property
+        def length(self) -> Tensor:
+            """Positions read so far, int64 `[B]`."""
+
+    else:  # a property would forbid a cache that inherits from this to set it
+        length: Tensor
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences, in this order; a row may be named several times."""
 
 
-class TokenMixer(nn.Module, ABC):
+Cache = TypeVar("Cache", bound=MixerCache)
+
+
+class HeadShape(TypedDict):
+    """What a model's configuration says of heads: the arguments of `GroupedQueryMixer`."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int | None
+    rope_theta: float
+    rope_scaling: float
+    rms_norm_eps: float
+    bias: bool
+
+
+class TokenMixer(nn.Module, ABC, Generic[Cache]):
     """Mixes the tokens of a sequence causally; all that a decoder knows of an attention.
 
-    A subclass is made from a `ModelConfig`, and found by the name under which `MIXERS` holds it.
+    A subclass is made from a `ModelConfig`, and found by the name under which `MIXERS` holds it. For type checkers, it
+    may say what its cache is: `class MyMixer(TokenMixer[MyCache])`.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        renamed = []
+        renamed: list[str] = []
+        old: Any = cls  # as it was written, for an interface of before
         if "forward" in vars(cls) and "documents" in inspect.signature(cls.forward).parameters:
             renamed.append("forward takes `packing` instead of documents and padding")
-            cls.forward = _unpacking(cls.forward)
+            old.forward = _unpacking(old.forward)
         if "of_config" in vars(cls) and "from_config" not in vars(cls):
             renamed.append("of_config is called from_config")
-            cls.from_config = cls.of_config
+            old.from_config = old.of_config
         if renamed:
             warnings.warn(f"{cls.__qualname__}: {' and '.join(renamed)} now", FutureWarning, stacklevel=2)
 
@@ -91,7 +115,7 @@ class TokenMixer(nn.Module, ABC):
         x: Tensor,
         documents: Tensor | Packing | None = None,
         padding: Tensor | None = None,
-        cache: MixerCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """`forward` with documents and padding `[B, N]`, or with a packing, which has both, in place of documents."""
         packing = documents if isinstance(documents, Packing) else Packing.of(documents, padding)
@@ -102,7 +126,7 @@ class TokenMixer(nn.Module, ABC):
         self,
         x: Tensor,
         packing: Packing | None = None,
-        cache: MixerCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Mix within each sequence, and with what its cache has read before.
 
@@ -119,7 +143,7 @@ class TokenMixer(nn.Module, ABC):
         """
 
     @abstractmethod
-    def new_cache(self, batch: int, full: bool = False) -> MixerCache:
+    def new_cache(self, batch: int, full: bool = False) -> Cache:
         """An empty cache for `batch` sequences on the module's device.
 
         Args:
@@ -147,7 +171,7 @@ class TokenMixer(nn.Module, ABC):
         return None
 
 
-class GroupedQueryMixer(TokenMixer):
+class GroupedQueryMixer(TokenMixer[Cache]):
     """Query heads in groups that share a KV head, QK-norm before the rotary embedding, and an output projection.
 
     Args:
@@ -200,7 +224,7 @@ class GroupedQueryMixer(TokenMixer):
         self.k_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps)
 
     @staticmethod
-    def shape_of(config: MixerConfig) -> dict[str, int | float | bool | None]:
+    def shape_of(config: MixerConfig) -> HeadShape:
         """The arguments above of a model's configuration."""
         return {
             "hidden_size": config.hidden_size,
@@ -213,7 +237,7 @@ class GroupedQueryMixer(TokenMixer):
             "bias": config.attention_bias,
         }
 
-    def heads(self, x: Tensor, projection: nn.Linear, norm: nn.RMSNorm | None = None) -> Tensor:
+    def heads(self, x: Tensor, projection: nn.Module, norm: nn.RMSNorm | None = None) -> Tensor:
         """Projected, and normalised, `[B, heads, N, D]`."""
         y = projection(x).unflatten(-1, (-1, self.head_dim))
         return (y if norm is None else normalised(y, norm)).transpose(1, 2)

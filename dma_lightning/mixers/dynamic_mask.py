@@ -21,6 +21,7 @@ from dma_kernels import (
     key_ranks,
     rank_bias,
 )
+from dma_kernels.decoding.dynamic_cache import StepBackend
 from dma_lightning.backends import (
     ATTENTIONS,
     Backend,
@@ -47,7 +48,7 @@ class DynamicMaskConfig(MixerConfig):
     rank of 88.7, which shows as a loss of NaN."""
 
 
-class DynamicMaskAttention(GroupedQueryMixer):
+class DynamicMaskAttention(GroupedQueryMixer[KeyCache]):
     """Causal self-attention in which every query keeps the `keep_window_size` best-scored keys of its past.
 
     The score of a key comes from the values at its position, selects the key, and is added to its logits, so the
@@ -150,7 +151,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
         autocasts = torch.is_autocast_enabled(device.type) and weight.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device.type) if autocasts else weight.dtype
         backend = resolve_backend(self.backend, device.type, device.index, dtype, self.head_dim)
-        step = "triton" if backend == "triton" else "torch"
+        step: StepBackend = "triton" if backend == "triton" else "torch"
         return DynamicMaskCache(batch, self.num_kv_heads, self.head_dim, self.keep, dtype, device, step)
 
     def mixing_flops(self, length: int) -> float:

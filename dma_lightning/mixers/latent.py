@@ -40,7 +40,7 @@ class LatentConfig(MixerConfig):
     """mla: channels of a value."""
 
 
-class LatentAttention(TokenMixer):
+class LatentAttention(TokenMixer[PositionCache]):
     """Causal self-attention whose keys and values are made from a latent vector and one rotated key for all heads.
 
     Trained in its expanded form, with keys and values of every head. Decoding is absorbed: the latent vectors serve as

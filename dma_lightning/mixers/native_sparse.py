@@ -50,7 +50,7 @@ class NativeSparseConfig(MixerConfig):
     """nsa: whether each of the three branches has keys and values of its own."""
 
 
-class NativeSparseAttention(GroupedQueryMixer):
+class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
     """Causal self-attention by three branches, each weighted by a sigmoid gate per query head.
 
     Blocks of keys and values are compressed to one each by a network; what a group's heads give to them chooses, for
@@ -117,8 +117,8 @@ class NativeSparseAttention(GroupedQueryMixer):
     @classmethod
     def from_config(cls, config: NativeSparseConfig) -> Self:
         sizes = {name: x for name, x in vars(config).items() if name.startswith("nsa_")}
-        shared = {"initializer_range": config.initializer_range, "backend": config.backend}
-        return cls(**cls.shape_of(config), **sizes, **shared)
+        shape, std = cls.shape_of(config), config.initializer_range
+        return cls(**shape, **sizes, initializer_range=std, backend=config.backend)
 
     def forward(
         self,
@@ -191,7 +191,10 @@ class NativeSparseAttention(GroupedQueryMixer):
     def _keys(self, x: Tensor) -> dict[str, Tensor]:
         """Keys of each branch before the rotary embedding, `[B, G, N, D]`."""
         k = self.heads(x, self.k_proj, self.k_norm)
-        extra = {kind: self.heads(x, proj, self.extra_k_norm[kind]) for kind, proj in self.extra_k_proj.items()}
+        extra = {
+            kind: self.heads(x, proj, self.extra_k_norm[kind])  # type: ignore[arg-type]  # to torch, just a module
+            for kind, proj in self.extra_k_proj.items()
+        }
         return dict.fromkeys(("compress", "select", "window"), k) | extra
 
     def _values(self, x: Tensor) -> dict[str, Tensor]:
@@ -304,7 +307,8 @@ class NativeSparseCache:
         if self._compressed is None:
             self._compressed = new
         elif start:
-            self._compressed = tuple(torch.cat(pair, dim=2) for pair in zip(self._compressed, new, strict=True))
+            (old_k, old_v), (new_k, new_v) = self._compressed, new
+            self._compressed = torch.cat([old_k, new_k], dim=2), torch.cat([old_v, new_v], dim=2)
         return self._compressed
 
     def select(self, rows: Tensor) -> None:

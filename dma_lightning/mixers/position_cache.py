@@ -118,7 +118,7 @@ class PositionCache:
             all_places = Places(self._position[:end], self._run[:, :end], self._padding[:, :end])
         else:
             kept, all_places = self._joined(places, new)
-            self._keep_last(kept, all_places, self.count + size)
+            self._keep_last(kept, all_places, self.count + size, self.window)
         if packing is not None and packing.documents is not None:
             order = torch.arange(1, size + 1, device=self.device)
             last = torch.where(places.padding, 0, order).amax(-1)  # the last real one, from 1
@@ -186,10 +186,10 @@ class PositionCache:
         )
         return kept, Places(position, run, padding)
 
-    def _keep_last(self, kept: dict[str, Tensor], places: Places, count: int) -> None:
+    def _keep_last(self, kept: dict[str, Tensor], places: Places, count: int, window: int) -> None:
         """Keep the last `window` of what is there, each where the ring has its position."""
-        size = min(self.window, places.position.shape[0])
-        shift = count % self.window if size == self.window else 0
+        size = min(window, places.position.shape[0])
+        shift = count % window if size == window else 0
         last = places.rows(places.position.shape[0] - size, places.position.shape[0])
         self._kept = {name: x[..., -size:, :].roll(shift, dims=-2) for name, x in kept.items()}
         self._position = last.position.roll(shift)

@@ -25,7 +25,7 @@ class SlidingWindowConfig(MixerConfig):
     """swa: number of last positions that a query attends to, its own included."""
 
 
-class MultiHeadAttention(GroupedQueryMixer):
+class MultiHeadAttention(GroupedQueryMixer[PositionCache]):
     """Causal self-attention to all of the past, by PyTorch's `scaled_dot_product_attention`.
 
     With documents or padding the mask is one of lifetimes; on CUDA FlexAttention skips what nobody sees.
@@ -101,7 +101,7 @@ class SlidingWindowAttention(MultiHeadAttention):
         self.window = sliding_window
 
     @classmethod
-    def from_config(cls, config: SlidingWindowConfig) -> Self:
+    def from_config(cls, config: SlidingWindowConfig) -> Self:  # type: ignore[override]  # which has the window besides
         return cls(**cls.shape_of(config), sliding_window=config.sliding_window, backend=config.backend)
 
 

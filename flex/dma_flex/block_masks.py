@@ -8,6 +8,7 @@ B batch, H query heads, G KV heads, K keys, s block size, C blocks of keys, Q bl
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,9 +79,10 @@ def mask_of_tables(
     tables: Sequence[Tensor], mask_mod: MaskMod, seq_lengths: tuple[int, int], block_size: int
 ) -> BlockMask:
     """A BlockMask of what `block_tables` returns, for `seq_lengths` of queries and keys."""
+    named: dict[str, Any] = dict(zip(_TABLE_NAMES, tables, strict=True))
     return BlockMask(
         seq_lengths=seq_lengths,
-        **dict(zip(_TABLE_NAMES, tables, strict=True)),
+        **named,
         BLOCK_SIZE=(block_size, block_size),
         mask_mod=mask_mod,
     )

@@ -46,11 +46,11 @@ def flex_mask_attention(q: Tensor, k: Tensor, v: Tensor, lifetimes: Lifetimes, s
         )
     check_differentiable(q, k, v)
     mask = block_mask(lifetimes, q.shape[2], num_heads=None if lifetimes.death.shape[1] == 1 else q.shape[1])
-    options = {"block_mask": mask, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    grouped = q.shape[1] != k.shape[1]
     if torch.compiler.is_compiling():
-        return flex_attention(q, k, v, **options)
+        return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
     with told_recompile_limit(q):
-        return _compiled_attention()(q, k, v, **options)
+        return _compiled_attention()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 @cache

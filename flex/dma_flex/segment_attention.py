@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from dma_flex.mods import key_bias_score_mod
@@ -177,7 +176,7 @@ class _WithKeyGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, out: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, q: Tensor, bias: Tensor, birth: Tensor,
+        ctx: Any, out: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, q: Tensor, bias: Tensor, birth: Tensor,
         death: Tensor, lse: Tensor, scale: float, row: Tensor, first: Tensor, slot: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(q, k, v, bias, birth, death, lse, out, row, first, slot)
@@ -185,7 +184,7 @@ class _WithKeyGradients(torch.autograd.Function):
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, out, row, first, slot = ctx.saved_tensors
         wide = torch.promote_types(grad.dtype, torch.float32)
         delta = (grad.to(wide) * out.to(wide)).sum(-1)  # [Z, H, S]
@@ -196,6 +195,7 @@ class _WithKeyGradients(torch.autograd.Function):
 
 def _for_query_gradient(mask: BlockMask) -> BlockMask:
     """The same mask, but with empty tables by keys: FlexAttention's backward then computes dq and skips dk and dv."""
+    assert mask.q_num_blocks is not None  # it comes of `mask_of_tables`
     none = torch.zeros_like(mask.q_num_blocks)
     return BlockMask(
         seq_lengths=mask.seq_lengths,

@@ -12,8 +12,8 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | N
         raise ValueError(f"expected q [B, H, N, D] and k [B, G, N, D], got {list(q.shape)} and {list(k.shape)}")
     batch, heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
-    expected = {"k": (batch, kv_heads, length, head_dim), "v": (batch, kv_heads, length, head_dim)}
-    expected["key_bias"] = (batch, kv_heads, length)
+    row, element = (batch, kv_heads, length, head_dim), (batch, kv_heads, length)
+    expected: dict[str, tuple[int, ...]] = {"k": row, "v": row, "key_bias": element}
     if head_dim == 0:
         raise ValueError(f"expected a head dim of at least 1, got q {list(q.shape)}")
     for name, x in {"k": k, "v": v, "key_bias": key_bias}.items():

@@ -1,6 +1,6 @@
 """A picture of a mask. Matplotlib is imported on the first call only; it is an optional dependency."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,8 @@ def draw_mask(mask: Tensor, block_size: int = 16, axes: "Axes | None" = None) ->
             corner = (column * block_size - 0.42, row * block_size - 0.42)
             axes.add_patch(Rectangle(corner, block_size - 0.16, block_size - 0.16, fill=False, ec=color, lw=1))
     axes.set(xlabel="key j", ylabel="query t", xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
-    return axes.figure
+    figure: Any = axes.figure  # which may be a SubFigure, if the axes that are given are in one
+    return figure
 
 
 def _block_fills(mask: Tensor, block_size: int) -> Tensor:

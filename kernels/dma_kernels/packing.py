@@ -35,20 +35,18 @@ class Packing:
         if given is None:
             return None
         check_packing(documents, padding, given.shape[0] if given.ndim else 1, given)
-        return cls(documents, padding, document_runs(documents, padding))
+        return cls(documents, padding, None if documents is None else document_runs(documents, padding))
 
     def check_fits(self, batch: int, like: Tensor) -> None:
         """Raise `ValueError` unless this is the packing of `batch` rows with the length and device of `like`."""
         check_packing(self.documents, self.padding, batch, like)
 
 
-def document_runs(documents: Tensor | None, padding: Tensor | None) -> Tensor | None:
+def document_runs(documents: Tensor, padding: Tensor | None) -> Tensor:
     """Number of the document that each position belongs to, int64 `[B, N]`, counted from 0 along the row.
 
     A padded position belongs to the document of the last real position before it.
     """
-    if documents is None:
-        return None
     ids = documents
     if padding is not None:
         position = torch.arange(documents.shape[-1], device=documents.device)

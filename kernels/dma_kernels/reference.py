@@ -3,6 +3,8 @@
 B batch, H query heads, G KV heads, N length, D head dim.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def reference_mask(
     packing = Packing.of(documents, padding)
     if packing is not None:
         packing.check_fits(ranks.shape[0], ranks)
-    runs = packing and packing.runs
+    runs = None if packing is None else packing.runs
     length = ranks.shape[-1]
     position = torch.arange(length, device=ranks.device)
     allowed = (position <= position[:, None])[None, None]  # [B or 1, 1, N, N]
@@ -61,6 +63,21 @@ def reference_mask(
     return mask & allowed
 
 
+@overload
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, mask: Tensor, scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, mask: Tensor, scale: float | None = None,
+    *, return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, mask: Tensor, scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 @taking_renamed(scores="key_bias")
 def reference_attention(
     q: Tensor,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypedDict, get_args
 
 import torch
 import triton
@@ -30,7 +30,7 @@ from dma_kernels.segments.gather_kernels import launch_gather_rows
 from dma_kernels.segments.slots import SegmentSlots
 
 _WINDOW = 1024
-_CONFIGS = {  # by bytes of an element
+_CONFIGS: dict[int, list[tuple[int, ...]]] = {  # by bytes of an element
     2: [
         (64, 32, 4, 2),
         (64, 32, 4, 3),
@@ -59,6 +59,17 @@ class Case(NamedTuple):
     config: KernelConfig
 
 
+class Inputs(TypedDict):
+    """What every kernel takes: queries, keys in segment order, and where these live."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor
+    birth: Tensor
+    death: Tensor
+
+
 def cases() -> list[Case]:
     """All that are measured: those whose sums fit into registers."""
     every = (
@@ -77,8 +88,8 @@ def _accumulators(case: Case) -> float:
     return sums * case.config.rows * case.head_dim / (32 * case.config.warps)
 
 
-def make_arguments(element_bytes: int, head_dim: int) -> dict[str, Tensor]:
-    """Queries, keys in segment order, and where these live."""
+def make_arguments(element_bytes: int, head_dim: int) -> Inputs:
+    """Random inputs of that size, on the GPU."""
     torch.manual_seed(0)
     dtype, length = (torch.bfloat16, 32768) if element_bytes == 2 else (torch.float32, 8192)
     q, k, v = (
@@ -92,7 +103,7 @@ def make_arguments(element_bytes: int, head_dim: int) -> dict[str, Tensor]:
     return {"q": q, "k": k, "v": v, "bias": bias.squeeze(-1), "birth": slots.birth, "death": slots.death}
 
 
-def launcher(case: Case, arguments: dict[str, Tensor]) -> Callable[[], object]:
+def launcher(case: Case, arguments: Inputs) -> Callable[[], object]:
     """The launch of a case; its time does not depend on the numbers."""
     rest: dict[str, Any] = {"scale": case.head_dim**-0.5, "segment_length": _WINDOW, "config": case.config}
     grad, lse = torch.randn_like(arguments["q"]), torch.full(arguments["q"].shape[:3], 12.0, device="cuda")

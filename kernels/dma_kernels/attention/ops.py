@@ -7,10 +7,11 @@ kernel of five products that adds up the gradient of the queries by atomics (`be
 B batch, H query heads, G KV heads, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.utils._triton import has_triton_package
 
 from dma_kernels.checks import check_attention_inputs, check_lifetimes, check_no_tangents
@@ -173,9 +174,9 @@ def attend_slots_backward(
     batch, kv_heads, length = q.shape[0], k.shape[1], q.shape[2]
     rows = (first.numel() - 1) // (batch * kv_heads)
     q, grad_out = aligned(q), aligned(grad_out)
-    sizes = {"scale": scale, "segment_length": segment_length}
-    dq, delta = launch_query_gradients(q, k, v, bias, birth, death, lse, out, grad_out, **sizes)
-    *dkv, dbias = launch_key_gradients(q, k, v, bias, birth, death, lse, delta, grad_out, **sizes)
+    keys = (k, v, bias, birth, death)
+    dq, delta = launch_query_gradients(q, *keys, lse, out, grad_out, scale=scale, segment_length=segment_length)
+    *dkv, dbias = launch_key_gradients(q, *keys, lse, delta, grad_out, scale=scale, segment_length=segment_length)
     dk, dv, dkey_bias = (
         launch_sum_copies(x, first, slot, shape=[batch, kv_heads, length, x.shape[-1]], head_rows=rows)
         for x in (*dkv, dbias[..., None])
@@ -192,8 +193,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, row: Tensor, *_: object
 
 @attend_slots_backward.register_fake
 def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *_: object) -> tuple[Tensor, ...]:
-    (batch, _, length, head_dim), kv_heads = q.shape, k.shape[1]
-    dk = k.new_empty(batch, kv_heads, length, head_dim)
+    batch, kv_heads, length = q.shape[0], k.shape[1], q.shape[2]
+    dk = k.new_empty(batch, kv_heads, length, q.shape[-1])
     return _positions_first(q), dk, torch.empty_like(dk), bias.new_empty(batch, kv_heads, length)
 
 
@@ -203,14 +204,14 @@ def _positions_first(q: Tensor) -> Tensor:
     return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
-def _save_for_backward(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     q, _, _, _, _, first, slot, birth, death, ctx.segment_length, ctx.scale = inputs
     out, lse, k, v, bias = output
     ctx.save_for_backward(q, k, v, bias, out, lse, first, slot, birth, death)
     ctx.set_materialize_grads(False)  # of all that has no gradient but the output
 
 
-def _backward(ctx: FunctionCtx, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * 11
     gradients = attend_slots_backward(grad_out, *ctx.saved_tensors, ctx.segment_length, ctx.scale)

@@ -3,6 +3,8 @@
 B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S segment length, K slots, Z segments.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,21 @@ from dma_kernels.renamed import taking_renamed
 from dma_kernels.segments.slots import SegmentSlots
 
 
+@overload
+def segment_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, lifetimes: Lifetimes, scale: float | None = None,
+    segment_length: int | None = None, return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def segment_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, lifetimes: Lifetimes, scale: float | None = None,
+    segment_length: int | None = None, *, return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def segment_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, lifetimes: Lifetimes, scale: float | None = None,
+    segment_length: int | None = None, return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 @taking_renamed(scores="key_bias")
 def segment_attention(
     q: Tensor,

@@ -11,7 +11,7 @@ Source: the interval of a key, arXiv 2508.02124v6, equation 4: the w-th best sco
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,14 @@ FEW = 64  # up to so many positions are cheaper as rows of one dense product
 class KeyCache(Protocol):
     """What a decoder layer asks of a cache."""
 
-    length: Tensor
-    """Positions read so far, int64 `[B]`."""
+    if TYPE_CHECKING:  # it may be computed
+
+        @property
+        def length(self) -> Tensor:
+            """Positions read so far, int64 `[B]`."""
+
+    else:  # a property would forbid a cache that inherits from this to set it
+        length: Tensor
 
     def attend(self, q: Tensor, new: NewKeys, attention: Attention = segment_attention) -> Tensor:
         """Attend from new positions to the cache and themselves, and keep their keys. See `DynamicMaskCache`."""
@@ -283,15 +289,15 @@ class DynamicMaskCache:
         filled = (slots.position != EMPTY) & F.pad(real, (past, 0), value=True)[:, None]
 
         birth = torch.arange(keys, device=real.device)
-        end = keys if runs is None else document_ends(runs)
+        end = None if runs is None else document_ends(runs)
         # Unranked keys stand in front with the lowest rank, and so count for nothing.
         top = deaths_by_rank(slots.rank.masked_fill(~slots.ranked, -torch.inf), runs, padding, self.keep.window)
         ranked_death = torch.where(
-            slots.ranked & filled, top.clamp(max=end) if runs is None else top.minimum(end), birth
+            slots.ranked & filled, top.clamp(max=keys) if end is None else top.minimum(end), birth
         )
         recent = slots.position + (past - self.length + self.keep.last)[:, None, None]
         death = torch.where(slots.sink, keys, torch.maximum(ranked_death, recent))
-        death = death.clamp(max=keys) if runs is None else torch.minimum(death, end)
+        death = death.clamp(max=keys) if end is None else torch.minimum(death, end)
         death = torch.where(filled, death, birth)
         documents = new.documents
         document = state.document[:, None].expand(batch, count) if documents is None else documents.clone()

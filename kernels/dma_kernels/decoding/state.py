@@ -36,12 +36,12 @@ class NewKeys:
     @property
     def documents(self) -> Tensor | None:
         """Integer ids `[B, n]`; an id other than that of the last real position begins a document."""
-        return self.packing and self.packing.documents
+        return None if self.packing is None else self.packing.documents
 
     @property
     def padding(self) -> Tensor | None:
         """Bool `[B, n]`, True at padded positions."""
-        return self.packing and self.packing.padding
+        return None if self.packing is None else self.packing.padding
 
     @property
     def real(self) -> Tensor:
@@ -101,8 +101,8 @@ class Slots:
 
         position = self.position.gather(2, index).masked_fill(~found, EMPTY)
         flags = ((self.ranked.gather(2, index) & found), (self.sink.gather(2, index) & found))
-        numbers = (x.gather(2, index).masked_fill(~found, 0) for x in (self.key_bias, self.rank))
-        return Slots(rows(self.key), rows(self.value), *numbers, position, *flags)
+        key_bias, rank = (x.gather(2, index).masked_fill(~found, 0) for x in (self.key_bias, self.rank))
+        return Slots(rows(self.key), rows(self.value), key_bias, rank, position, *flags)
 
     def joined(self, other: "Slots") -> "Slots":
         """The slots of both, these first."""

@@ -8,11 +8,11 @@ B batch, G KV heads, N length, D head dim, M slots (any shape).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from dma_kernels.launching import register_launch
 
@@ -84,14 +84,15 @@ class _GatherRows(torch.autograd.Function):
     """Rows of `x` [B, G, N, D]; the backward is one index-add, unsorted."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, row: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, row: Tensor) -> Tensor:
         ctx.save_for_backward(row)
         ctx.shape = list(x.shape)
         return gather_rows_reference(x, row)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return sum_copies_reference(grad, *ctx.saved_tensors, ctx.shape), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (row,) = ctx.saved_tensors
+        return sum_copies_reference(grad, row, ctx.shape), None
 
 
 @torch.library.custom_op("dma_kernels::gather_rows", mutates_args=())
@@ -130,13 +131,13 @@ def _(rows: Tensor, row: Tensor, first: Tensor, slot: Tensor, shape: list[int]) 
     return rows.new_empty(shape)
 
 
-def _save_copies(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save_copies(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     x, *copies = inputs
     ctx.save_for_backward(*copies)
     ctx.shape = list(x.shape)
 
 
-def _sum_gradient(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _sum_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return sum_copies(grad, *ctx.saved_tensors, ctx.shape), None, None, None
 
 

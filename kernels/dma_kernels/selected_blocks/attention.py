@@ -6,9 +6,10 @@ that stand side by side are a tile, and a tile passes once over each block that 
 B batch, H query heads, G KV heads, R = H / G group, n queries, M keys, m chosen blocks, D head dim.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from dma_kernels.attention.ops import check_kernels_can, check_machine
 from dma_kernels.checks import check_attention_inputs, check_no_tangents
@@ -167,16 +168,17 @@ def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 @attend_blocks_backward.register_fake
 def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return dq, dk, dv
 
 
-def _save_for_backward(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     q, k, v, ctx.queries, *tensors, ctx.block_size = inputs
     ctx.save_for_backward(q, k, v, *tensors, *output)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: FunctionCtx, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * 10
     q, k, v, *tensors, out, lse = ctx.saved_tensors

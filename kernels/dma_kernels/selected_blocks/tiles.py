@@ -30,7 +30,7 @@ class Tiles(NamedTuple):
     queries: int
     block: Tensor
     bits: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # in place of the method of tuples, which nobody calls here
 
 
 def make_tiles(blocks: Tensor, group: int, number: int) -> Tiles:
