@@ -17,9 +17,10 @@ test-long: .venv/test.done  ## half an hour of drawn cases against oracles, and 
 	$(BIN)/python benchmarks/fuzz.py --cases 3000 --processes 2 --out runs/fuzz.json
 	$(BIN)/python benchmarks/kill_runs.py --kills 20 --out runs/kill_runs.json
 
-lint: .venv/lint.done  ## check style and format
+lint: .venv/lint.done  ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 format: .venv/lint.done  ## repair style and format where that is automatic
 	$(BIN)/ruff check --fix .
@@ -41,8 +42,8 @@ clean:
 	$(BIN)/python -m pip install --quiet -c .venv/constraints.txt -e .
 	touch $@
 
-.venv/lint.done: .venv/constraints.txt pyproject.toml
-	$(BIN)/python -m pip install --quiet -c .venv/constraints.txt ruff
+.venv/lint.done: .venv/base.done
+	$(BIN)/python -m pip install --quiet -c .venv/constraints.txt -e '.[lint]'
 	touch $@
 
 .venv/test.done: .venv/base.done

@@ -9,7 +9,7 @@ B batch, H query heads, G KV heads, N length, D head dim.
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -78,20 +78,15 @@ def _auto_backend(device: str, index: int | None, dtype: torch.dtype, head_dim: 
     return chosen, reason
 
 
-# Their logsumexp, which they may return besides, is not asked for here.
-_segments = cast("Attention", segment_attention)
-_dense = cast("Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]", reference_attention)
-
-
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, lifetimes: Lifetimes) -> Tensor:
     """The O(N²) definition over lifetimes."""
-    return _dense(q, k, v, key_bias, lifetimes.to_dense())
+    return reference_attention(q, k, v, key_bias, lifetimes.to_dense())
 
 
 ATTENTIONS: dict[str, Attention] = {
     "triton": fused_attention,
     "flex": flex_segment_attention,
-    "torch": _segments,
+    "torch": segment_attention,
     "reference": dense_attention,
 }
 
@@ -118,4 +113,4 @@ def attend(
         keep_last=keep.last,
         sinks=keep.sinks,
     )
-    return _dense(q, k, v, key_bias, mask)
+    return reference_attention(q, k, v, key_bias, mask)

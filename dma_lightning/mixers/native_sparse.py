@@ -144,7 +144,7 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
             compressed = cache.extend_compressed(self, plain["compress"], values["compress"])
         fresh = cache is None or cache.tokens.count == x.shape[1]  # from the beginning
         by_kernels = fresh and self._by_kernels(q.device, q.dtype)
-        out_compressed, out_selected = self._blocks(q, *compressed, k, v, queries, places, by_kernels)
+        out_compressed, out_selected = self._blocks(q, compressed, k, v, queries, places, by_kernels)
 
         k, v, places = keys["window"], values["window"], queries
         if cache is not None:
@@ -212,8 +212,7 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
     def _blocks(
         self,
         q: Tensor,
-        compressed_k: Tensor,
-        compressed_v: Tensor,
+        compressed: tuple[Tensor, Tensor],
         k: Tensor,
         v: Tensor,
         queries: Places,
@@ -227,13 +226,13 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
         rows = max(16, _WEIGHED // weighed)
         if not by_kernels:
             rows = max(16, min(rows, 1024, _GATHERED // gathered))
-        compressed, selected, chosen = [], [], []
+        (compressed_k, compressed_v), seen, selected, chosen = compressed, [], [], []
         for start in range(0, length, rows):
             here = slice(start, start + rows)
             part, places = q[:, :, here], queries.rows(start, start + rows)
             visible = grid.sees_compressed(places, keys)
-            seen = masked_attention(part, compressed_k, compressed_v, visible) if visible.shape[-1] else part * 0
-            compressed.append(seen)
+            none = not visible.shape[-1]
+            seen.append(part * 0 if none else masked_attention(part, compressed_k, compressed_v, visible))
             chosen.append(grid.choose(part.detach(), compressed_k.detach(), first[:, here], places, keys))
             if by_kernels:
                 continue
@@ -244,7 +243,7 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
                 selected.append(block_attention_reference(*arguments))
         if by_kernels:
             selected = [block_attention(q, k, v, torch.cat(chosen, dim=2), first, keys.padding, grid.select_block)]
-        return torch.cat(compressed, dim=2), torch.cat(selected, dim=2)
+        return torch.cat(seen, dim=2), torch.cat(selected, dim=2)
 
 
 class BlockCompression(nn.Module):
