@@ -201,13 +201,13 @@ def test_a_captured_step_and_a_captured_verification_go_on() -> None:
         attend(cache, **at(inputs, 0, 20))
     saved = {name: x.clone() for name, x in fused.state_dict().items()}
 
-    def verify() -> Tensor:
+    def guess() -> Tensor:
         out = verify(fused, **several)
         fused.commit(accepted)
         return out
 
     graphs, outs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()], []
-    for graph, call in zip(graphs, (lambda: attend(fused, **step), verify), strict=True):
+    for graph, call in zip(graphs, (lambda: attend(fused, **step), guess), strict=True):
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             call()
