@@ -90,7 +90,7 @@ class Slots:
     @property
     def all(self) -> tuple[Tensor, ...]:
         """The fields above, in their order."""
-        return tuple(getattr(self, field.name) for field in fields(Slots))
+        return self.key, self.value, self.key_bias, self.rank, self.position, self.ranked, self.sink
 
     def take(self, index: Tensor, found: Tensor) -> "Slots":
         """Slots by number, `[B, G, K]`; those not `found` are empty."""
