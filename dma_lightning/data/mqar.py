@@ -6,13 +6,9 @@ V vocabulary, N sequence length.
 """
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from dma_lightning.data.base import IGNORE_INDEX, SequenceDataModule
-
-_SPLIT_STRIDE = 1 << 30  # each split draws its seeds from a range of its own
+from dma_lightning.data.base import IGNORE_INDEX
+from dma_lightning.data.drawn import DrawnDataModule
 
 
 class MQARTask:
@@ -71,29 +67,7 @@ class MQARTask:
         return inputs, labels
 
 
-class MQARExamples(Dataset):
-    """Examples drawn when asked for, one per seed.
-
-    Args:
-        task: the generator.
-        first_seed: seed of example 0.
-        count: number of examples.
-    """
-
-    def __init__(self, task: MQARTask, first_seed: int, count: int) -> None:
-        self.task, self.first_seed, self.count = task, first_seed, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        inputs, labels = self.task.generate(self.first_seed + index, 1)
-        return {"input_ids": torch.from_numpy(inputs[0]), "labels": torch.from_numpy(labels[0])}
-
-
-class MQARDataModule(SequenceDataModule):
+class MQARDataModule(DrawnDataModule):
     """Multi-query associative recall with training, validation and test examples from disjoint seeds.
 
     Args:
@@ -110,6 +84,8 @@ class MQARDataModule(SequenceDataModule):
         num_workers: processes that load data beside each training process.
     """
 
+    task_arguments = ("vocab_size", "sequence_length", "num_pairs", "power", "random_fillers")
+
     def __init__(
         self,
         vocab_size: int = 256,
@@ -124,28 +100,9 @@ class MQARDataModule(SequenceDataModule):
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(vocab_size, sequence_length, batch_size, num_workers)
+        task = MQARTask(vocab_size, sequence_length, num_pairs, power, random_fillers)
+        super().__init__(task, (train_examples, val_examples, test_examples), seed, batch_size, num_workers)
         self.save_hyperparameters()
-        self.task = MQARTask(vocab_size, sequence_length, num_pairs, power, random_fillers)
-        self.counts = (train_examples, val_examples, test_examples)
-        if min(self.counts) < 1 or seed < 0 or (seed + 1) * max(self.counts) > _SPLIT_STRIDE:
-            raise ValueError(
-                "expected at least one example in each split, seed >= 0, and (seed + 1) * examples <= 2**30, "
-                f"got {self.counts} examples and seed {seed}"
-            )
-        self.seed = seed
-
-    @property
-    def fingerprint(self) -> str:
-        """All that examples are drawn from."""
-        names = ("vocab_size", "sequence_length", "num_pairs", "power", "random_fillers", "seed")
-        return ", ".join(f"{name} {self.hparams[name]}" for name in names)
-
-    def setup(self, stage: str) -> None:
-        self.train_set, self.val_set, self.test_set = (
-            MQARExamples(self.task, split * _SPLIT_STRIDE + self.seed * count, count)
-            for split, count in enumerate(self.counts)
-        )
 
 
 def _draw(

@@ -1,0 +1,89 @@
+"""Data that is drawn instead of read: examples of a task, each from a seed of its own.
+
+N sequence length.
+"""
+
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dma_lightning.data.base import SequenceDataModule
+
+SPLIT_STRIDE = 1 << 30  # each split draws its seeds from a range of its own
+
+
+class Task(Protocol):
+    """What draws examples of one length."""
+
+    vocab_size: int
+    """V, number of different tokens."""
+    sequence_length: int
+    """N, tokens of an example."""
+
+    def generate(self, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and labels, int64 `[count, N]`; the label stands where the model must say it, else `IGNORE_INDEX`."""
+
+
+class DrawnExamples(Dataset):
+    """Examples drawn when asked for, one per seed.
+
+    Args:
+        task: the generator.
+        first_seed: seed of example 0.
+        count: number of examples.
+    """
+
+    def __init__(self, task: Task, first_seed: int, count: int) -> None:
+        self.task, self.first_seed, self.count = task, first_seed, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        inputs, labels = self.task.generate(self.first_seed + index, 1)
+        return {"input_ids": torch.from_numpy(inputs[0]), "labels": torch.from_numpy(labels[0])}
+
+
+class DrawnDataModule(SequenceDataModule):
+    """Examples of a task, with training, validation and test examples from disjoint seeds.
+
+    Args:
+        task: the generator.
+        counts: examples of training, validation and test.
+        seed: number of the data set; data sets of equal sizes and different seeds share no example.
+        batch_size: sequences in a batch of each process.
+        num_workers: processes that load data beside each training process.
+
+    Raises:
+        ValueError: if a split would be empty, or the seeds of splits would meet.
+    """
+
+    task_arguments: ClassVar[tuple[str, ...]] = ()
+    """Arguments that say what the examples are."""
+
+    def __init__(
+        self, task: Task, counts: tuple[int, int, int], seed: int, batch_size: int, num_workers: int
+    ) -> None:
+        super().__init__(task.vocab_size, task.sequence_length, batch_size, num_workers)
+        if min(counts) < 1 or seed < 0 or (seed + 1) * max(counts) > SPLIT_STRIDE:
+            raise ValueError(
+                "expected at least one example in each split, seed >= 0, and (seed + 1) * examples <= 2**30, "
+                f"got {counts} examples and seed {seed}"
+            )
+        self.task, self.counts, self.seed = task, counts, seed
+
+    @property
+    def fingerprint(self) -> str:
+        """All that examples are drawn from."""
+        return ", ".join(f"{name} {self.hparams[name]}" for name in (*self.task_arguments, "seed"))
+
+    def setup(self, stage: str) -> None:
+        self.train_set, self.val_set, self.test_set = (
+            DrawnExamples(self.task, split * SPLIT_STRIDE + self.seed * count, count)
+            for split, count in enumerate(self.counts)
+        )
