@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dma_kernels.selected_blocks.attention import block_attention
-from dma_lightning.mixers.block_selection import BlockGrid
+from dma_lightning.mixers.native_sparse_blocks import BlockGrid
 from dma_lightning.mixers.position_cache import PositionCache
 
 SHAPES = [(6, 3, 16384), (16, 8, 4096), (16, 8, 16384), (16, 8, 32768), (64, 4, 16384)]  # query and KV heads, N

@@ -19,14 +19,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
 
-from dma_lightning.checkpoints.files import local_checkpoint
+from dma_lightning.checkpoints.io import local_checkpoint
 from dma_lightning.checkpoints.weights import check_layers, compare_weights, model_weights
 from dma_lightning.config import ModelConfig
 from dma_lightning.data.base import IGNORE_INDEX, Batch
-from dma_lightning.metrics import BitsPerByte, MeanLoss, Perplexity, bits_per_byte
+from dma_lightning.metrics import EvaluationMetrics, bits_per_byte
 from dma_lightning.model import DogeForCausalLM
 from dma_lightning.plain_values import PlainHyperparameters, plain
 from dma_lightning.saved_run import SavedRun
@@ -119,8 +117,8 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         self._restored = False  # whether optimizer and schedule are those of a checkpoint
         self.step_loss: Tensor | None = None
         """Mean loss of the last step over all of its labels, set after its backward; 0 for a step without labels."""
-        self.val_metrics = self._metrics()
-        self.test_metrics = self._metrics()
+        self.val_metrics = EvaluationMetrics(self.model.config.vocab_size)
+        self.test_metrics = EvaluationMetrics(self.model.config.vocab_size)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # Lightning's would read hparams_file, too
@@ -180,9 +178,8 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             ValueError: if CUDA graphs are asked for and there is no GPU, or gradients outlive the memory that a graph
                 has; for `predict` by processes that share the weights.
         """
-        for metric in (*self.val_metrics.values(), *self.test_metrics.values()):
-            assert isinstance(metric, Metric)
-            metric.reset()  # its sums may be of an evaluation in inference mode, to which training cannot add
+        for metrics in (self.val_metrics, self.test_metrics):
+            metrics.reset()  # their sums may be of an evaluation in inference mode, to which training cannot add
         strategy, accumulate = self.trainer.strategy, self.trainer.accumulate_grad_batches
         if stage == "predict" and isinstance(strategy, ModelParallelStrategy) and self.trainer.world_size > 1:
             raise ValueError(
@@ -343,29 +340,9 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         size = batch["label_bytes"].sum(dtype=nats.dtype) if "label_bytes" in batch else None
         return nats / labels.clamp(min=1), logits, StepTotals(nats.detach(), labels, size)
 
-    def _metrics(self) -> nn.ModuleDict:
-        vocabulary = self.model.config.vocab_size
-        metrics: dict[str, nn.Module] = {
-            "loss": MeanLoss(),
-            "perplexity": Perplexity(),
-            # To validate its arguments would wait for the device.
-            "accuracy": MulticlassAccuracy(vocabulary, average="micro", ignore_index=IGNORE_INDEX, validate_args=False),
-            "bits_per_byte": BitsPerByte(),
-        }
-        return nn.ModuleDict(metrics)
-
-    def _evaluate(self, batch: Batch, split: Literal["val", "test"], metrics: nn.ModuleDict) -> None:
+    def _evaluate(self, batch: Batch, split: Literal["val", "test"], metrics: EvaluationMetrics) -> None:
         _, logits, totals = self._loss(batch)
-        for name, metric in metrics.items():
-            assert isinstance(metric, Metric)
-            if isinstance(metric, BitsPerByte):
-                if totals.size is None:
-                    continue
-                metric.update(totals.nats, totals.size)
-            elif isinstance(metric, MeanLoss):
-                metric.update(totals.nats, totals.labels)
-            else:
-                metric.update(logits.argmax(-1), batch["labels"])
+        for name, metric in metrics.add(batch, logits, totals.nats, totals.labels):
             self.log(f"{split}/{name}", metric, prog_bar=name in ("loss", "bits_per_byte", "accuracy"))
 
 

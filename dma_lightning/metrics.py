@@ -1,12 +1,15 @@
-"""Figures made of token losses: mean, perplexity, and bits per byte, which compares models of bytes and of tokens."""
+"""Figures of validation and test: mean loss, perplexity, accuracy, and bits per byte, which compares any tokenizers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from dma_lightning.data.base import IGNORE_INDEX, Batch
 
 
 def bits_per_byte(nats_per_byte: Tensor) -> Tensor:
@@ -64,3 +67,47 @@ class BitsPerByte(MeanLoss):
 
     def compute(self) -> Tensor:
         return bits_per_byte(super().compute())
+
+
+class EvaluationMetrics(nn.ModuleDict):
+    """What validation and test report, by name.
+
+    Args:
+        vocab_size: V, number of different tokens.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        # To validate its arguments would wait for the device.
+        accuracy = MulticlassAccuracy(vocab_size, average="micro", ignore_index=IGNORE_INDEX, validate_args=False)
+        figures = {"loss": MeanLoss(), "perplexity": Perplexity(), "accuracy": accuracy, "bits_per_byte": BitsPerByte()}
+        super().__init__(figures)
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        for metric in self._metrics():
+            metric.reset()
+
+    def add(self, batch: Batch, logits: Tensor, nats: Tensor, count: Tensor) -> Iterator[tuple[str, Metric]]:
+        """Add a batch to each metric; those that it says something about, with their names.
+
+        Args:
+            batch: inputs and labels `[B, N]`.
+            logits: `[B, N, V]`.
+            nats: sum of the losses of all labels.
+            count: number of labels.
+        """
+        for name, metric in zip(self, self._metrics(), strict=True):
+            if isinstance(metric, BitsPerByte):
+                if "label_bytes" not in batch:
+                    continue
+                metric.update(nats, batch["label_bytes"].sum(dtype=nats.dtype))
+            elif isinstance(metric, MeanLoss):
+                metric.update(nats, count)
+            else:
+                metric.update(logits.argmax(-1), batch["labels"])
+            yield name, metric
+
+    def _metrics(self) -> Iterator[Metric]:
+        for metric in self.values():
+            assert isinstance(metric, Metric)
+            yield metric

@@ -9,7 +9,7 @@ from typing import Any, Self
 import lightning.pytorch as pl
 
 from dma_lightning.checkpoints.arguments import model_arguments
-from dma_lightning.checkpoints.files import read_checkpoint, read_newest
+from dma_lightning.checkpoints.io import read_checkpoint, read_newest
 from dma_lightning.checkpoints.weights import Weights, saved_weights
 from dma_lightning.data.restoring import SavedData, data_arguments
 from dma_lightning.data.text import TOKENIZER_KEY

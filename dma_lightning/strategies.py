@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from dma_lightning.checkpoints.files import check_readable, read_checkpoint
+from dma_lightning.checkpoints.io import check_readable, read_checkpoint
 from dma_lightning.checkpoints.sharded import META, load_sharded, remove, replace_folder
 
 _FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from dma_lightning.checkpoints.content import Count
+from dma_lightning.checkpoints.content_types import Count
 from dma_lightning.files.atomic import sync_folder
 from dma_lightning.files.reading import as_kind, check_regular
 from dma_lightning.files.zip_checksums import check_records

@@ -6,7 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from dma_lightning.checkpoints.files import AtomicCheckpointIO
+from dma_lightning.checkpoints.io import AtomicCheckpointIO
 from dma_lightning.huggingface.doge import copy_tokenizer, load_doge, new_folder, save_doge
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.tokenizers import ByteTokenizer

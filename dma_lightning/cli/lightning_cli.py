@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from dma_lightning.callbacks import ContinuationWriter
-from dma_lightning.checkpoints.files import AtomicCheckpointIO
+from dma_lightning.checkpoints.io import AtomicCheckpointIO
 from dma_lightning.cli.ckpt_path import (
     LINKS,
     check_data,

@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dma_lightning.data.documents import Piece, read_documents
-from dma_lightning.data.files import text_files, user_path
+from dma_lightning.data.find_files import text_files, user_path
 from dma_lightning.data.manifests import (
     MANIFEST,
     PLAN,
@@ -32,6 +31,7 @@ from dma_lightning.data.manifests import (
     token_type,
 )
 from dma_lightning.data.shards import ShardWriter, write_json, write_text
+from dma_lightning.data.text_formats import Piece, read_documents
 from dma_lightning.files.locks import HOLDER, LOCK, locked_folder
 from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer, FileTokenizer, SpecialTokens
 

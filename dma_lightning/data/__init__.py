@@ -4,8 +4,8 @@
 - `text`: text files, as bytes or tokens; `prepared`: what `dma-lightning prepare` has written
 - `mqar`: associative recall
 
-Below these: `files` and `documents` (text as it comes), `arrays`, `shards`, `manifests` and `text_cache` (tokens on the
-disk), `windows` and `samplers` (which part of them a sequence is, and in which order they come).
+Below these: `find_files` and `text_formats` (text as it comes), `arrays`, `shards`, `manifests` and `text_cache`
+(tokens on the disk), `windows` and `samplers` (which part of them a sequence is, and in which order they come).
 """
 
 from dma_lightning.data.base import IGNORE_INDEX, Batch, SequenceDataModule

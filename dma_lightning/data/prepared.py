@@ -7,7 +7,7 @@ import hashlib
 import warnings
 from pathlib import Path
 
-from dma_lightning.data.files import user_path
+from dma_lightning.data.find_files import user_path
 from dma_lightning.data.manifests import TOKENIZER, Manifest, read_manifest
 from dma_lightning.data.shards import Shard
 from dma_lightning.data.text import TokenizedDataModule

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import yaml
 
 from dma_lightning.checkpoints.arguments import checked_arguments
-from dma_lightning.checkpoints.files import local_checkpoint, read_checkpoint
+from dma_lightning.checkpoints.io import local_checkpoint, read_checkpoint
 from dma_lightning.files.reading import as_kind
 from dma_lightning.plain_values import PlainHyperparameters
 from dma_lightning.trainer_state import CLASS_PATH

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dma_lightning.data.base import SequenceDataModule
-from dma_lightning.data.files import COMPRESSED, JSONL, everybody_may_read, text_files, user_path
+from dma_lightning.data.find_files import COMPRESSED, JSONL, everybody_may_read, text_files, user_path
 from dma_lightning.data.shards import Shard
 from dma_lightning.data.text_cache import TextCache
 from dma_lightning.data.windows import TokenWindows

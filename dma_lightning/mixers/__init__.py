@@ -3,8 +3,8 @@
 - `base`: what a decoder asks of a mixer, and what those with heads share
 - `dynamic_mask`, `softmax` (all of the past, or a window), `latent`, `native_sparse`: one mixer a file, behind what it
   takes of a configuration
-- `masked`: attention under masks that are no dynamic ones; `position_cache`: a cache of positions
-- `block_selection`: the blocks of native sparse attention
+- `sdpa`: attention by PyTorch's own kernels under a given mask; `position_cache`: a cache of positions
+- `native_sparse_blocks`: the blocks of native sparse attention
 """
 
 from dma_lightning.mixers.base import MixerCache, TokenMixer

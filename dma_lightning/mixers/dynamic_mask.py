@@ -38,9 +38,9 @@ class DynamicMaskConfig(MixerConfig):
     """What dynamic mask attention takes of a model's configuration."""
 
     keep_window_size: int = 64
-    """dma: number of best-scored past keys that a query attends to."""
+    """dma: number of best-ranked past keys that a query attends to."""
     keep_last: int = 0
-    """dma: number of last positions that stay visible besides, whatever their score."""
+    """dma: number of last positions that stay visible besides, whatever their rank."""
     sinks: int = 0
     """dma: number of first keys of each document that stay visible besides."""
     score_form: ScoreForm = "exp"
@@ -49,11 +49,11 @@ class DynamicMaskConfig(MixerConfig):
 
 
 class DynamicMaskAttention(GroupedQueryMixer[KeyCache]):
-    """Causal self-attention in which every query keeps the `keep_window_size` best-scored keys of its past.
+    """Causal self-attention in which every query keeps the `keep_window_size` best-ranked keys of its past.
 
-    The score of a key comes from the values at its position, selects the key, and is added to its logits, so the
-    selection is trained. With `A = 0`, as initialised, this is exactly sliding-window attention (plus the sinks and
-    last positions that are asked for).
+    The rank of a key comes from the values at its position. It selects the key, and a bias made of it is added to the
+    key's logits, so the selection is trained. With `A = 0`, as initialised, this is exactly sliding-window attention
+    (plus the sinks and last positions that are asked for).
 
     Args:
         hidden_size: C, width of input and output.

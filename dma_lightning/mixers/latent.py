@@ -21,8 +21,8 @@ from dma_lightning.mixers.base import (
     normalised,
     positions_of,
 )
-from dma_lightning.mixers.masked import SDPA_OR_FLEX, attend_places, lifetime_attention
 from dma_lightning.mixers.position_cache import PositionCache
+from dma_lightning.mixers.sdpa import SDPA_OR_FLEX, attend_places, lifetime_attention
 from dma_lightning.rotary import apply_rope
 
 

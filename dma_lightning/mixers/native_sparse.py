@@ -21,9 +21,9 @@ from dma_lightning.mixers.base import (
     merge_heads,
     positions_of,
 )
-from dma_lightning.mixers.block_selection import BlockGrid
-from dma_lightning.mixers.masked import attend_places, masked_attention
+from dma_lightning.mixers.native_sparse_blocks import BlockGrid
 from dma_lightning.mixers.position_cache import Places, PositionCache
+from dma_lightning.mixers.sdpa import attend_places, masked_attention
 from dma_lightning.mixers.softmax import window_attention
 
 _GATHERED = 1 << 25  # elements of gathered keys that are in memory at once

@@ -13,8 +13,8 @@ from torch import Tensor
 from dma_kernels import Lifetimes, Packing
 from dma_lightning.backends import ATTENTIONS, Backend, check_backend, explain_backend, resolve_backend
 from dma_lightning.mixers.base import GroupedQueryMixer, MixerConfig, mean_keys, merge_heads
-from dma_lightning.mixers.masked import SDPA_OR_FLEX, attend_places, lifetime_attention
 from dma_lightning.mixers.position_cache import PositionCache
+from dma_lightning.mixers.sdpa import SDPA_OR_FLEX, attend_places, lifetime_attention
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from dma_flex.block_masks import block_tables, check_block_size, mask_of_tables
 from dma_flex.mods import lifetime_mask_mod
 from dma_kernels import Lifetimes, SegmentSlots
-from dma_kernels.segments.plain import round_up
+from dma_kernels.segments.fill_slots import round_up
 from dma_kernels.segments.slots import check_mask_of, rounded_segment, segment_slots
 
 

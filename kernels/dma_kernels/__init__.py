@@ -2,7 +2,8 @@
 
 The rooms, in the order in which a key passes through them:
 
-- `ranks`: ranks and biases of keys; `keep_rule`: how many of them a query keeps; `packing`: documents and padding
+- `ranks`: ranks and biases of keys (`rank_kernels`: for Triton); `keep_rule`: how many of them a query keeps;
+  `packing`: documents and padding
 - `lifetimes`: which queries see a key; `reference`: the O(N²) definition of it all
 - `selection`: which keys live, and until when
 - `segments`: from lifetimes to dense lists of keys
@@ -12,11 +13,12 @@ The rooms, in the order in which a key passes through them:
 - `primitives`: what kernels of several rooms compute in the same way, such as the running softmax
 - `launching`: how operations come to their kernels
 - `checks`: what all of them expect of their tensors; `tune`: configurations for a GPU; `drawing`: pictures of masks
+- `primitives`: what Triton kernels share; `launching`: how operations come to them
 - `renamed`: `SegmentLayout`, the old name of `SegmentSlots`, whose arguments and fields are others; a FutureWarning
 """
 
 from dma_kernels.attention.ops import fused_attention
-from dma_kernels.attention.plain import segment_attention
+from dma_kernels.attention.torch_backend import segment_attention
 from dma_kernels.decoding.dynamic_cache import DynamicMaskCache, KeyCache
 from dma_kernels.decoding.full_cache import FullCache
 from dma_kernels.decoding.state import NewKeys

@@ -21,7 +21,7 @@ from fuzz_prepared import source
 from fuzz_told import told
 
 from dma_lightning.checkpoints import ResumableCheckpoint
-from dma_lightning.checkpoints.files import AtomicCheckpointIO, read_checkpoint
+from dma_lightning.checkpoints.io import AtomicCheckpointIO, read_checkpoint
 from dma_lightning.cli import build_cli
 from dma_lightning.cli.ckpt_path import open_ckpt_path, saved_defaults
 from dma_lightning.data import TextDataModule

@@ -18,7 +18,7 @@ from fuzz_contract import new_folder, place
 from fuzz_prepared import source
 from fuzz_told import told
 
-from dma_lightning.checkpoints.files import AtomicCheckpointIO, read_checkpoint
+from dma_lightning.checkpoints.io import AtomicCheckpointIO, read_checkpoint
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.data import TextDataModule
 

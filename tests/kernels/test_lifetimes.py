@@ -6,7 +6,7 @@ import torch
 
 from dma_kernels import Lifetimes, SegmentSlots, reference_mask
 from dma_kernels.ranks import ordered_bits
-from dma_kernels.selection.plain import KeyOrder, top_w_deaths
+from dma_kernels.selection.deaths import KeyOrder, top_w_deaths
 
 
 def make_ranks(ties: bool, length: int) -> torch.Tensor:

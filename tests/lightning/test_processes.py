@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from two_processes import TOGETHER, train
 
 from dma_lightning import LanguageModel
-from dma_lightning.checkpoints.files import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
+from dma_lightning.checkpoints.io import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from dma_lightning.checkpoints.sharded import load_sharded
 from dma_lightning.distributed import _watch
 

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from dma_lightning import LanguageModel, MQARDataModule
 from dma_lightning.callbacks import GradientGuard
 from dma_lightning.checkpoints import ResumableCheckpoint
-from dma_lightning.checkpoints.files import AtomicCheckpointIO
+from dma_lightning.checkpoints.io import AtomicCheckpointIO
 from dma_lightning.data import IGNORE_INDEX
 from dma_lightning.distributed import SameCheckpoint
 from dma_lightning.strategies import FullyShardedStrategy

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dma_kernels.attention.ops import check_kernels_can, check_machine
-from dma_kernels.attention.plain import segment_attention
+from dma_kernels.attention.torch_backend import segment_attention
 from dma_kernels.decoding.attention import decode_attention
 from dma_kernels.decoding.state import EMPTY, CacheState, NewKeys, Slots
 from dma_kernels.decoding.step import decode_step, decode_step_reference

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dma_kernels.attention.plain import segment_attention
+from dma_kernels.attention.torch_backend import segment_attention
 from dma_kernels.decoding.attention import decode_attention
 from dma_kernels.decoding.dynamic_cache import FEW, Attention
 from dma_kernels.decoding.state import NewKeys

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dma_kernels.segments.plain import snapshot_slots
+from dma_kernels.segments.fill_slots import snapshot_slots
 
 _BLOCK = 1024
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dma_kernels.launching import register_launch
 from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.segments.fill_slots import round_up, segment_slots_reference
 from dma_kernels.segments.gather import Copies
-from dma_kernels.segments.plain import round_up, segment_slots_reference
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Which keys live, and until when.
 
-- `plain`: the order of keys and the causal top-w in plain PyTorch, in two parallel steps over segments
+- `deaths`: when the causal top-w drops each key, in plain PyTorch, by two parallel steps over segments
 - `ops`: the same as one operation for torch.compile; by `kernels` on CUDA, which give the same integers
 """

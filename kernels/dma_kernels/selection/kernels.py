@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dma_kernels.rank_kernels import ordered_bits
-from dma_kernels.selection.plain import LOWEST_PRIORITY, RANK_BITS
+from dma_kernels.selection.deaths import LOWEST_PRIORITY, RANK_BITS
 
 _TABLE = (128, 32)  # blocks and bins that are summed up at once
 _KEYS = 1024  # keys of a program that makes sort keys

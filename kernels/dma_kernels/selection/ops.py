@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dma_kernels.launching import register_launch
-from dma_kernels.selection.plain import KeyOrder, key_priorities, top_w_deaths
+from dma_kernels.selection.deaths import KeyOrder, key_priorities, top_w_deaths
 
 
 def _plain_deaths(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int) -> Tensor:

@@ -7,7 +7,7 @@ from poison import poisoned_buffers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dma_kernels import Lifetimes
-from dma_kernels.segments.plain import segment_slots_reference
+from dma_kernels.segments.fill_slots import segment_slots_reference
 from dma_kernels.segments.slots import segment_slots
 
 pytest.importorskip("triton")

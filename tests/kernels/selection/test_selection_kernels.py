@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dma_kernels import Lifetimes
 from dma_kernels.ranks import ordered_bits
+from dma_kernels.selection.deaths import LOWEST_PRIORITY, RANK_BITS, KeyOrder, key_priorities, top_w_deaths
 from dma_kernels.selection.ops import deaths_by_rank
-from dma_kernels.selection.plain import LOWEST_PRIORITY, RANK_BITS, KeyOrder, key_priorities, top_w_deaths
 
 pytest.importorskip("triton")
 from dma_kernels.selection.kernels import Tiling, launch_sort_keys, launch_top_w_deaths

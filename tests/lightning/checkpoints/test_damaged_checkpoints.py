@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save
 from torch.serialization import set_crc32_options
 
-from dma_lightning.checkpoints.files import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
+from dma_lightning.checkpoints.io import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from dma_lightning.checkpoints.sharded import META, check_shards, sharded_weights
 from dma_lightning.files import zip_checksums
 
@@ -139,7 +139,7 @@ def test_files_that_may_not_be_read_are_not_damaged(saved: Path, monkeypatch: py
     def forbidden(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("dma_lightning.checkpoints.files.check_records", forbidden)
+    monkeypatch.setattr("dma_lightning.checkpoints.io.check_records", forbidden)
     for read in (lambda: read_checkpoint(saved), lambda: newest_checkpoint([saved.parent])):
         with pytest.raises(PermissionError, match=r"new\.ckpt: expected a checkpoint that you may read, got .*denied"):
             read()

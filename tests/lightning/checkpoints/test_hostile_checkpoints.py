@@ -21,7 +21,7 @@ from small_run import CHECKPOINTS, DATA, SIZES, TRAINER, changed, fit, validate
 
 from dma_lightning import LanguageModel, MQARDataModule, PreparedDataModule, TextDataModule
 from dma_lightning.checkpoints import ResumableCheckpoint
-from dma_lightning.checkpoints.files import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
+from dma_lightning.checkpoints.io import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from dma_lightning.cli import build_cli, main
 from dma_lightning.cli.ckpt_path import check_weights, open_ckpt_path
 from dma_lightning.cli.ckpt_path import saved_defaults as defaults_of

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dma_lightning import LanguageModel, MQARDataModule
 from dma_lightning.checkpoints import ResumableCheckpoint
-from dma_lightning.checkpoints.files import AtomicCheckpointIO, newest_checkpoint
+from dma_lightning.checkpoints.io import AtomicCheckpointIO, newest_checkpoint
 from dma_lightning.checkpoints.sharded import replace_folder
 from dma_lightning.cli.entry import DMACLI, build_cli
 from dma_lightning.files.atomic import atomic_write

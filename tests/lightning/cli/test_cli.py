@@ -11,7 +11,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from dma_lightning import MQARDataModule
 from dma_lightning.callbacks import GradientGuard
-from dma_lightning.checkpoints.files import AtomicCheckpointIO
+from dma_lightning.checkpoints.io import AtomicCheckpointIO
 from dma_lightning.cli.entry import DMACLI, ConfigOfRun, build_cli, main
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.distributed import SameCheckpoint

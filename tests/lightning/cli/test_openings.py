@@ -12,7 +12,7 @@ import small_run
 import torch
 from small_run import CHECKPOINTS, DATA, MODEL, fit, validate
 
-from dma_lightning.checkpoints.files import read_checkpoint
+from dma_lightning.checkpoints.io import read_checkpoint
 from dma_lightning.cli import main
 from dma_lightning.files import zip_checksums
 from dma_lightning.trained_models import load_checkpoint, tokenizer_of

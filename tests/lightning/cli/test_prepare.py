@@ -29,8 +29,8 @@ from dma_lightning import LanguageModel, PreparedDataModule, TextDataModule, cli
 from dma_lightning.cli import prepare as prepare_command
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.data import IGNORE_INDEX, shards
-from dma_lightning.data.documents import Piece, read_documents
 from dma_lightning.data.manifests import read_manifest, read_records
+from dma_lightning.data.text_formats import Piece, read_documents
 from dma_lightning.tokenizers import ByteTokenizer
 from dma_lightning.trained_models import tokenizer_of
 
@@ -120,7 +120,7 @@ def test_a_huge_document_is_tokenised_piece_by_piece(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dma_lightning.data.text._PIECE", 100)
-    monkeypatch.setattr("dma_lightning.data.documents._CHUNK", 64)
+    monkeypatch.setattr("dma_lightning.data.text_formats._CHUNK", 64)
     text = "é𝄞 words and\nlines " * 500 + "é" * 300
     data = json.dumps({"text": text}).encode() if "json" in name else text.encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
@@ -169,7 +169,7 @@ def test_bad_files_are_told_by_name_and_line(name: str, data: bytes, message: st
 
 
 def test_lines_of_long_files_are_counted_over_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dma_lightning.data.documents._CHUNK", 64)
+    monkeypatch.setattr("dma_lightning.data.text_formats._CHUNK", 64)
     (tmp_path / "a.txt").write_bytes(b"some line\n" * 99 + b"\xff")
     with pytest.raises(ValueError, match="line 100: expected UTF-8"):
         list(read_documents(tmp_path / "a.txt", "text"))

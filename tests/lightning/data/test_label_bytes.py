@@ -87,7 +87,7 @@ def check(data: SequenceDataModule, lengths: list[np.ndarray], num_workers: int 
 def test_prepared_words(eos: int | None, blob: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents are read in many pieces, some of white space alone."""
     monkeypatch.setattr("dma_lightning.data.text._PIECE", 8)
-    monkeypatch.setattr("dma_lightning.data.documents._CHUNK", 1 << 20 if blob else 4)
+    monkeypatch.setattr("dma_lightning.data.text_formats._CHUNK", 1 << 20 if blob else 4)
     monkeypatch.setattr(arrays, "_CHUNK", 7)
     write_word_pieces(tmp_path / "tokenizer.json")
     documents = write_documents(tmp_path / "a.jsonl", 0, blob)

@@ -15,7 +15,7 @@ import pytest
 from small_texts import make_data, read, write_tokenizer
 
 from dma_lightning import TextDataModule
-from dma_lightning.data.files import everybody_may_read
+from dma_lightning.data.find_files import everybody_may_read
 
 TEXT = "the words of a text\n" * 20
 

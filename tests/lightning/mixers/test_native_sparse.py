@@ -11,9 +11,9 @@ from dma_kernels.ranks import ordered_bits
 from dma_kernels.selected_blocks.attention import block_attention_reference
 from dma_lightning import DogeForCausalLM, ModelConfig, NativeSparseAttention
 from dma_lightning.mixers import native_sparse
-from dma_lightning.mixers.block_selection import BlockGrid
-from dma_lightning.mixers.masked import masked_attention
+from dma_lightning.mixers.native_sparse_blocks import BlockGrid
 from dma_lightning.mixers.position_cache import PositionCache
+from dma_lightning.mixers.sdpa import masked_attention
 from dma_lightning.rotary import apply_rope
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dma_kernels.segments.gather import Copies, flat_rows
-from dma_kernels.selection.plain import KeyOrder, segment_snapshots, split_segments
+from dma_kernels.selection.deaths import KeyOrder, segment_snapshots, split_segments
 
 
 def segment_slots_reference(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dma_lightning.data.files import COMPRESSED, JSONL
+from dma_lightning.data.find_files import COMPRESSED, JSONL
 from dma_lightning.data.text import byte_pieces
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from dma_lightning.checkpoints.content import check_content, forget_paths
+from dma_lightning.checkpoints.content_types import check_content, forget_paths
 from dma_lightning.checkpoints.sharded import META, check_shards
 from dma_lightning.files.atomic import atomic_write, write_error
 from dma_lightning.files.reading import check_regular, verifies_content
