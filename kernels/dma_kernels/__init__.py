@@ -13,8 +13,7 @@ The rooms, in the order in which a key passes through them:
 - `primitives`: what kernels of several rooms compute in the same way, such as the running softmax
 - `launching`: how operations come to their kernels
 - `checks`: what all of them expect of their tensors; `tune`: configurations for a GPU; `drawing`: pictures of masks
-- `primitives`: what Triton kernels share; `launching`: how operations come to them
-- `renamed`: `SegmentLayout`, the old name of `SegmentSlots`, whose arguments and fields are others; a FutureWarning
+- `renamed`: old names, such as `SegmentLayout` for `SegmentSlots`, which takes other arguments; each with a notice
 """
 
 from dma_kernels.attention.ops import fused_attention
