@@ -14,14 +14,20 @@ How it is trained:
 - `callbacks`: act on a run; `monitoring`: only watch it
 - `checkpoints`: written, checked and read; `saved_run`: one that is opened once, and what it says
 - `trained_models`: models out of checkpoints, to infer with
-- `strategies`: FSDP2; `distributed`: what processes agree on; `trainer_state`: what Lightning keeps to itself
+- `strategies`: FSDP2; `distributed`: what processes agree on; `trainer_state`: Lightning's private names
 - `cli`: the command line, one file a command
 
 Below them, `files` and `plain_values`: files and values that a stranger may have written.
 """
 
 from dma_lightning.config import ModelConfig
-from dma_lightning.data import MQARDataModule, PreparedDataModule, TextDataModule
+from dma_lightning.data import (
+    InductionDataModule,
+    MQARDataModule,
+    PreparedDataModule,
+    SelectiveCopyDataModule,
+    TextDataModule,
+)
 from dma_lightning.generation import generate, pad_prompts, stream_text, stream_tokens
 from dma_lightning.huggingface import load_doge, save_doge
 from dma_lightning.language_model import LanguageModel
@@ -46,6 +52,7 @@ __all__ = [
     "DynamicMaskAttention",
     "FileTokenizer",
     "FullyShardedStrategy",
+    "InductionDataModule",
     "LanguageModel",
     "LatentAttention",
     "MQARDataModule",
@@ -54,6 +61,7 @@ __all__ = [
     "NativeSparseAttention",
     "PreparedDataModule",
     "Sampling",
+    "SelectiveCopyDataModule",
     "SlidingWindowAttention",
     "TextDataModule",
     "TokenMixer",

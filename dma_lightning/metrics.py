@@ -1,4 +1,4 @@
-"""Figures of validation and test: mean loss, perplexity, accuracy, and bits per byte, which compares any tokenizers."""
+"""Figures of validation and test: mean loss, perplexity, accuracy of tokens and answers, bits per byte."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -69,6 +69,26 @@ class BitsPerByte(MeanLoss):
         return bits_per_byte(super().compute())
 
 
+class AnswerAccuracy(Metric):
+    """Share of the answers all of whose tokens are the likeliest at their positions, given those before them."""
+
+    counts: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("counts", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")  # right answers, answers
+
+    def update(self, predictions: Tensor, labels: Tensor, is_answer: Tensor) -> None:
+        """Add the labels of sequences `[B, N]`, for those that are answers `[B]` and have a label."""
+        labelled = labels != IGNORE_INDEX
+        counts = is_answer & labelled.any(-1)
+        right = counts & ((predictions == labels) | ~labelled).all(-1)
+        self.counts = self.counts + torch.stack([right.sum(), counts.sum()])
+
+    def compute(self) -> Tensor:
+        return quotient(*self.counts.float())
+
+
 class EvaluationMetrics(nn.ModuleDict):
     """What validation and test report, by name.
 
@@ -80,7 +100,7 @@ class EvaluationMetrics(nn.ModuleDict):
         # To validate its arguments would wait for the device.
         accuracy = MulticlassAccuracy(vocab_size, average="micro", ignore_index=IGNORE_INDEX, validate_args=False)
         figures = {"loss": MeanLoss(), "perplexity": Perplexity(), "accuracy": accuracy, "bits_per_byte": BitsPerByte()}
-        super().__init__(figures)
+        super().__init__(figures | {"answers": AnswerAccuracy()})
 
     def reset(self) -> None:
         """Forget all batches."""
@@ -103,6 +123,10 @@ class EvaluationMetrics(nn.ModuleDict):
                 metric.update(nats, batch["label_bytes"].sum(dtype=nats.dtype))
             elif isinstance(metric, MeanLoss):
                 metric.update(nats, count)
+            elif isinstance(metric, AnswerAccuracy):
+                if "is_answer" not in batch:
+                    continue
+                metric.update(logits.argmax(-1), batch["labels"], batch["is_answer"])
             else:
                 metric.update(logits.argmax(-1), batch["labels"])
             yield name, metric

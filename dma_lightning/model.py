@@ -115,7 +115,7 @@ class DogeForCausalLM(nn.Module):
             )
         if cache is not None and len(cache) != len(self.layers):
             raise ValueError(f"cache: expected one for each of the {len(self.layers)} layers, got {len(cache)}")
-        packing = Packing.of(documents, padding)
+        packing = Packing.of(documents, padding, batch=len(input_ids), like=input_ids)
         caches: Sequence[MixerCache | None] = cache or [None] * len(self.layers)
         x = self.embed_tokens(input_ids)  # [B, N, C]
         for layer, layer_cache in zip(self.layers, caches, strict=True):

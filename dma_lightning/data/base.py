@@ -41,7 +41,8 @@ class Batch(TypedDict):
     `input_ids` and `labels` are int64 `[B, N]`; the label of a position is the token to predict there, or
     `IGNORE_INDEX`. `documents` (int64) and `padding` (bool) `[B, N]` are optional. So is `label_bytes`, int64 `[B]`:
     how many bytes of source text the labels of each sequence stand for. A token stands for what lies between the end of
-    the token before it in its document and its own end; an end token stands for none.
+    the token before it in its document and its own end; an end token stands for none. `is_answer`, bool `[B]`,
+    optional, too, says whether the labels of a sequence are one answer, which is right or wrong as a whole.
     """
 
     input_ids: Tensor
@@ -49,6 +50,7 @@ class Batch(TypedDict):
     documents: NotRequired[Tensor]
     padding: NotRequired[Tensor]
     label_bytes: NotRequired[Tensor]
+    is_answer: NotRequired[Tensor]
 
 
 class SequenceDataModule(RestorableDataModule):

@@ -46,7 +46,8 @@ class DrawnExamples(Dataset):
         if not 0 <= index < self.count:
             raise IndexError(index)
         inputs, labels = self.task.generate(self.first_seed + index, 1)
-        return {"input_ids": torch.from_numpy(inputs[0]), "labels": torch.from_numpy(labels[0])}
+        answer = torch.ones((), dtype=torch.bool)
+        return {"input_ids": torch.from_numpy(inputs[0]), "labels": torch.from_numpy(labels[0]), "is_answer": answer}
 
 
 class DrawnDataModule(SequenceDataModule):
@@ -66,9 +67,7 @@ class DrawnDataModule(SequenceDataModule):
     task_arguments: ClassVar[tuple[str, ...]] = ()
     """Arguments that say what the examples are."""
 
-    def __init__(
-        self, task: Task, counts: tuple[int, int, int], seed: int, batch_size: int, num_workers: int
-    ) -> None:
+    def __init__(self, task: Task, counts: tuple[int, int, int], seed: int, batch_size: int, num_workers: int) -> None:
         super().__init__(task.vocab_size, task.sequence_length, batch_size, num_workers)
         if min(counts) < 1 or seed < 0 or (seed + 1) * max(counts) > SPLIT_STRIDE:
             raise ValueError(
@@ -76,6 +75,11 @@ class DrawnDataModule(SequenceDataModule):
                 f"got {counts} examples and seed {seed}"
             )
         self.task, self.counts, self.seed = task, counts, seed
+
+    @classmethod
+    def is_complete(cls) -> bool:
+        """Whether the class has a task; this one has none."""
+        return bool(cls.task_arguments)
 
     @property
     def fingerprint(self) -> str:

@@ -34,9 +34,8 @@ class SelectiveCopyTask:
         if vocab_size < 3:
             raise ValueError(f"vocab_size: expected at least 3 (blank, data, marker), got {vocab_size}")
         if num_tokens < 1 or 2 * num_tokens > sequence_length:
-            raise ValueError(
-                f"num_tokens: expected 1 <= num_tokens <= sequence_length / 2 = {sequence_length // 2}, got {num_tokens}"
-            )
+            most = sequence_length // 2
+            raise ValueError(f"num_tokens: expected 1 <= num_tokens <= sequence_length / 2 = {most}, got {num_tokens}")
         self.vocab_size, self.sequence_length = vocab_size, sequence_length
         self.num_tokens, self.selective = num_tokens, selective
 

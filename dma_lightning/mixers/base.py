@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,16 +89,18 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        renamed: list[str] = []
-        old: Any = cls  # as it was written, for an interface of before
-        if "forward" in vars(cls) and "documents" in inspect.signature(cls.forward).parameters:
-            renamed.append("forward takes `packing` instead of documents and padding")
-            old.forward = _unpacking(old.forward)
-        if "of_config" in vars(cls) and "from_config" not in vars(cls):
+        own, mixer, renamed = vars(cls), cast("Any", cls), []  # mypy does not let methods be replaced
+        if "of_config" in own and "from_config" not in own:
             renamed.append("of_config is called from_config")
-            old.from_config = old.of_config
+            mixer.from_config = own["of_config"]
+        elif "from_config" in own:
+            mixer.of_config = own["from_config"]
+        if "forward" in own:
+            takes_tensors = "documents" in inspect.signature(own["forward"]).parameters
+            renamed += ["forward takes `packing` instead of documents and padding"] * takes_tensors
+            mixer.forward = _packing(own["forward"], takes_tensors)
         if renamed:
-            warnings.warn(f"{cls.__qualname__}: {' and '.join(renamed)} now", FutureWarning, stacklevel=2)
+            warnings.warn(f"{cls.__qualname__}: {' and '.join(renamed)} now", FutureWarning, stacklevel=3)
 
     @classmethod
     @abstractmethod
@@ -109,17 +111,6 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
             config: the `ModelConfig`; a mixer of ours names the part of it that stands beside itself. What a subclass
                 takes besides are the `attention_args` of the configuration.
         """
-
-    def __call__(
-        self,
-        x: Tensor,
-        documents: Tensor | Packing | None = None,
-        padding: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """`forward` with documents and padding `[B, N]`, or with a packing, which has both, in place of documents."""
-        packing = documents if isinstance(documents, Packing) else Packing.of(documents, padding)
-        return super().__call__(x, packing, cache)
 
     @abstractmethod
     def forward(
@@ -260,17 +251,49 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def _unpacking(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The `forward` of a mixer that takes documents and padding one by one."""
+def packed(
+    x: Tensor, packing: Packing | Tensor | None, documents: Tensor | None = None, padding: Tensor | None = None
+) -> Packing | None:
+    """The packing of x `[B, N, C]`, given as one, or as documents and padding `[B, N]`; None if there is none.
+
+    Raises:
+        ValueError: if documents or padding do not fit x, or come beside a packing.
+    """
+    if not isinstance(packing, Packing):
+        documents = documents if packing is None else packing
+        if x.ndim != 3 or not x.shape[-1]:  # which is told later
+            return Packing.of(documents, padding)
+        return Packing.of(documents, padding, batch=len(x), like=x[..., 0])
+    if documents is not None or padding is not None:
+        raise ValueError("expected documents and padding, or a packing, got both; a packing has them")
+    return None if packing.documents is None and packing.padding is None else packing
+
+
+def _packing(forward: Callable[..., Tensor], takes_tensors: bool) -> Callable[..., Tensor]:
+    """A `forward` to which documents and padding may also come one by one, by name or as `(x, documents, padding)`."""
 
     @wraps(forward)
-    def unpacked(
-        self: TokenMixer, x: Tensor, packing: Packing | None = None, cache: MixerCache | None = None
+    def taking(
+        self: TokenMixer,
+        x: Tensor,
+        packing: Packing | Tensor | None = None,
+        *others: Any,
+        cache: MixerCache | None = None,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
+        for other in others:  # padding, cache or both
+            if isinstance(other, Tensor):
+                padding = other
+            elif other is not None:
+                cache = other
+        packing = packed(x, packing, documents, padding)
+        if not takes_tensors:
+            return forward(self, x, packing, cache)
         packing = packing or Packing()
         return forward(self, x, packing.documents, packing.padding, cache)
 
-    return unpacked
+    return taking
 
 
 def normalised(x: Tensor, norm: nn.RMSNorm) -> Tensor:

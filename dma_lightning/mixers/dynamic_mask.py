@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dma_kernels import (
     DynamicMaskCache,
     FullCache,
+    HasKeepRule,
     KeepRule,
     KeyCache,
     Lifetimes,
@@ -30,7 +31,7 @@ from dma_lightning.backends import (
     explain_backend,
     resolve_backend,
 )
-from dma_lightning.mixers.base import GroupedQueryMixer, MixerConfig, mean_keys, merge_heads
+from dma_lightning.mixers.base import GroupedQueryMixer, MixerConfig, mean_keys, merge_heads, packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class DynamicMaskConfig(MixerConfig):
     rank of 88.7, which shows as a loss of NaN."""
 
 
-class DynamicMaskAttention(GroupedQueryMixer[KeyCache]):
+class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache]):
     """Causal self-attention in which every query keeps the `keep_window_size` best-ranked keys of its past.
 
     The rank of a key comes from the values at its position. It selects the key, and a bias made of it is added to the
@@ -128,10 +129,18 @@ class DynamicMaskAttention(GroupedQueryMixer[KeyCache]):
             return self.o_proj(merge_heads(attend(backend, q, k, v, key_bias, ranks, self.keep, packing)))
         return self.o_proj(merge_heads(cache.attend(q, NewKeys(k, v, key_bias, ranks, packing), ATTENTIONS[backend])))
 
-    def lifetimes(self, x: Tensor, packing: Packing | None = None) -> tuple[Lifetimes, Tensor]:
+    def lifetimes(
+        self,
+        x: Tensor,
+        packing: Packing | Tensor | None = None,
+        padding: Tensor | None = None,
+        *,
+        documents: Tensor | None = None,
+    ) -> tuple[Lifetimes, Tensor]:
         """The mask that a forward pass over x `[B, N, C]` selects, and the bias of every key `[B, G, N]`."""
         v = self.heads(x, self.v_proj)
         ranks = key_ranks(v, self.A, self.dt_proj.weight, self.dt_proj.bias)
+        packing = packed(x, packing, documents, padding)
         return Lifetimes.selected(ranks, self.keep, packing), rank_bias(ranks, self.score_form)
 
     def new_cache(self, batch: int, full: bool = False) -> KeyCache:
@@ -146,13 +155,15 @@ class DynamicMaskAttention(GroupedQueryMixer[KeyCache]):
         """
         weight = self.k_proj.weight
         if full:
-            return FullCache(batch, self.keep, weight.device)
+            return FullCache(batch, self.keep, device=weight.device)
         device = weight.device
         autocasts = torch.is_autocast_enabled(device.type) and weight.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device.type) if autocasts else weight.dtype
         backend = resolve_backend(self.backend, device.type, device.index, dtype, self.head_dim)
         step: StepBackend = "triton" if backend == "triton" else "torch"
-        return DynamicMaskCache(batch, self.num_kv_heads, self.head_dim, self.keep, dtype, device, step)
+        return DynamicMaskCache(
+            batch, self.num_kv_heads, self.head_dim, self.keep, dtype=dtype, device=device, backend=step
+        )
 
     def mixing_flops(self, length: int) -> float:
         return 4 * self.num_heads * self.head_dim * mean_keys(length, self.keep.capacity)

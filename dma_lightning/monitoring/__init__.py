@@ -1,4 +1,4 @@
-"""Callbacks that watch a run, and change nothing of it; what they log is in docs/tensorboard.md.
+"""Callbacks that watch a run, and change nothing in it; what they log is in docs/tensorboard.md.
 
 - `speed`: tokens per second, FLOPs and memory; `peaks`: what a device could do
 - `dynamic_masks`, `samples`: masks, scores and texts of a model that trains; `recording`: how masks are looked at

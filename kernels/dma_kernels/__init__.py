@@ -10,10 +10,13 @@ The rooms, in the order in which a key passes through them:
 - `attention`: attention over these lists, forward and backward
 - `decoding`: attention token by token, with an exact cache of constant size
 - `selected_blocks`: the selected branch of native sparse attention
+
+Used by all of them:
+
+- `checks`: what they expect of their tensors; `precision`: sums beside autocast
 - `primitives`: what kernels of several rooms compute in the same way, such as the running softmax
-- `launching`: how operations come to their kernels
-- `checks`: what all of them expect of their tensors; `tune`: configurations for a GPU; `drawing`: pictures of masks
-- `renamed`: old names, such as `SegmentLayout` for `SegmentSlots`, which takes other arguments; each with a notice
+- `launching`: how operations come to their kernels; `tune`: configurations for a GPU
+- `drawing`: pictures of masks; `renamed`: old names, which go on working with a notice
 """
 
 from dma_kernels.attention.ops import fused_attention

@@ -1,6 +1,6 @@
 """How many keys a query keeps, and of which kind."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class KeepRule:
         sinks: s, first keys of each document, whatever their rank.
 
     Raises:
-        ValueError: if a number is no whole one or out of range; it is called by the name that configurations give it.
+        ValueError: if a number is not whole or out of range; the message has its name in configurations.
     """
 
     window: int
@@ -31,9 +31,49 @@ class KeepRule:
         return self.window + self.last + self.sinks
 
 
+class HasKeepRule:
+    """What keeps keys by a rule, whose sizes have their names in configurations, too.
+
+    Attributes:
+        keep: the rule.
+    """
+
+    keep: KeepRule
+
+    @property
+    def keep_window_size(self) -> int:
+        """Best-ranked keys that a query keeps."""
+        return self.keep.window
+
+    @keep_window_size.setter
+    def keep_window_size(self, value: int) -> None:
+        self._change(window=value)
+
+    @property
+    def keep_last(self) -> int:
+        """Last positions that it keeps besides."""
+        return self.keep.last
+
+    @keep_last.setter
+    def keep_last(self, value: int) -> None:
+        self._change(last=value)
+
+    @property
+    def sinks(self) -> int:
+        """First keys of a document that it keeps besides."""
+        return self.keep.sinks
+
+    @sinks.setter
+    def sinks(self, value: int) -> None:
+        self._change(sinks=value)
+
+    def _change(self, **sizes: int) -> None:
+        self.keep = replace(self.keep, **sizes)
+
+
 def check_at_least(name: str, value: int, least: int) -> None:
     """Raise `ValueError` unless a size is a whole number of at least so much."""
-    if isinstance(value, float):
-        raise ValueError(f"{name}: expected a whole number, got {value}")
+    if value is None or isinstance(value, float | str | bool):
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")

@@ -161,7 +161,7 @@ class Lifetimes:
             ValueError: on wrong shapes, dtypes or devices, or sizes out of range.
         """
         check_ranks(ranks)
-        packing = Packing.of(documents, padding)
+        packing = Packing.of(documents, padding, batch=ranks.shape[0], like=ranks)
         return cls.selected(ranks, KeepRule(keep_window_size, keep_last, sinks), packing)
 
     @classmethod
@@ -298,12 +298,15 @@ def _positions(
     check_at_least("length", length, 1)
     if packing is not None and not (documents is None and padding is None):
         raise ValueError("expected documents and padding, or a packing, got both; a packing has them")
-    packing = packing or Packing.of(documents, padding) or Packing()
-    given = [x for x in (packing.documents, packing.padding) if x is not None]
+    pair = (documents, padding) if packing is None else (packing.documents, packing.padding)
+    given = [x for x in pair if x is not None]
     if device is None and given:
         device = given[0].device
     birth = torch.arange(length, dtype=torch.int32, device=device)
-    packing.check_fits(len(given[0]) if given else 1, birth)
+    batch = given[0].shape[0] if given and given[0].ndim else 1
+    if packing is None:
+        packing = Packing.of(documents, padding, batch=batch, like=birth) or Packing()
+    packing.check_fits(batch, birth)
     return birth[None, None], packing
 
 

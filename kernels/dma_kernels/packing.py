@@ -24,17 +24,35 @@ class Packing:
     padding: Tensor | None = None
     runs: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if (self.documents is None) != (self.runs is None):
+            raise ValueError("expected documents with their runs, got one without the other; use Packing.of")
+
     @classmethod
-    def of(cls, documents: Tensor | None = None, padding: Tensor | None = None) -> "Packing | None":
+    def of(
+        cls,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
+        *,
+        batch: int | None = None,
+        like: Tensor | None = None,
+    ) -> "Packing | None":
         """Documents and padding `[B, N]` packed; None without either.
 
+        Args:
+            documents: integer ids.
+            padding: bool, True at padded positions.
+            batch: B. Default: as the first of both has it.
+            like: `[..., N]`, whose length and device they must have. Default: the first of both.
+
         Raises:
-            ValueError: on a wrong shape or dtype, or if they differ in shape or device.
+            ValueError: on a wrong shape, dtype or device.
         """
         given = documents if documents is not None else padding
         if given is None:
             return None
-        check_packing(documents, padding, given.shape[0] if given.ndim else 1, given)
+        batch = (given.shape[0] if given.ndim else 1) if batch is None else batch
+        check_packing(documents, padding, batch, given if like is None else like)
         return cls(documents, padding, None if documents is None else document_runs(documents, padding))
 
     def check_fits(self, batch: int, like: Tensor) -> None:
@@ -48,7 +66,7 @@ def document_runs(documents: Tensor, padding: Tensor | None) -> Tensor:
     A padded position belongs to the document of the last real position before it.
     """
     ids = documents
-    if padding is not None:
+    if padding is not None and documents.shape[-1]:
         position = torch.arange(documents.shape[-1], device=documents.device)
         last_real = position.masked_fill(padding, -1).cummax(-1).values
         ids = documents.gather(-1, last_real.clamp(min=0))

@@ -38,9 +38,7 @@ def reference_mask(
     """
     check_ranks(ranks)
     keep = KeepRule(keep_window_size, keep_last, sinks)
-    packing = Packing.of(documents, padding)
-    if packing is not None:
-        packing.check_fits(ranks.shape[0], ranks)
+    packing = Packing.of(documents, padding, batch=ranks.shape[0], like=ranks)
     runs = None if packing is None else packing.runs
     length = ranks.shape[-1]
     position = torch.arange(length, device=ranks.device)

@@ -24,7 +24,7 @@ def giving_renamed(package: str, **new: Any) -> Callable[[str], Any]:
 
 
 def taking_renamed(**new: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Let a function take arguments by their old names, too, with one FutureWarning in a process for each."""
+    """Let a function take arguments by their old names, too, with a FutureWarning."""
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         @functools.wraps(function)
@@ -32,6 +32,8 @@ def taking_renamed(**new: str) -> Callable[[Callable[Parameters, Result]], Calla
             for old in new:
                 if old not in options:
                     continue
+                if new[old] in options:
+                    raise TypeError(f"{function.__name__}() got {new[old]}, and {old}, its old name")
                 warnings.warn(f"{function.__name__}: {old} is called {new[old]} now", FutureWarning, stacklevel=2)
                 options[new[old]] = options.pop(old)
             return function(*arguments, **options)

@@ -28,6 +28,7 @@ PUBLIC = {
     "dma_lightning.model": ("DogeForCausalLM", "ModelConfig"),
     "dma_lightning.callbacks": ("ContinuationWriter", "FitReport"),
     "dma_lightning.stability": ("GradientGuard", "UnstableTrainingError"),
+    "dma_lightning.checkpoint_files": ("AtomicCheckpointIO",),
     "dma_lightning.checkpoints": ("ResumableCheckpoint",),
     "dma_lightning.strategies": ("FullyShardedStrategy",),
     "dma_lightning.cli": ("DMACLI", "build_cli", "main"),

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dma_lightning import LanguageModel
 from dma_lightning.data import IGNORE_INDEX
-from dma_lightning.metrics import BitsPerByte, MeanLoss, Perplexity
+from dma_lightning.metrics import AnswerAccuracy, BitsPerByte, MeanLoss, Perplexity
 
 
 class Sequences(Dataset):
@@ -133,3 +133,15 @@ def test_a_nan_in_one_batch_shows_in_all_losses(split: str) -> None:
     run = {"val": quiet_trainer().validate, "test": quiet_trainer().test}[split]
     found = run(module, DataLoader(Sequences(8), batch_size=2), verbose=False)[0]
     assert all(math.isnan(found[f"{split}/{name}"]) for name in ("loss", "perplexity", "bits_per_byte"))
+
+
+def test_an_answer_is_right_as_a_whole() -> None:
+    labels = torch.tensor([[-100, 1, 2], [1, -100, 2], [3, 3, -100], [-100, -100, -100], [1, 1, 1]])
+    predictions = torch.tensor([[9, 1, 2], [1, 9, 1], [3, 3, 3], [1, 2, 3], [1, 1, 1]])
+    answers = AnswerAccuracy()
+    answers.update(predictions, labels, torch.tensor([True, True, True, True, False]))
+    assert answers.compute().item() == pytest.approx(2 / 3)  # the fourth has no label, the fifth is none
+    answers.update(predictions[1:2], labels[1:2], torch.tensor([True]))
+    assert answers.compute().item() == 0.5
+    answers.reset()
+    assert answers.compute().isnan()

@@ -22,7 +22,7 @@ from dma_kernels.attention.torch_backend import segment_attention
 from dma_kernels.decoding.attention import decode_attention
 from dma_kernels.decoding.state import EMPTY, CacheState, NewKeys, Slots
 from dma_kernels.decoding.step import decode_step, decode_step_reference
-from dma_kernels.keep_rule import KeepRule
+from dma_kernels.keep_rule import HasKeepRule, KeepRule
 from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.packing import document_ends, document_runs
 from dma_kernels.ranks import saturated
@@ -65,7 +65,7 @@ class _Chunk:
     number: Tensor  # of a new key in its document, from 1
 
 
-class DynamicMaskCache:
+class DynamicMaskCache(HasKeepRule):
     """The exact cache of one layer: `keep_window_size + keep_last + sinks` slots per KV head, whatever has been read.
 
     For inference: nothing that it computes has a gradient. All is on the device, in fixed shapes, without waiting for
@@ -94,6 +94,7 @@ class DynamicMaskCache:
         num_kv_heads: int,
         head_dim: int,
         keep: KeepRule | int,
+        *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         backend: StepBackend = "torch",
@@ -112,6 +113,9 @@ class DynamicMaskCache:
         self.backend = backend
         self._started = False  # whether any slot can hold a key; known without looking at the device
         self._pending: _Chunk | None = None
+
+    def _change(self, **sizes: int) -> None:
+        raise ValueError(f"expected the sizes that the cache was made with, {self.keep}, got {sizes}; make another one")
 
     @property
     def capacity(self) -> int:

@@ -11,20 +11,20 @@ from dma_kernels.attention.torch_backend import segment_attention
 from dma_kernels.decoding.attention import decode_attention
 from dma_kernels.decoding.dynamic_cache import FEW, Attention
 from dma_kernels.decoding.state import NewKeys
-from dma_kernels.keep_rule import KeepRule
+from dma_kernels.keep_rule import HasKeepRule, KeepRule
 from dma_kernels.lifetimes import Lifetimes
 from dma_kernels.packing import Packing
 from dma_kernels.ranks import saturated
 
 
-class FullCache:
+class FullCache(HasKeepRule):
     """A cache that keeps every key: for comparison, and for a rule that is changed between calls.
 
     A call costs O(n N) for N positions read so far, or O(N w) for more than a few n. Arguments as `DynamicMaskCache`;
     keys, values, biases, ranks, documents and padding of all positions are kept.
     """
 
-    def __init__(self, batch: int, keep: KeepRule | int, device: torch.device | str | None = None) -> None:
+    def __init__(self, batch: int, keep: KeepRule | int, *, device: torch.device | str | None = None) -> None:
         if batch < 1:
             raise ValueError(f"expected batch >= 1, got {batch}")
         self.keep = keep if isinstance(keep, KeepRule) else KeepRule(keep)

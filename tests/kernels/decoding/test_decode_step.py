@@ -40,7 +40,7 @@ def at(inputs: dict[str, Tensor | None], t: int, end: int | None = None) -> dict
 def caches(head_dim: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> list[DynamicMaskCache]:
     """One that steps by plain PyTorch, and one that steps by the kernel."""
     return [
-        DynamicMaskCache(BATCH, KV_HEADS, head_dim, KeepRule(*sizes), dtype, DEVICE, backend)
+        DynamicMaskCache(BATCH, KV_HEADS, head_dim, KeepRule(*sizes), dtype=dtype, device=DEVICE, backend=backend)
         for backend in ("torch", "triton")
     ]
 

@@ -109,7 +109,7 @@ def check_calls(
     inputs["padding"] = masks.make_padding(padding, BATCH, length)
     mask = oracle(inputs, window, keep_last, sinks)
     expected = reference_attention(*(inputs[name] for name in ("q", "k", "v", "scores")), mask)
-    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(window, keep_last, sinks), torch.float64)
+    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(window, keep_last, sinks), dtype=torch.float64)
     start = 0
     for (kind, _), size in zip(calls, sizes, strict=True):
         if kind == "verify":  # wrong guesses first, then the right ones, of which the first is accepted
@@ -133,7 +133,7 @@ def check_calls(
 
 def test_rows_may_accept_different_numbers() -> None:
     inputs = make_inputs(12, ties=False)
-    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(3, 1, 1), torch.float64)
+    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(3, 1, 1), dtype=torch.float64)
     attend(cache, **part(inputs, 0, 5))
     before = {name: x.clone() for name, x in cache.state_dict().items()}
     verify(cache, **part(inputs, 5, 9))
@@ -203,13 +203,13 @@ def test_the_full_cache_takes_another_window_at_any_time() -> None:
 
 def test_state_can_be_saved_and_loaded() -> None:
     inputs = make_inputs(30, ties=True)
-    caches = [DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(4, 2, 1), torch.float64) for _ in range(2)]
+    caches = [DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(4, 2, 1), dtype=torch.float64) for _ in range(2)]
     attend(caches[0], **part(inputs, 0, 17))
     caches[1].load_state_dict(caches[0].state_dict())
     outs = [torch.cat([attend(cache, **part(inputs, t, t + 1)) for t in range(17, 30)], dim=2) for cache in caches]
     assert torch.equal(*outs)
     for sizes in ((5, 2, 1), (5, 1, 1)):  # the latter of as many slots
-        other = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(*sizes), torch.float64)
+        other = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(*sizes), dtype=torch.float64)
         with pytest.raises(ValueError, match="expected the state of a cache with"):
             other.load_state_dict(caches[0].state_dict())
 
@@ -228,7 +228,7 @@ def test_a_nan_shows_as_long_as_its_key_lives() -> None:
 
 def test_memory_does_not_grow() -> None:
     inputs = make_inputs(200, ties=False)
-    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(8, 2, 1), torch.float64)
+    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(8, 2, 1), dtype=torch.float64)
     shapes = {name: x.shape for name, x in cache.state_dict().items()}
     for start in range(0, 200, 40):
         attend(cache, **part(inputs, start, start + 40))

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
+from dma_kernels import Packing
 from dma_lightning import MIXERS, DogeForCausalLM, DynamicMaskAttention, ModelConfig, TokenMixer
 from dma_lightning.mixers import SlidingWindowAttention
 from dma_lightning.mixers.position_cache import PositionCache
@@ -318,3 +319,77 @@ def test_a_ring_holds_the_last_positions() -> None:
         assert sorted(cache._position.tolist()) == [*range(max(0, end - 4), end)]
     with pytest.raises(ValueError, match="expected batch >= 0 and window >= 1"):
         PositionCache(1, window=0)
+
+
+def old_mixer(base: type[TokenMixer]) -> type[TokenMixer]:
+    """A mixer as they were written before there were packings, which goes on with what its base gives."""
+
+    class Old(base):
+        @classmethod
+        def of_config(cls, config: ModelConfig) -> "Old":
+            return super().of_config(config)
+
+        def forward(
+            self,
+            x: Tensor,
+            documents: Tensor | None = None,
+            padding: Tensor | None = None,
+            cache: object = None,
+        ) -> Tensor:
+            assert documents is None or documents.shape == x.shape[:2]
+            return 2 * super().forward(x, documents, padding, cache)
+
+    return Old
+
+
+def test_mixers_written_before_packings_go_on() -> None:
+    x = torch.randn(2, 40, 32)
+    documents, padding = torch.arange(40).expand(2, -1) // 13, torch.arange(40).expand(2, -1) >= 35
+    with pytest.warns(FutureWarning, match="Old: of_config is called from_config and forward takes `packing`") as told:
+        once = old_mixer(DynamicMaskAttention)
+    assert [x.filename for x in told] == [__file__]
+    with pytest.warns(FutureWarning):
+        twice = old_mixer(once)
+    ours = DynamicMaskAttention.from_config(CONFIG)
+    expected = ours(x, Packing.of(documents, padding))
+    for kind, factor in ((once, 2), (twice, 4)):
+        mixer = kind.of_config(CONFIG)
+        assert type(mixer) is type(kind.from_config(CONFIG)) is kind
+        mixer.load_state_dict(ours.state_dict())
+        torch.testing.assert_close(mixer(x, documents, padding), factor * expected)
+
+
+def test_documents_and_padding_come_in_many_ways() -> None:
+    mixer, x = DynamicMaskAttention.from_config(CONFIG), torch.randn(2, 40, 32)
+    documents, padding = torch.arange(40).expand(2, -1) // 13, torch.arange(40).expand(2, -1) >= 35
+    packing = Packing.of(documents, padding)
+    expected = mixer(x, packing)
+    for found in (
+        mixer(x, documents, padding),
+        mixer(x, documents, padding, None),
+        mixer(x, documents=documents, padding=padding),
+        mixer(x, packing=packing, cache=None),
+        mixer.forward(x, documents, padding),
+    ):
+        assert torch.equal(found, expected)
+    assert torch.equal(mixer.lifetimes(x, documents, padding)[0].death, mixer.lifetimes(x, packing)[0].death)
+    assert torch.equal(mixer(x, Packing()), mixer(x))
+    with pytest.raises(ValueError, match="expected documents and padding, or a packing, got both"):
+        mixer(x, packing, padding)
+    with pytest.raises(ValueError, match=r"documents: expected shape \[2, 40\]"):
+        mixer(x, documents[:, 1:], padding)
+    with pytest.raises(ValueError, match=r"expected x \[B, N >= 1, 32\]"):
+        mixer(x[:, :0], documents[:, :0], padding[:, :0])
+    with pytest.raises(ValueError, match="expected documents with their runs"):
+        Packing(documents)
+
+
+def test_sizes_of_a_rule_have_their_names_in_configurations() -> None:
+    mixer, x = DynamicMaskAttention.from_config(CONFIG), torch.randn(1, 40, 32)
+    before, mixer.keep_window_size = mixer(x), 2
+    assert (mixer.keep.window, mixer.keep_last, mixer.sinks) == (2, CONFIG.keep_last, CONFIG.sinks)
+    assert not torch.equal(mixer(x), before)
+    with pytest.raises(ValueError, match="keep_window_size: expected at least 1, got 0"):
+        mixer.keep_window_size = 0
+    with pytest.raises(ValueError, match="expected the sizes that the cache was made with"):
+        mixer.new_cache(1).keep_window_size = 3
