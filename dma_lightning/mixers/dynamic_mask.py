@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from dma_kernels import (
     DynamicMaskCache,
     FullCache,
-    HasKeepRule,
     KeepRule,
     KeyCache,
     Lifetimes,
@@ -23,6 +22,7 @@ from dma_kernels import (
     rank_bias,
 )
 from dma_kernels.decoding.dynamic_cache import StepBackend
+from dma_kernels.keep_rule import HasKeepRule
 from dma_lightning.backends import (
     ATTENTIONS,
     Backend,

@@ -56,12 +56,13 @@ def figures() -> dict[str, Any]:
 
 
 def test_validate_gives_the_figures_of_that_time(figures: dict[str, Any]) -> None:
-    assert validated(FOLDER) == pytest.approx(figures["validate"], rel=1e-6)
+    found = validated(FOLDER)
+    assert {name: found[name] for name in figures["validate"]} == pytest.approx(figures["validate"], rel=1e-6)
 
 
 def test_fit_goes_on_with_the_losses_of_that_time(figures: dict[str, Any]) -> None:
     found = resumed(FOLDER)
-    assert found.keys() == figures["resume"].keys()
+    assert found.keys() >= figures["resume"].keys()
     for name, losses in figures["resume"].items():
         assert found[name] == pytest.approx(losses, rel=1e-6), name
 
@@ -156,7 +157,7 @@ def make_old_mixer() -> type[TokenMixer]:
 
 def test_a_mixer_of_that_time_works_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(
-        FutureWarning, match=r"OldMixer: forward takes `packing` .* and of_config is called from_config now"
+        FutureWarning, match=r"OldMixer: of_config is called from_config and forward takes `packing` .* now"
     ) as warned:
         kind = make_old_mixer()
     assert len(warned) == 1
