@@ -19,7 +19,7 @@ FLAGS = ("dma_lightning/data/", "dma_lightning/callbacks/", "dma_lightning/monit
 FLAGS += ("dma_lightning/cli/", "dma_lightning/checkpoints/resumable.py", "dma_lightning/language_model.py")
 FLAGS += ("dma_lightning/generation.py",)
 
-COMMANDS = ("generate", "stream_tokens", "prepare", "sizes", "import_hf", "export_hf")
+COMMANDS = ("generate", "stream_tokens", "prepare", "train_tokenizer", "sizes", "import_hf", "export_hf")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -3,7 +3,7 @@
 - `entry`: the console script, and which commands there are
 - `lightning_cli`: `fit`, `validate`, `test` and `predict`, which are Lightning's
 - `ckpt_path`: which checkpoint that option stands for, and what it says about model and data
-- `generate`, `prepare`, `sizes`, `huggingface`: commands of our own
+- `generate`, `prepare`, `train_tokenizer`, `sizes`, `huggingface`: commands of our own
 - `parsing`: how arguments are read
 - `errors`: which errors are told in one line
 """

@@ -14,12 +14,14 @@ from dma_lightning.cli.lightning_cli import DMACLI, ConfigOfRun
 from dma_lightning.cli.parsing import set_up_parsing
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.cli.sizes import sizes
+from dma_lightning.cli.train_tokenizer import train_tokenizer
 from dma_lightning.data import SequenceDataModule
 from dma_lightning.language_model import LanguageModel
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "prepare": prepare,
+    "train-tokenizer": train_tokenizer,
     "sizes": sizes,
     "import-hf": import_hf,
     "export-hf": export_hf,
