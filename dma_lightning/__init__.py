@@ -24,6 +24,7 @@ from dma_lightning.config import ModelConfig
 from dma_lightning.data import (
     InductionDataModule,
     MQARDataModule,
+    NeedleDataModule,
     PreparedDataModule,
     SelectiveCopyDataModule,
     TextDataModule,
@@ -59,6 +60,7 @@ __all__ = [
     "ModelConfig",
     "MultiHeadAttention",
     "NativeSparseAttention",
+    "NeedleDataModule",
     "PreparedDataModule",
     "Sampling",
     "SelectiveCopyDataModule",

@@ -3,25 +3,32 @@
 N sequence length.
 """
 
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dma_lightning.data.base import SequenceDataModule
+from dma_lightning.data.base import SequenceDataModule, Sequences
 
 SPLIT_STRIDE = 1 << 30  # each split draws its seeds from a range of its own
 
 
-class Task(Protocol):
-    """What draws examples of one length."""
+class Shape(Protocol):
+    """Sizes of a task's examples."""
 
-    vocab_size: int
-    """V, number of different tokens."""
-    sequence_length: int
-    """N, tokens of an example."""
+    @property
+    def vocab_size(self) -> int:
+        """V, number of different tokens."""
+
+    @property
+    def sequence_length(self) -> int:
+        """N, tokens of an example."""
+
+
+class Task(Shape, Protocol):
+    """What draws examples of one length, several at once."""
 
     def generate(self, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and labels, int64 `[count, N]`; the label stands where the model must say it, else `IGNORE_INDEX`."""
@@ -67,7 +74,7 @@ class DrawnDataModule(SequenceDataModule):
     task_arguments: ClassVar[tuple[str, ...]] = ()
     """Arguments that say what the examples are."""
 
-    def __init__(self, task: Task, counts: tuple[int, int, int], seed: int, batch_size: int, num_workers: int) -> None:
+    def __init__(self, task: Shape, counts: tuple[int, int, int], seed: int, batch_size: int, num_workers: int) -> None:
         super().__init__(task.vocab_size, task.sequence_length, batch_size, num_workers)
         if min(counts) < 1 or seed < 0 or (seed + 1) * max(counts) > SPLIT_STRIDE:
             raise ValueError(
@@ -88,6 +95,16 @@ class DrawnDataModule(SequenceDataModule):
 
     def setup(self, stage: str) -> None:
         self.train_set, self.val_set, self.test_set = (
-            DrawnExamples(self.task, split * SPLIT_STRIDE + self.seed * count, count)
+            self.examples(split, split * SPLIT_STRIDE + self.seed * count, count)
             for split, count in enumerate(self.counts)
         )
+
+    def examples(self, split: int, first_seed: int, count: int) -> Sequences:
+        """The examples of training (0), validation (1) or test (2).
+
+        Args:
+            split: number of the split.
+            first_seed: of example 0; each further one has the next.
+            count: number of examples.
+        """
+        return DrawnExamples(cast("Task", self.task), first_seed, count)  # a task of another kind has its own

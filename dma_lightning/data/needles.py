@@ -1,0 +1,255 @@
+"""Needles in a haystack of tokens: say the value that was told with a key, wherever that was.
+
+    BOS fillers … KEY a1 … aK VAL b1 … bM END … fillers ASK a1 … aK VAL b1 … b(M-1)      labels: b1 … bM
+
+The labels are one answer: b1 under the last VAL, and each further token under the one before it.
+
+L tokens of an example, padding behind it up to N sequence length, K tokens of a key, M tokens of a value.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dma_lightning.data.base import IGNORE_INDEX
+from dma_lightning.data.drawn import DrawnDataModule, Sequences
+
+PAD, BOS, KEY, VAL, ASK, END = range(6)
+Haystack = Literal["fillers", "needles"]
+
+DEPTHS = range(0, 101, 10)
+"""Depths of validation and test examples, in per cent."""
+
+
+@dataclass(frozen=True)
+class NeedleTask:
+    """The generator of examples.
+
+    Tokens 0 to 5 are PAD, BOS, KEY, VAL, ASK and END; then come the symbols of keys, of values, and of fillers.
+
+    Attributes:
+        sequence_length: N, the most tokens of an example.
+        key_symbols: different tokens of keys.
+        value_symbols: different tokens of values.
+        filler_symbols: different fillers; each is drawn by itself.
+        key_length: K.
+        value_length: M.
+        num_needles: needles with different keys, of which one is asked for (multikey).
+        values_per_key: needles with the asked key; the answer is their values in the order of the text (multivalue).
+        haystack: what is between: fillers, or as many needles with other keys as there is place for.
+
+    Raises:
+        ValueError: if such an example does not exist.
+    """
+
+    sequence_length: int
+    key_symbols: int = 64
+    value_symbols: int = 64
+    filler_symbols: int = 122
+    key_length: int = 2
+    value_length: int = 4
+    num_needles: int = 1
+    values_per_key: int = 1
+    haystack: Haystack = "fillers"
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name != "haystack" and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.haystack not in get_args(Haystack):
+            raise ValueError(f"haystack: expected one of {list(get_args(Haystack))}, got {self.haystack!r}")
+        if self.haystack == "needles" and self.num_needles > 1:
+            raise ValueError(
+                f"num_needles: expected 1 in a haystack of needles, got {self.num_needles}; as many are there as fit"
+            )
+        if self.sequence_length < self.least_length:
+            raise ValueError(
+                f"sequence_length: expected at least {self.least_length} for these needles, got {self.sequence_length}"
+            )
+        if (different := 1 + self.others(self.sequence_length)) > self.keys:
+            raise ValueError(
+                f"key_symbols ** key_length: expected a key for each of {different} needles, got {self.keys}; raise one"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """V, number of different tokens."""
+        return 6 + self.key_symbols + self.value_symbols + self.filler_symbols
+
+    @property
+    def keys(self) -> int:
+        """Number of different keys."""
+        return self.key_symbols**self.key_length
+
+    @property
+    def needle_length(self) -> int:
+        """Tokens of a needle."""
+        return self.key_length + self.value_length + 3
+
+    @property
+    def answer_length(self) -> int:
+        """Tokens of an answer."""
+        return self.values_per_key * self.value_length
+
+    @property
+    def least_length(self) -> int:
+        """Tokens of the shortest example, which has no fillers."""
+        needles = self.num_needles - 1 + self.values_per_key
+        return self.key_length + 2 + self.answer_length + needles * self.needle_length
+
+    def others(self, length: int) -> int:
+        """Needles with other keys than the asked one, in an example of so many tokens."""
+        more = (length - self.least_length) // self.needle_length if self.haystack == "needles" else 0
+        return self.num_needles - 1 + more
+
+    def generate(
+        self, seed: int, length: int | None = None, depth: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw an example, in the order: length, depth, keys, values, fillers, places.
+
+        Args:
+            seed: of all that is drawn.
+            length: L. Default: drawn, from an eighth of N on, or `least_length` if that is more.
+            depth: where the asked needle, or the first with its key, stands in the haystack: from 0, at the beginning,
+                to 100, before the question (and before needles that come to the same place). Default: drawn.
+
+        Returns:
+            Inputs and labels, int64 `[L]`.
+        """
+        random = np.random.RandomState(seed)  # the legacy generator, whose draws never change
+        if length is None:
+            length = random.randint(max(self.least_length, self.sequence_length // 8), self.sequence_length + 1)
+        depth = 100 * random.random_sample() if depth is None else depth
+        others, asked = self.others(length), self.values_per_key
+        fillers = length - self.least_length - (others - self.num_needles + 1) * self.needle_length
+        keys = self._keys(random, 1 + others)
+        values = 6 + self.key_symbols + random.randint(self.value_symbols, size=(asked + others, self.value_length))
+        hay = 6 + self.key_symbols + self.value_symbols + random.randint(self.filler_symbols, size=fillers)
+
+        key = np.concatenate([keys[:1].repeat(asked, axis=0), keys[1:]])
+        marks = [np.full((asked + others, 1), mark) for mark in (KEY, VAL, END)]
+        needles = np.concatenate([marks[0], key, marks[1], values, marks[2]], axis=1)
+        order = self._order(random, asked + others, fillers, depth)
+        parts = [*needles, *hay[:, None]]
+        answer = np.concatenate([values[i] for i in order if i < asked])
+        question = [[ASK], keys[0], [VAL], answer[:-1]]
+        inputs = np.concatenate([[BOS], *(parts[i] for i in order), *question]).astype(np.int64)
+        labels = np.full_like(inputs, IGNORE_INDEX)
+        labels[-len(answer) :] = answer
+        return inputs, labels
+
+    def _keys(self, random: np.random.RandomState, count: int) -> np.ndarray:
+        """Different keys, tokens `[count, K]`."""
+        numbers: dict[int, None] = {}
+        while len(numbers) < count:
+            numbers[random.randint(self.keys)] = None
+        digits = np.array([*numbers])[:, None] // self.key_symbols ** np.arange(self.key_length)
+        return 6 + digits % self.key_symbols
+
+    def _order(self, random: np.random.RandomState, needles: int, fillers: int, depth: float) -> list[int]:
+        """Needles and fillers, numbered behind them, in the order of the text; number 0 stands at the depth."""
+        if self.haystack == "needles":
+            place = np.concatenate([[round(depth / 100 * (needles - 1)) - 0.5], random.permutation(needles - 1)])
+            return [*range(needles, needles + fillers), *place.argsort(kind="stable").tolist()]
+        place = random.randint(fillers + 1, size=needles)  # how many fillers stand before each
+        place[0] = round(depth / 100 * fillers)
+        return np.concatenate([place, np.arange(fillers) + 0.5]).argsort(kind="stable").tolist()
+
+
+class NeedleExamples(Dataset):
+    """Examples drawn when asked for, one per seed, with padding behind them.
+
+    Args:
+        task: the generator.
+        first_seed: seed of example 0.
+        count: number of examples.
+        grid: whether lengths (a quarter, a half and all of N) and depths go in turn; else they are drawn.
+    """
+
+    def __init__(self, task: NeedleTask, first_seed: int, count: int, grid: bool) -> None:
+        self.task, self.first_seed, self.count = task, first_seed, count
+        whole = task.sequence_length
+        self.lengths = [max(task.least_length, whole // part) for part in (4, 2, 1)] if grid else None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        length = depth = None
+        if self.lengths is not None:
+            turn, place = divmod(index, len(DEPTHS))
+            length, depth = self.lengths[turn % len(self.lengths)], DEPTHS[place]
+        inputs, labels = self.task.generate(self.first_seed + index, length, depth)
+        missing = (0, self.task.sequence_length - len(inputs))
+        padding = np.pad(np.zeros(len(inputs), dtype=bool), missing, constant_values=True)
+        return {
+            "input_ids": torch.from_numpy(np.pad(inputs, missing, constant_values=PAD)),
+            "labels": torch.from_numpy(np.pad(labels, missing, constant_values=IGNORE_INDEX)),
+            "padding": torch.from_numpy(padding),
+            "is_answer": torch.ones((), dtype=torch.bool),
+        }
+
+
+class NeedleDataModule(DrawnDataModule):
+    """Needles in a haystack of tokens, with training, validation and test examples from disjoint seeds.
+
+    Training examples have lengths between an eighth of sequence_length and all of it, and any depth. Those of
+    validation and test go through depths of 0, 10, ... 100 per cent, and a quarter, a half and all of the length.
+
+    Args:
+        sequence_length: the most tokens of an example; shorter ones are padded.
+        key_symbols: different tokens of keys.
+        value_symbols: different tokens of values.
+        filler_symbols: different fillers.
+        key_length: tokens of a key.
+        value_length: tokens of a value.
+        num_needles: needles with different keys, of which one is asked for (multikey).
+        values_per_key: needles with the asked key, whose values are all asked for (multivalue).
+        haystack: what is between: fillers, or needles with other keys, as many as fit.
+        train_examples: number of training examples.
+        val_examples: number of validation examples; 33 have each depth in each length.
+        test_examples: number of test examples, which `predict` uses too.
+        seed: number of the data set; data sets of equal sizes and different seeds share no example.
+        batch_size: sequences in a batch of each process.
+        num_workers: processes that load data beside each training process.
+    """
+
+    task_arguments = (
+        "sequence_length", "key_symbols", "value_symbols", "filler_symbols", "key_length", "value_length",
+        "num_needles", "values_per_key", "haystack",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        sequence_length: int = 1024,
+        key_symbols: int = 64,
+        value_symbols: int = 64,
+        filler_symbols: int = 122,
+        key_length: int = 2,
+        value_length: int = 4,
+        num_needles: int = 1,
+        values_per_key: int = 1,
+        haystack: Haystack = "fillers",
+        train_examples: int = 1_000_000,
+        val_examples: int = 990,
+        test_examples: int = 990,
+        seed: int = 0,
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
+        self.needles = NeedleTask(
+            sequence_length, key_symbols, value_symbols, filler_symbols, key_length, value_length, num_needles,
+            values_per_key, haystack,
+        )  # fmt: skip
+        counts = (train_examples, val_examples, test_examples)
+        super().__init__(self.needles, counts, seed, batch_size, num_workers)
+        self.save_hyperparameters()
+
+    def examples(self, split: int, first_seed: int, count: int) -> Sequences:
+        return NeedleExamples(self.needles, first_seed, count, grid=split > 0)
