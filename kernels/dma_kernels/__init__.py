@@ -4,7 +4,7 @@ The rooms, in the order in which a key passes through them:
 
 - `ranks`: ranks and biases of keys (`rank_kernels`: for Triton); `keep_rule`: how many of them a query keeps;
   `packing`: documents and padding
-- `lifetimes`: which queries see a key; `reference`: the O(N²) definition of it all
+- `lifetime_masks`: which queries see a key; `reference`: the O(N²) definition of it all
 - `selection`: which keys live, and until when
 - `segments`: from lifetimes to dense lists of keys
 - `attention`: attention over these lists, forward and backward
@@ -25,7 +25,7 @@ from dma_kernels.decoding.dynamic_cache import DynamicMaskCache, KeyCache
 from dma_kernels.decoding.full_cache import FullCache
 from dma_kernels.decoding.state import NewKeys
 from dma_kernels.keep_rule import KeepRule
-from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.lifetime_masks import Lifetimes
 from dma_kernels.packing import Packing
 from dma_kernels.ranks import ScoreForm, key_ranks, rank_bias
 from dma_kernels.reference import reference_attention, reference_mask

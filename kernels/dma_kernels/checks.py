@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.lifetime_masks import Lifetimes
 
 
 def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dma_kernels.checks import check_attention_inputs
 from dma_kernels.keep_rule import KeepRule
-from dma_kernels.lifetimes import check_ranks
+from dma_kernels.lifetime_masks import check_ranks
 from dma_kernels.packing import Packing
 from dma_kernels.precision import without_autocast
 from dma_kernels.ranks import ordered_bits, saturated

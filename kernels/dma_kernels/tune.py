@@ -25,7 +25,7 @@ from dma_kernels.attention.configs import Kernel, KernelConfig, tuned_file
 from dma_kernels.attention.kernels.forward import launch_forward
 from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
 from dma_kernels.attention.kernels.query_gradients import launch_query_gradients
-from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.lifetime_masks import Lifetimes
 from dma_kernels.segments.gather_kernels import launch_gather_rows
 from dma_kernels.segments.slots import SegmentSlots
 

@@ -4,5 +4,5 @@ import dma_flex
 import dma_kernels
 
 
-def test_lifetimes_are_the_same_class() -> None:
+def test_lifetime_masks_are_the_same_class() -> None:
     assert dma_flex.Lifetimes is dma_kernels.Lifetimes

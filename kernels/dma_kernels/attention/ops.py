@@ -16,7 +16,7 @@ from torch.utils._triton import has_triton_package
 
 from dma_kernels.checks import check_attention_inputs, check_lifetimes, check_no_tangents
 from dma_kernels.launching import on_device_of_first
-from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.lifetime_masks import Lifetimes
 from dma_kernels.renamed import taking_renamed
 from dma_kernels.segments.slots import SegmentSlots
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dma_kernels.checks import check_attention_inputs, check_lifetimes
-from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.lifetime_masks import Lifetimes
 from dma_kernels.precision import without_autocast
 from dma_kernels.ranks import saturated
 from dma_kernels.reference import masked_average, masked_logsumexp

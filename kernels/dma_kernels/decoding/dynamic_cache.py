@@ -23,7 +23,7 @@ from dma_kernels.decoding.attention import decode_attention
 from dma_kernels.decoding.state import EMPTY, CacheState, NewKeys, Slots
 from dma_kernels.decoding.step import decode_step, decode_step_reference
 from dma_kernels.keep_rule import HasKeepRule, KeepRule
-from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.lifetime_masks import Lifetimes
 from dma_kernels.packing import document_ends, document_runs
 from dma_kernels.ranks import saturated
 from dma_kernels.selection.ops import deaths_by_rank

@@ -12,7 +12,7 @@ from dma_kernels.decoding.attention import decode_attention
 from dma_kernels.decoding.dynamic_cache import FEW, Attention
 from dma_kernels.decoding.state import NewKeys
 from dma_kernels.keep_rule import HasKeepRule, KeepRule
-from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.lifetime_masks import Lifetimes
 from dma_kernels.packing import Packing
 from dma_kernels.ranks import saturated
 

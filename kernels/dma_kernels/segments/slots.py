@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dma_kernels.launching import register_launch
-from dma_kernels.lifetimes import Lifetimes
+from dma_kernels.lifetime_masks import Lifetimes
 from dma_kernels.segments.fill_slots import round_up, segment_slots_reference
 from dma_kernels.segments.gather import Copies
 
