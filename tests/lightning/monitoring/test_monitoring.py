@@ -82,6 +82,15 @@ def test_other_attentions_show_what_all_share(attention: str, tmp_path: Path) ->
     assert tags(events(tmp_path)) == documented(*SHARED)
 
 
+def test_drawn_tasks_report_whole_answers(tmp_path: Path) -> None:
+    layers = [f"--config={ROOT}/configs/{name}.yaml" for name in ("model/tiny", "data/induction", "trainer/cpu")]
+    paths = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--data.val_examples=4", f"--trainer.max_steps={STEPS}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        build_cli(["fit", *layers, *SMALL, *SHORT, *LIMITS, *paths])
+    assert documented("Drawn tasks") <= tags(events(tmp_path))
+
+
 def test_figures_stand_at_the_same_steps(dma: EventAccumulator) -> None:
     steps = [event.step for event in dma.Scalars("train/loss")]
     assert steps == [0, 1, 2]
