@@ -83,8 +83,9 @@ def test_other_attentions_show_what_all_share(attention: str, tmp_path: Path) ->
 
 
 def test_drawn_tasks_report_whole_answers(tmp_path: Path) -> None:
-    layers = [f"--config={ROOT}/configs/{name}.yaml" for name in ("model/tiny", "data/induction", "trainer/cpu")]
-    paths = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--data.val_examples=4", f"--trainer.max_steps={STEPS}"]
+    layers = [f"--config={ROOT}/configs/{name}.yaml" for name in ("model/tiny", "data/induction", "trainer/mqar")]
+    paths = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.logger.init_args.name=cpu"]
+    paths += ["--data.val_examples=4", f"--trainer.max_steps={STEPS}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         build_cli(["fit", *layers, *SMALL, *SHORT, *LIMITS, *paths])
