@@ -1,9 +1,7 @@
 """`dma-lightning sizes`: what each attention costs in a model of one shape."""
 
-from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from jsonargparse import ArgumentError
@@ -13,7 +11,7 @@ from dma_lightning.cli.parsing import set_up_parsing
 from dma_lightning.config import ModelConfig
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.mixers import MIXERS
-from dma_lightning.model import DogeForCausalLM, DogeLayer
+from dma_lightning.model import DogeForCausalLM
 
 
 def sizes(path: Path, sequence_length: int = 4096) -> None:
@@ -47,8 +45,7 @@ def size_lines(path: Path, sequence_length: int) -> list[str]:
         arguments = shape.attention_args if name == shape.attention else {}
         with torch.device("meta"):
             model = DogeForCausalLM(replace(shape, attention=name, attention_args=arguments))
-        layers = cast("Iterable[DogeLayer]", model.layers)  # torch does not say what its lists hold
-        mixers = [layer.self_attn for layer in layers]
+        mixers = model.mixers
         own = sum(p.numel() for mixer in mixers for p in mixer.parameters())
         cache = sum(mixer.cache_elements(sequence_length) for mixer in mixers) / sequence_length
         total = model.num_non_embedding_parameters

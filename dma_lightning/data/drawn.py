@@ -3,6 +3,7 @@
 N sequence length.
 """
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, Protocol, cast
 
 import numpy as np
@@ -34,17 +35,16 @@ class Task(Shape, Protocol):
         """Inputs and labels, int64 `[count, N]`; the label stands where the model must say it, else `IGNORE_INDEX`."""
 
 
-class DrawnExamples(Dataset):
-    """Examples drawn when asked for, one per seed.
+class DrawnExamples(Dataset, ABC):
+    """Answers drawn when asked for, one per seed.
 
     Args:
-        task: the generator.
         first_seed: seed of example 0.
         count: number of examples.
     """
 
-    def __init__(self, task: Task, first_seed: int, count: int) -> None:
-        self.task, self.first_seed, self.count = task, first_seed, count
+    def __init__(self, first_seed: int, count: int) -> None:
+        self.first_seed, self.count = first_seed, count
 
     def __len__(self) -> int:
         return self.count
@@ -52,9 +52,23 @@ class DrawnExamples(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < self.count:
             raise IndexError(index)
+        return self.draw(index) | {"is_answer": torch.ones((), dtype=torch.bool)}
+
+    @abstractmethod
+    def draw(self, index: int) -> dict[str, Tensor]:
+        """Inputs and labels `[N]`, and padding if there is some, of an example."""
+
+
+class TaskExamples(DrawnExamples):
+    """Examples of a task whose examples have one length."""
+
+    def __init__(self, task: Task, first_seed: int, count: int) -> None:
+        super().__init__(first_seed, count)
+        self.task = task
+
+    def draw(self, index: int) -> dict[str, Tensor]:
         inputs, labels = self.task.generate(self.first_seed + index, 1)
-        answer = torch.ones((), dtype=torch.bool)
-        return {"input_ids": torch.from_numpy(inputs[0]), "labels": torch.from_numpy(labels[0]), "is_answer": answer}
+        return {"input_ids": torch.from_numpy(inputs[0]), "labels": torch.from_numpy(labels[0])}
 
 
 class DrawnDataModule(SequenceDataModule):
@@ -107,4 +121,4 @@ class DrawnDataModule(SequenceDataModule):
             first_seed: of example 0; each further one has the next.
             count: number of examples.
         """
-        return DrawnExamples(cast("Task", self.task), first_seed, count)  # a task of another kind has its own
+        return TaskExamples(cast("Task", self.task), first_seed, count)  # a task of another kind has its own

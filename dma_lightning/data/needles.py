@@ -13,10 +13,9 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from dma_lightning.data.base import IGNORE_INDEX
-from dma_lightning.data.drawn import DrawnDataModule, Sequences
+from dma_lightning.data.base import IGNORE_INDEX, Sequences
+from dma_lightning.data.drawn import DrawnDataModule, DrawnExamples
 
 PAD, BOS, KEY, VAL, ASK, END = range(6)
 Haystack = Literal["fillers", "needles"]
@@ -160,8 +159,8 @@ class NeedleTask:
         return np.concatenate([place, np.arange(fillers) + 0.5]).argsort(kind="stable").tolist()
 
 
-class NeedleExamples(Dataset):
-    """Examples drawn when asked for, one per seed, with padding behind them.
+class NeedleExamples(DrawnExamples):
+    """Examples with padding behind them.
 
     Args:
         task: the generator.
@@ -171,16 +170,11 @@ class NeedleExamples(Dataset):
     """
 
     def __init__(self, task: NeedleTask, first_seed: int, count: int, grid: bool) -> None:
-        self.task, self.first_seed, self.count = task, first_seed, count
-        whole = task.sequence_length
+        super().__init__(first_seed, count)
+        self.task, whole = task, task.sequence_length
         self.lengths = [max(task.least_length, whole // part) for part in (4, 2, 1)] if grid else None
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < self.count:
-            raise IndexError(index)
+    def draw(self, index: int) -> dict[str, Tensor]:
         length = depth = None
         if self.lengths is not None:
             turn, place = divmod(index, len(DEPTHS))
@@ -192,7 +186,6 @@ class NeedleExamples(Dataset):
             "input_ids": torch.from_numpy(np.pad(inputs, missing, constant_values=PAD)),
             "labels": torch.from_numpy(np.pad(labels, missing, constant_values=IGNORE_INDEX)),
             "padding": torch.from_numpy(padding),
-            "is_answer": torch.ones((), dtype=torch.bool),
         }
 
 
