@@ -1,6 +1,6 @@
 """Which key stands in which slot of which segment, and when it is seen there.
 
-What a list of slots holds, `plain.py` says; `segment_slots` is the same as one operation that is opaque to
+What a list of slots holds, `fill_slots.py` says; `segment_slots` is the same as one operation that is opaque to
 torch.compile, on CUDA by Triton kernels.
 
 B batch, H query heads, G KV heads, N length, D head dim, T segments, S segment length, C snapshot slots, K = C + S
