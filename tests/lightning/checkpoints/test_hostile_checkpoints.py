@@ -48,20 +48,10 @@ class OwnData(MQARDataModule):
     """A data module of a user."""
 
 
-@pytest.fixture(scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("sys.argv", ["dma-lightning"])
-        small_run.make(folder)
-    return folder
-
-
 @pytest.fixture
-def run(_made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def run(_small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the small run as the working folder."""
-    subprocess.run(["cp", "-a", f"{_made}/.", tmp_path], check=True)
+    subprocess.run(["cp", "-a", f"{_small_run}/.", tmp_path], check=True)
     monkeypatch.chdir(tmp_path)
     made.clear()
     yield tmp_path

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_run
 import torch
 from small_run import CHECKPOINTS, DATA, MODEL, fit, validate
 
@@ -20,20 +19,10 @@ from dma_lightning.trained_models import load_checkpoint, tokenizer_of
 NEWEST = f"{CHECKPOINTS}/step=3.ckpt"
 
 
-@pytest.fixture(scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("sys.argv", ["dma-lightning"])
-        small_run.make(folder)
-    return folder
-
-
 @pytest.fixture
-def readings(_made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
+def readings(_small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
     """How often each checkpoint is opened (by its name) and compared with its checksums, in a copy of the small run."""
-    subprocess.run(["cp", "-a", f"{_made}/.", tmp_path], check=True)
+    subprocess.run(["cp", "-a", f"{_small_run}/.", tmp_path], check=True)
     monkeypatch.chdir(tmp_path)
     found: Counter = Counter()
     load, check = torch.load, zip_checksums._check_zip
