@@ -8,7 +8,7 @@ A vocabulary, N sequence length.
 import numpy as np
 
 from dma_lightning.data.base import IGNORE_INDEX
-from dma_lightning.data.drawn import DrawnDataModule
+from dma_lightning.data.drawn import DrawnDataModule, seeded
 
 
 class InductionTask:
@@ -39,7 +39,7 @@ class InductionTask:
         Returns:
             Inputs and labels, int64 `[count, N]`.
         """
-        random, trigger = np.random.RandomState(seed), self.vocab_size - 1  # whose draws never change
+        random, trigger = seeded(seed), self.vocab_size - 1
         inputs = random.randint(trigger, size=(count, self.sequence_length)).astype(np.int64)
         place = random.randint(self.sequence_length - 2, size=(count, 1))
         np.put_along_axis(inputs, place, trigger, axis=1)

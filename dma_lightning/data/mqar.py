@@ -8,7 +8,7 @@ V vocabulary, N sequence length.
 import numpy as np
 
 from dma_lightning.data.base import IGNORE_INDEX
-from dma_lightning.data.drawn import DrawnDataModule
+from dma_lightning.data.drawn import DrawnDataModule, seeded
 
 
 class MQARTask:
@@ -49,7 +49,7 @@ class MQARTask:
         Returns:
             Inputs and labels, int64 `[count, N]`; the label stands at the position of the query key.
         """
-        random = np.random.RandomState(seed)  # the legacy generator: bit for bit the original's draws
+        random = seeded(seed)  # bit for bit the original's draws
         pairs, length, half = self.num_pairs, self.sequence_length, self.vocab_size // 2
         keys = _draw(random, np.arange(1, half), pairs, count)
         values = _draw(random, np.arange(half, self.vocab_size), pairs, count)

@@ -8,7 +8,7 @@ A vocabulary, M data tokens, N sequence length.
 import numpy as np
 
 from dma_lightning.data.base import IGNORE_INDEX
-from dma_lightning.data.drawn import DrawnDataModule
+from dma_lightning.data.drawn import DrawnDataModule, seeded
 
 BLANK = 0
 
@@ -45,7 +45,7 @@ class SelectiveCopyTask:
         Returns:
             Inputs and labels, int64 `[count, N]`.
         """
-        random = np.random.RandomState(seed)  # the legacy generator, whose draws never change
+        random = seeded(seed)
         copied, places = self.num_tokens, self.sequence_length - self.num_tokens
         data = random.randint(1, self.vocab_size - 1, size=(count, copied))
         place = np.tile(np.arange(copied), (count, 1))
