@@ -1,0 +1,92 @@
+"""What a finished run has logged, and what its checkpoint says of model and data."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from benchmarks.environment import describe
+from benchmarks.evidence.results import Record
+from benchmarks.evidence.studies import Cell, Options
+from dma_lightning.config import ModelConfig
+from dma_lightning.language_model import LanguageModel
+from dma_lightning.model import DogeForCausalLM
+from dma_lightning.saved_run import SavedRun
+
+_CURVES = ("val/", "dma/")  # of other figures the last value is kept
+_OF_THE_MACHINE = ("speed/", "memory/")
+_DIGITS = 7  # that a float32 has
+
+
+def record_of(cell: Cell, options: Options, run: Path, seconds: float, evaluations: Mapping[str, Any]) -> Record:
+    """All that is kept of a finished training.
+
+    Args:
+        cell: what was trained.
+        options: its flags.
+        run: folder of the run, with event files and checkpoints.
+        seconds: that its processes ran.
+        evaluations: what commands found in its checkpoint.
+
+    Raises:
+        ValueError: if it has no whole checkpoint.
+    """
+    saved = SavedRun.newest([run])
+    if saved is None:
+        raise ValueError(f"{run}: expected a checkpoint, got none")
+    arguments = saved.model_arguments(LanguageModel)
+    model = _model(arguments)
+    length, batch = saved.data.arguments["sequence_length"], saved.data.arguments["batch_size"]
+    scalars = read_scalars(run)
+    return Record(
+        task=cell.task,
+        size=cell.size,
+        form=cell.form,
+        lr=cell.lr,
+        seed=cell.seed,
+        options=options,
+        model=arguments,
+        data={name: value for name, value in saved.data.arguments.items() if name not in _files(saved)},
+        parameters=model.num_non_embedding_parameters,
+        flops_per_token=model.training_flops(length),
+        steps=saved.step,
+        tokens=saved.step * batch * length * options.get("trainer.accumulate_grad_batches", 1),
+        curves={name: curve for name, curve in scalars.items() if name.startswith(_CURVES)},
+        last={name: curve[-1][1] for name, curve in scalars.items() if not name.startswith(_CURVES)},
+        evaluations={name: _without_paths(report) for name, report in evaluations.items()},
+        seconds=round(seconds, 1),
+        environment=describe(),
+    )
+
+
+def read_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Curves by tag: optimizer steps and numbers. Where a step was made twice, the later one counts."""
+    reader = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    reader.Reload()
+    curves = {}
+    for tag in sorted(reader.Tags()["scalars"]):
+        values = {event.step + 1: float(f"{event.value:.{_DIGITS}g}") for event in reader.Scalars(tag)}
+        finite = {step: value for step, value in values.items() if math.isfinite(value)}
+        if finite and not tag.startswith(_OF_THE_MACHINE):
+            curves[tag] = sorted(finite.items())
+    return curves
+
+
+def _model(arguments: Mapping[str, Any]) -> DogeForCausalLM:
+    """A model of these arguments, without weights."""
+    names = {field.name for field in fields(ModelConfig)}
+    with torch.device("meta"):
+        return DogeForCausalLM(ModelConfig(**{name: x for name, x in arguments.items() if name in names}))
+
+
+def _files(saved: SavedRun) -> tuple[str, ...]:
+    """Arguments of the data that are paths of this machine."""
+    return saved.data.kind.file_arguments if saved.data.kind else ()
+
+
+def _without_paths(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if name != "checkpoint"}

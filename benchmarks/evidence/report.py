@@ -1,0 +1,152 @@
+"""Tables and plots of what a study has found so far."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence import plots
+from benchmarks.evidence.comparisons import at_best_rate, by_form, by_rate, paired, spread
+from benchmarks.evidence.results import Record, Results
+from benchmarks.evidence.studies import Study, Task
+from dma_lightning.files.atomic import atomic_write
+
+REPORT = "report.md"
+
+
+def write_report(study: Study, results: Path, folder: Path) -> Path:
+    """Write tables and plots of all records that belong to a study.
+
+    Args:
+        study: what was asked for; the order of its forms is that of the tables.
+        results: file of the records.
+        folder: where report and plots go.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: if there is no record.
+    """
+    found = Results.read(results)
+    records = [record for record in found.records if record.form in study.forms and record.task in study.tasks]
+    if not records:
+        raise ValueError(f"{results}: expected records of the study, got none; run it first")
+    folder.mkdir(parents=True, exist_ok=True)
+    records.sort(key=lambda record: (list(study.forms).index(record.form), record.cell))
+    parts = [f"# {results.stem}", *_environments(records)]
+    for task, size in dict.fromkeys((record.task, record.size) for record in records):
+        own = [record for record in records if (record.task, record.size) == (task, size)]
+        parts += _section(study, own, folder)
+    parts += _speed(found)
+    path = folder / REPORT
+    with atomic_write(path) as file:
+        file.write(("\n\n".join(parts) + "\n").encode())
+    return path
+
+
+def _section(study: Study, records: list[Record], folder: Path) -> Iterator[str]:
+    """What there is to say about one task at one size."""
+    task, (name, size) = study.tasks[records[0].task], (records[0].task, records[0].size)
+    best = {form: at_best_rate(own, task) for form, own in by_form(records).items()}
+    yield f"## {name}, {size}"
+    yield (
+        f"`{task.metric}` at the end, {task.better} is better; mean ± standard deviation of n seeds. Differences are "
+        f"those to `{study.baseline}` of the same seed, with a 95 % confidence interval of their mean (Student's t)."
+    )
+    yield "\n".join(_table(study, best, task))
+    if any(len(by_rate(own)) > 1 for own in by_form(records).values()):
+        yield "Each seed by learning rate:"
+        yield "\n".join(_rates(records, task.metric))
+    stem = f"{name}-{size}"
+    plots.draw_curves(best, task.metric, folder / f"{stem}-curves.png")
+    yield f"![{task.metric} by tokens and by FLOPs]({stem}-curves.png)"
+    for evaluation in task.evaluations:
+        yield from _evaluation(evaluation, best, stem, folder)
+
+
+def _table(study: Study, best: dict[str, list[Record]], task: Task) -> Iterator[str]:
+    heads = ["form", "parameters", "keys per query", "training FLOPs per token", "lr", "n", task.metric, "difference"]
+    yield f"| {' | '.join(heads)} |"
+    yield "| --- |" + " ---: |" * (len(heads) - 1)
+    for form, records in best.items():
+        first, figures = records[0], spread(records, task.metric)
+        difference = None
+        if form != study.baseline and study.baseline in best:
+            difference = paired(records, best[study.baseline], task.metric)
+        cells = [
+            form,
+            f"{first.parameters / 1e6:.2f}M",
+            _keys(study, first),
+            f"{first.flops_per_token:.3g}",
+            f"{first.lr:g}",
+            f"{len(records)}",
+            _number(figures.mean, figures.deviation),
+            "" if difference is None else _interval(difference.mean, difference.interval),
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _rates(records: Sequence[Record], metric: str) -> Iterator[str]:
+    """A row for each form, a column for each rate; the values of all seeds."""
+    rates = sorted({record.lr for record in records})
+    yield f"| form | {' | '.join(f'{lr:g}' for lr in rates)} |"
+    yield "| --- |" + " ---: |" * len(rates)
+    for form, own in by_form(records).items():
+        found = by_rate(own)
+        cells = [", ".join(f"{record.final(metric):.4f}" for record in found.get(lr, [])) for lr in rates]
+        yield f"| {form} | {' | '.join(cells)} |"
+
+
+def _evaluation(name: str, best: dict[str, list[Record]], stem: str, folder: Path) -> Iterator[str]:
+    """What a command found in the checkpoints of each form."""
+    found: dict[str, list[Any]] = {
+        form: [record.evaluations[name] for record in records if name in record.evaluations]
+        for form, records in best.items()
+    }
+    found = {form: own for form, own in found.items() if own}
+    draw = {"needle": plots.draw_needles, "positions": plots.draw_positions}.get(name)
+    if not found or draw is None:
+        return
+    path = folder / f"{stem}-{name}.png"
+    draw(found, path)
+    yield f"![{name}]({path.name}) ([numbers]({path.with_suffix('.csv').name}))"
+
+
+def _keys(study: Study, record: Record) -> str:
+    """Keys that a query of a form sees at most, compressed ones beside."""
+    if not study.forms[record.form].budget:
+        return f"{record.data['sequence_length']:,}"
+    keys = f"{study.sizes[record.size].budget:,}"
+    if record.model["attention"] == "nsa":
+        block, stride = record.model["nsa_compress_block"], record.model["nsa_compress_stride"]
+        keys += f" and {(record.data['sequence_length'] - block) // stride + 1:,} compressed"
+    return keys
+
+
+def _environments(records: Sequence[Record]) -> Iterator[str]:
+    machines: dict[str, int] = {}
+    for record in records:
+        found = record.environment
+        device = found.get("gpu") or f"{found['cpu']}, {found['cores']} cores"
+        name = f"{device}, Python {found['python']}, torch {found['torch']}, commit {found['commit']}"
+        machines[name] = machines.get(name, 0) + 1
+    yield "\n".join(f"- {count} trainings: {name}" for name, count in machines.items())
+
+
+def _speed(found: Results) -> Iterator[str]:
+    if not found.invocations:
+        return
+    yield "## Trainings per hour"
+    lines = ["| side by side | finished | seconds | trainings per hour |", "| ---: | ---: | ---: | ---: |"]
+    for call in found.invocations:
+        rate = 3600 * len(call.cells) / call.seconds
+        lines.append(f"| {call.parallel} | {len(call.cells)} | {call.seconds:,.0f} | {rate:,.0f} |")
+    yield "\n".join(lines)
+
+
+def _number(mean: float, deviation: float | None) -> str:
+    return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
+
+
+def _interval(mean: float, interval: tuple[float, float] | None) -> str:
+    return f"{mean:+.4f}" if interval is None else f"{mean:+.4f} [{interval[0]:+.4f}, {interval[1]:+.4f}]"

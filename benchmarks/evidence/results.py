@@ -1,0 +1,108 @@
+"""The file that a study's figures end in: a record for each finished cell, added one by one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from benchmarks.evidence.studies import Cell, Options
+from dma_lightning.files.atomic import atomic_write
+from dma_lightning.files.reading import read_json
+
+RESULTS = Path(__file__).parents[1] / "results" / "evidence"
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A finished training.
+
+    Attributes:
+        task: name in the study, as size and form.
+        options: flags, with variables as the study writes them.
+        model: arguments of the model, those that the data dictates included.
+        data: arguments of the data module, without files.
+        parameters: trainable numbers outside embedding and output head.
+        flops_per_token: of forward and backward pass, attention and output head counted.
+        steps: optimizer steps.
+        tokens: positions trained on.
+        curves: figures of validation: steps and values.
+        last: last value of each other figure that does not depend on the machine's speed.
+        evaluations: what commands found in the checkpoint.
+        seconds: that the processes ran, in all attempts.
+        environment: hardware, versions and commit.
+    """
+
+    task: str
+    size: str
+    form: str
+    lr: float
+    seed: int
+    options: Options
+    model: Options
+    data: Options
+    parameters: int
+    flops_per_token: float
+    steps: int
+    tokens: int
+    curves: dict[str, list[tuple[int, float]]]
+    last: dict[str, float]
+    evaluations: dict[str, Any]
+    seconds: float
+    environment: dict[str, str | int]
+
+    @property
+    def cell(self) -> Cell:
+        """What was trained."""
+        return Cell(self.task, self.size, self.form, self.lr, self.seed)
+
+    def final(self, metric: str) -> float:
+        """The last value of a figure of validation."""
+        return self.curves[metric][-1][1]
+
+
+class Invocation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one call of the runner reached.
+
+    Attributes:
+        parallel: most trainings side by side.
+        seconds: from start to end.
+        cells: that were finished in it.
+        environment: hardware, versions and commit.
+    """
+
+    parallel: int
+    seconds: float
+    cells: list[str]
+    environment: dict[str, str | int]
+
+
+class Results(msgspec.Struct):
+    """The content of the file."""
+
+    records: list[Record] = []
+    invocations: list[Invocation] = []
+
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        """What a file holds; nothing if there is none.
+
+        Raises:
+            ValueError: if it is no such file.
+        """
+        return read_json(path, cls, "results of a study") if path.exists() else cls()
+
+    def write(self, path: Path) -> None:
+        """Replace the file, by one with a record to a line."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.records.sort(key=lambda record: (record.cell, json.dumps(record.options, sort_keys=True)))
+        parts = [
+            f'"{name}": [\n' + ",\n".join(json.dumps(msgspec.to_builtins(item)) for item in items) + "\n]"
+            for name, items in (("records", self.records), ("invocations", self.invocations))
+        ]
+        with atomic_write(path) as file:
+            file.write(("{" + ",\n".join(parts) + "}\n").encode())
+
+    def of(self, cell: Cell, options: Options) -> Record | None:
+        """The record of a cell that was trained with these flags."""
+        plain = msgspec.to_builtins(options)
+        return next((x for x in self.records if x.cell == cell and x.options == plain), None)

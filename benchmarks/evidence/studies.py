@@ -1,0 +1,264 @@
+"""What a study compares: cells of task, size, form, learning rate and seed, each a `fit` command."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from string import Template
+from typing import Any, Literal
+
+import msgspec
+import yaml
+
+from dma_lightning.files.reading import as_kind
+
+STUDIES = Path(__file__).parent / "studies"
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+Options = dict[str, Any]
+"""Flags of a command without dashes, and their values; `$name` in text stands for a variable."""
+
+
+class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Part of a study's file."""
+
+
+class Form(_Part):
+    """One of what is compared, such as an attention.
+
+    Attributes:
+        options: flags that make it.
+        budget: flags that share the size's budget of keys per query, each with its share; these sum up to 1.
+        units: of flags that count something else, how many keys one is.
+    """
+
+    options: Options = {}
+    budget: dict[str, float] = {}
+    units: dict[str, int] = {}
+
+    def keys(self, budget: int) -> Options:
+        """Flags that share a budget.
+
+        Raises:
+            ValueError: if a share is no whole number.
+        """
+        shares = {name: share * budget / self.units.get(name, 1) for name, share in self.budget.items()}
+        if not all(share.is_integer() for share in shares.values()):
+            raise ValueError(f"budget: expected a number of keys that can be shared as {self.budget}, got {budget}")
+        return {name: int(share) for name, share in shares.items()}
+
+
+class Task(_Part):
+    """What is trained on.
+
+    Attributes:
+        metric: logged figure of validation that forms are compared by.
+        better: whether more of it is better, or less.
+        configs: files below `configs`, without ending.
+        options: flags.
+        evaluations: commands of `dma-lightning` that look at the trained checkpoint, with their further arguments.
+    """
+
+    metric: str
+    better: Literal["higher", "lower"]
+    configs: list[str] = []
+    options: Options = {}
+    evaluations: dict[str, list[str]] = {}
+
+    def best(self, values: Mapping[float, float]) -> float:
+        """The key with the best value."""
+        return (max if self.better == "higher" else min)(values, key=values.__getitem__)
+
+
+class Size(_Part):
+    """How large models are.
+
+    Attributes:
+        configs: files below `configs`, without ending.
+        options: flags.
+        budget: keys that a query of a sparse form sees.
+        forms: flags of single forms at this size.
+    """
+
+    configs: list[str] = []
+    options: Options = {}
+    budget: int = 0
+    forms: dict[str, Options] = {}
+
+
+class Grid(_Part):
+    """All combinations of some tasks, sizes, forms, learning rates and seeds.
+
+    Attributes:
+        best_seeds: further seeds, at the one rate that is best for a form with the seeds before.
+        options: flags of this grid alone.
+    """
+
+    tasks: list[str]
+    sizes: list[str]
+    forms: list[str]
+    lr: list[float]
+    seeds: list[int]
+    best_seeds: list[int] = []
+    options: Options = {}
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One training."""
+
+    task: str
+    size: str
+    form: str
+    lr: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.size} {self.form}, lr {self.lr:g}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where it runs, below the study's folder."""
+        return Path(self.task, self.size, self.form, f"lr_{self.lr:g}", f"seed_{self.seed}")
+
+
+class Study(_Part):
+    """A study's file. It may name a `base`, another study whose forms, tasks, sizes and options it adds to.
+
+    Attributes:
+        baseline: form that the others are compared with, seed by seed.
+        configs: files below `configs`, without ending, of all cells.
+        options: flags of all cells.
+    """
+
+    forms: dict[str, Form]
+    tasks: dict[str, Task]
+    sizes: dict[str, Size]
+    grids: list[Grid]
+    baseline: str
+    configs: list[str] = []
+    options: Options = {}
+
+    def __post_init__(self) -> None:
+        for grid in self.grids:
+            for kind in ("tasks", "sizes", "forms"):
+                if unknown := set(getattr(grid, kind)) - set(getattr(self, kind)):
+                    raise ValueError(f"grids: expected {kind} of {sorted(getattr(self, kind))}, got {sorted(unknown)}")
+        for name, form in self.forms.items():
+            if form.budget and sum(form.budget.values()) != 1:
+                raise ValueError(f"forms.{name}.budget: expected shares that sum up to 1, got {form.budget}")
+        if self.baseline not in self.forms:
+            raise ValueError(f"baseline: expected one of {sorted(self.forms)}, got {self.baseline!r}")
+
+    def cells(self, value_of: Callable[[Cell], float | None]) -> dict[Cell, Options]:
+        """All cells that can be named, with their flags; those of `best_seeds` once all rates have been tried.
+
+        Args:
+            value_of: the task's metric at a cell's end; NaN if it failed, None if it was not tried yet.
+        """
+        return {cell: self._options(cell, grid) for grid in self.grids for cell in self._cells(grid, value_of)}
+
+    def _cells(self, grid: Grid, value_of: Callable[[Cell], float | None]) -> Iterator[Cell]:
+        for seed in grid.seeds:  # a deadline shall cut off seeds, not forms
+            for task, size, lr, form in product(grid.tasks, grid.sizes, grid.lr, grid.forms):
+                yield Cell(task, size, form, lr, seed)
+        for seed in grid.best_seeds:
+            for task, size, form in product(grid.tasks, grid.sizes, grid.forms):
+                tried = {lr: [value_of(Cell(task, size, form, lr, seed)) for seed in grid.seeds] for lr in grid.lr}
+                best = _best_rate(self.tasks[task], tried)
+                if best is not None:
+                    yield Cell(task, size, form, best, seed)
+
+    def _options(self, cell: Cell, grid: Grid) -> Options:
+        """Flags of a cell's command; the more special ones win. Variables stand as they are written."""
+        general = self.options | self.sizes[cell.size].options | self.tasks[cell.task].options
+        own = {"model.lr": cell.lr, "seed_everything": cell.seed}
+        return general | self.form_options(cell.form, cell.size) | grid.options | own
+
+    def form_options(self, form: str, size: str) -> Options:
+        """Flags that make a form at a size.
+
+        Raises:
+            ValueError: if the size's budget cannot be shared as the form shares it.
+        """
+        shared, found = self.sizes[size], self.forms[form]
+        return found.options | found.keys(shared.budget) | shared.forms.get(form, {})
+
+    def fit_arguments(self, cell: Cell, options: Options, variables: Mapping[str, str]) -> list[str]:
+        """Arguments of `dma-lightning` that train a cell.
+
+        Raises:
+            ValueError: if a variable is missing.
+        """
+        names = self.sizes[cell.size].configs + self.tasks[cell.task].configs + self.configs
+        configs = [f"--config={CONFIGS / name}.yaml" for name in names]
+        return ["fit", *configs, *flags(options, variables)]
+
+
+def read_study(name: str) -> tuple[str, Study]:
+    """A study's name, and what it says.
+
+    Args:
+        name: of one of ours, or a path.
+
+    Raises:
+        ValueError: if there is none, or a field is unknown, missing or wrong.
+    """
+    path, content = _read(name)
+    study: Study = as_kind(content, Study, str(path))
+    return path.stem, study
+
+
+def _read(name: str) -> tuple[Path, dict[str, Any]]:
+    """The file of a study, and its content with that of its base."""
+    own = STUDIES / f"{name}.yaml"
+    path = own if own.is_file() else Path(name)
+    if not path.is_file():
+        known = sorted(file.stem for file in STUDIES.glob("*.yaml"))
+        raise ValueError(f"study: expected one of {known}, or a file, got {name!r}")
+    try:
+        content = as_kind(yaml.safe_load(path.read_text()), dict[str, Any], str(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML: {error}") from error
+    if (base := content.pop("base", None)) is not None:
+        _, before = _read(base)
+        added = {key: before.get(key, {}) | content.get(key, {}) for key in ("forms", "tasks", "sizes", "options")}
+        content = before | content | added
+    return path, content
+
+
+def flags(options: Options, variables: Mapping[str, str]) -> list[str]:
+    """Flags of a command line, with variables filled in.
+
+    Raises:
+        ValueError: if one is missing.
+    """
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in options.items()}
+    return [f"--{name}={filled(text, variables)}" for name, text in texts.items()]
+
+
+def filled(text: str, variables: Mapping[str, str]) -> str:
+    """Text with variables filled in.
+
+    Raises:
+        ValueError: if one is missing.
+    """
+    try:
+        return Template(text).substitute(variables)
+    except KeyError as error:
+        name = error.args[0]
+        raise ValueError(f"{text}: expected a value of ${name}, got none; give it by --set {name}=...") from error
+
+
+def _best_rate(task: Task, tried: Mapping[float, list[float | None]]) -> float | None:
+    """The rate with the best mean; None while some were not tried, or if all failed."""
+    means = {}
+    for rate, values in tried.items():
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return None
+        mean = sum(known) / len(known)
+        if mean == mean:  # no NaN
+            means[rate] = mean
+    return task.best(means) if means else None

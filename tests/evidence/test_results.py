@@ -1,0 +1,71 @@
+"""The file of a study, and the report of it."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+from study_records import ENVIRONMENT, record
+
+from benchmarks.evidence.report import write_report
+from benchmarks.evidence.results import Invocation, Results
+from benchmarks.evidence.studies import Form, Grid, Size, Study, Task
+
+STUDY = Study(
+    forms={"mha": Form(), "dma": Form(budget={"model.keep_window_size": 1})},
+    tasks={"recall": Task("val/accuracy", "higher", evaluations={"needle": [], "positions": []})},
+    sizes={"small": Size(budget=8)},
+    grids=[Grid(["recall"], ["small"], ["mha", "dma"], [0.1], [0, 1])],
+    baseline="mha",
+)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    results = Results([record("mha", 1, 0.5), record("dma", 0, 0.25)], [Invocation(2, 3.5, ["a"], ENVIRONMENT)])
+    results.write(tmp_path / "new" / "study.json")
+    assert Results.read(tmp_path / "new" / "study.json") == results
+    assert [x.form for x in results.records] == ["dma", "mha"]
+    assert results.of(results.records[0].cell, {"model.lr": 0.1}) is results.records[0]
+    assert results.of(results.records[0].cell, {"model.lr": 0.2}) is None
+    assert Results.read(tmp_path / "none.json") == Results()
+
+
+def test_a_damaged_file_is_told_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "study.json"
+    path.write_text('{"records": [{"task": 1}]}')
+    with pytest.raises(ValueError, match=r"study.json: expected results of a study: .*records\[0\]"):
+        Results.read(path)
+    assert path.read_text() == '{"records": [{"task": 1}]}'
+
+
+def test_report_says_means_differences_and_rates(tmp_path: Path) -> None:
+    needle = {"cells": [{"length": 16, "depth": x, "answers": x / 100} for x in (0.0, 50.0, 100.0)]}
+    positions = {"buckets": [{"first": 0, "last": 63, "loss": 2.5}, {"first": 64, "last": 99, "loss": 2.0}]}
+    looked = {"evaluations": {"needle": needle, "positions": positions}}
+    records = [record("mha", seed, value) for seed, value in enumerate((0.5, 0.7))]
+    records += [record("dma", seed, value, **looked) for seed, value in enumerate((0.6, 0.9))]
+    records += [record("dma", 0, 0.1, lr=0.2), record("of another study", 0, 1.0)]
+    Results(records, [Invocation(8, 1800.0, ["a"] * 5, ENVIRONMENT)]).write(tmp_path / "study.json")
+    text = write_report(STUDY, tmp_path / "study.json", tmp_path / "out").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert ["mha", "0.00M", "16", "6e+03", "0.1", "2", "0.6000 ± 0.1414", ""] in rows
+    (dma,) = (row for row in rows if row[0] == "dma" and len(row) == 8)
+    assert dma[2] == "8"
+    assert dma[6] == "0.7500 ± 0.2121"
+    assert re.fullmatch(r"\+0\.1500 \[-0\.4853, \+0\.7853\]", dma[7])  # 0.15 ± 12.706 · 0.05
+    assert ["dma", "0.6000, 0.9000", "0.1000"] in rows
+    assert ["8", "5", "1,800", "10"] in rows
+    assert "another study" not in text
+    for name in re.findall(r"\]\((.*?)\)", text):
+        assert (tmp_path / "out" / name).stat().st_size
+    with (tmp_path / "out" / "recall-small-curves.csv").open() as file:
+        curves = list(csv.DictReader(file))
+    assert [row["mean"] for row in curves if row["form"] == "mha"] == ["0.3", "0.6"]
+    assert [row["tokens"] for row in curves if row["form"] == "mha"] == ["32", "64"]
+    with (tmp_path / "out" / "recall-small-needle.csv").open() as file:
+        assert [row["answers"] for row in csv.DictReader(file)] == ["0.0", "0.5", "1.0"]
+
+
+def test_nothing_to_report_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"study.json: expected records of the study, got none; run it first"):
+        write_report(STUDY, tmp_path / "study.json", tmp_path / "out")

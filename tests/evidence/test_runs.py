@@ -1,0 +1,163 @@
+"""The runner: trainings by the command line, killed and started again."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+OF_THE_MACHINE = ("seconds", "bytes", "environment", "torch", "device")
+
+
+def start(folder: Path, study: str, *args: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "benchmarks.evidence", "run", study, "--parallel=2"]
+    places = [f"--runs={folder / 'runs'}", f"--results={folder / 'results.json'}"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    return subprocess.Popen(
+        [*command, *places, *args],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(folder: Path, study: str, *args: str) -> tuple[int, str]:
+    process = start(folder, study, *args)
+    printed, _ = process.communicate(timeout=300)
+    return process.returncode, printed
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def without_machine(value: Any) -> Any:
+    """What does not depend on the speed of a machine."""
+    if isinstance(value, dict):
+        return {name: without_machine(x) for name, x in value.items() if not name.endswith(OF_THE_MACHINE)}
+    return [without_machine(x) for x in value] if isinstance(value, list) else value
+
+
+def small_study(folder: Path, **options: object) -> str:
+    """Two forms of one task."""
+    study = {
+        "base": "smoke",
+        "options": options,
+        "grids": [{"tasks": ["mqar"], "sizes": ["tiny"], "forms": ["mha", "dma"], "lr": [0.01], "seeds": [0]}],
+    }
+    (folder / "small.yaml").write_text(yaml.safe_dump(study))
+    return str(folder / "small.yaml")
+
+
+def processes_in(folder: Path) -> list[int]:
+    """Processes that name a folder, or have one of its files open."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            names = [str(link.readlink()) for link in (process / "fd").iterdir()]
+        except OSError:
+            continue
+        if any(name.startswith(str(folder / "runs")) for name in names):
+            found.append(int(process.name))
+    return found
+
+
+def test_smoke_killed_and_started_again_ends_with_the_same_results(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, printed = run(whole, "smoke")
+    assert code == 0, printed
+    once = results(whole)
+    assert len(once["records"]) == printed.count("\nfinished  ")
+    assert {x["task"] for x in once["records"]} >= {"mqar", "selective-copy", "induction", "needles", "text"}
+
+    process = start(killed, "smoke")
+    for line in process.stdout or ():
+        if line.startswith("finished") and len(results(killed)["records"]) == len(once["records"]) // 2:
+            break
+    process.kill()
+    process.wait()
+    done = results(killed)["records"]
+    code, printed = run(killed, "smoke")
+    assert code == 0, printed
+    assert printed.count("\nfinished  ") == len(once["records"]) - len(done)
+    assert without_machine(results(killed)["records"]) == without_machine(once["records"])
+
+    code, printed = run(killed, "smoke")  # nothing is left to do
+    assert code == 0
+    assert printed.startswith("0 finished")
+
+
+def test_processes_end_with_a_killed_runner(tmp_path: Path) -> None:
+    process = start(tmp_path, small_study(tmp_path, **{"trainer.max_steps": 100_000}))
+    while len(list(tmp_path.rglob("last.ckpt"))) < 2:
+        time.sleep(0.1)
+        assert process.poll() is None, process.communicate()
+    assert len(processes_in(tmp_path)) >= 3
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 60
+    while processes_in(tmp_path):
+        time.sleep(0.1)
+        assert time.monotonic() < end, processes_in(tmp_path)
+
+
+def test_a_deadline_ends_runs_that_go_on_with_the_next_call(tmp_path: Path) -> None:
+    steps = {"trainer.max_steps": 400, "trainer.val_check_interval": 200, "trainer.callbacks.every_n_train_steps": 20}
+    study = small_study(tmp_path, **steps)
+    begun = time.monotonic()
+    process = start(tmp_path, study, "--deadline=45", "--parallel=1")
+    while not (checkpoints := list(tmp_path.rglob("last.ckpt"))):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)  # the same as a deadline that has come
+    printed, _ = process.communicate()
+    assert time.monotonic() - begun < 45
+    assert process.returncode == 1
+    assert re.search(r"^ended     mqar tiny mha, lr 0.01, seed 0: goes on", printed, re.MULTILINE), printed
+    assert "0 finished" in printed
+    step = checkpoints[0].resolve().stem
+    code, printed = run(tmp_path, study, "--only=mha")
+    assert code == 0, printed
+    (log,) = tmp_path.rglob("log.txt")
+    assert f"{step}.ckpt" in log.read_text()  # which it went on from
+    (record,) = results(tmp_path)["records"]
+    assert record["steps"] == 400
+
+
+def test_a_cell_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
+    study = small_study(tmp_path, **{"data.num_pairs": 0})
+    for _ in range(2):
+        code, printed = run(tmp_path, study, "--only=dma")
+        assert code == 1
+        assert re.search(r"^failed    mqar tiny dma.*exit status 1.*num_pairs.*log.txt\)", printed, re.MULTILINE)
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--parallel=0"], "expected parallel >= 1 and a deadline of more than 20 seconds"),
+        (["--deadline=5"], "expected parallel >= 1 and a deadline of more than 20 seconds"),
+    ],
+)
+def test_wrong_arguments_are_told(tmp_path: Path, args: list[str], message: str) -> None:
+    code, printed = run(tmp_path, "smoke", *args)
+    assert code == 1
+    assert message in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_a_missing_variable_is_told_before_anything_runs(tmp_path: Path) -> None:
+    code, printed = run(tmp_path, "first")
+    assert code == 1
+    assert "expected a value of $text, got none; give it by --set text=..." in printed
+    assert not (tmp_path / "runs").exists()
