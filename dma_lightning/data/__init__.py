@@ -12,7 +12,7 @@ Below these: `find_files` and `text_formats` (text as it comes), `arrays`, `shar
 from dma_lightning.data.base import IGNORE_INDEX, Batch, SequenceDataModule
 from dma_lightning.data.induction import InductionDataModule
 from dma_lightning.data.mqar import MQARDataModule, MQARTask
-from dma_lightning.data.needles import NeedleDataModule
+from dma_lightning.data.needles import HaystackDataModule, HaystackTask, NeedleDataModule
 from dma_lightning.data.prepared import PreparedDataModule
 from dma_lightning.data.selective_copy import SelectiveCopyDataModule
 from dma_lightning.data.text import TextDataModule
@@ -20,6 +20,8 @@ from dma_lightning.data.text import TextDataModule
 __all__ = [
     "IGNORE_INDEX",
     "Batch",
+    "HaystackDataModule",
+    "HaystackTask",
     "InductionDataModule",
     "MQARDataModule",
     "MQARTask",

@@ -42,7 +42,9 @@ class Batch(TypedDict):
     `IGNORE_INDEX`. `documents` (int64) and `padding` (bool) `[B, N]` are optional. So is `label_bytes`, int64 `[B]`:
     how many bytes of source text the labels of each sequence stand for. A token stands for what lies between the end of
     the token before it in its document and its own end; an end token stands for none. `is_answer`, bool `[B]`,
-    optional, too, says whether the labels of a sequence are one answer, which is right or wrong as a whole.
+    optional, too, says whether the labels of a sequence are one answer, which is right or wrong as a whole. `length`
+    and `depth`, int64 `[B]`, optional, say how many tokens an example that asks for a needle has, and at how many per
+    cent of its haystack the needle stands.
     """
 
     input_ids: Tensor
@@ -51,6 +53,8 @@ class Batch(TypedDict):
     padding: NotRequired[Tensor]
     label_bytes: NotRequired[Tensor]
     is_answer: NotRequired[Tensor]
+    length: NotRequired[Tensor]
+    depth: NotRequired[Tensor]
 
 
 class SequenceDataModule(RestorableDataModule):
