@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict, cast
 
 import torch
@@ -81,6 +82,11 @@ class SequenceDataModule(RestorableDataModule):
     def bytes_per_token(self) -> float | None:
         """Mean length of a token where the data is text, passed on to the model."""
         return None
+
+    @property
+    def answer_groups(self) -> Mapping[str, Sequence[int]]:
+        """Optional keys of `Batch` that validation tells answers apart by, and the values of each."""
+        return {}
 
     @property
     def fingerprint(self) -> str | None:

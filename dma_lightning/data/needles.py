@@ -40,8 +40,8 @@ class HaystackTask(Protocol):
         """
 
 
-class PaddedTask(HaystackTask, Shape, Protocol):
-    """A task whose examples are padded to one length."""
+class PaddedShape(Shape, Protocol):
+    """Sizes of examples that are padded to one length."""
 
     @property
     def least_length(self) -> int:
@@ -50,6 +50,10 @@ class PaddedTask(HaystackTask, Shape, Protocol):
     @property
     def pad_token(self) -> int:
         """Token of the padding."""
+
+
+class PaddedTask(HaystackTask, PaddedShape, Protocol):
+    """What draws examples that are padded to one length."""
 
 
 @dataclass(frozen=True)
@@ -192,9 +196,9 @@ class NeedleTask:
         return np.concatenate([place, np.arange(fillers) + 0.5]).argsort(kind="stable").tolist()
 
 
-def grid_lengths(task: PaddedTask) -> list[int]:
+def grid_lengths(shape: PaddedShape) -> list[int]:
     """Lengths of validation and test examples: a quarter, a half and all of N, if such examples exist."""
-    return [max(task.least_length, task.sequence_length // part) for part in (4, 2, 1)]
+    return [max(shape.least_length, shape.sequence_length // part) for part in (4, 2, 1)]
 
 
 class NeedleExamples(DrawnExamples):
@@ -235,6 +239,14 @@ class NeedleExamples(DrawnExamples):
 
 class HaystackDataModule(DrawnDataModule, ABC):
     """Needles in haystacks; validation and test go through lengths and depths."""
+
+    needles: PaddedShape
+    """What validation and test examples are like."""
+
+    @property
+    def answer_groups(self) -> dict[str, list[int]]:
+        """Lengths and depths of validation and test examples."""
+        return {"length": sorted({*grid_lengths(self.needles)}), "depth": [*DEPTHS]}
 
     @abstractmethod
     def task_at(self, length: int) -> HaystackTask:
