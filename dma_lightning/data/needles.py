@@ -284,6 +284,8 @@ class NeedleDataModule(HaystackDataModule):
         num_workers: processes that load data beside each training process.
     """
 
+    needles: NeedleTask
+
     task_arguments = (
         "sequence_length", "key_symbols", "value_symbols", "filler_symbols", "key_length", "value_length",
         "num_needles", "values_per_key", "haystack",
