@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dma_lightning import LanguageModel
 from dma_lightning.data import IGNORE_INDEX, NeedleDataModule
-from dma_lightning.data.samplers import PaddedDataset
+from dma_lightning.data.samplers import EvalSampler, PaddedDataset
 from dma_lightning.metrics import AnswerAccuracy, BitsPerByte, EvaluationMetrics, MeanLoss, Perplexity
 
 
@@ -209,3 +209,26 @@ def test_a_model_reports_the_groups_of_each_data_that_it_meets() -> None:
     assert set(module.state_dict()) == weights
     found = quiet_trainer().validate(module, DataLoader(Sequences(4)), verbose=False)[0]
     assert set(found) == {"val/loss", "val/perplexity", "val/accuracy", "val/bits_per_byte"}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_answers_of_all_processes_are_those_of_the_data(ranks: int) -> None:
+    """Of 35 examples, a number that two and three do not divide: what fills up counts in no group."""
+    data = NeedleDataModule(32, 2, 1, 2, key_length=1, value_length=1, val_examples=35)
+    data.setup("validate")
+    counts: dict[str, Tensor] = {}
+    for rank in range(ranks):
+        metrics = EvaluationMetrics(data.vocab_size)
+        metrics.split_answers(data.answer_groups)
+        for index in EvalSampler(35, ranks, rank):
+            batch = torch.utils.data.default_collate([PaddedDataset(data.val_set, IGNORE_INDEX)[index]])
+            said = torch.full((1, 32), 8)  # the only value
+            logits = torch.nn.functional.one_hot(said, data.vocab_size).float()
+            found = dict(metrics.add(batch, logits, torch.tensor(1.0), torch.tensor(1)))
+        for name, metric in found.items():
+            if isinstance(metric, AnswerAccuracy):  # whose processes are added up
+                counts[name] = counts.get(name, 0) + metric.counts
+    lengths, depths = {9: 13, 16: 11, 32: 11}, {depth: 3 + (depth < 20) for depth in range(0, 101, 10)}
+    expected = {"answers": 35} | {f"answers/length_{x}": count for x, count in lengths.items()}
+    expected |= {f"answers/depth_{x}": count for x, count in depths.items()}
+    assert {name: count.tolist() for name, count in counts.items()} == {name: [x, x] for name, x in expected.items()}

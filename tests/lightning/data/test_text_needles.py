@@ -10,7 +10,7 @@ from torch.utils.data import default_collate
 
 from dma_lightning import NeedleDataModule, TextNeedleDataModule
 from dma_lightning.cli import build_cli
-from dma_lightning.data import IGNORE_INDEX, HaystackDataModule, InductionDataModule, TextDataModule
+from dma_lightning.data import IGNORE_INDEX, HaystackDataModule, InductionDataModule, SequenceDataModule
 from dma_lightning.data.needles import DEPTHS
 from dma_lightning.data.text_needles import (
     BOS,
@@ -243,9 +243,15 @@ def test_impossible_needles(tmp_path: Path, changed: dict[str, object], message:
         make_data(tmp_path, **changed)
 
 
-def test_files_are_not_taken_from_a_stranger() -> None:
-    assert TextNeedleDataModule.file_arguments == ("path", "val_path", "cache_dir")
-    assert {*TextDataModule.file_arguments} - {"tokenizer"} <= {*TextNeedleDataModule.file_arguments}
+@pytest.mark.parametrize("name", ["path", "val_path", "cache_dir"])
+def test_files_are_not_taken_from_a_stranger(name: str, tmp_path: Path) -> None:
+    arguments = {"_class_path": "dma_lightning.TextNeedleDataModule", "sequence_length": 300, name: "secret"}
+    torch.save({"datamodule_hyper_parameters": arguments}, tmp_path / "strange.ckpt")
+    for kind in (TextNeedleDataModule, SequenceDataModule):
+        with pytest.raises(ValueError, match=rf"strange\.ckpt: expected files .* got {{'{name}': 'secret'}}"):
+            kind.load_from_checkpoint(tmp_path / "strange.ckpt")
+    data = TextNeedleDataModule.load_from_checkpoint(tmp_path / "strange.ckpt", **{name: str(tmp_path)})
+    assert data.sequence_length == 300
 
 
 def test_other_processes_draw_the_same(data: TextNeedleDataModule, tmp_path: Path) -> None:
