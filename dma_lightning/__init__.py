@@ -28,6 +28,7 @@ from dma_lightning.data import (
     PreparedDataModule,
     SelectiveCopyDataModule,
     TextDataModule,
+    TextNeedleDataModule,
 )
 from dma_lightning.generation import generate, pad_prompts, stream_text, stream_tokens
 from dma_lightning.huggingface import load_doge, save_doge
@@ -66,6 +67,7 @@ __all__ = [
     "SelectiveCopyDataModule",
     "SlidingWindowAttention",
     "TextDataModule",
+    "TextNeedleDataModule",
     "TokenMixer",
     "generate",
     "load_doge",

@@ -172,13 +172,15 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         return self.model(input_ids, documents, padding)
 
     def setup(self, stage: str) -> None:
-        """Refuse what the strategy cannot do.
+        """Report answers by the groups of the data, and refuse what the strategy cannot do.
 
         Raises:
             ValueError: if CUDA graphs are asked for and there is no GPU, or gradients outlive the memory that a graph
                 has; for `predict` by processes that share the weights.
         """
+        groups = getattr(getattr(self.trainer, "datamodule", None), "answer_groups", {})
         for metrics in (self.val_metrics, self.test_metrics):
+            metrics.split_answers(groups)
             metrics.reset()  # their sums may be of an evaluation in inference mode, to which training cannot add
         strategy, accumulate = self.trainer.strategy, self.trainer.accumulate_grad_batches
         if stage == "predict" and isinstance(strategy, ModelParallelStrategy) and self.trainer.world_size > 1:
@@ -343,7 +345,9 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
     def _evaluate(self, batch: Batch, split: Literal["val", "test"], metrics: EvaluationMetrics) -> None:
         _, logits, totals = self._loss(batch)
         for name, metric in metrics.add(batch, logits, totals.nats, totals.labels):
-            self.log(f"{split}/{name}", metric, prog_bar=name in ("loss", "bits_per_byte", "accuracy"))
+            shown, attribute = name in ("loss", "bits_per_byte", "accuracy"), f"{split}_metrics.{name}"
+            # Lightning looks for metrics once, but `setup` makes new ones.
+            self.log(f"{split}/{name}", metric, prog_bar=shown, metric_attribute=attribute)
 
 
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Figures of validation and test: mean loss, perplexity, accuracy of tokens and answers, bits per byte."""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,19 @@ class AnswerAccuracy(Metric):
         return quotient(*self.counts.float())
 
 
+class GroupAccuracy(AnswerAccuracy):
+    """The same of the answers to examples of one group.
+
+    Args:
+        key: of `Batch`, int64 `[B]`.
+        value: what examples of the group have there.
+    """
+
+    def __init__(self, key: str, value: int) -> None:
+        super().__init__()
+        self.key, self.value = key, value
+
+
 class EvaluationMetrics(nn.ModuleDict):
     """What validation and test report, by name.
 
@@ -102,6 +115,17 @@ class EvaluationMetrics(nn.ModuleDict):
         figures = {"loss": MeanLoss(), "perplexity": Perplexity(), "accuracy": accuracy, "bits_per_byte": BitsPerByte()}
         super().__init__(figures | {"answers": AnswerAccuracy()})
 
+    def split_answers(self, groups: Mapping[str, Sequence[int]]) -> None:
+        """Report answers by these groups, too, and by no others.
+
+        Args:
+            groups: keys of `Batch`, and the values of each that answers are told apart by.
+        """
+        for name in [name for name, metric in self.items() if isinstance(metric, GroupAccuracy)]:
+            del self[name]
+        for key, values in groups.items():
+            self.update({f"answers/{key}_{value}": GroupAccuracy(key, value) for value in values})
+
     def reset(self) -> None:
         """Forget all batches."""
         for metric in self._metrics():
@@ -110,12 +134,15 @@ class EvaluationMetrics(nn.ModuleDict):
     def add(self, batch: Batch, logits: Tensor, nats: Tensor, count: Tensor) -> Iterator[tuple[str, Metric]]:
         """Add a batch to each metric; those that it says something about, with their names.
 
+        Which they are depends on the keys of the batch alone, so that all processes report the same.
+
         Args:
             batch: inputs and labels `[B, N]`.
             logits: `[B, N, V]`.
             nats: sum of the losses of all labels.
             count: number of labels.
         """
+        predictions, labels, tensors = logits.argmax(-1), batch["labels"], cast("dict[str, Tensor]", batch)
         for name, metric in zip(self, self._metrics(), strict=True):
             if isinstance(metric, BitsPerByte):
                 if "label_bytes" not in batch:
@@ -123,12 +150,16 @@ class EvaluationMetrics(nn.ModuleDict):
                 metric.update(nats, batch["label_bytes"].sum(dtype=nats.dtype))
             elif isinstance(metric, MeanLoss):
                 metric.update(nats, count)
+            elif isinstance(metric, GroupAccuracy):
+                if not {"is_answer", metric.key} <= tensors.keys():
+                    continue
+                metric.update(predictions, labels, batch["is_answer"] & (tensors[metric.key] == metric.value))
             elif isinstance(metric, AnswerAccuracy):
                 if "is_answer" not in batch:
                     continue
-                metric.update(logits.argmax(-1), batch["labels"], batch["is_answer"])
+                metric.update(predictions, labels, batch["is_answer"])
             else:
-                metric.update(logits.argmax(-1), batch["labels"])
+                metric.update(predictions, labels)
             yield name, metric
 
     def _metrics(self) -> Iterator[Metric]:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict, cast
 
 import torch
@@ -42,7 +43,9 @@ class Batch(TypedDict):
     `IGNORE_INDEX`. `documents` (int64) and `padding` (bool) `[B, N]` are optional. So is `label_bytes`, int64 `[B]`:
     how many bytes of source text the labels of each sequence stand for. A token stands for what lies between the end of
     the token before it in its document and its own end; an end token stands for none. `is_answer`, bool `[B]`,
-    optional, too, says whether the labels of a sequence are one answer, which is right or wrong as a whole.
+    optional, too, says whether the labels of a sequence are one answer, which is right or wrong as a whole. `length`
+    and `depth`, int64 `[B]`, optional, say how many tokens an example that asks for a needle has, and at how many per
+    cent of its haystack the needle stands.
     """
 
     input_ids: Tensor
@@ -51,6 +54,8 @@ class Batch(TypedDict):
     padding: NotRequired[Tensor]
     label_bytes: NotRequired[Tensor]
     is_answer: NotRequired[Tensor]
+    length: NotRequired[Tensor]
+    depth: NotRequired[Tensor]
 
 
 class SequenceDataModule(RestorableDataModule):
@@ -77,6 +82,11 @@ class SequenceDataModule(RestorableDataModule):
     def bytes_per_token(self) -> float | None:
         """Mean length of a token where the data is text, passed on to the model."""
         return None
+
+    @property
+    def answer_groups(self) -> Mapping[str, Sequence[int]]:
+        """Optional keys of `Batch` that validation tells answers apart by, and the values of each."""
+        return {}
 
     @property
     def fingerprint(self) -> str | None:

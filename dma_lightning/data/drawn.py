@@ -64,11 +64,11 @@ class DrawnExamples(Dataset, ABC):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < self.count:
             raise IndexError(index)
-        return self.draw(index) | {"is_answer": torch.ones((), dtype=torch.bool)}
+        return {"is_answer": torch.ones((), dtype=torch.bool)} | self.draw(index)
 
     @abstractmethod
     def draw(self, index: int) -> dict[str, Tensor]:
-        """Inputs and labels `[N]`, and padding if there is some, of an example."""
+        """Inputs and labels `[N]` of an example, and what else a `Batch` says of it; it is an answer, unless told."""
 
 
 class TaskExamples(DrawnExamples):

@@ -7,21 +7,53 @@ The labels are one answer: b1 under the last VAL, and each further token under t
 L tokens of an example, padding behind it up to N sequence length, K tokens of a key, M tokens of a value.
 """
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dma_lightning.data.base import IGNORE_INDEX, Sequences
-from dma_lightning.data.drawn import DrawnDataModule, DrawnExamples
+from dma_lightning.data.drawn import DrawnDataModule, DrawnExamples, Shape
 
 PAD, BOS, KEY, VAL, ASK, END = range(6)
 Haystack = Literal["fillers", "needles"]
 
 DEPTHS = range(0, 101, 10)
 """Depths of validation and test examples, in per cent."""
+
+
+class HaystackTask(Protocol):
+    """What draws examples that ask for a needle in a haystack."""
+
+    def generate(
+        self, seed: int, length: int | None = None, depth: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and labels, int64 `[L]`; the label of a position is the token to say there, or `IGNORE_INDEX`.
+
+        Args:
+            seed: of all that is drawn.
+            length: L. Default: drawn.
+            depth: where the asked needle stands, from 0 to 100 per cent. Default: drawn.
+        """
+
+
+class PaddedShape(Shape, Protocol):
+    """Sizes of examples that are padded to one length."""
+
+    @property
+    def least_length(self) -> int:
+        """Tokens of the shortest example."""
+
+    @property
+    def pad_token(self) -> int:
+        """Token of the padding."""
+
+
+class PaddedTask(HaystackTask, PaddedShape, Protocol):
+    """What draws examples that are padded to one length."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +110,11 @@ class NeedleTask:
     def vocab_size(self) -> int:
         """V, number of different tokens."""
         return 6 + self.key_symbols + self.value_symbols + self.filler_symbols
+
+    @property
+    def pad_token(self) -> int:
+        """Token of the padding."""
+        return PAD
 
     @property
     def keys(self) -> int:
@@ -159,6 +196,11 @@ class NeedleTask:
         return np.concatenate([place, np.arange(fillers) + 0.5]).argsort(kind="stable").tolist()
 
 
+def grid_lengths(shape: PaddedShape) -> list[int]:
+    """Lengths of validation and test examples: a quarter, a half and all of N, if such examples exist."""
+    return [max(shape.least_length, shape.sequence_length // part) for part in (4, 2, 1)]
+
+
 class NeedleExamples(DrawnExamples):
     """Examples with padding behind them.
 
@@ -166,30 +208,59 @@ class NeedleExamples(DrawnExamples):
         task: the generator.
         first_seed: seed of example 0.
         count: number of examples.
-        grid: whether lengths (a quarter, a half and all of N) and depths go in turn; else they are drawn.
+        grid: whether lengths (a quarter, a half and all of N) and depths go in turn, and examples tell them; else they
+            are drawn.
     """
 
-    def __init__(self, task: NeedleTask, first_seed: int, count: int, grid: bool) -> None:
+    def __init__(self, task: PaddedTask, first_seed: int, count: int, grid: bool) -> None:
         super().__init__(first_seed, count)
-        self.task, whole = task, task.sequence_length
-        self.lengths = [max(task.least_length, whole // part) for part in (4, 2, 1)] if grid else None
+        self.task, self.lengths = task, grid_lengths(task) if grid else None
 
     def draw(self, index: int) -> dict[str, Tensor]:
-        length = depth = None
-        if self.lengths is not None:
-            turn, place = divmod(index, len(DEPTHS))
-            length, depth = self.lengths[turn % len(self.lengths)], DEPTHS[place]
-        inputs, labels = self.task.generate(self.first_seed + index, length, depth)
+        seed = self.first_seed + index
+        if self.lengths is None:
+            return self._padded(*self.task.generate(seed))
+        turn, place = divmod(index, len(DEPTHS))
+        length, depth = self.lengths[turn % len(self.lengths)], DEPTHS[place]
+        return self._padded(*self.task.generate(seed, length, depth)) | {
+            "length": torch.tensor(length),
+            "depth": torch.tensor(depth),
+        }
+
+    def _padded(self, inputs: np.ndarray, labels: np.ndarray) -> dict[str, Tensor]:
         missing = (0, self.task.sequence_length - len(inputs))
         padding = np.pad(np.zeros(len(inputs), dtype=bool), missing, constant_values=True)
         return {
-            "input_ids": torch.from_numpy(np.pad(inputs, missing, constant_values=PAD)),
+            "input_ids": torch.from_numpy(np.pad(inputs, missing, constant_values=self.task.pad_token)),
             "labels": torch.from_numpy(np.pad(labels, missing, constant_values=IGNORE_INDEX)),
             "padding": torch.from_numpy(padding),
         }
 
 
-class NeedleDataModule(DrawnDataModule):
+class HaystackDataModule(DrawnDataModule, ABC):
+    """Needles in haystacks; validation and test go through lengths and depths."""
+
+    needles: PaddedShape
+    """What validation and test examples are like."""
+
+    @property
+    def answer_groups(self) -> dict[str, list[int]]:
+        """Lengths and depths of validation and test examples."""
+        return {"length": sorted({*grid_lengths(self.needles)}), "depth": [*DEPTHS]}
+
+    @abstractmethod
+    def task_at(self, length: int) -> HaystackTask:
+        """What draws validation examples of a length, also beyond `sequence_length`; may be called after `setup`.
+
+        Args:
+            length: the most tokens of an example, and what `generate` shall be asked for.
+
+        Raises:
+            ValueError: if there are no such examples.
+        """
+
+
+class NeedleDataModule(HaystackDataModule):
     """Needles in a haystack of tokens, with training, validation and test examples from disjoint seeds.
 
     Training examples have lengths between an eighth of sequence_length and all of it, and any depth. Those of
@@ -212,6 +283,8 @@ class NeedleDataModule(DrawnDataModule):
         batch_size: sequences in a batch of each process.
         num_workers: processes that load data beside each training process.
     """
+
+    needles: NeedleTask
 
     task_arguments = (
         "sequence_length", "key_symbols", "value_symbols", "filler_symbols", "key_length", "value_length",
@@ -246,3 +319,6 @@ class NeedleDataModule(DrawnDataModule):
 
     def examples(self, split: int, first_seed: int, count: int) -> Sequences:
         return NeedleExamples(self.needles, first_seed, count, grid=split > 0)
+
+    def task_at(self, length: int) -> HaystackTask:
+        return replace(self.needles, sequence_length=length)

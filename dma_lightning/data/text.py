@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -130,30 +130,31 @@ class TextDataModule(TokenizedDataModule):
 
     def setup(self, stage: str) -> None:
         """Map the array and split it."""
-        cache, record = self._cache, self._cache.read()
-        tokens = record.tokens
-        border = tokens - round(tokens * self.val_fraction)
-        train, val = (
-            Shard(
-                str(cache.array),
-                None,
-                cache.dtype.name,
-                start,
-                stop,
-                str(cache.lengths) if cache.with_lengths else None,
-                record.lengths_dtype if cache.with_lengths else None,
-                byte_tokens=not cache.with_lengths,
-            )
-            for start, stop in ((0, border), (border, tokens))
-        )
+        train, val = self.part("train"), self.part("val")
         self.train_set = TokenWindows([train], self.sequence_length)
         self.val_set = self.test_set = TokenWindows([val], self.sequence_length)
         if not (len(self.train_set) and len(self.val_set)):
             raise ValueError(
-                f"text of {tokens} tokens: the training and validation parts ({border} and "
-                f"{tokens - border} tokens) must each exceed sequence_length = {self.sequence_length}; "
+                f"text of {val.stop} tokens: the training and validation parts ({val.start} and "
+                f"{val.stop - val.start} tokens) must each exceed sequence_length = {self.sequence_length}; "
                 "give more text, shorten sequence_length or change val_fraction"
             )
+
+    def part(self, name: Literal["all", "train", "val"]) -> Shard:
+        """All tokens of the array that `prepare_data` has written, or its first or last."""
+        cache, record = self._cache, self._cache.read()
+        tokens, border = record.tokens, record.tokens - round(record.tokens * self.val_fraction)
+        start, stop = {"all": (0, tokens), "train": (0, border), "val": (border, tokens)}[name]
+        return Shard(
+            str(cache.array),
+            None,
+            cache.dtype.name,
+            start,
+            stop,
+            str(cache.lengths) if cache.with_lengths else None,
+            record.lengths_dtype if cache.with_lengths else None,
+            byte_tokens=not cache.with_lengths,
+        )
 
     @cached_property
     def _content(self) -> tuple[str, int]:

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dma_lightning import LanguageModel
-from dma_lightning.data import IGNORE_INDEX
-from dma_lightning.metrics import AnswerAccuracy, BitsPerByte, MeanLoss, Perplexity
+from dma_lightning.data import IGNORE_INDEX, NeedleDataModule
+from dma_lightning.data.samplers import EvalSampler, PaddedDataset
+from dma_lightning.metrics import AnswerAccuracy, BitsPerByte, EvaluationMetrics, MeanLoss, Perplexity
 
 
 class Sequences(Dataset):
@@ -145,3 +146,89 @@ def test_an_answer_is_right_as_a_whole() -> None:
     assert answers.compute().item() == 0.5
     answers.reset()
     assert answers.compute().isnan()
+
+
+def one_hot(tokens: Tensor) -> Tensor:
+    """Logits that say these tokens."""
+    return torch.nn.functional.one_hot(tokens, 8).float()
+
+
+def test_answers_are_told_apart_by_the_groups_of_the_data() -> None:
+    labels = torch.tensor([[-100, 1, 2], [-100, 3, 4], [-100, 5, 6], [-100, 7, 7]])
+    said = torch.tensor([[0, 1, 2], [0, 3, 3], [0, 5, 6], [0, 7, 7]])
+    fields = {
+        "length": torch.tensor([16, 16, 32, 32]),
+        "depth": torch.tensor([0, 50, 50, 0]),
+        "is_answer": torch.tensor([True, True, True, False]),
+    }
+    items = [{"labels": row} | {name: x[i] for name, x in fields.items()} for i, row in enumerate(labels)]
+    padded = PaddedDataset(items, IGNORE_INDEX)
+    metrics = EvaluationMetrics(8)
+    metrics.split_answers({"length": [8], "other": [1]})  # of other data, before
+    metrics.split_answers({"length": [16, 32, 64], "depth": [0, 50]})
+    for part in ((0, 1), (2, 3), (4, 5)):  # the last two sequences are padding
+        batch = torch.utils.data.default_collate([padded[i] for i in part])
+        predictions = one_hot(said[torch.tensor(part) % 4])
+        found = dict(metrics.add(batch, predictions, torch.tensor(1.0), torch.tensor(2)))
+    figures = {name: metric.compute().item() for name, metric in found.items() if name.startswith("answers")}
+    assert math.isnan(figures.pop("answers/length_64"))
+    assert figures == {
+        "answers": pytest.approx(2 / 3),
+        "answers/length_16": 0.5,
+        "answers/length_32": 1,
+        "answers/depth_0": 1,
+        "answers/depth_50": 0.5,
+    }
+    assert not metrics.state_dict()
+
+
+def test_batches_without_groups_report_none() -> None:
+    metrics = EvaluationMetrics(8)
+    metrics.split_answers({"length": [16]})
+    batch = {"labels": torch.tensor([[1, 2]]), "is_answer": torch.tensor([True])}
+    found = dict(metrics.add(batch, one_hot(batch["labels"]), torch.tensor(1.0), torch.tensor(2)))
+    assert set(found) == {"loss", "perplexity", "accuracy", "answers"}
+
+
+def test_a_model_reports_the_groups_of_each_data_that_it_meets() -> None:
+    module = small_model()
+    weights = set(module.state_dict())
+    symbols = {"key_symbols": 8, "value_symbols": 8, "filler_symbols": 8, "key_length": 1, "value_length": 1}
+    plain = {"loss", "perplexity", "accuracy", "answers"}
+    depths = {f"answers/depth_{depth}" for depth in range(0, 101, 10)}
+    for length, lengths in ((20, (9, 10, 20)), (32, (9, 16, 32))):  # the least is 9
+        data = NeedleDataModule(length, **symbols, train_examples=4, val_examples=33, test_examples=5, batch_size=4)
+        trainer = quiet_trainer(max_steps=1)
+        trainer.fit(module, data)
+        expected = plain | depths | {f"answers/length_{x}" for x in lengths}
+        assert set(trainer.callback_metrics) >= {f"val/{name}" for name in expected}
+        found = trainer.test(module, data, verbose=False)[0]
+        assert set(found) == {f"test/{name}" for name in expected}
+        assert math.isnan(found["test/answers/depth_50"])  # five examples reach 40
+        assert found["test/answers/depth_40"] in (0, 1)
+    assert set(module.state_dict()) == weights
+    found = quiet_trainer().validate(module, DataLoader(Sequences(4)), verbose=False)[0]
+    assert set(found) == {"val/loss", "val/perplexity", "val/accuracy", "val/bits_per_byte"}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_answers_of_all_processes_are_those_of_the_data(ranks: int) -> None:
+    """Of 35 examples, a number that two and three do not divide: what fills up counts in no group."""
+    data = NeedleDataModule(32, 2, 1, 2, key_length=1, value_length=1, val_examples=35)
+    data.setup("validate")
+    counts: dict[str, Tensor] = {}
+    for rank in range(ranks):
+        metrics = EvaluationMetrics(data.vocab_size)
+        metrics.split_answers(data.answer_groups)
+        for index in EvalSampler(35, ranks, rank):
+            batch = torch.utils.data.default_collate([PaddedDataset(data.val_set, IGNORE_INDEX)[index]])
+            said = torch.full((1, 32), 8)  # the only value
+            logits = torch.nn.functional.one_hot(said, data.vocab_size).float()
+            found = dict(metrics.add(batch, logits, torch.tensor(1.0), torch.tensor(1)))
+        for name, metric in found.items():
+            if isinstance(metric, AnswerAccuracy):  # whose processes are added up
+                counts[name] = counts.get(name, 0) + metric.counts
+    lengths, depths = {9: 13, 16: 11, 32: 11}, {depth: 3 + (depth < 20) for depth in range(0, 101, 10)}
+    expected = {"answers": 35} | {f"answers/length_{x}": count for x, count in lengths.items()}
+    expected |= {f"answers/depth_{x}": count for x, count in depths.items()}
+    assert {name: count.tolist() for name, count in counts.items()} == {name: [x, x] for name, x in expected.items()}

@@ -107,6 +107,30 @@ def test_validation_goes_through_depths_and_lengths() -> None:
         data.val_set[66]
 
 
+def test_grid_examples_tell_their_length_and_depth() -> None:
+    data = NeedleDataModule(64, **SMALL, train_examples=50, val_examples=66, test_examples=33)
+    data.setup("fit")
+    assert data.answer_groups == {"length": [16, 32, 64], "depth": [*DEPTHS]}
+    for index in range(66):
+        item = data.val_set[index]
+        assert item["length"] == (~item["padding"]).sum()
+        assert item["depth"] == DEPTHS[index % 11]
+        assert item["length"].dtype == item["depth"].dtype == torch.int64
+    assert set(data.train_set[0]) == {"input_ids", "labels", "padding", "is_answer"}
+    assert NeedleDataModule(24, **SMALL).answer_groups["length"] == [15, 24]  # a quarter and a half are too short
+
+
+@pytest.mark.parametrize("length", [15, 60, 257])
+def test_tasks_of_any_length(length: int) -> None:
+    task = NeedleDataModule(60, **SMALL).task_at(length)
+    inputs, labels = task.generate(3, length, 70)
+    (needle,), asked, _ = read(inputs)
+    assert len(inputs) == length
+    assert needle == (1 + round(0.7 * (length - 15)), asked, tuple(labels[-3:].tolist()))
+    with pytest.raises(ValueError, match="sequence_length: expected at least 15 for these needles, got 14"):
+        NeedleDataModule(60, **SMALL).task_at(14)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

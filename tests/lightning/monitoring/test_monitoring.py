@@ -45,10 +45,12 @@ def events(folder: Path) -> EventAccumulator:
 
 
 def tags(read: EventAccumulator) -> set[str]:
-    """Names of everything in the event files, as TensorBoard shows them; layers are all called 0."""
+    """Names of everything in the event files, as TensorBoard shows them; those with numbers all have the same."""
     found = {tag for kind in ("scalars", "images", "histograms", "tensors") for tag in read.Tags()[kind]}
     found |= set(read.PluginTagToContent("hparams"))
-    return {re.sub(r"layer_\d+", "layer_0", tag.removesuffix("/text_summary")) for tag in found}
+    for name, number in (("layer", 0), ("length", 256), ("depth", 50)):
+        found = {re.sub(rf"\b{name}_\d+", f"{name}_{number}", tag) for tag in found}
+    return {tag.removesuffix("/text_summary") for tag in found}
 
 
 def documented(*sections: str) -> set[str]:
@@ -82,14 +84,26 @@ def test_other_attentions_show_what_all_share(attention: str, tmp_path: Path) ->
     assert tags(events(tmp_path)) == documented(*SHARED)
 
 
-def test_drawn_tasks_report_whole_answers(tmp_path: Path) -> None:
-    layers = [f"--config={ROOT}/configs/{name}.yaml" for name in ("model/tiny", "data/induction", "trainer/mqar")]
+@pytest.mark.parametrize(
+    ("config", "sections"),
+    [
+        ("induction", ["Drawn tasks"]),
+        ("needles", ["Drawn tasks", "Needles"]),
+        ("text-needles", ["Drawn tasks", "Needles"]),
+    ],
+)
+def test_drawn_tasks_report_whole_answers(config: str, sections: list[str], tmp_path: Path) -> None:
+    layers = [f"--config={ROOT}/configs/{name}.yaml" for name in ("model/tiny", f"data/{config}", "trainer/mqar")]
     paths = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.logger.init_args.name=cpu"]
     paths += ["--data.val_examples=4", f"--trainer.max_steps={STEPS}"]
+    if config == "text-needles":
+        paths += [f"--data.cache_dir={tmp_path / 'cache'}", "--data.sequence_length=160"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         build_cli(["fit", *layers, *SMALL, *SHORT, *LIMITS, *paths])
-    assert documented("Drawn tasks") <= tags(events(tmp_path))
+    found = tags(events(tmp_path))
+    assert documented(*sections) <= found
+    assert any("answers/" in tag for tag in found) == ("Needles" in sections)
 
 
 def test_figures_stand_at_the_same_steps(dma: EventAccumulator) -> None:

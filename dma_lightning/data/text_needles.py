@@ -1,0 +1,325 @@
+"""Needles in a haystack of text: say the code that was told of a word, wherever that was.
+
+    BOS sentences … The code of <word> is <6 digits>. … sentences The code of <word> is <6 digits>      labels: digits .
+
+Bytes are tokens. In validation and test the labels are the answer alone: the first digit under the last space of the
+question, and each further byte under the one before it. In training every byte is a label, and most examples are plain
+text.
+
+L tokens of an example, padding behind it up to N sequence length.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dma_lightning.data.base import IGNORE_INDEX, Sequences
+from dma_lightning.data.needles import HaystackDataModule, HaystackTask, NeedleExamples
+from dma_lightning.data.shards import Shard
+from dma_lightning.data.text import TextDataModule
+from dma_lightning.tokenizers import ByteTokenizer
+
+BOS, PAD = 256, 257
+
+_ALL_WORDS = """
+    anchor apple arrow autumn badge balcony barn basket beacon beetle blanket border bottle branch bridge bronze bucket
+    butter button cabin camel candle canyon carpet castle cellar chalk cherry circle clover coffee comet copper corner
+    cotton cradle crystal curtain desert dolphin donkey dragon eagle ember engine falcon feather fiddle finger flower
+    forest fountain garden garlic ginger glacier gravel hammer harbor harvest helmet honey island ivory jacket jungle
+    kettle kitten ladder lantern lemon lizard magnet maple marble market meadow melon mirror morning mountain needle
+    nutmeg ocean olive onion orchard oyster paddle palace parrot pebble pepper pillow planet pocket puzzle quarry rabbit
+    raven ribbon river rocket saddle sailor salmon shadow silver spider spring stable summer sunset tablet temple
+    thunder timber tunnel turtle valley velvet violin walnut whistle willow window winter zebra
+"""
+WORDS = tuple(_ALL_WORDS.split())
+HELD_OUT_WORDS = WORDS[::4]
+"""Words of validation and test."""
+TRAINING_WORDS = tuple(word for word in WORDS if word not in HELD_OUT_WORDS)
+
+_QUESTION, _ANSWER = "The code of {word} is ", "{code:06d}."
+_CODES = 10**6
+_ANSWER_LENGTH = 7  # bytes
+_SENTENCE_END = re.compile(rb"[.!?][\"')\]]*\s+")  # with the space behind it
+_LOOK_BACK = 4096  # bytes
+
+
+@dataclass(frozen=True)
+class TextNeedles:
+    """What examples are like.
+
+    Attributes:
+        sequence_length: N, the most tokens of an example.
+        words: of needles.
+        max_needles: the most needles of an example, each of another word.
+        needle_fraction: share of examples with needles; the others are N tokens of text.
+        label_text: whether every byte has a label, or those of the answer alone.
+
+    Raises:
+        ValueError: if such an example does not exist.
+    """
+
+    sequence_length: int
+    words: tuple[str, ...]
+    max_needles: int = 1
+    needle_fraction: float = 1.0
+    label_text: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.needle_fraction <= 1:
+            raise ValueError(f"needle_fraction: expected a share from 0 to 1, got {self.needle_fraction}")
+        if not 1 <= self.max_needles <= len(self.words):
+            raise ValueError(
+                f"max_needles: expected from 1 to {len(self.words)}, a word for each, got {self.max_needles}"
+            )
+        if self.sequence_length < self.least_length:
+            raise ValueError(
+                f"sequence_length: expected at least {self.least_length} for a question and up to {self.max_needles} "
+                f"needles, got {self.sequence_length}; raise it or lower max_needles"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """V, number of different tokens."""
+        return 258
+
+    @property
+    def pad_token(self) -> int:
+        """Token of the padding."""
+        return PAD
+
+    @property
+    def least_length(self) -> int:
+        """Tokens of the shortest example that has room for the longest words."""
+        told = len(_QUESTION.format(word=max(self.words, key=len))) + _ANSWER_LENGTH
+        return told + self.max_needles * (told + 1)
+
+
+@dataclass(frozen=True)
+class TextNeedleTask:
+    """The generator of examples.
+
+    Attributes:
+        needles: what examples are like.
+        text: bytes of the haystacks, at least N.
+    """
+
+    needles: TextNeedles
+    text: Shard
+
+    @property
+    def vocab_size(self) -> int:
+        """V, number of different tokens."""
+        return self.needles.vocab_size
+
+    @property
+    def sequence_length(self) -> int:
+        """N, the most tokens of an example."""
+        return self.needles.sequence_length
+
+    @property
+    def least_length(self) -> int:
+        """Tokens of the shortest example that has room for the longest words."""
+        return self.needles.least_length
+
+    @property
+    def pad_token(self) -> int:
+        """Token of the padding."""
+        return self.needles.pad_token
+
+    def generate(
+        self, seed: int, length: int | None = None, depth: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw an example, in the order: whether it has needles, length, depth, words, codes, other depths, text.
+
+        Args:
+            seed: of all that is drawn.
+            length: L. Default: N for plain text, else drawn, from an eighth of N on, or `least_length` if that is more.
+            depth: where the asked needle stands in the haystack: from 0, at the beginning, to 100, before the question
+                (and before needles that come to the same place); between these at the end of the sentence before, or at
+                the beginning if there is none. Default: drawn.
+
+        Returns:
+            Inputs and labels, int64 `[L]`.
+        """
+        random = np.random.RandomState(seed)  # the legacy generator, whose draws never change
+        has_needles = random.random_sample() < self.needles.needle_fraction
+        if has_needles:
+            text = self._question(random, length, depth)
+        else:
+            text = self._passage(random, self.sequence_length if length is None else length)
+        tokens = np.concatenate([[BOS], np.frombuffer(text, np.uint8)]).astype(np.int64)
+        inputs, labels = tokens[:-1], tokens[1:].copy()
+        if has_needles and not self.needles.label_text:
+            labels[:-_ANSWER_LENGTH] = IGNORE_INDEX
+        return inputs, labels
+
+    def _question(self, random: np.random.RandomState, length: int | None, depth: float | None) -> bytes:
+        """A haystack with needles, a question about the first that was drawn, and the answer."""
+        if length is None:
+            length = random.randint(max(self.least_length, self.sequence_length // 8), self.sequence_length + 1)
+        depth = 100 * random.random_sample() if depth is None else depth
+        count = random.randint(1, self.needles.max_needles + 1)
+        questions = [_QUESTION.format(word=word) for word in random.choice(self.needles.words, count, replace=False)]
+        answers = [_ANSWER.format(code=code) for code in random.randint(_CODES, size=count)]
+        needles = [f"{question}{answer} ".encode() for question, answer in zip(questions, answers, strict=True)]
+        asked = f"{questions[0]}{answers[0]}".encode()
+        depths = [depth, *(100 * random.random_sample(count - 1))]
+        hay = self._passage(random, length - len(asked) - sum(map(len, needles)))
+        ends = _sentence_ends(hay)
+        places = [_place(len(hay), ends, x) for x in depths]
+        parts, done = [], 0
+        for i in np.argsort(places, kind="stable"):
+            parts += [hay[done : places[i]], needles[i]]
+            done = places[i]
+        return b"".join([*parts, hay[done:], asked])
+
+    def _passage(self, random: np.random.RandomState, size: int) -> bytes:
+        """Text that begins at a sentence, or anywhere if there is no end of one in a long stretch before."""
+        place = random.randint(self.text.stop - self.text.start - size + 1)
+        first = max(0, place - _LOOK_BACK)
+        ends = _sentence_ends(self.text.tokens[first:place].tobytes())
+        start = first + ends[-1] if ends else place if first else 0
+        return self.text.tokens[start : start + size].tobytes()
+
+
+class MixedExamples(NeedleExamples):
+    """Training examples, plain text and needles, whose labels are bytes of text and no answers."""
+
+    def draw(self, index: int) -> dict[str, Tensor]:
+        item = super().draw(index)
+        label_bytes = (item["labels"] != IGNORE_INDEX).sum()
+        return item | {"is_answer": torch.zeros((), dtype=torch.bool), "label_bytes": label_bytes}
+
+
+class TextNeedleDataModule(HaystackDataModule):
+    """Needles in a haystack of text, byte by byte, with other words in validation and test than in training.
+
+    A part of the training examples has 1 to max_needles needles, a length between an eighth of sequence_length and all
+    of it, and a question about one of the needles, which stands at any depth; the others are plain text. Examples of
+    validation and test have one needle. They go through depths of 0, 10, ... 100 per cent, and a quarter, a half and
+    all of the length. Text is read and cached as `TextDataModule` does it.
+
+    Args:
+        path: a file, a folder (all files below it that are not hidden) or a glob. Default: the English help topics
+            that every Python carries (`pydoc_data.topics`).
+        sequence_length: the most tokens of an example; shorter ones are padded.
+        needle_fraction: share of training examples with needles.
+        max_needles: the most needles of a training example.
+        val_path: another text, for validation and test.
+        val_fraction: share of the text, at its end, that is kept for validation and test, unless val_path is given.
+        train_examples: number of training examples.
+        val_examples: number of validation examples; 33 have each depth in each length.
+        test_examples: number of test examples, which `predict` uses too.
+        seed: number of the data set; data sets of equal sizes and different seeds share no example.
+        batch_size: sequences in a batch of each process.
+        num_workers: processes that load data beside each training process.
+        cache_dir: where the text is kept. Default: `dma-lightning` in the user's cache folder.
+
+    Raises:
+        ValueError: if there are no such examples; in `prepare_data` or `setup`, if a path holds no text, or the text is
+            too short or changes while it is read.
+    """
+
+    needles: TextNeedles
+
+    file_arguments = ("path", "val_path", "cache_dir")
+    task_arguments = ("sequence_length", "needle_fraction", "max_needles")
+
+    def __init__(
+        self,
+        path: str | None = None,
+        sequence_length: int = 1024,
+        needle_fraction: float = 0.2,
+        max_needles: int = 4,
+        val_path: str | None = None,
+        val_fraction: float = 0.1,
+        train_examples: int = 1_000_000,
+        val_examples: int = 990,
+        test_examples: int = 990,
+        seed: int = 0,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        self.mixture = TextNeedles(sequence_length, TRAINING_WORDS, max_needles, needle_fraction, label_text=True)
+        self.needles = TextNeedles(sequence_length, HELD_OUT_WORDS)
+        self.tokenizer = ByteTokenizer()  # of pictures and samples
+        super().__init__(self.needles, (train_examples, val_examples, test_examples), seed, batch_size, num_workers)
+        self.save_hyperparameters()
+        self.text = _text(path, cache_dir, val_fraction)
+        self.val_text = None if val_path is None else _text(val_path, cache_dir, val_fraction)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Mean length of a token."""
+        return 1.0
+
+    @property
+    def fingerprint(self) -> str:
+        """All that training examples are drawn from."""
+        text = self._training_text
+        return f"{super().fingerprint}, {text.stop} bytes of {Path(text.tokens_file).stem}"
+
+    def prepare_data(self) -> None:
+        """Write the arrays of the texts, unless they are there and whole. Called on one process per node."""
+        for text in (self.text, self.val_text):
+            if text is not None:
+                text.prepare_data()
+
+    def examples(self, split: int, first_seed: int, count: int) -> Sequences:
+        if split > 0:
+            return NeedleExamples(self._asking(self.needles), first_seed, count, grid=True)
+        text = self._training_text
+        _check_size(text, self.sequence_length, "training")
+        return MixedExamples(TextNeedleTask(self.mixture, text), first_seed, count, grid=False)
+
+    def task_at(self, length: int) -> HaystackTask:
+        return self._asking(replace(self.needles, sequence_length=length))
+
+    def _asking(self, needles: TextNeedles) -> TextNeedleTask:
+        """What draws examples of validation and test."""
+        text = self.text.part("val") if self.val_text is None else self.val_text.part("all")
+        _check_size(text, needles.sequence_length, "validation")
+        return TextNeedleTask(needles, text)
+
+    @property
+    def _training_text(self) -> Shard:
+        return self.text.part("train" if self.val_text is None else "all")
+
+
+def _text(path: str | None, cache_dir: str | None, val_fraction: float) -> TextDataModule:
+    """What reads a text. Made within `__init__` above, it would save the arguments of both as its own."""
+    return TextDataModule(path, val_fraction=val_fraction, cache_dir=cache_dir)
+
+
+def _check_size(text: Shard, length: int, name: str) -> None:
+    """That examples of a length can be cut out of a text.
+
+    Raises:
+        ValueError: if it is too short.
+    """
+    if (size := text.stop - text.start) < length:
+        raise ValueError(
+            f"expected at least {length} bytes of {name} text for examples of {length} tokens, got {size}; give more "
+            "text, ask for shorter examples, or change val_fraction or val_path"
+        )
+
+
+def _sentence_ends(text: bytes) -> list[int]:
+    """Where sentences end, behind the space that follows."""
+    return [end.end() for end in _SENTENCE_END.finditer(text)]
+
+
+def _place(size: int, ends: Sequence[int], depth: float) -> int:
+    """Where in a haystack of so many bytes, in which sentences end there, the needle of a depth stands."""
+    place = round(depth / 100 * size)
+    if depth >= 100:
+        return place
+    before = bisect_right(ends, place)
+    return ends[before - 1] if before else 0
