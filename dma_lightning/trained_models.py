@@ -7,7 +7,7 @@ import torch
 
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.saved_run import SavedRun
-from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
+from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer, FileTokenizer, Tokenizer
 
 
 def load_checkpoint(path: Path, device: str, backend: str | None = None) -> LanguageModel:
@@ -74,7 +74,7 @@ def model_of(saved: SavedRun, device: str, backend: str | None = None) -> Langua
     return module.to(device).eval()
 
 
-def saved_tokenizer(saved: SavedRun, module: LanguageModel) -> Tokenizer:
+def saved_tokenizer(saved: SavedRun, module: LanguageModel) -> DataTokenizer:
     """The tokenizer of an opened checkpoint, as `tokenizer_of` gives it; `module` is its model.
 
     Raises:
