@@ -56,10 +56,10 @@ class Scores:
     @property
     def accuracy(self) -> float:
         """Share of labels that are the likeliest token; NaN if there are none."""
-        return (self.right.sum() / self.labels.sum()).item()
+        return (self.right.sum().double() / self.labels.sum()).item()
 
     @property
     def answers(self) -> float:
         """Share of the sequences with labels in which all of them are the likeliest token."""
         answers = self.labels > 0
-        return ((self.right == self.labels) & answers).sum().div(answers.sum()).item()
+        return ((self.right == self.labels) & answers).sum().double().div(answers.sum()).item()

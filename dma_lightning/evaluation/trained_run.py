@@ -1,5 +1,6 @@
 """A checkpoint to evaluate, and its data at another length."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,5 +136,5 @@ def possible_lengths(lengths: Sequence[int], make: Callable[[int], Made]) -> dic
         first = errors[lengths[0]]
         raise ValueError(f"lengths: expected one that the data can have, got {list(lengths)}: {first}") from first
     for length, reason in errors.items():
-        print(f"length {length:,} is left out: {reason}")
+        print(f"length {length:,} is left out: {reason}", file=sys.stderr)
     return made
