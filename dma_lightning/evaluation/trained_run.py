@@ -19,9 +19,6 @@ LENGTH_FACTORS = (0.25, 0.5, 1, 1.5, 2, 4, 8)
 
 Made = TypeVar("Made")
 
-# Files of data that need not be those of the training: where arrays are kept, and another text for validation.
-_NOT_NEEDED = ("cache_dir", "val_path")
-
 
 @dataclass(frozen=True, eq=False)
 class TrainedRun:
@@ -89,17 +86,20 @@ class TrainedRun:
                 f"{found.class_path or 'one that names no data'}"
             )
         files = found.kind.file_arguments
-        given = {} if path is None else {"path": path}
+        given: dict[str, Any] = {} if path is None else {"path": path}
         if strange := (given | changed).keys() - {"sequence_length", *files}:
             raise ValueError(f"{sorted(strange)[0]}: expected none, since {found.kind.__name__} reads no such file")
-        replaced = [name for name in _NOT_NEEDED if name in files and (path is not None or name in found.files)]
-        changed = dict.fromkeys(replaced) | given | changed
+        if path is not None and "val_path" in files:
+            given["val_path"] = None  # else that text would be read
+        if "cache_dir" in found.files:
+            given["cache_dir"] = None  # arrays may be anywhere
+        changed = given | changed
         if missing := {name: x for name, x in found.files.items() if name not in changed}:
             raise ValueError(
                 f"{self.saved.path}: expected files that its run's configuration names, got {missing}; name your own "
                 f"by {' and '.join(f'--{name}' for name in missing)}"
             )
-        module = found.kind.load_from_checkpoint(self.saved.path, **changed)
+        module = self.saved.data_module(**changed)
         assert isinstance(module, SequenceDataModule)  # as all data of ours
         return module
 
