@@ -44,7 +44,8 @@ def extrapolation(
         chunk_size: positions that are read at once.
         device: where to compute, such as cpu or cuda:1; by default the GPU if there is one.
         backend: attention backend, if not the checkpoint's.
-        path: text, or a folder of `prepare`, whose validation part is read, if not the checkpoint's.
+        path: text, or a folder of `prepare`, if not the checkpoint's. Of plain text, the last part is read, of which
+            the training has kept as much for validation.
         tokenizer: the tokenizer.json of the checkpoint, where that lies elsewhere now.
         full_cache: keep all keys, for comparison; but for rounding, the figures are the same.
         output: a JSON file to write all figures to; none may be there.

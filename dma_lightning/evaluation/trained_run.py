@@ -72,7 +72,8 @@ class TrainedRun:
         """The data of the training, with other arguments.
 
         Args:
-            path: text of the user, instead of the one that the checkpoint names.
+            path: text of the user, instead of the one that the checkpoint names. All of it is for the evaluation, or
+                its validation part where data does not take a text for that.
             changed: further arguments that replace the checkpoint's.
 
         Raises:
@@ -90,7 +91,7 @@ class TrainedRun:
         if strange := (given | changed).keys() - {"sequence_length", *files}:
             raise ValueError(f"{sorted(strange)[0]}: expected none, since {found.kind.__name__} reads no such file")
         if path is not None and "val_path" in files:
-            given["val_path"] = None  # else that text would be read
+            given["val_path"] = path  # so all of it is for the evaluation
         if "cache_dir" in found.files:
             given["cache_dir"] = None  # arrays may be anywhere
         changed = given | changed
@@ -109,12 +110,14 @@ class TrainedRun:
         Raises:
             ValueError: if it was trained on something else.
         """
-        module = self.data(path)
-        if not isinstance(module, HaystackDataModule):
+        kind = self.saved.data.kind
+        if kind is not None and not issubclass(kind, HaystackDataModule):
             raise ValueError(
-                f"{self.saved.path}: expected a checkpoint that was trained on needles, got one on "
-                f"{type(module).__name__}; see `extrapolation`"
+                f"{self.saved.path}: expected a checkpoint that was trained on needles, got one on {kind.__name__}; "
+                "see `extrapolation`"
             )
+        module = self.data(path)
+        assert isinstance(module, HaystackDataModule)
         module.prepare_data()
         module.setup("test")
         return module
