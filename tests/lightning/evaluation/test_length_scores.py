@@ -94,6 +94,13 @@ def test_cost_counts_what_the_cache_holds(attention: str) -> None:
     assert (cost.batch_size, cost.peak_memory_bytes) == (3, None)
 
 
+def test_no_more_than_a_chunk_is_read_at_once() -> None:
+    model, read = make_model("dma"), []
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: read.append(logits.shape[1]))
+    length_scores(Reader(model, chunk_size=10), Texts(), examples=5, batch_size=5)
+    assert max(read) == 10
+
+
 @pytest.mark.parametrize("attention", ["dma", "swa"])
 def test_the_cache_of_a_window_does_not_grow(attention: str) -> None:
     reader, sizes = Reader(make_model(attention), chunk_size=32), []
