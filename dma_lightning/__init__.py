@@ -13,7 +13,7 @@ How it is trained:
 - `data`: data modules; `metrics`, `schedules`, `step_means`: what the LightningModule in `language_model` computes with
 - `callbacks`: act on a run; `monitoring`: only watch it
 - `checkpoints`: written, checked and read; `saved_run`: one that is opened once, and what it says
-- `trained_models`: models out of checkpoints, to infer with
+- `trained_models`: models out of checkpoints, to infer with; `evaluation`: what they can do, at other lengths, too
 - `strategies`: FSDP2; `distributed`: what processes agree on; `trainer_state`: Lightning's private names
 - `cli`: the command line, one file a command
 

@@ -112,7 +112,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         self.save_hyperparameters()
         self.model = DogeForCausalLM(ModelConfig(**config))
         self.model.activation_checkpointing = activation_checkpointing
-        self._token_losses = _token_losses
+        self._token_losses = token_losses
         self._batches: list[StepTotals] = []  # of the step that is being made
         self._restored = False  # whether optimizer and schedule are those of a checkpoint
         self.step_loss: Tensor | None = None
@@ -203,7 +203,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             torch._dynamo.config.optimize_ddp = False
             for layer in self.model.layers:
                 layer.compile(options=_INDUCTOR | {"triton.cudagraphs": self.hparams.cuda_graphs})
-            self._token_losses = torch.compile(_token_losses)  # else the logits are written out in float32, twice
+            self._token_losses = torch.compile(token_losses)  # else the logits are written out in float32, twice
         if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
             for module in (*self.model.layers, self.model):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
@@ -350,8 +350,8 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             self.log(f"{split}/{name}", metric, prog_bar=shown, metric_attribute=attribute)
 
 
-def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy in nats at every position `[B, N]`; 0 where the label is ignored."""
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy in nats of logits `[B, N, V]` at every position, `[B, N]`; 0 where the label is ignored."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view_as(
         labels

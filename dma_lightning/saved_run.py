@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from dma_lightning.checkpoints.arguments import model_arguments
 from dma_lightning.checkpoints.io import read_checkpoint, read_newest
 from dma_lightning.checkpoints.weights import Weights, saved_weights
-from dma_lightning.data.restoring import SavedData, data_arguments
+from dma_lightning.data.restoring import RestorableDataModule, SavedData, data_arguments
 from dma_lightning.data.text import TOKENIZER_KEY
 from dma_lightning.files.reading import as_kind
 
@@ -71,6 +71,10 @@ class SavedRun:
             ValueError: if an argument is unknown or has another type.
         """
         return data_arguments(self.content, self.path)
+
+    def data_module(self, **changed: Any) -> RestorableDataModule:
+        """The data module; arguments and errors are those of `RestorableDataModule.load_from_checkpoint`."""
+        return self.data.module(self.content, self.path, changed)
 
     @cached_property
     def tokenizer(self) -> str | None:

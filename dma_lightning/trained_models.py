@@ -7,7 +7,7 @@ import torch
 
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.saved_run import SavedRun
-from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
+from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer, FileTokenizer, Tokenizer
 
 
 def load_checkpoint(path: Path, device: str, backend: str | None = None) -> LanguageModel:
@@ -25,14 +25,14 @@ def tokenizer_of(module: LanguageModel, path: Path) -> Tokenizer:
     Raises:
         ValueError: if there is none that fits.
     """
-    return _tokenizer(module, SavedRun.open(path))
+    return saved_tokenizer(SavedRun.open(path), module)
 
 
 def load_with_tokenizer(path: Path, device: str, backend: str | None = None) -> tuple[LanguageModel, Tokenizer]:
     """What `load_checkpoint` and `tokenizer_of` give; the file is opened once."""
     saved = open_checkpoint(path, device)
     module = model_of(saved, device, backend)
-    return module, _tokenizer(module, saved)
+    return module, saved_tokenizer(saved, module)
 
 
 def open_checkpoint(path: Path, device: str) -> SavedRun:
@@ -74,7 +74,12 @@ def model_of(saved: SavedRun, device: str, backend: str | None = None) -> Langua
     return module.to(device).eval()
 
 
-def _tokenizer(module: LanguageModel, saved: SavedRun) -> Tokenizer:
+def saved_tokenizer(saved: SavedRun, module: LanguageModel) -> DataTokenizer:
+    """The tokenizer of an opened checkpoint, as `tokenizer_of` gives it; `module` is its model.
+
+    Raises:
+        ValueError: if there is none that fits.
+    """
     vocabulary, file = module.model.config.vocab_size, saved.path.resolve().parent / "tokenizer.json"
     carried = saved.tokenizer
     if carried is None and vocabulary == ByteTokenizer.vocab_size and module.hparams["bytes_per_token"] is not None:

@@ -20,6 +20,7 @@ FLAGS += ("dma_lightning/cli/", "dma_lightning/checkpoints/resumable.py", "dma_l
 FLAGS += ("dma_lightning/generation.py",)
 
 COMMANDS = ("generate", "stream_tokens", "prepare", "train_tokenizer", "sizes", "import_hf", "export_hf")
+COMMANDS += ("needle", "extrapolation", "positions")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -8,10 +8,13 @@ from jsonargparse import auto_cli
 from lightning.pytorch.cli import ArgsType
 
 from dma_lightning.cli.errors import ABOUT_PLACES, TOLD, error_of_ours
+from dma_lightning.cli.extrapolation import extrapolation
 from dma_lightning.cli.generate import generate
 from dma_lightning.cli.huggingface import export_hf, import_hf
 from dma_lightning.cli.lightning_cli import DMACLI, ConfigOfRun
+from dma_lightning.cli.needle import needle
 from dma_lightning.cli.parsing import set_up_parsing
+from dma_lightning.cli.positions import positions
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.cli.sizes import sizes
 from dma_lightning.cli.train_tokenizer import train_tokenizer
@@ -23,6 +26,9 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "train-tokenizer": train_tokenizer,
     "sizes": sizes,
+    "needle": needle,
+    "extrapolation": extrapolation,
+    "positions": positions,
     "import-hf": import_hf,
     "export-hf": export_hf,
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dma_lightning.data.base import IGNORE_INDEX, Sequences
-from dma_lightning.data.drawn import DrawnDataModule, DrawnExamples, Shape
+from dma_lightning.data.drawn import DrawnDataModule, DrawnExamples, Shape, seeded
 
 PAD, BOS, KEY, VAL, ASK, END = range(6)
 Haystack = Literal["fillers", "needles"]
@@ -156,7 +156,7 @@ class NeedleTask:
         Returns:
             Inputs and labels, int64 `[L]`.
         """
-        random = np.random.RandomState(seed)  # the legacy generator, whose draws never change
+        random = seeded(seed)
         if length is None:
             length = random.randint(max(self.least_length, self.sequence_length // 8), self.sequence_length + 1)
         depth = 100 * random.random_sample() if depth is None else depth

@@ -57,18 +57,7 @@ class RestorableDataModule(PlainHyperparameters, pl.LightningDataModule):
         path = local_checkpoint(checkpoint_path, weights_only)
         saved = read_checkpoint(path)
         found = data_arguments(saved, path, cls if cls.is_complete() else None)
-        if found.kind is None:
-            raise ValueError(
-                f"{path}: expected data of dma_lightning, got {found.class_path!r}; load it with that class"
-            )
-        if strange := {name: value for name, value in found.files.items() if name not in changed}:
-            raise ValueError(
-                f"{path}: expected files that its run's configuration names, got {strange}; give them here"
-            )
-        module = found.kind(**found.arguments | changed)
-        if (state := saved.get(found.kind.__qualname__)) is not None:
-            module.load_state_dict(as_kind(state, dict[str, Any], f"{path}: {found.kind.__qualname__}"))
-        return module
+        return found.module(saved, path, changed)
 
 
 @dataclass(frozen=True)
@@ -83,6 +72,27 @@ class SavedData:
     """Its arguments, without the files below."""
     files: dict[str, str] = field(default_factory=dict)
     """Files and folders that it names and that the run's own configuration does not, by argument."""
+
+    def module(self, saved: Mapping[str, Any], path: Path, changed: Mapping[str, Any]) -> RestorableDataModule:
+        """The data module; errors are those of `RestorableDataModule.load_from_checkpoint`.
+
+        Args:
+            saved: what the checkpoint holds.
+            path: of the checkpoint, for messages.
+            changed: arguments of `__init__` that replace the checkpoint's.
+        """
+        if self.kind is None:
+            raise ValueError(
+                f"{path}: expected data of dma_lightning, got {self.class_path!r}; load it with that class"
+            )
+        if strange := {name: value for name, value in self.files.items() if name not in changed}:
+            raise ValueError(
+                f"{path}: expected files that its run's configuration names, got {strange}; give them here"
+            )
+        module = self.kind(**self.arguments | dict(changed))
+        if (state := saved.get(self.kind.__qualname__)) is not None:
+            module.load_state_dict(as_kind(state, dict[str, Any], f"{path}: {self.kind.__qualname__}"))
+        return module
 
 
 class _Data(TypedDict):

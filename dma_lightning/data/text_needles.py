@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dma_lightning.data.base import IGNORE_INDEX, Sequences
+from dma_lightning.data.drawn import seeded
 from dma_lightning.data.needles import HaystackDataModule, HaystackTask, NeedleExamples
 from dma_lightning.data.shards import Shard
 from dma_lightning.data.text import TextDataModule
@@ -147,7 +148,7 @@ class TextNeedleTask:
         Returns:
             Inputs and labels, int64 `[L]`.
         """
-        random = np.random.RandomState(seed)  # the legacy generator, whose draws never change
+        random = seeded(seed)
         has_needles = random.random_sample() < self.needles.needle_fraction
         if has_needles:
             text = self._question(random, length, depth)

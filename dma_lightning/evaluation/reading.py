@@ -1,0 +1,67 @@
+"""Sequences read with a cache, a chunk at a time.
+
+B batch, N length, n positions of a chunk, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dma_lightning.generation import Decoder, evaluating
+from dma_lightning.mixers.base import MixerCache
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How sequences are read, so that no more than a chunk and the cache are in memory at once.
+
+    All of it is to be used within `inferring`.
+
+    Attributes:
+        model: the decoder.
+        device: where it is.
+        chunk_size: positions that are read at once.
+        full_cache: keep all keys, for comparison.
+
+    Raises:
+        ValueError: if a chunk would be empty.
+    """
+
+    model: Decoder
+    device: str = "cpu"
+    chunk_size: int = 2048
+    full_cache: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size: expected at least 1, got {self.chunk_size}")
+
+    @contextmanager
+    def inferring(self) -> Iterator[None]:
+        """Without gradients and dropout, and without compiled layers, which each length would compile anew."""
+        with torch.inference_mode(), evaluating(self.model):
+            yield
+
+    def prompt(self, input_ids: Tensor) -> tuple[list[MixerCache], Tensor]:
+        """What is kept of sequences `[B, N]`, and logits of the token behind them, `[B, V]`."""
+        cache = self.model.new_cache(len(input_ids), self.full_cache)
+        for part in input_ids.split(self.chunk_size, dim=1):
+            logits = self.model(part, cache=cache, last_only=True)
+        return cache, logits[:, -1]
+
+    def step(self, token: Tensor, cache: Sequence[MixerCache]) -> Tensor:
+        """Logits behind one more token `[B]` of each sequence, `[B, V]`."""
+        return self.model(token[:, None], cache=cache, last_only=True)[:, -1]
+
+    def chunks(
+        self, input_ids: Tensor, documents: Tensor | None = None, padding: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Positions of each chunk of sequences `[B, N]` in turn, and their logits `[B, n, V]`."""
+        cache = self.model.new_cache(len(input_ids), self.full_cache)
+        for start in range(0, input_ids.shape[1], self.chunk_size):
+            part = slice(start, start + self.chunk_size)
+            own, padded = (None if x is None else x[:, part] for x in (documents, padding))
+            yield part, self.model(input_ids[:, part], own, padded, cache=cache)
