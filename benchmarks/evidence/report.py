@@ -32,7 +32,8 @@ def write_report(study: Study, results: Path, folder: Path) -> Path:
     if not records:
         raise ValueError(f"{results}: expected records of the study, got none; run it first")
     folder.mkdir(parents=True, exist_ok=True)
-    records.sort(key=lambda record: (list(study.forms).index(record.form), record.cell))
+    tasks, forms = list(study.tasks), list(study.forms)
+    records.sort(key=lambda record: (tasks.index(record.task), record.size, forms.index(record.form), record.cell))
     parts = [f"# {results.stem}", *_environments(records)]
     for task, size in dict.fromkeys((record.task, record.size) for record in records):
         own = [record for record in records if (record.task, record.size) == (task, size)]
