@@ -1,7 +1,10 @@
 """Commands that evaluate a checkpoint: tables, files that say all, and mistakes that are told."""
 
+import inspect
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 from collections import Counter
@@ -14,6 +17,9 @@ import torch
 from small_run import CHECKPOINTS, MODEL, changed, fit
 
 from dma_lightning.cli import main
+from dma_lightning.cli.extrapolation import extrapolation
+from dma_lightning.cli.needle import needle
+from dma_lightning.cli.positions import positions
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.evaluation import TrainedRun
 
@@ -231,3 +237,20 @@ def test_devices_that_are_not_there_are_told(args: list[str], text_run: str, mon
     monkeypatch.setattr("sys.argv", ["dma-lightning", *args, "--device=abacus"])
     with pytest.raises(SystemExit, match="device: expected one of this machine, got 'abacus'"):
         main()
+
+
+def test_the_page_names_every_field_and_no_other_option(needles_run: Path, text_run: str) -> None:
+    page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text()
+    examples = [shlex.split(line)[1:] for line in page.splitlines() if line.startswith("    dma-lightning")]
+    assert [example[0] for example in examples] == ["needle", "extrapolation", "positions"]
+    runs = {"needle": [needles_run], "extrapolation": [text_run], "positions": [text_run, "text.txt"]}
+    for name, *_, _, output in examples:
+        options = {"needle": ["--depths=[0]", "--examples=1"], "extrapolation": ["--examples=1"]}.get(name, [])
+        command(name, *runs[name], *options, f"--output={output}")
+        found = json.loads(Path(output).read_text())
+        rows = [row for value in found.values() if isinstance(value, list) for row in value]
+        assert rows
+        fields = set(found).union(*rows, *(value for value in found.values() if isinstance(value, dict)))
+        assert [field for field in fields if f"`{field}`" not in page] == []
+    known = {name for function in (needle, extrapolation, positions) for name in inspect.signature(function).parameters}
+    assert set(re.findall(r"--(\w+)", page)) <= known
