@@ -93,6 +93,22 @@ def test_needles_by_length_and_depth(
     assert found["lengths"][0]["peak_memory_bytes"] is None
 
 
+def test_needles_in_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("mine.txt").write_text("The sun is warm. We walk home and sing a song. " * 20)
+    data = ["--data=dma_lightning.TextNeedleDataModule", "--data.sequence_length=256", "--data.batch_size=2"]
+    fit("--trainer.max_steps=1", *MODEL, *data)
+    command("needle", LAST, "--depths=[0, 100]", "--examples=2", "--lengths=[128, 2048]", "--output=figures.json")
+    found = json.loads(Path("figures.json").read_text())
+    assert [(row["length"], row["chance"]) for row in found["lengths"]] == [(128, 1e-6), (2048, 1e-6)]
+    capsys.readouterr()
+    command("needle", LAST, "--depths=[0]", "--examples=2", "--lengths=[128, 900, 2048]", "--path=mine.txt")
+    captured = capsys.readouterr()
+    assert "| 900 |" in captured.out  # of a text of 940 bytes, all of which is for the evaluation
+    assert "length 2,048 is left out: expected at least 2048 bytes of validation text" in captured.err
+
+
 def test_impossible_lengths_are_told_and_left_out(needles_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command("needle", needles_run, "--depths=[0]", "--examples=2", "--lengths=[9, 20]")
     captured = capsys.readouterr()
