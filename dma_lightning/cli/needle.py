@@ -84,5 +84,4 @@ def _print_rest(rows: list[NeedleRow], inside: list[Cell], beyond: list[Cell], t
         )
     answers = (percent(means(x)["answers"]) for x in (inside, beyond))
     print("\nWhole answers, per cent: {} inside and {} beyond".format(*answers), end=" ")
-    chance = "unknown" if rows[0].chance is None else f"{100 * rows[0].chance:.2g}"
-    print(f"the training length of {training_length:,}; by chance {chance}.")
+    print(f"the training length of {training_length:,}; by chance {100 * rows[0].chance:.2g}.")

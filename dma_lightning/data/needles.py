@@ -28,6 +28,10 @@ DEPTHS = range(0, 101, 10)
 class HaystackTask(Protocol):
     """What draws examples that ask for a needle in a haystack."""
 
+    @property
+    def chance(self) -> float:
+        """Share of whole answers that guessing among all that are possible gets right."""
+
     def generate(
         self, seed: int, length: int | None = None, depth: float | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -130,6 +134,11 @@ class NeedleTask:
     def answer_length(self) -> int:
         """Tokens of an answer."""
         return self.values_per_key * self.value_length
+
+    @property
+    def chance(self) -> float:
+        """Share of whole answers that guessing among all values gets right."""
+        return self.value_symbols**-self.answer_length
 
     @property
     def least_length(self) -> int:

@@ -133,6 +133,11 @@ class TextNeedleTask:
         """Token of the padding."""
         return self.needles.pad_token
 
+    @property
+    def chance(self) -> float:
+        """Share of whole answers that guessing among all codes gets right."""
+        return 1 / _CODES
+
     def generate(
         self, seed: int, length: int | None = None, depth: float | None = None
     ) -> tuple[np.ndarray, np.ndarray]:

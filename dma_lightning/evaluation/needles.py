@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dma_lightning.data.base import IGNORE_INDEX
 from dma_lightning.data.drawn import SPLIT_STRIDE
-from dma_lightning.data.needles import DEPTHS, HaystackTask, NeedleTask
+from dma_lightning.data.needles import DEPTHS, HaystackTask
 from dma_lightning.evaluation.costs import Cost
 from dma_lightning.evaluation.reading import Reader
 from dma_lightning.evaluation.scores import Scores
@@ -78,13 +78,13 @@ class NeedleRow:
 
     Attributes:
         length: L.
-        chance: share of whole answers that guessing among all values gets right; None if nobody knows.
+        chance: share of whole answers that guessing among all that are possible gets right.
         cells: by depth.
         cost: of reading a prompt and of answering.
     """
 
     length: int
-    chance: float | None
+    chance: float
     cells: tuple[Cell, ...]
     cost: Cost
 
@@ -126,8 +126,7 @@ def needle_cells(reader: Reader, task: HaystackTask, length: int, grid: NeedleGr
         own = scores[slice(number * grid.examples, (number + 1) * grid.examples)]
         seed = cell_seed(length, depth)
         cells.append(Cell(length, float(depth), seed, grid.examples, own.answers, own.accuracy, own.loss))
-    chance = task.value_symbols**-task.answer_length if isinstance(task, NeedleTask) else None
-    return NeedleRow(length, chance, tuple(cells), cost)
+    return NeedleRow(length, task.chance, tuple(cells), cost)
 
 
 def answer_scores(reader: Reader, inputs: Tensor, labels: Tensor) -> Scores:

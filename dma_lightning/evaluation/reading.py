@@ -13,6 +13,8 @@ from torch import Tensor
 from dma_lightning.generation import Decoder, evaluating
 from dma_lightning.mixers.base import MixerCache
 
+_SHAPES = 128  # that may be compiled: of each length, the first chunk and further ones, of whole batches and the last
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -41,8 +43,11 @@ class Reader:
 
     @contextmanager
     def inferring(self) -> Iterator[None]:
-        """Without gradients and dropout, and without compiled layers, which each length would compile anew."""
-        with torch.inference_mode(), evaluating(self.model):
+        """Without gradients and dropout, and without compiled layers, which each length would compile anew.
+
+        FlexAttention cannot do without, and has more shapes here than torch allows by default.
+        """
+        with torch.inference_mode(), evaluating(self.model), torch._dynamo.config.patch(recompile_limit=_SHAPES):
             yield
 
     def prompt(self, input_ids: Tensor) -> tuple[list[MixerCache], Tensor]:

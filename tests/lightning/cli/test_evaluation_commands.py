@@ -1,7 +1,10 @@
 """Commands that evaluate a checkpoint: tables, files that say all, and mistakes that are told."""
 
+import inspect
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 from collections import Counter
@@ -14,6 +17,9 @@ import torch
 from small_run import CHECKPOINTS, MODEL, changed, fit
 
 from dma_lightning.cli import main
+from dma_lightning.cli.extrapolation import extrapolation
+from dma_lightning.cli.needle import needle
+from dma_lightning.cli.positions import positions
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.evaluation import TrainedRun
 
@@ -85,6 +91,22 @@ def test_needles_by_length_and_depth(
     assert found["beyond"]["loss"] == pytest.approx(sum(row["loss"] for row in found["lengths"][1:]) / 4)
     assert found["lengths"][0]["cache_bytes"] == found["lengths"][-1]["cache_bytes"] > 0
     assert found["lengths"][0]["peak_memory_bytes"] is None
+
+
+def test_needles_in_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("mine.txt").write_text("The sun is warm. We walk home and sing a song. " * 20)
+    data = ["--data=dma_lightning.TextNeedleDataModule", "--data.sequence_length=256", "--data.batch_size=2"]
+    fit("--trainer.max_steps=1", *MODEL, *data)
+    command("needle", LAST, "--depths=[0, 100]", "--examples=2", "--lengths=[128, 2048]", "--output=figures.json")
+    found = json.loads(Path("figures.json").read_text())
+    assert [(row["length"], row["chance"]) for row in found["lengths"]] == [(128, 1e-6), (2048, 1e-6)]
+    capsys.readouterr()
+    command("needle", LAST, "--depths=[0]", "--examples=2", "--lengths=[128, 900, 2048]", "--path=mine.txt")
+    captured = capsys.readouterr()
+    assert "| 900 |" in captured.out  # of a text of 940 bytes, all of which is for the evaluation
+    assert "length 2,048 is left out: expected at least 2048 bytes of validation text" in captured.err
 
 
 def test_impossible_lengths_are_told_and_left_out(needles_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,3 +253,20 @@ def test_devices_that_are_not_there_are_told(args: list[str], text_run: str, mon
     monkeypatch.setattr("sys.argv", ["dma-lightning", *args, "--device=abacus"])
     with pytest.raises(SystemExit, match="device: expected one of this machine, got 'abacus'"):
         main()
+
+
+def test_the_page_names_every_field_and_no_other_option(needles_run: Path, text_run: str) -> None:
+    page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text()
+    examples = [shlex.split(line)[1:] for line in page.splitlines() if line.startswith("    dma-lightning")]
+    assert [example[0] for example in examples] == ["needle", "extrapolation", "positions"]
+    runs = {"needle": [needles_run], "extrapolation": [text_run], "positions": [text_run, "text.txt"]}
+    for name, *_, _, output in examples:
+        options = {"needle": ["--depths=[0]", "--examples=1"], "extrapolation": ["--examples=1"]}.get(name, [])
+        command(name, *runs[name], *options, f"--output={output}")
+        found = json.loads(Path(output).read_text())
+        rows = [row for value in found.values() if isinstance(value, list) for row in value]
+        assert rows
+        fields = set(found).union(*rows, *(value for value in found.values() if isinstance(value, dict)))
+        assert [field for field in fields if f"`{field}`" not in page] == []
+    known = {name for function in (needle, extrapolation, positions) for name in inspect.signature(function).parameters}
+    assert set(re.findall(r"--(\w+)", page)) <= known
