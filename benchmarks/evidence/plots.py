@@ -91,12 +91,16 @@ def draw_positions(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
 
 
 def _points(records: Sequence[Record], metric: str) -> list[tuple[int, list[float]]]:
-    """Tokens, and the values of the seeds that have come so far."""
-    points: dict[int, list[float]] = {}
-    for record in records:
-        for step, value in record.curves[metric]:
-            points.setdefault(step * record.tokens // record.steps, []).append(value)
-    return sorted(points.items())
+    """Tokens, and the values of all seeds there; one that ended before stays as it ended."""
+    curves = [
+        {step * record.tokens // record.steps: value for step, value in record.curves[metric]} for record in records
+    ]
+    points = []
+    for tokens in sorted({count for curve in curves for count in curve}):
+        seen = [[value for count, value in curve.items() if count <= tokens] for curve in curves]
+        if all(seen):
+            points.append((tokens, [values[-1] for values in seen]))
+    return points
 
 
 def _band(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], name: str, number: int) -> None:

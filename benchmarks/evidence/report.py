@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.evidence import plots
@@ -11,6 +12,8 @@ from benchmarks.evidence.studies import Study, Task
 from dma_lightning.files.atomic import atomic_write
 
 REPORT = "report.md"
+
+_PLOTS = {"needle": plots.draw_needles, "positions": plots.draw_positions}
 
 
 def write_report(study: Study, results: Path, folder: Path) -> Path:
@@ -105,12 +108,37 @@ def _evaluation(name: str, best: dict[str, list[Record]], stem: str, folder: Pat
         for form, records in best.items()
     }
     found = {form: own for form, own in found.items() if own}
-    draw = {"needle": plots.draw_needles, "positions": plots.draw_positions}.get(name)
-    if not found or draw is None:
+    if not found:
         return
-    path = folder / f"{stem}-{name}.png"
-    draw(found, path)
-    yield f"![{name}]({path.name}) ([numbers]({path.with_suffix('.csv').name}))"
+    yield f"`{name}` of the checkpoints, means over seeds:"
+    if name in _PLOTS:
+        path = folder / f"{stem}-{name}.png"
+        _PLOTS[name](found, path)
+        yield f"![{name}]({path.name}) ([numbers]({path.with_suffix('.csv').name}))"
+    if all("lengths" in report for own in found.values() for report in own):
+        yield "\n".join(_lengths(found))
+
+
+def _lengths(found: dict[str, list[Any]]) -> Iterator[str]:
+    """A row for each form and length."""
+    names = {
+        "loss": ("loss", 1, ".4f"),
+        "accuracy": ("tokens right, %", 100, ".1f"),
+        "answers": ("answers right, %", 100, ".1f"),
+        "bits_per_byte": ("bits per byte", 1, ".4f"),
+        "prompt_seconds_per_token": ("reading, µs per token", 1e6, ".2f"),
+        "step_seconds": ("step, ms", 1e3, ".2f"),
+        "cache_bytes": ("cache, KiB", 1 / 1024, ",.0f"),
+    }
+    yield f"| form | length | {' | '.join(title for title, _, _ in names.values())} |"
+    yield "| --- |" + " ---: |" * (1 + len(names))
+    for form, reports in found.items():
+        for rows in zip(*(report["lengths"] for report in reports), strict=True):
+            cells = [form, f"{rows[0]['length']:,}"]
+            for name, (_, factor, style) in names.items():
+                values = [row[name] for row in rows if row.get(name) is not None]
+                cells.append(f"{factor * fmean(values):{style}}" if values else "")
+            yield f"| {' | '.join(cells)} |"
 
 
 def _keys(study: Study, record: Record) -> str:
@@ -135,13 +163,16 @@ def _environments(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _speed(found: Results) -> Iterator[str]:
-    if not found.invocations:
+    calls = [call for call in found.invocations if call.whole]
+    if not calls:
         return
     yield "## Trainings per hour"
-    lines = ["| side by side | finished | seconds | trainings per hour |", "| ---: | ---: | ---: | ---: |"]
-    for call in found.invocations:
-        rate = 3600 * len(call.cells) / call.seconds
-        lines.append(f"| {call.parallel} | {len(call.cells)} | {call.seconds:,.0f} | {rate:,.0f} |")
+    yield "Of calls of the runner that have begun and finished what they ran, start and compilation included:"
+    lines = ["| trainings | side by side | seconds | an hour |", "| --- | ---: | ---: | ---: |"]
+    for call in calls:
+        kinds = ", ".join(dict.fromkeys(" ".join(name.split()[:2]) for name in call.cells))
+        count, rate = len(call.cells), 3600 * len(call.cells) / call.seconds
+        lines.append(f"| {count} of {kinds} | {min(call.parallel, count)} | {call.seconds:,.0f} | {rate:,.0f} |")
     yield "\n".join(lines)
 
 

@@ -67,12 +67,14 @@ class Invocation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         parallel: most trainings side by side.
         seconds: from start to end.
         cells: that were finished in it.
+        whole: whether these began in it, too, and nothing else did, so that they tell the speed.
         environment: hardware, versions and commit.
     """
 
     parallel: int
     seconds: float
     cells: list[str]
+    whole: bool
     environment: dict[str, str | int]
 
 

@@ -77,6 +77,7 @@ class Runner:
         self.results = Results.read(self.path)
         self._running: list[_Running] = []
         self._finished: list[str] = []
+        self._resumed = False  # whether a cell had been begun by another call
         self._kill_at = math.inf  # on time.monotonic(), once runs were asked to end
 
     def run(self) -> bool:
@@ -102,7 +103,8 @@ class Runner:
                     self._look_at(running)
             seconds = time.monotonic() - begun
             if self._finished:
-                invocation = Invocation(self.parallel, round(seconds, 1), self._finished, describe())
+                whole = not self._is_ending and not self._resumed and not self.failed
+                invocation = Invocation(self.parallel, round(seconds, 1), self._finished, whole, describe())
                 self.results.invocations.append(invocation)
                 self.results.write(self.path)
         missing, rate = len(self._missing()), 3600 * len(self._finished) / seconds
@@ -136,6 +138,7 @@ class Runner:
                 return
             if cell not in taken:
                 running = _Running(cell, options, self._folder(cell, options), self._commands(cell, options))
+                self._resumed |= running.folder.exists()
                 running.folder.mkdir(parents=True, exist_ok=True)
                 self._running.append(running)
                 self._begin_command(running)

@@ -8,8 +8,8 @@ import pytest
 from study_records import ENVIRONMENT, record
 
 from benchmarks.evidence.report import write_report
-from benchmarks.evidence.results import Invocation, Results
-from benchmarks.evidence.studies import Form, Grid, Size, Study, Task
+from benchmarks.evidence.results import RESULTS, Invocation, Results
+from benchmarks.evidence.studies import Form, Grid, Size, Study, Task, read_study
 
 STUDY = Study(
     forms={"mha": Form(), "dma": Form(budget={"model.keep_window_size": 1})},
@@ -21,7 +21,7 @@ STUDY = Study(
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    results = Results([record("mha", 1, 0.5), record("dma", 0, 0.25)], [Invocation(2, 3.5, ["a"], ENVIRONMENT)])
+    results = Results([record("mha", 1, 0.5), record("dma", 0, 0.25)], [Invocation(2, 3.5, ["a"], True, ENVIRONMENT)])
     results.write(tmp_path / "new" / "study.json")
     assert Results.read(tmp_path / "new" / "study.json") == results
     assert [x.form for x in results.records] == ["dma", "mha"]
@@ -39,13 +39,17 @@ def test_a_damaged_file_is_told_and_kept(tmp_path: Path) -> None:
 
 
 def test_report_says_means_differences_and_rates(tmp_path: Path) -> None:
-    needle = {"cells": [{"length": 16, "depth": x, "answers": x / 100} for x in (0.0, 50.0, 100.0)]}
+    costs = {"prompt_seconds_per_token": 2e-6, "step_seconds": 0.001, "cache_bytes": 2048}
+    lengths = [{"length": 16, "loss": 1.5, "accuracy": 0.5, "answers": None, **costs}]
+    needle = {"lengths": lengths, "cells": [{"length": 16, "depth": x, "answers": x / 100} for x in (0.0, 50.0, 100.0)]}
     positions = {"buckets": [{"first": 0, "last": 63, "loss": 2.5}, {"first": 64, "last": 99, "loss": 2.0}]}
     looked = {"evaluations": {"needle": needle, "positions": positions}}
     records = [record("mha", seed, value) for seed, value in enumerate((0.5, 0.7))]
     records += [record("dma", seed, value, **looked) for seed, value in enumerate((0.6, 0.9))]
     records += [record("dma", 0, 0.1, lr=0.2), record("of another study", 0, 1.0)]
-    Results(records, [Invocation(8, 1800.0, ["a"] * 5, ENVIRONMENT)]).write(tmp_path / "study.json")
+    names = [f"recall small dma, lr 0.1, seed {seed}" for seed in range(5)]
+    calls = [Invocation(8, 1800.0, names, True, ENVIRONMENT), Invocation(8, 60.0, names, False, ENVIRONMENT)]
+    Results(records, calls).write(tmp_path / "study.json")
     text = write_report(STUDY, tmp_path / "study.json", tmp_path / "out").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert ["mha", "0.00M", "16", "6e+03", "0.1", "2", "0.6000 ± 0.1414", ""] in rows
@@ -54,7 +58,9 @@ def test_report_says_means_differences_and_rates(tmp_path: Path) -> None:
     assert dma[6] == "0.7500 ± 0.2121"
     assert re.fullmatch(r"\+0\.1500 \[-0\.4853, \+0\.7853\]", dma[7])  # 0.15 ± 12.706 · 0.05
     assert ["dma", "0.6000, 0.9000", "0.1000"] in rows
-    assert ["8", "5", "1,800", "10"] in rows
+    assert ["5 of recall small", "5", "1,800", "10"] in rows
+    assert sum(row[0].endswith("of recall small") for row in rows) == 1  # the other call tells no speed
+    assert ["dma", "16", "1.5000", "50.0", "", "", "2.00", "1.00", "2"] in rows
     assert "another study" not in text
     for name in re.findall(r"\]\((.*?)\)", text):
         assert (tmp_path / "out" / name).stat().st_size
@@ -69,3 +75,11 @@ def test_report_says_means_differences_and_rates(tmp_path: Path) -> None:
 def test_nothing_to_report_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"study.json: expected records of the study, got none; run it first"):
         write_report(STUDY, tmp_path / "study.json", tmp_path / "out")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_reports_are_those_of_the_results(tmp_path: Path, path: Path) -> None:
+    _, study = read_study(path.stem)
+    for file in write_report(study, path, tmp_path).parent.glob("*.*"):
+        if file.suffix != ".png":
+            assert (path.with_suffix("") / file.name).read_text() == file.read_text(), "run the report again"
