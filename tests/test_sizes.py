@@ -1,8 +1,8 @@
 """Functions stay small enough to read in one look.
 
 At most 45 lines without the docstring, and 8 parameters. Exempt by kind: jitted functions, launchers, custom operations
-with their plain, fake and registered forms, methods of `autograd.Function`, and signatures that become command-line
-flags.
+with their plain, fake and registered forms, methods of `autograd.Function`, the attentions that a user calls by the
+names of their tensors and options, and signatures that become command-line flags.
 """
 
 import ast
@@ -21,6 +21,8 @@ FLAGS += ("dma_lightning/generation.py",)
 
 COMMANDS = ("generate", "stream_tokens", "prepare", "train_tokenizer", "sizes", "import_hf", "export_hf")
 COMMANDS += ("needle", "extrapolation", "positions")
+
+ATTENTIONS = ("fused_attention", "segment_attention", "flex_segment_attention", "attend")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -67,6 +69,7 @@ def may_take_many(file: str, source: str, function: Function, owner: ast.ClassDe
     return (
         function.name.removeprefix("_").startswith("launch")
         or function.name.removesuffix("_reference") in operations
+        or function.name in ATTENTIONS
         or any(x in decorators for x in ("register_fake", "register_kernel", "register_launch"))
         or (owner is not None and any("autograd.Function" in ast.unparse(x) for x in owner.bases))
         or (file.startswith(FLAGS) and function.name in ("__init__", *COMMANDS))

@@ -33,6 +33,8 @@ def flex_segment_attention(
     scale: float | None = None,
     segment_length: int | None = None,
     plan: FlexPlan | None = None,
+    *,
+    query_bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention over the live keys, with a bias for each key, by FlexAttention.
 
@@ -48,6 +50,7 @@ def flex_segment_attention(
         scale: factor of q·k, by default `1 / sqrt(D)`.
         segment_length: S, a multiple of 128 (or rounded up to one), by default about the mask's capacity.
         plan: `FlexPlan.of` these lifetimes, if they are used more than once; it is taken on trust.
+        query_bias: None; the other backends take one, whose gradient FlexAttention does not give.
 
     Returns:
         `[B, H, N, D]` in the dtype of q. A query without any key gives 0.
@@ -56,6 +59,10 @@ def flex_segment_attention(
         ValueError: if shapes, dtypes or devices do not belong together, or FlexAttention cannot do what is asked.
         RuntimeError: where torch.compile's recompile limit would end in a dense O(N²) run.
     """
+    if query_bias is not None:
+        raise ValueError(
+            f"query_bias: backend 'flex' expected None, got {list(query_bias.shape)}; use backend 'triton' or 'torch'"
+        )
     check_attention_inputs(q, k, v, key_bias)
     check_lifetimes(lifetimes, k)
     _check_flex_can(q, k, v, key_bias)

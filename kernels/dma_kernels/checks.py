@@ -6,17 +6,19 @@ from torch import Tensor
 from dma_kernels.lifetime_masks import Lifetimes
 
 
-def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> None:
-    """Raise `ValueError` unless q `[B, H, N, D]`, k and v `[B, G, N, D]` and key_bias `[B, G, N]` belong together."""
+def check_attention_inputs(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None, query_bias: Tensor | None = None
+) -> None:
+    """Raise `ValueError` unless q `[B, H, N, D]`, k and v `[B, G, N, D]` and biases `[B, G, N]` belong together."""
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"expected q [B, H, N, D] and k [B, G, N, D], got {list(q.shape)} and {list(k.shape)}")
     batch, heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
     row, element = (batch, kv_heads, length, head_dim), (batch, kv_heads, length)
-    expected: dict[str, tuple[int, ...]] = {"k": row, "v": row, "key_bias": element}
+    expected: dict[str, tuple[int, ...]] = {"k": row, "v": row, "key_bias": element, "query_bias": element}
     if head_dim == 0:
         raise ValueError(f"expected a head dim of at least 1, got q {list(q.shape)}")
-    for name, x in {"k": k, "v": v, "key_bias": key_bias}.items():
+    for name, x in {"k": k, "v": v, "key_bias": key_bias, "query_bias": query_bias}.items():
         if x is None:
             continue
         if x.shape != expected[name]:
@@ -35,11 +37,16 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | N
         raise ValueError(
             f"key_bias: expected {least} for {q.dtype} inputs, got {key_bias.dtype}; selection needs its bits"
         )
+    if query_bias is not None and query_bias.dtype not in (torch.float32, least):
+        raise ValueError(
+            f"query_bias: expected {least} for {q.dtype} inputs, got {query_bias.dtype}; its gradient is a small sum"
+        )
 
 
-def check_no_tangents(*inputs: Tensor) -> None:
+def check_no_tangents(*inputs: Tensor | None) -> None:
     """Raise `ValueError` for forward-mode differentiation, which an operation of our own would answer with 0."""
-    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+    given = [x for x in inputs if x is not None]
+    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in given):
         raise ValueError("backend 'triton' has no forward-mode derivative (jvp); use backend 'reference' for it")
 
 

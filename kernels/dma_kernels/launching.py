@@ -20,9 +20,9 @@ def on_device_of_first(function: Implementation) -> Implementation:
     """The function with the GPU of its first argument as the current one, on which Triton launches."""
 
     @functools.wraps(function)
-    def guarded(first: Tensor, *others: Any) -> Any:
+    def guarded(first: Tensor, *others: Any, **options: Any) -> Any:
         with torch.cuda.device_of(first):  # changes nothing for a tensor on the CPU
-            return function(first, *others)
+            return function(first, *others, **options)
 
     return guarded
 

@@ -64,17 +64,17 @@ def reference_mask(
 @overload
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, mask: Tensor, scale: float | None = None,
-    return_lse: Literal[False] = False,
+    return_lse: Literal[False] = False, *, query_bias: Tensor | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, mask: Tensor, scale: float | None = None,
-    *, return_lse: Literal[True],
+    *, return_lse: Literal[True], query_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, mask: Tensor, scale: float | None = None,
-    return_lse: bool = False,
+    return_lse: bool = False, *, query_bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 @taking_renamed(scores="key_bias")
 def reference_attention(
@@ -85,6 +85,8 @@ def reference_attention(
     mask: Tensor,
     scale: float | None = None,
     return_lse: bool = False,
+    *,
+    query_bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the keys of a dense mask, with a bias for each key; O(N²).
 
@@ -97,6 +99,9 @@ def reference_attention(
         mask: bool `[B or 1, G or 1, N, N]` (query, key), True where the query sees the key.
         scale: factor of q·k, by default `1 / sqrt(D)`.
         return_lse: also return the log-sum-exp of each query's logits.
+        query_bias: what is added to all logits of a query, `[B, G, N]`. It does not change the output, and the
+            log-sum-exp leaves it out; its gradient is the sum of dS over the keys of a query and the heads of the
+            group, which is 0 but for rounding.
 
     Returns:
         Output `[B, H, N, D]` in the dtype of q, and on request the log-sum-exp `[B, H, N]` in float32 (float64 if q
@@ -107,7 +112,7 @@ def reference_attention(
 
     Source: arXiv 2508.02124v6, equations 5 and 6.
     """
-    check_attention_inputs(q, k, v, key_bias)
+    check_attention_inputs(q, k, v, key_bias, query_bias)
     _check_mask(mask, k)
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
@@ -117,8 +122,16 @@ def reference_attention(
 
     with without_autocast(q.device):
         logits = q.to(dtype) @ k_full.transpose(-1, -2) * scale + bias_full[..., None, :]  # [B, H, N, N]
-        out = masked_average(logits, mask, v_full).to(q.dtype)
+        biased = logits
+        if query_bias is not None:
+            biased = logits + unseen(query_bias.to(dtype)).repeat_interleave(group, dim=1)[..., None]
+        out = masked_average(biased, mask, v_full).to(q.dtype)
     return (out, masked_logsumexp(logits, mask)) if return_lse else out
+
+
+def unseen(query_bias: Tensor) -> Tensor:
+    """0 with the gradient of a query bias, to add to logits: softmax cancels the bias, but not how it rounds them."""
+    return (query_bias - query_bias.detach()).nan_to_num()  # of infinities, too
 
 
 def masked_average(logits: Tensor, mask: Tensor, v: Tensor) -> Tensor:

@@ -35,10 +35,12 @@ def fused_attention(
     scale: float | None = None,
     segment_length: int | None = None,
     slots: SegmentSlots | None = None,
+    *,
+    query_bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention over the live keys, with a bias for each key, by Triton kernels.
 
-    Differentiable in q, k, v and key_bias; the same bits in every run. A NaN in v, which also makes the rank of its key
+    Differentiable in q, k, v and biases; the same bits in every run. A NaN in v, which also makes the rank of its key
     NaN, or an infinity shows in all queries of a segment that pass over the key's tile, also in earlier ones.
 
     Args:
@@ -50,6 +52,9 @@ def fused_attention(
         scale: factor of q·k, by default `1 / sqrt(D)`.
         segment_length: S, rounded up to a multiple of 128; by default the mask's capacity is.
         slots: `SegmentSlots.of` these lifetimes, if they are used more than once; they are taken on trust.
+        query_bias: what is added to all logits of a query, float32 `[B, G, N]`. Softmax does not see it, so the output
+            has the same bits without it. Its gradient is the sum of dS over the keys of a query and the heads of the
+            group: 0 but for the rounding that is in the gradients of key_bias, too. None costs nothing.
 
     Returns:
         `[B, H, N, D]` in the dtype of q. A query without any key gives 0.
@@ -57,14 +62,15 @@ def fused_attention(
     Raises:
         ValueError: if shapes, dtypes or devices do not belong together, or the kernels cannot do what is asked.
     """
-    check_attention_inputs(q, k, v, key_bias)
+    check_attention_inputs(q, k, v, key_bias, query_bias)
     check_lifetimes(lifetimes, k)
     check_kernels_can(q.dtype, q.shape[-1])
-    check_no_tangents(q, k, v, key_bias)
+    check_no_tangents(q, k, v, key_bias, query_bias)
     if slots is not None and segment_length is not None:
         raise ValueError("expected segment_length or slots, got both; slots have their segment length")
     if not q.numel():
-        return q * (k.sum() + v.sum() + key_bias.sum()).to(q.dtype)  # empty, and differentiable in all
+        biases = key_bias if query_bias is None else key_bias + query_bias
+        return q * (k.sum() + v.sum() + biases.sum()).to(q.dtype)  # empty, and differentiable in all
     head_dim = q.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
     slots = SegmentSlots.of(lifetimes, q.shape[0], k.shape[1], segment_length) if slots is None else slots
@@ -73,8 +79,9 @@ def fused_attention(
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
     copies = slots.copies
     out, *_ = attend_slots(
-        q, k, v, key_bias, copies.row, copies.first, copies.slot, slots.birth, slots.death, slots.segment_length, scale
-    )
+        q, k, v, key_bias, copies.row, copies.first, copies.slot, slots.birth, slots.death, slots.segment_length, scale,
+        query_bias,
+    )  # fmt: skip
     return out[..., :head_dim] if missing else out
 
 
@@ -132,10 +139,12 @@ def attend_slots(
     death: Tensor,
     segment_length: int,
     scale: float,
+    query_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output and log-sum-exp in base 2, and keys, values and saturated biases in segment order, for the backward.
 
-    Arguments as `fused_attention` and `SegmentSlots`; head dims in steps of 16 bytes.
+    Arguments as `fused_attention` and `SegmentSlots`; head dims in steps of 16 bytes. Nothing here depends on
+    query_bias, which is in no logit: it is an argument for the sake of its gradient.
     """
     check_machine(q.device, q.dtype)  # here, since torch.compile cannot trace it
     from dma_kernels.attention.kernels.forward import launch_forward
@@ -164,8 +173,13 @@ def attend_slots_backward(
     death: Tensor,
     segment_length: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v `[B, G, N, D]` and key_bias `[B, G, N]`; k, v and bias in segment order."""
+    *,
+    query_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v `[B, G, N, D]`, key_bias `[B, G, N]` and a query bias; k, v and bias in segment order.
+
+    The last is of each head, float32 `[B, H, N]`, and of no elements unless `query_bias` asks for it.
+    """
     from dma_kernels.attention.kernels.common import aligned
     from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
     from dma_kernels.attention.kernels.query_gradients import launch_query_gradients
@@ -175,13 +189,17 @@ def attend_slots_backward(
     rows = (first.numel() - 1) // (batch * kv_heads)
     q, grad_out = aligned(q), aligned(grad_out)
     keys = (k, v, bias, birth, death)
-    dq, delta = launch_query_gradients(q, *keys, lse, out, grad_out, scale=scale, segment_length=segment_length)
+    dquery_bias = _empty_query_bias_gradient(q, query_bias)
+    dq, delta = launch_query_gradients(
+        q, *keys, lse, out, grad_out, scale=scale, segment_length=segment_length,
+        dquery_bias=dquery_bias if query_bias else None,
+    )  # fmt: skip
     *dkv, dbias = launch_key_gradients(q, *keys, lse, delta, grad_out, scale=scale, segment_length=segment_length)
     dk, dv, dkey_bias = (
         launch_sum_copies(x, first, slot, shape=[batch, kv_heads, length, x.shape[-1]], head_rows=rows)
         for x in (*dkv, dbias[..., None])
     )
-    return dq, dk, dv, dkey_bias.squeeze(-1)
+    return dq, dk, dv, dkey_bias.squeeze(-1), dquery_bias
 
 
 @attend_slots.register_fake
@@ -192,10 +210,13 @@ def _(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, row: Tensor, *_: object
 
 
 @attend_slots_backward.register_fake
-def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *_: object) -> tuple[Tensor, ...]:
+def _(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *_: object, query_bias: bool = False
+) -> tuple[Tensor, ...]:
     batch, kv_heads, length = q.shape[0], k.shape[1], q.shape[2]
     dk = k.new_empty(batch, kv_heads, length, q.shape[-1])
-    return _positions_first(q), dk, torch.empty_like(dk), bias.new_empty(batch, kv_heads, length)
+    dkey_bias, dquery_bias = bias.new_empty(batch, kv_heads, length), _empty_query_bias_gradient(q, query_bias)
+    return _positions_first(q), dk, torch.empty_like(dk), dkey_bias, dquery_bias
 
 
 def _positions_first(q: Tensor) -> Tensor:
@@ -204,8 +225,13 @@ def _positions_first(q: Tensor) -> Tensor:
     return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
+def _empty_query_bias_gradient(q: Tensor, asked: bool) -> Tensor:
+    """A new float32 `[B, H, N]`, or no memory at all, since an operation cannot return None."""
+    return q.new_empty(q.shape[:3] if asked else (0,), dtype=torch.float32)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    q, _, _, _, _, first, slot, birth, death, ctx.segment_length, ctx.scale = inputs
+    q, _, _, _, _, first, slot, birth, death, ctx.segment_length, ctx.scale, _ = inputs
     out, lse, k, v, bias = output
     ctx.save_for_backward(q, k, v, bias, out, lse, first, slot, birth, death)
     ctx.set_materialize_grads(False)  # of all that has no gradient but the output
@@ -213,9 +239,13 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> N
 
 def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 11
-    gradients = attend_slots_backward(grad_out, *ctx.saved_tensors, ctx.segment_length, ctx.scale)
-    return *gradients, *[None] * 7
+        return (None,) * 12
+    asked = ctx.needs_input_grad[-1]
+    *gradients, dquery_bias = attend_slots_backward(
+        grad_out, *ctx.saved_tensors, ctx.segment_length, ctx.scale, query_bias=asked
+    )
+    kv_heads = gradients[1].shape[1]
+    return *gradients, *[None] * 7, dquery_bias.unflatten(1, (kv_heads, -1)).sum(2) if asked else None
 
 
 attend_slots.register_autograd(_backward, setup_context=_save_for_backward)

@@ -12,7 +12,7 @@ from dma_kernels.checks import check_attention_inputs, check_lifetimes
 from dma_kernels.lifetime_masks import Lifetimes
 from dma_kernels.precision import without_autocast
 from dma_kernels.ranks import saturated
-from dma_kernels.reference import masked_average, masked_logsumexp
+from dma_kernels.reference import masked_average, masked_logsumexp, unseen
 from dma_kernels.renamed import taking_renamed
 from dma_kernels.segments.slots import SegmentSlots
 
@@ -20,17 +20,17 @@ from dma_kernels.segments.slots import SegmentSlots
 @overload
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, lifetimes: Lifetimes, scale: float | None = None,
-    segment_length: int | None = None, return_lse: Literal[False] = False,
+    segment_length: int | None = None, return_lse: Literal[False] = False, *, query_bias: Tensor | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, lifetimes: Lifetimes, scale: float | None = None,
-    segment_length: int | None = None, *, return_lse: Literal[True],
+    segment_length: int | None = None, *, return_lse: Literal[True], query_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, lifetimes: Lifetimes, scale: float | None = None,
-    segment_length: int | None = None, return_lse: bool = False,
+    segment_length: int | None = None, return_lse: bool = False, *, query_bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 @taking_renamed(scores="key_bias")
 def segment_attention(
@@ -42,8 +42,10 @@ def segment_attention(
     scale: float | None = None,
     segment_length: int | None = None,
     return_lse: bool = False,
+    *,
+    query_bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention over the live keys, with a bias for each key; differentiable in q, k, v and key_bias.
+    """Softmax attention over the live keys, with a bias for each key; differentiable in q, k, v and biases.
 
     A NaN or infinity in k or v shows in all queries of a segment that holds the key, also in earlier ones.
 
@@ -56,6 +58,9 @@ def segment_attention(
         scale: factor of q·k, by default `1 / sqrt(D)`.
         segment_length: S, by default about the mask's capacity.
         return_lse: also return the log-sum-exp of each query's logits.
+        query_bias: what is added to all logits of a query, `[B, G, N]`. It does not change the output, and the
+            log-sum-exp leaves it out; its gradient is the sum of dS over the keys of a query and the heads of the
+            group, which is 0 but for rounding.
 
     Returns:
         Output `[B, H, N, D]` in the dtype of q, and on request the log-sum-exp `[B, H, N]` in float32 (float64 if q
@@ -64,7 +69,7 @@ def segment_attention(
     Raises:
         ValueError: if shapes, dtypes or devices do not belong together.
     """
-    check_attention_inputs(q, k, v, key_bias)
+    check_attention_inputs(q, k, v, key_bias, query_bias)
     check_lifetimes(lifetimes, k)
     dtype = torch.promote_types(q.dtype, torch.float32)
     heads, kv_heads = q.shape[1], k.shape[1]
@@ -78,7 +83,11 @@ def segment_attention(
 
         logits = q_seg @ k_seg.mT + bias.mT  # [Z, G, R * S, K]
         visible = slots.visible().repeat(1, 1, heads // kv_heads, 1)
-        out = _join_heads(masked_average(logits, visible, v_seg), slots).to(q.dtype)
+        biased = logits
+        if query_bias is not None:
+            by_query = slots.split_queries(unseen(query_bias.to(dtype))[..., None])  # [Z, G, S, 1]
+            biased = logits + by_query.repeat(1, 1, heads // kv_heads, 1)
+        out = _join_heads(masked_average(biased, visible, v_seg), slots).to(q.dtype)
         if not return_lse:
             return out
         return out, _join_heads(masked_logsumexp(logits, visible)[..., None], slots).squeeze(-1)

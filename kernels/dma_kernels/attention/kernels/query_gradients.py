@@ -4,7 +4,9 @@ A program keeps a tile of queries and their gradient in registers, and passes ov
 
     dq_t = scale · sum_j dS_tj k_j        dS = P (dO v - D), P = exp(logits - lse), D = rowsum(dO O)
 
-D is needed for the gradients of the keys as well, so it is computed and written here.
+D is needed for the gradients of the keys as well, so it is computed and written here. On request the gradient of a
+bias of the queries comes with dq, sum_j dS_tj: 0 but for rounding, mostly that of O within D. The sums of dS by keys
+hold the same rounding, so a number that is in both biases needs both, for it to cancel.
 
 B batch, H query heads, G KV heads, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
@@ -30,27 +32,30 @@ from dma_kernels.primitives import finite_shift, float32_precision, padded_head_
 
 @triton.jit
 def _add_key_tile(
-    b_dq, b_q, b_do, b_lse, b_delta, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
-    BLOCK_K: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    b_dq, b_dbias, b_q, b_do, b_lse, b_delta, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
+    BLOCK_K: tl.constexpr, QUERY_BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what one tile of keys contributes to the gradient of the queries, but for the scale."""
+    """Add what one tile of keys contributes to the gradients of the queries, but for the scale, and of their biases."""
     b_k, b_v = d_k.load([i_line + i_slot, 0]), d_v.load([i_line + i_slot, 0])  # [BLOCK_K, BLOCK_D]
     b_logits = tile_logits(b_q, b_k, p_bias, p_birth, p_death, i_slot, o_t, scale, BLOCK_K, MASKED, PRECISION)
     b_p = tl.exp2(b_logits - b_lse[:, None])
     b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
     if MASKED:
         b_ds = tl.where(b_logits == -float("inf"), 0.0, b_ds)  # P = 0 does not stop an infinity or NaN
-    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    if QUERY_BIAS:
+        b_dbias += tl.sum(b_ds, axis=1)
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION), b_dbias
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _query_gradients_kernel(
-    p_q, d_k, d_v, p_bias, p_birth, p_death, p_lse, p_out, p_do, p_dq, p_delta,
+    p_q, d_k, d_v, p_bias, p_birth, p_death, p_lse, p_out, p_do, p_dq, p_delta, p_dbias,
     q_b, q_h, q_n, out_b, out_h, out_n, do_b, do_h, do_n, dq_b, dq_h, dq_n,
     kv_heads, mask_heads, group, length, segments, segment, snapshot, keys, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, QUERY_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one tile of queries."""
+    """Gradient of one tile of queries, and of their biases if there are any."""
     i_zg, i_z, i_g, i_b, i_tile, o_t, o_h, o_n, m_row = locate_rows(kv_heads, group, length, segments, segment, BLOCK_M)
     m_q = m_row[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     b_q = tl.load(row_pointers(p_q, i_b, o_h, o_n, q_b, q_h, q_n, BLOCK_D), mask=m_q, other=0.0)
@@ -68,21 +73,23 @@ def _query_gradients_kernel(
     full, own_full, partial, own_partial = count_slot_tiles(
         p_birth, p_death, snapshot, keys, i_tile, group, segment, BLOCK_M, BLOCK_K
     )
-    b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    b_dq, b_dbias = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32), tl.zeros([BLOCK_M], dtype=tl.float32)
     for i in range(full + own_full):
         i_slot = slot_of(i, full, 0, snapshot, BLOCK_K)
-        b_dq = _add_key_tile(
-            b_dq, b_q, b_do, b_lse, b_delta, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
-            BLOCK_K, False, PRECISION,
+        b_dq, b_dbias = _add_key_tile(
+            b_dq, b_dbias, b_q, b_do, b_lse, b_delta, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
+            BLOCK_K, QUERY_BIAS, False, PRECISION,
         )  # fmt: skip
     for i in range(partial + own_partial):
         i_slot = slot_of(i, partial, full * BLOCK_K, snapshot + own_full * BLOCK_K, BLOCK_K)
-        b_dq = _add_key_tile(
-            b_dq, b_q, b_do, b_lse, b_delta, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
-            BLOCK_K, True, PRECISION,
+        b_dq, b_dbias = _add_key_tile(
+            b_dq, b_dbias, b_q, b_do, b_lse, b_delta, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
+            BLOCK_K, QUERY_BIAS, True, PRECISION,
         )  # fmt: skip
     p_tile = row_pointers(p_dq, i_b, o_h, o_n, dq_b, dq_h, dq_n, BLOCK_D)
     tl.store(p_tile, (b_dq * scale).to(p_dq.dtype.element_ty), mask=m_q)
+    if QUERY_BIAS:
+        tl.store(p_dbias + o_row, b_dbias, mask=m_row)
 
 
 def launch_query_gradients(
@@ -98,11 +105,13 @@ def launch_query_gradients(
     *,
     scale: float,
     segment_length: int,
+    dquery_bias: Tensor | None = None,
     config: KernelConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of q, `[B, H, N, D]` in its dtype, and rowsum(dO · O), float32 `[B, H, N]`.
 
-    `out` and `lse` are the forward's, `grad_out` is the gradient of `out`; all else as in `launch_forward`.
+    `out` and `lse` are the forward's, `grad_out` is the gradient of `out`; into `dquery_bias`, float32 `[B, H, N]`, go
+    the sums of dS over the keys, if it is given; all else as in `launch_forward`.
     """
     (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
     q, out, grad_out = (aligned(x) for x in (q, out, grad_out))
@@ -113,9 +122,9 @@ def launch_query_gradients(
     block_k = slot_block(block_k, keys, snapshot)
     _query_gradients_kernel[(triton.cdiv(segment_length * group, block_m) * z * kv_heads,)](
         q, slot_tiles(k, block_k, block_d), slot_tiles(v, block_k, block_d), bias, birth, death, lse, out, grad_out,
-        dq, delta, *q.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3],
+        dq, delta, dquery_bias, *q.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3],
         kv_heads, birth.shape[1], group, length, z // batch, segment_length, snapshot, keys, scale,
-        D=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_K=block_k,
+        D=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_K=block_k, QUERY_BIAS=dquery_bias is not None,
         PRECISION=float32_precision(), num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
     return dq, delta
