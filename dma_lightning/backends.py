@@ -7,9 +7,8 @@ B batch, H query heads, G KV heads, N length, D head dim.
 """
 
 import logging
-from collections.abc import Callable
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -31,8 +30,16 @@ logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "triton", "flex", "torch", "reference"]
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Lifetimes], Tensor]
-"""Attention over lifetimes, of q, k, v and key_bias."""
+
+class Attention(Protocol):
+    """Attention over lifetimes, of q, k, v and key_bias."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, lifetimes: Lifetimes, /, *,
+        query_bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`[B, H, N, D]`; a query bias is `[B, G, N]`, changes no output, and gets the sums of dS over the keys."""
+
 
 # Major compute capabilities of the GPUs on which the tests of the Triton kernels have passed; `auto` takes no others.
 _TRITON_FAMILIES = {9}
@@ -78,9 +85,11 @@ def _auto_backend(device: str, index: int | None, dtype: torch.dtype, head_dim: 
     return chosen, reason
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, lifetimes: Lifetimes) -> Tensor:
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, lifetimes: Lifetimes, *, query_bias: Tensor | None = None
+) -> Tensor:
     """The O(N²) definition over lifetimes."""
-    return reference_attention(q, k, v, key_bias, lifetimes.to_dense())
+    return reference_attention(q, k, v, key_bias, lifetimes.to_dense(), query_bias=query_bias)
 
 
 ATTENTIONS: dict[str, Attention] = {
@@ -100,12 +109,15 @@ def attend(
     ranks: Tensor,
     keep: KeepRule,
     packing: Packing | None = None,
+    *,
+    query_bias: Tensor | None = None,
 ) -> Tensor:
-    """Dynamic mask attention by a backend, `[B, H, N, D]`."""
+    """Dynamic mask attention by a backend, `[B, H, N, D]`; `query_bias` `[B, G, N]` as `fused_attention` takes it."""
     if backend != "reference":
-        return ATTENTIONS[backend](q, k, v, key_bias, Lifetimes.selected(ranks, keep, packing))
+        mask = Lifetimes.selected(ranks, keep, packing)
+        return ATTENTIONS[backend](q, k, v, key_bias, mask, query_bias=query_bias)
     packing = packing or Packing()  # with a mask of its own, in which nothing is shared with the others
-    mask = reference_mask(
+    dense = reference_mask(
         ranks,
         keep_window_size=keep.window,
         documents=packing.documents,
@@ -113,4 +125,4 @@ def attend(
         keep_last=keep.last,
         sinks=keep.sinks,
     )
-    return reference_attention(q, k, v, key_bias, mask)
+    return reference_attention(q, k, v, key_bias, dense, query_bias=query_bias)
