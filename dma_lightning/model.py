@@ -74,6 +74,8 @@ class DogeForCausalLM(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._init_weights)
+        for layer, mixer in enumerate(self.mixers):
+            mixer.place(layer, config.num_hidden_layers)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 

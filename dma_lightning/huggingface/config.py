@@ -112,7 +112,8 @@ def doge_config(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ValueError: if Doge cannot express the model.
     """
-    for name, value in (("attention", "dma"), ("score_form", "exp"), ("keep_last", 0), ("sinks", 0)):
+    known = {"attention": "dma", "score_form": "exp", "keep_last": 0, "sinks": 0, "drift": "none"}
+    for name, value in known.items():
         if getattr(config, name) != value:
             raise ValueError(
                 f"{name} = {getattr(config, name)!r}: the Doge model of Transformers knows only {value!r}, "

@@ -133,6 +133,9 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
             ValueError: on a wrong shape, dtype or device.
         """
 
+    def place(self, layer: int, num_layers: int) -> None:
+        """Become the mixer of a layer, by its number from 0, before weights are loaded; most are the same in all."""
+
     @abstractmethod
     def new_cache(self, batch: int, full: bool = False) -> Cache:
         """An empty cache for `batch` sequences on the module's device.

@@ -31,11 +31,13 @@ from dma_lightning.backends import (
     explain_backend,
     resolve_backend,
 )
-from dma_lightning.mixers.base import GroupedQueryMixer, MixerConfig, mean_keys, merge_heads, packed
+from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys, merge_heads, packed
+from dma_lightning.mixers.drift import DriftingCache, query_bias
+from dma_lightning.mixers.drifting_ranks import DriftingRanks, DriftingRanksConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DynamicMaskConfig(MixerConfig):
+class DynamicMaskConfig(DriftingRanksConfig):
     """What dynamic mask attention takes of a model's configuration."""
 
     keep_window_size: int = 64
@@ -46,10 +48,10 @@ class DynamicMaskConfig(MixerConfig):
     """dma: number of first keys of each document that stay visible besides."""
     score_form: ScoreForm = "exp"
     """dma: bias that a key's rank adds to its logits: exp(rank), or the rank itself (linear). exp overflows above a
-    rank of 88.7, which shows as a loss of NaN."""
+    rank of 88.7, which shows as a loss of NaN. Heads with a drift are always linear."""
 
 
-class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache]):
+class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCache]):
     """Causal self-attention in which every query keeps the `keep_window_size` best-ranked keys of its past.
 
     The rank of a key comes from the values at its position. It selects the key, and a bias made of it is added to the
@@ -71,9 +73,11 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache]):
         bias: whether the projections and Δ have a bias.
         backend: `triton`, `flex`, `torch` or `reference`; `auto` is `triton` on CUDA where its tests have passed
             (Hopper GPUs), else `flex`, else `torch` (on a CPU, in float64, for head dims above 256).
+        drifting: a drift of the ranks and biases; by default none.
 
     Raises:
-        ValueError: if the sizes do not belong together, or for an unknown backend or score form.
+        ValueError: if the sizes do not belong together, for an unknown backend or score form, or for `exp` where all
+            heads have a drift.
 
     Source: arXiv 2508.02124v6, section 3; details as in the Doge model of Hugging Face Transformers.
     """
@@ -93,6 +97,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache]):
         rms_norm_eps: float = 1e-6,
         bias: bool = False,
         backend: Backend = "auto",
+        drifting: DriftingRanks | None = None,
     ) -> None:
         super().__init__(
             hidden_size, num_heads, num_kv_heads, head_dim, rope_theta, rope_scaling, rms_norm_eps, bias
@@ -103,6 +108,12 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache]):
         self.A = nn.Parameter(torch.zeros(self.num_kv_heads))
         self.dt_proj = nn.Linear(self.num_kv_heads * self.head_dim, self.num_kv_heads, bias=bias)  # Δ
         rank_bias(self.A.detach(), score_form)  # an unknown form is an error now, not in the first step
+        self.drifting = drifting
+        if drifting is not None and score_form != "linear" and not drifting.has_memories:
+            raise ValueError(
+                f"score_form: expected linear with a drift, since exp of a rank with one is not a decay, got "
+                f"{score_form!r}; set score_form linear, or give some heads no drift (memory_heads)"
+            )
 
     @classmethod
     def from_config(cls, config: DynamicMaskConfig) -> Self:
@@ -113,21 +124,37 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache]):
             sinks=config.sinks,
             score_form=config.score_form,
             backend=config.backend,
+            drifting=DriftingRanks.from_config(config, config.keep_window_size + config.keep_last),
         )
+
+    def place(self, layer: int, num_layers: int) -> None:
+        if self.drifting is not None:
+            self.drifting.place(layer, num_layers)
 
     def forward(
         self,
         x: Tensor,
         packing: Packing | None = None,
-        cache: KeyCache | None = None,
+        cache: KeyCache | DriftingCache | None = None,
     ) -> Tensor:
         q, k, v = self.queries_keys_values(x, cache)  # [B, H, N, D] and [B, G, N, D]
-        ranks = key_ranks(v, self.A, self.dt_proj.weight, self.dt_proj.bias)  # [B, G, N]
-        key_bias = rank_bias(ranks, self.score_form)
+        ranks, key_bias, drifted = self._ranked(x, v, packing, cache)  # [B, G, N]
         backend = resolve_backend(self.backend, q.device.type, q.device.index, q.dtype, self.head_dim)
         if cache is None:
-            return self.o_proj(merge_heads(attend(backend, q, k, v, key_bias, ranks, self.keep, packing)))
-        return self.o_proj(merge_heads(cache.attend(q, NewKeys(k, v, key_bias, ranks, packing), ATTENTIONS[backend])))
+            out = attend(backend, q, k, v, key_bias, ranks, self.keep, packing, query_bias=query_bias(drifted))
+            return self.o_proj(merge_heads(out))
+        keys = cache.keys if isinstance(cache, DriftingCache) else cache
+        return self.o_proj(merge_heads(keys.attend(q, NewKeys(k, v, key_bias, ranks, packing), ATTENTIONS[backend])))
+
+    def _ranked(
+        self, x: Tensor, v: Tensor, packing: Packing | None, cache: KeyCache | DriftingCache | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ranks and biases of keys, and how far they have drifted, `[B, G, N]`; None if they do not."""
+        ranks = key_ranks(v, self.A, self.dt_proj.weight, self.dt_proj.bias)
+        key_bias = rank_bias(ranks, self.score_form)
+        if self.drifting is None:
+            return ranks, key_bias, None
+        return self.drifting(x, ranks, key_bias, packing, cache)
 
     def lifetimes(
         self,
@@ -138,12 +165,11 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache]):
         documents: Tensor | None = None,
     ) -> tuple[Lifetimes, Tensor]:
         """The mask that a forward pass over x `[B, N, C]` selects, and the bias of every key `[B, G, N]`."""
-        v = self.heads(x, self.v_proj)
-        ranks = key_ranks(v, self.A, self.dt_proj.weight, self.dt_proj.bias)
         packing = packed(x, packing, documents, padding)
-        return Lifetimes.selected(ranks, self.keep, packing), rank_bias(ranks, self.score_form)
+        ranks, key_bias, _ = self._ranked(x, self.heads(x, self.v_proj), packing)
+        return Lifetimes.selected(ranks, self.keep, packing), key_bias
 
-    def new_cache(self, batch: int, full: bool = False) -> KeyCache:
+    def new_cache(self, batch: int, full: bool = False) -> KeyCache | DriftingCache:
         """An empty cache for `batch` sequences on the module's device.
 
         Args:
@@ -153,6 +179,12 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache]):
         The small cache holds keys and values in the dtype of autocast, if it is on, or of the weights. It steps by a
         Triton kernel where the module's backend is `triton`, else by plain PyTorch.
         """
+        keys = self._new_key_cache(batch, full)
+        if self.drifting is None:
+            return keys
+        return DriftingCache.empty(keys, batch, self.drifting.drift)
+
+    def _new_key_cache(self, batch: int, full: bool) -> KeyCache:
         weight = self.k_proj.weight
         if full:
             return FullCache(batch, self.keep, device=weight.device)

@@ -12,26 +12,28 @@ from torch import Tensor
 
 from dma_kernels import Lifetimes, Packing
 from dma_lightning.backends import ATTENTIONS, Backend, check_backend, explain_backend, resolve_backend
-from dma_lightning.mixers.base import GroupedQueryMixer, MixerConfig, mean_keys, merge_heads
+from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys, merge_heads
+from dma_lightning.mixers.drift import Drift, DriftConfig, DriftingCache, query_bias
 from dma_lightning.mixers.position_cache import PositionCache
 from dma_lightning.mixers.sdpa import SDPA_OR_FLEX, attend_places, lifetime_attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlidingWindowConfig(MixerConfig):
+class SlidingWindowConfig(DriftConfig):
     """What attention to a sliding window takes of a model's configuration."""
 
     sliding_window: int = 64
     """swa: number of last positions that a query attends to, its own included."""
 
 
-class MultiHeadAttention(GroupedQueryMixer[PositionCache]):
+class MultiHeadAttention(GroupedQueryMixer[PositionCache | DriftingCache]):
     """Causal self-attention to all of the past, by PyTorch's `scaled_dot_product_attention`.
 
     With documents or padding the mask is one of lifetimes; on CUDA FlexAttention skips what nobody sees.
 
     Args:
-        backend: of windows that are shorter than the sequence, see `SlidingWindowAttention`.
+        backend: of windows that are shorter than the sequence, and of biases, see `SlidingWindowAttention`.
+        drift: of the biases, a decay with age; by default none.
         shape: the arguments of `GroupedQueryMixer`.
 
     Raises:
@@ -41,44 +43,57 @@ class MultiHeadAttention(GroupedQueryMixer[PositionCache]):
     window: int | None = None
     """How many positions a query sees, its own included; all of the past if None."""
 
-    def __init__(self, *, backend: Backend = "auto", **shape: Any) -> None:
+    def __init__(self, *, backend: Backend = "auto", drift: Drift | None = None, **shape: Any) -> None:
         super().__init__(**shape)
         check_backend(backend)
-        self.backend = backend
+        self.backend, self.drift = backend, drift
 
     @classmethod
-    def from_config(cls, config: MixerConfig) -> Self:
-        return cls(**cls.shape_of(config), backend=config.backend)
+    def from_config(cls, config: SlidingWindowConfig) -> Self:
+        drift = Drift.from_config(config, config.sliding_window)
+        return cls(**cls.shape_of(config), backend=config.backend, drift=drift)
+
+    def place(self, layer: int, num_layers: int) -> None:
+        if self.drift is not None:
+            self.drift.place(layer, num_layers)
 
     def forward(
         self,
         x: Tensor,
         packing: Packing | None = None,
-        cache: PositionCache | None = None,
+        cache: PositionCache | DriftingCache | None = None,
     ) -> Tensor:
         q, k, v = self.queries_keys_values(x, cache)  # [B, H, N, D] and [B, G, N, D]
-        if cache is None:
-            return self.o_proj(merge_heads(window_attention(q, k, v, self.window, self.backend, packing)))
-        fresh = not cache.count
-        kept, keys, queries = cache.extend(packing, key=k, value=v)
-        if fresh:
-            return self.o_proj(merge_heads(window_attention(q, k, v, self.window, self.backend, packing)))
-        return self.o_proj(merge_heads(attend_places(q, kept["key"], kept["value"], queries, keys, self.window)))
+        positions = cache.keys if isinstance(cache, DriftingCache) else cache
+        drifted = None  # [B, G, N]
+        if self.drift is not None:
+            steps = self.drift(x, None if packing is None else packing.padding)
+            drifted = cache.advance(steps) if isinstance(cache, DriftingCache) else steps.cumsum(-1)
+        if positions is None or not positions.count:
+            out = window_attention(q, k, v, self.window, self.backend, packing, drifted)
+        if positions is None:
+            return self.o_proj(merge_heads(out))
+        fresh, biases = not positions.count, {} if drifted is None else {"bias": drifted[..., None]}
+        kept, keys, queries = positions.extend(packing, key=k, value=v, **biases)
+        if not fresh:
+            out = attend_places(q, kept["key"], kept["value"], queries, keys, self.window, key_bias=kept.get("bias"))
+        return self.o_proj(merge_heads(out))
 
-    def new_cache(self, batch: int, full: bool = False) -> PositionCache:
-        return PositionCache(batch, None if full else self.window, self.q_proj.weight.device)
+    def new_cache(self, batch: int, full: bool = False) -> PositionCache | DriftingCache:
+        positions = PositionCache(batch, None if full else self.window, self.q_proj.weight.device)
+        return positions if self.drift is None else DriftingCache.empty(positions, batch, self.drift)
 
     def mixing_flops(self, length: int) -> float:
         return 4 * self.num_heads * self.head_dim * mean_keys(length, self.window)
 
     def computed_by(self, device: torch.device, dtype: torch.dtype) -> str:
-        if self.window is None:
+        if self.window is None and self.drift is None:
             return SDPA_OR_FLEX
         return explain_backend(self.backend, device.type, device.index, dtype, self.head_dim)
 
     def cache_elements(self, length: int) -> int:
         kept = length if self.window is None else min(length, self.window)
-        return kept * self.num_kv_heads * 2 * self.head_dim
+        return kept * self.num_kv_heads * (2 * self.head_dim + (self.drift is not None))
 
 
 class SlidingWindowAttention(MultiHeadAttention):
@@ -88,21 +103,26 @@ class SlidingWindowAttention(MultiHeadAttention):
         sliding_window: w; the mask is one of lifetimes, and the cache a ring of so many positions.
         backend: `triton`, `flex` or `torch`; `auto` as for `DynamicMaskAttention`. A window that holds the whole
             sequence is `MultiHeadAttention`, whatever the backend.
+        drift: of the biases, a decay with age; by default none.
         shape: the arguments of `GroupedQueryMixer`.
 
     Raises:
         ValueError: if the sizes do not belong together, or for an unknown backend.
     """
 
-    def __init__(self, *, sliding_window: int, backend: Backend = "auto", **shape: Any) -> None:
-        super().__init__(backend=backend, **shape)
+    def __init__(
+        self, *, sliding_window: int, backend: Backend = "auto", drift: Drift | None = None, **shape: Any
+    ) -> None:
+        super().__init__(backend=backend, drift=drift, **shape)
         if sliding_window < 1:
             raise ValueError(f"sliding_window: expected at least 1, got {sliding_window}")
         self.window = sliding_window
 
     @classmethod
-    def from_config(cls, config: SlidingWindowConfig) -> Self:  # type: ignore[override]  # which has the window besides
-        return cls(**cls.shape_of(config), sliding_window=config.sliding_window, backend=config.backend)
+    def from_config(cls, config: SlidingWindowConfig) -> Self:
+        window = config.sliding_window
+        shape, drift = cls.shape_of(config), Drift.from_config(config, window)
+        return cls(**shape, sliding_window=window, backend=config.backend, drift=drift)
 
 
 def window_attention(
@@ -112,6 +132,7 @@ def window_attention(
     window: int | None,
     backend: str,
     packing: Packing | None = None,
+    drifted: Tensor | None = None,
 ) -> Tensor:
     """Attention of a whole sequence to its last `window` positions, or to all of its past; differentiable.
 
@@ -122,16 +143,19 @@ def window_attention(
         window: positions that a query sees, its own included; all by default.
         backend: name of an attention backend, or `auto`.
         packing: documents and padding.
+        drifted: D `[B, G, N]`, by which keys fall behind; by default they do not.
 
     Returns:
         `[B, H, N, D]`.
     """
     length, device = q.shape[2], q.device
-    if (window is None or window >= length) and packing is None:
+    if (window is None or window >= length) and packing is None and drifted is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     mask = Lifetimes.sliding_window(length, window or length, device, packing=packing)
-    if mask.capacity == length:
+    if mask.capacity == length and drifted is None:
         return lifetime_attention(q, k, v, mask)
     backend = resolve_backend(backend, device.type, device.index, q.dtype, q.shape[-1])
+    if drifted is not None:
+        return ATTENTIONS[backend](q, k, v, drifted, mask, query_bias=query_bias(drifted))
     bias = torch.zeros(k.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=device)
     return ATTENTIONS[backend](q, k, v, bias, mask)

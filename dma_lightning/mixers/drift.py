@@ -1,0 +1,157 @@
+"""A drift of ranks and biases: each new position lets all keys before it fall behind, as much as its step says.
+
+    D_j = d_1 + ... + d_j,  d_l >= 0        rank_j = content_j + D_j        bias_tj = content_j + D_j - D_t
+
+A query's D_t is the same for all of its keys, so softmax does not see it. A drift of 0 leaves the ranks as they are; a
+large one makes the selection a sliding window, and the bias a decay with age: ALiBi with a learned slope if all steps
+are equal, the forget gate of the Forgetting Transformer if the layer's input decides them.
+
+B batch, N length, C hidden size, G KV heads.
+
+Source: arXiv 2503.02130 (forget gate), 2108.12409 (ALiBi).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dma_kernels.precision import without_autocast
+from dma_lightning.mixers.base import MixerConfig
+
+DriftForm = Literal["none", "constant", "gate"]
+
+_LARGEST_STEP = 8.0  # two such steps forget everything
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftConfig(MixerConfig):
+    """What a drift takes of a model's configuration."""
+
+    drift: DriftForm = "none"
+    """dma, swa, mha: how ranks and biases fall behind with every position: none, constant (a learned slope for each KV
+    head), or gate (steps that the layer's input decides). With dma, selection follows; the others have the bias
+    alone."""
+    drift_range: tuple[float, float] = (0.125, 4.0)
+    """dma, swa, mha: least and largest drift of a KV head at the start, in nats per window (keep_window_size +
+    keep_last of dma, sliding_window of swa and mha). The heads of all layers have values between in geometric steps,
+    and each layer has small and large ones."""
+
+
+class Drift(nn.Module):
+    """Steps d_l of each position and KV head.
+
+    Args:
+        form: `constant`, d = exp(theta) / window with a learned theta, or `gate`, d = softplus(W x + b), at most 8,
+            with W = 0 at the start.
+        hidden_size: C.
+        num_kv_heads: G.
+        window: positions that drifts are counted by.
+        drift_range: least and largest drift of a head at the start, in nats per window.
+
+    Raises:
+        ValueError: for an unknown form, or a range that is none of positive numbers.
+    """
+
+    def __init__(
+        self, form: DriftForm, hidden_size: int, num_kv_heads: int, window: int, drift_range: tuple[float, float]
+    ) -> None:
+        super().__init__()
+        if form not in get_args(DriftForm) or form == "none":
+            raise ValueError(f"drift: expected one of {list(get_args(DriftForm))}, got {form!r}")
+        least, largest = drift_range
+        if not 0 < least <= largest < math.inf:
+            raise ValueError(f"drift_range: expected two numbers above 0, the smaller one first, got {drift_range}")
+        self.form, self.num_kv_heads, self.window, self.range = form, num_kv_heads, window, (least, largest)
+        self.rate = nn.Parameter(torch.zeros(num_kv_heads))  # theta, or b of the gate
+        self.weight = nn.Parameter(torch.zeros(num_kv_heads, hidden_size)) if form == "gate" else None
+        self.register_buffer("drifts", torch.ones(num_kv_heads, dtype=torch.bool), persistent=False)
+        self.drifts: Tensor  # which heads do; the others have steps of 0
+        self.place(0, 1)
+
+    @classmethod
+    def from_config(cls, config: DriftConfig, window: int) -> Self | None:
+        """That of a configuration, counted by a window; None if it has none.
+
+        Raises:
+            ValueError: as above.
+        """
+        if config.drift == "none":
+            return None
+        return cls(config.drift, config.hidden_size, config.num_key_value_heads, window, config.drift_range)
+
+    @torch.no_grad()
+    def place(self, layer: int, num_layers: int, without: int = 0) -> None:
+        """Set the drifts at the start to those of a layer.
+
+        Args:
+            layer: number of the layer, from 0.
+            num_layers: how many there are.
+            without: how many of its heads, the first ones, have no drift.
+        """
+        heads = self.num_kv_heads
+        self.drifts.copy_(torch.arange(heads) >= without)
+        least, largest = self.range
+        among = max(1, (heads - without) * num_layers - 1)
+        number = (torch.arange(heads) - without).clamp(min=0) * num_layers + layer  # small and large ones in each layer
+        nats = least * (largest / least) ** (number / among).double()
+        self.rate.copy_(nats.log() if self.form == "constant" else (nats / self.window).expm1().log())
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Steps `[B, G, N]` for the layer's input x `[B, N, C]`, in at least float32; 0 where `padding` `[B, N]` is."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rate = self.rate.to(dtype)[:, None]  # [G, 1]
+        if self.weight is None:
+            steps = (rate.exp() / self.window).expand(x.shape[0], -1, x.shape[1])
+        else:
+            with without_autocast(x.device):
+                steps = F.softplus(F.linear(x.to(dtype), self.weight.to(dtype)).mT + rate).clamp(max=_LARGEST_STEP)
+        steps = steps * self.drifts[:, None]
+        return steps if padding is None else steps.masked_fill(padding[:, None], 0)
+
+
+def query_bias(drifted: Tensor | None) -> Tensor | None:
+    """-D_t of the queries, `[B, G, N]`, for the gradient of D; None where nothing needs one.
+
+    Softmax does not see it, and its exact gradient is 0. But the gradients of the keys' D are sums of rounded numbers,
+    and those of the steps are sums of them over all later positions: without the queries' side, which is rounded
+    likewise, they are wrong by per cents in bfloat16.
+    """
+    return -drifted if drifted is not None and torch.is_grad_enabled() and drifted.requires_grad else None
+
+
+class DriftingCache:
+    """A cache of keys, and how far their heads have drifted. For inference.
+
+    Args:
+        keys: the cache of the keys.
+        total: drift of all positions read so far, `[B, G]`.
+    """
+
+    def __init__(self, keys: Any, total: Tensor) -> None:
+        self.keys, self.total = keys, total
+
+    @classmethod
+    def empty(cls, keys: Any, batch: int, drift: Drift) -> Self:
+        """Around an empty cache of keys, for heads with a drift."""
+        dtype = torch.promote_types(drift.rate.dtype, torch.float32)
+        return cls(keys, torch.zeros(batch, drift.num_kv_heads, dtype=dtype, device=drift.rate.device))
+
+    @property
+    def length(self) -> Tensor:
+        """Positions read so far, int64 `[B]`."""
+        return self.keys.length
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences, in this order; a row may be named several times."""
+        self.keys.select(rows)
+        self.total = self.total.index_select(0, rows)
+
+    def advance(self, steps: Tensor) -> Tensor:
+        """D of new positions, `[B, G, N]`, with what has been read before; their drift is added to the total."""
+        drifted = self.total[..., None] + steps.detach().to(self.total.dtype).cumsum(-1)
+        self.total = drifted[..., -1]
+        return drifted

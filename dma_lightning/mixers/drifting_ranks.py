@@ -1,0 +1,148 @@
+"""Ranks and biases of keys whose heads drift, beside heads that rank as published.
+
+A head with a drift is a window whose edge its content can move; one without is a memory. A layer may have both.
+
+B batch, N length, C hidden size, G KV heads.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dma_kernels import Packing
+from dma_kernels.precision import without_autocast
+from dma_lightning.mixers.drift import Drift, DriftConfig, DriftingCache
+
+Content = Literal["values", "input"]
+
+_OPTIONS = ("content", "content_in_bias", "memory_heads", "memory_every")
+_LARGEST_CONTENT = 8.0  # of the layer's input, in nats
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftingRanksConfig(DriftConfig):
+    """What ranks with a drift take of a model's configuration."""
+
+    content: Content = "values"
+    """dma with a drift: what ranks come from besides the drift: the values at a position, as published, or the layer's
+    input by a linear map that is 0 at the start."""
+    content_in_bias: bool = True
+    """dma with a drift: whether that content is added to the logits, too, or ranks keys alone."""
+    memory_heads: float = 0.0
+    """dma with a drift: KV heads of a layer that have none, and rank and add biases as published; below 1, their
+    share."""
+    memory_every: int = 1
+    """dma with a drift: every so many layers have memory heads, from the first on."""
+
+
+class DriftedKeys(NamedTuple):
+    """What a head with a drift makes of its keys, `[B, G, N]` each."""
+
+    rank: Tensor
+    key_bias: Tensor
+    drifted: Tensor  # D
+
+
+class DriftingRanks(nn.Module):
+    """Adds a drift to the ranks of a layer.
+
+    Args:
+        drift: of all KV heads.
+        hidden_size: C.
+        content: `values` or `input`.
+        content_in_bias: whether the content is part of the bias.
+        memory_heads: how many KV heads, or which share of them below 1, have no drift.
+        memory_every: every so many layers have such heads.
+
+    Raises:
+        ValueError: for an unknown content, or more memory heads than there are.
+    """
+
+    def __init__(
+        self,
+        drift: Drift,
+        hidden_size: int,
+        content: Content = "values",
+        content_in_bias: bool = True,
+        memory_heads: float = 0.0,
+        memory_every: int = 1,
+    ) -> None:
+        super().__init__()
+        if content not in get_args(Content):
+            raise ValueError(f"content: expected one of {list(get_args(Content))}, got {content!r}")
+        heads = drift.num_kv_heads
+        count = memory_heads * heads if memory_heads < 1 else memory_heads
+        if not 0 <= count <= heads or count != int(count):
+            raise ValueError(
+                f"memory_heads: expected from 0 to {heads} KV heads, or a share that is a whole number of them, got "
+                f"{memory_heads}"
+            )
+        if memory_every < 1:
+            raise ValueError(f"memory_every: expected at least 1, got {memory_every}")
+        self.drift, self.content_in_bias = drift, content_in_bias
+        self.memory_heads, self.memory_every = int(count), memory_every
+        self.weight = nn.Parameter(torch.zeros(heads, hidden_size)) if content == "input" else None
+        self.place(0, 1)
+
+    @classmethod
+    def from_config(cls, config: DriftingRanksConfig, window: int) -> Self | None:
+        """Those of a configuration, counted by a window; None if it has no drift.
+
+        Raises:
+            ValueError: if it has none, but asks for what only a drift can have.
+        """
+        drift = Drift.from_config(config, window)
+        options = {
+            name: getattr(config, name) for name in ("content", "content_in_bias", "memory_heads", "memory_every")
+        }
+        if drift is not None:
+            return cls(drift, config.hidden_size, **options)
+        defaults = DriftingRanksConfig()
+        if changed := {name: value for name, value in options.items() if value != getattr(defaults, name)}:
+            raise ValueError(
+                f"drift: expected constant or gate with {changed}, got none; name a drift, or leave these out"
+            )
+        return None
+
+    def place(self, layer: int, num_layers: int) -> None:
+        """Set which heads have a drift, and how much at the start, as it is for a layer."""
+        self.drift.place(layer, num_layers, 0 if layer % self.memory_every else self.memory_heads)
+
+    @property
+    def has_memories(self) -> bool:
+        """Whether some layers have heads without a drift."""
+        return self.memory_heads > 0
+
+    def forward(
+        self,
+        x: Tensor,
+        rank: Tensor,
+        key_bias: Tensor,
+        packing: Packing | None = None,
+        cache: DriftingCache | None = None,
+    ) -> DriftedKeys:
+        """Ranks and biases with the drift.
+
+        Args:
+            x: the layer's input `[B, N, C]`.
+            rank: as published, `[B, G, N]`.
+            key_bias: likewise.
+            packing: documents, which change nothing, and padding, which does not drift.
+            cache: what has been read before; it is advanced.
+        """
+        steps = self.drift(x, None if packing is None else packing.padding)
+        drifted = steps.cumsum(-1) if cache is None else cache.advance(steps)
+        content = rank if self.weight is None else self._of_input(x, self.weight)
+        # Times 0, not left out, so that DDP gets the gradients that it waits for, and a NaN shows in the loss.
+        bias = drifted + content * float(self.content_in_bias)
+        drifts = self.drift.drifts[:, None]
+        return DriftedKeys(torch.where(drifts, content + drifted, rank), torch.where(drifts, bias, key_bias), drifted)
+
+    def _of_input(self, x: Tensor, weight: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with without_autocast(x.device):
+            content = F.linear(x.to(dtype), weight.to(dtype)).mT
+            return _LARGEST_CONTENT * torch.tanh(content / _LARGEST_CONTENT)

@@ -1,0 +1,212 @@
+"""Ranks and biases that drift, against their definition."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dma_kernels import reference_mask
+from dma_lightning.config import ModelConfig
+from dma_lightning.mixers import MIXERS
+from dma_lightning.mixers.base import merge_heads
+from dma_lightning.mixers.drift import Drift, DriftingCache
+from dma_lightning.model import DogeForCausalLM
+
+WINDOW = 7
+
+
+def mixer(attention: str, **options: Any) -> Any:
+    """One of float64 with three KV heads of two query heads, none of whose parameters is as at the start."""
+    options = {"keep_window_size": WINDOW, "sliding_window": WINDOW, "score_form": "linear"} | options
+    shape = {"hidden_size": 12, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}
+    torch.manual_seed(0)
+    layer = MIXERS[attention].from_config(ModelConfig(attention=attention, **shape, **options)).double()
+    layer.place(1, 3)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+def inputs(length: int, packed: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    torch.manual_seed(length)
+    x = torch.randn(2, length, 12, dtype=torch.float64)
+    if not packed:
+        return x, None, None
+    documents = (torch.rand(2, length) < 0.1).cumsum(1)
+    return x, documents, torch.rand(2, length) < 0.15
+
+
+def definition(layer: Any, x: Tensor, documents: Tensor | None, padding: Tensor | None) -> Tensor:
+    """Everything by whole matrices; sums by a loop."""
+    q, k, v = layer.queries_keys_values(x, None)
+    ranking = getattr(layer, "drifting", None)
+    drift = layer.drift if ranking is None else ranking.drift
+    pre = drift.rate[:, None] if drift.weight is None else drift.weight @ x.mT + drift.rate[:, None]
+    step = pre.exp() / WINDOW if drift.weight is None else F.softplus(pre).clamp(max=8)
+    total, sums = torch.zeros(2, 3, dtype=x.dtype), []
+    for t in range(x.shape[1]):
+        at = step[..., t] if step.ndim == 3 else step[:, 0].expand(2, 3)
+        real = 1.0 if padding is None else (~padding[:, t, None]).double()
+        total = total + at * real * drift.drifts
+        sums.append(total)
+    drifted = torch.stack(sums, -1)  # [B, G, N]
+    rank = torch.zeros_like(drifted)
+    bias = drifted
+    window = layer.window if ranking is None else layer.keep.window
+    if ranking is not None:
+        published = layer.A[:, None] * F.softplus((v.transpose(1, 2).flatten(2) @ layer.dt_proj.weight.T).mT)
+        content = published if ranking.weight is None else 8 * torch.tanh(ranking.weight @ x.mT / 8)
+        memories = ~drift.drifts[:, None]
+        rank = torch.where(memories, published, content + drifted)
+        of_memories = published.exp() if layer.score_form == "exp" else published
+        bias = torch.where(memories, of_memories, drifted + (content if ranking.content_in_bias else 0))
+    rule = {} if ranking is None else {"keep_last": layer.keep.last, "sinks": layer.keep.sinks}
+    mask = reference_mask(
+        rank, keep_window_size=window or x.shape[1], documents=documents, padding=padding, **rule
+    ).repeat_interleave(2, dim=1)
+    if ranking is None and window is not None:  # a window counts padded positions, too
+        place = torch.arange(x.shape[1])
+        near = place[:, None] - place < window
+        mask = near & reference_mask(
+            rank, keep_window_size=x.shape[1], documents=documents, padding=padding
+        ).repeat_interleave(2, dim=1)
+    k, v, drifted, bias = (y.repeat_interleave(2, dim=1) for y in (k, v, drifted, bias))
+    logits = q @ k.mT / 2 + bias[:, :, None] - drifted[..., None]
+    logits = logits.masked_fill(~mask, -torch.inf)
+    seen = mask.any(-1, keepdim=True)
+    weights = torch.where(seen, logits, 0).softmax(-1) * seen
+    return layer.o_proj(merge_heads(weights @ v))
+
+
+FORMS = [
+    ("dma", {}),
+    ("dma", {"content_in_bias": False, "content": "input"}),
+    ("dma", {"content": "input", "keep_window_size": WINDOW - 3, "keep_last": 3}),
+    ("dma", {"memory_heads": 1, "score_form": "exp", "sinks": 1}),
+    ("dma", {"memory_heads": 2, "content": "input"}),
+    ("dma", {"memory_heads": 2, "memory_every": 2}),
+    ("swa", {}),
+    ("mha", {}),
+]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("drift", ["constant", "gate"])
+@pytest.mark.parametrize(("attention", "options"), FORMS)
+def test_outputs_and_gradients_are_those_of_the_definition(
+    attention: str, options: dict[str, Any], drift: str, packed: bool
+) -> None:
+    layer = mixer(attention, drift=drift, **options)
+    x, documents, padding = inputs(33, packed)
+    x.requires_grad_()
+    target = torch.randn(2, 33, 12, dtype=torch.float64)
+    if padding is not None:
+        target[padding] = 0
+    found, expected = layer(x, documents=documents, padding=padding), definition(layer, x, documents, padding)
+    parameters = [x, *layer.parameters()]
+    gradients = [torch.autograd.grad((out * target).sum(), parameters, allow_unused=True) for out in (found, expected)]
+    real = slice(None) if padding is None else ~padding
+    torch.testing.assert_close(found[real], expected[real], atol=1e-9, rtol=1e-9)
+    for one, other in zip(*gradients, strict=True):
+        other = torch.zeros_like(one) if other is None else other
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("sizes", [[33], [1] * 33, [5, 1, 1, 20, 6]])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("attention", "options"), FORMS)
+def test_chunks_and_steps_are_the_whole_sequence(
+    attention: str, options: dict[str, Any], packed: bool, sizes: list[int]
+) -> None:
+    layer = mixer(attention, drift="gate", **options)
+    x, documents, padding = inputs(33, packed)
+    with torch.no_grad():
+        whole = layer(x, documents=documents, padding=padding)
+        for full in (False, True):
+            cache, parts = layer.new_cache(2, full), []
+            assert isinstance(cache, DriftingCache)
+            for part in torch.arange(33).split(sizes):
+                cut = [None if y is None else y[:, part] for y in (documents, padding)]
+                parts.append(layer(x[:, part], documents=cut[0], padding=cut[1], cache=cache))
+            real = slice(None) if padding is None else ~padding
+            torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], atol=1e-9, rtol=1e-9)
+            cache.select(torch.tensor([1, 0, 1]))
+            assert cache.total.shape == (3, 3)
+            assert cache.length.tolist() == [33] * 3
+
+
+def test_without_content_dma_is_the_window_with_the_same_drift() -> None:
+    dma, swa = (mixer(name, drift="gate", content="input").float() for name in ("dma", "swa"))
+    swa.load_state_dict({name.replace("drifting.", ""): x for name, x in dma.state_dict().items()}, strict=False)
+    nn.init.zeros_(dma.drifting.weight)
+    for name, parameter in swa.named_parameters():
+        assert parameter.equal(dma.get_parameter(name.replace("drift.", "drifting.drift.")))
+    x = inputs(50, packed=False)[0].float()
+    torch.testing.assert_close(dma(x), swa(x), atol=0, rtol=0)
+
+
+def test_a_gate_starts_as_the_constant_drift() -> None:
+    model = ModelConfig(attention="swa", drift="gate", num_key_value_heads=2, drift_range=(0.5, 2.0))
+    gate = MIXERS["swa"].from_config(model)
+    constant = Drift("constant", 128, 2, 64, (0.5, 2.0))
+    x = torch.randn(1, 5, 128)
+    torch.testing.assert_close(gate.drift(x), constant(x))
+    torch.testing.assert_close(constant(x)[0, :, 0] * 64, torch.tensor([0.5, 2.0]))
+
+
+def test_drifts_are_geometric_over_heads_and_layers() -> None:
+    config = ModelConfig(num_hidden_layers=3, num_key_value_heads=2, drift="constant", score_form="linear")
+    layers = DogeForCausalLM(config).mixers
+    rates = torch.stack([layer.drifting.drift.rate.detach().exp() for layer in layers])  # [layers, G]
+    assert rates.min() == pytest.approx(0.125)
+    assert rates.max() == pytest.approx(4.0)
+    assert (rates[:, 0].max() < rates[:, 1].min()).item()  # a small and a large one in each
+    ordered = rates.flatten().sort().values
+    torch.testing.assert_close(ordered[1:] / ordered[:-1], torch.full((5,), 32 ** (1 / 5)))
+
+
+def test_memories_are_in_the_layers_that_were_asked_for() -> None:
+    config = ModelConfig(num_hidden_layers=4, drift="gate", memory_heads=0.5, memory_every=2)
+    drifts = [layer.drifting.drift.drifts.tolist() for layer in DogeForCausalLM(config).mixers]
+    assert drifts == [[False, True], [True, True]] * 2
+
+
+def test_without_a_drift_nothing_is_there() -> None:
+    torch.manual_seed(0)
+    names = DogeForCausalLM(ModelConfig()).state_dict().keys()
+    assert not [name for name in names if "drift" in name]
+    assert [type(cache) for cache in DogeForCausalLM(ModelConfig()).new_cache(1)].count(DriftingCache) == 0
+
+
+def test_steps_are_bounded_and_padding_takes_none() -> None:
+    drift = Drift("gate", 4, 2, 8, (1.0, 1.0))
+    nn.init.constant_(drift.weight, 100.0)
+    steps = drift(torch.ones(1, 3, 4), torch.tensor([[False, True, False]]))
+    assert steps.tolist() == [[[8, 0, 8]] * 2]
+    assert math.isclose(Drift("gate", 4, 1, 8, (1.0, 1.0))(torch.ones(1, 1, 4)).item(), 1 / 8, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drift": "gate"}, "score_form: expected linear with a drift, .*got 'exp'"),
+        (
+            {"drift": "fast", "score_form": "linear"},
+            "drift: expected one of .*'gate'.*, got 'fast'",
+        ),
+        ({"drift": "gate", "drift_range": (0.0, 1.0)}, r"drift_range: expected two numbers above 0"),
+        ({"drift": "gate", "drift_range": (2.0, 1.0)}, r"drift_range: expected two numbers above 0"),
+        ({"drift": "gate", "memory_heads": 3}, "memory_heads: expected from 0 to 2 KV heads"),
+        ({"drift": "gate", "memory_heads": 0.3}, "memory_heads: expected from 0 to 2 KV heads, or a share"),
+        ({"drift": "gate", "memory_heads": 1, "memory_every": 0}, "memory_every: expected at least 1, got 0"),
+        ({"drift": "gate", "content": "keys"}, r"content: expected one of \['values', 'input'\], got 'keys'"),
+        ({"memory_heads": 1}, r"drift: expected constant or gate with \{'memory_heads': 1\}, got none"),
+        ({"content": "input"}, r"drift: expected constant or gate with \{'content': 'input'\}, got none"),
+    ],
+)
+def test_wrong_options_are_told(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MIXERS["dma"].from_config(ModelConfig(**options))
