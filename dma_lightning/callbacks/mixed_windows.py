@@ -15,8 +15,8 @@ class MixedWindows(pl.Callback):
     """Lets all layers with dynamic masks keep every key in some optimizer steps, so that far keys are trained, too.
 
     With a window alone, a key has no gradient from queries that do not see it. The first steps keep all keys, the last
-    ones none but the model's own rule does; of those between, a share that seed and number of the step choose. So a
-    resumed run and all processes choose the same, and nothing is saved. The batches of a step are all of one kind.
+    ones follow the model's own rule, and of those between a share keeps all keys. Seed and number of a step choose, so
+    a resumed run and all processes choose the same, and nothing is saved. The batches of a step are all of one kind.
 
     The model has its own rule again when the backward pass of a batch is done: whatever validates, samples, watches or
     saves sees no other. Figures of FLOPs, too, are those of its own rule. Logs `dma/keeps_all`.
@@ -67,6 +67,7 @@ class MixedWindows(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._restore()  # of a batch that was skipped
         if self.keeps_all(trainer.global_step, trainer.max_steps):
             self._own = [(mixer, mixer.keep) for mixer in _mixers(pl_module)]
             every = KeepRule(decoder_of(pl_module).config.max_position_embeddings)
@@ -75,11 +76,14 @@ class MixedWindows(pl.Callback):
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_logging_step(trainer, before_step=True):
-            self.log("dma/keeps_all", float(bool(self._own)))
+            pl_module.log("dma/keeps_all", float(bool(self._own)))
         self._restore()  # not before: layers that are checkpointed are computed again in the backward pass
 
     def on_train_batch_end(self, *_: Any) -> None:
         self._restore()  # of a batch that had no backward pass
+
+    def on_validation_start(self, *_: Any) -> None:
+        self._restore()
 
     def on_train_end(self, *_: Any) -> None:
         self._restore()
