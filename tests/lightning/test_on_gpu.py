@@ -89,3 +89,13 @@ def test_compiled_layers_train_as_written_ones_do(attention: str, tmp_path: Path
     assert graphs == pytest.approx(written, rel=0.01)
     one = ["--trainer.strategy=ddp", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=6"]
     assert last_loss(compiled, "--model.cuda_graphs=true", *one) == pytest.approx(graphs, rel=1e-3)
+
+
+def test_mixed_windows_in_cuda_graphs(tmp_path: Path) -> None:
+    def last_loss(*options: str) -> float:
+        mixed = "--trainer.callbacks+=dma_lightning.callbacks.MixedWindows"
+        trainer = fit(tmp_path, [], mixed, "--trainer.callbacks.share=0.5", "--model.keep_window_size=16", *options)
+        return trainer.callback_metrics["train/loss"].item()
+
+    graphs = ["--model.compile_layers=true", "--model.cuda_graphs=true"]
+    assert last_loss(*graphs) == pytest.approx(last_loss(), rel=0.01)

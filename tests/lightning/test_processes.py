@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from two_processes import TOGETHER, train
 
 from dma_lightning import LanguageModel
+from dma_lightning.callbacks import MixedWindows
 from dma_lightning.checkpoints.io import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from dma_lightning.checkpoints.sharded import load_sharded
 from dma_lightning.distributed import _watch
@@ -144,6 +145,13 @@ def test_a_gradient_that_is_not_finite_is_left_out_in_both(run: str, two: Outcom
     assert all(weight.isfinite().all() for weight in saved["state_dict"].values())
     (steps,) = {int(state["step"]) for state in saved["optimizer_states"][0]["state"].values()}
     assert steps == 19
+
+
+def test_both_keep_all_keys_in_the_same_steps(two: Outcome, tmp_path: Path) -> None:
+    train(tmp_path, accumulate=2, callbacks=(MixedWindows(share=0.5),))
+    assert_same(load(two, "mixed"), read(tmp_path / "step=20.ckpt"))
+    with pytest.raises(AssertionError):
+        assert_same(load(two, "mixed"), load(two, "one-dma-2"))
 
 
 def test_dropout_goes_on_in_each(two: Outcome) -> None:

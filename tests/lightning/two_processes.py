@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.utils.data import Dataset
 
 from dma_lightning import LanguageModel, MQARDataModule
-from dma_lightning.callbacks import GradientGuard
+from dma_lightning.callbacks import GradientGuard, MixedWindows
 from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.checkpoints.io import AtomicCheckpointIO
 from dma_lightning.data import IGNORE_INDEX
@@ -183,6 +183,7 @@ def main(folder: Path) -> None:
     for strategy in ("ddp", FullyShardedStrategy()):
         name = f"guarded-{strategy if isinstance(strategy, str) else 'fsdp'}"
         together(folder / name, strategy=strategy, callbacks=(Spoil(rank), GradientGuard(not_finite="skip")))
+    together(folder / "mixed", accumulate=2, strategy="ddp", callbacks=(MixedWindows(share=0.5),))
     dropout = functools.partial(together, strategy="ddp", hidden_dropout=0.2)
     dropout(folder / "dropout")
     dropout(folder / "dropout-resumed", ckpt_path=folder / "dropout/step=10.ckpt")

@@ -1,0 +1,102 @@
+"""Training steps in which dynamic masks keep every key, among those with the window that the model shall have."""
+
+import hashlib
+from typing import Any
+
+import lightning.pytorch as pl
+
+from dma_kernels import KeepRule
+from dma_kernels.keep_rule import HasKeepRule
+from dma_lightning.model import decoder_of
+from dma_lightning.trainer_state import is_logging_step
+
+
+class MixedWindows(pl.Callback):
+    """Lets all layers with dynamic masks keep every key in some optimizer steps, so that far keys are trained, too.
+
+    With a window alone, a key has no gradient from queries that do not see it. The first steps keep all keys, the last
+    ones follow the model's own rule, and of those between a share keeps all keys. Seed and number of a step choose, so
+    a resumed run and all processes choose the same, and nothing is saved. The batches of a step are all of one kind.
+
+    The model has its own rule again when the backward pass of a batch is done: whatever validates, samples, watches or
+    saves sees no other. Figures of FLOPs, too, are those of its own rule. Logs `dma/keeps_all`.
+
+    Args:
+        share: of the steps between, how likely each is to keep all keys.
+        first: share of trainer.max_steps, from the first on, that all keep all keys.
+        last: share of trainer.max_steps, up to the last, none of which keeps all keys.
+        seed: of the choice.
+
+    Raises:
+        ValueError: if a share is not within 0 and 1, or first and last are more than all steps; at the start of a run,
+            if first or last are shares of no number of steps, or no layer has dynamic masks.
+    """
+
+    def __init__(self, share: float = 0.125, first: float = 0.2, last: float = 0.2, seed: int = 0) -> None:
+        if not all(0 <= x <= 1 for x in (share, first, last)) or first + last > 1:
+            raise ValueError(
+                "MixedWindows: expected share, first and last within 0 and 1, and first + last at most 1, got "
+                f"{share}, {first} and {last}; change these"
+            )
+        self.share, self.first, self.last, self.seed = share, first, last, seed
+        self._own: list[tuple[HasKeepRule, KeepRule]] = []  # mixers that keep all keys now, and their own rules
+
+    def keeps_all(self, step: int, max_steps: int) -> bool:
+        """Whether an optimizer step, counted from 0, keeps every key."""
+        if self.last and step >= max_steps - round(max_steps * self.last):
+            return False
+        if self.first and step < round(max_steps * self.first):
+            return True
+        drawn = hashlib.blake2b(f"{self.seed} {step}".encode(), digest_size=8).digest()
+        return int.from_bytes(drawn) < self.share * 2**64
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if trainer.max_steps < 1 and (self.first or self.last):
+            raise ValueError(
+                f"MixedWindows: first {self.first} and last {self.last} are shares of trainer.max_steps: expected at "
+                f"least 1 step, got {trainer.max_steps}; set it, or first and last to 0"
+            )
+        if not _mixers(pl_module):
+            raise ValueError(
+                "MixedWindows: expected layers with dynamic masks, got a model with attention "
+                f"{decoder_of(pl_module).config.attention}; train dma, or leave this callback out"
+            )
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._restore()  # of a batch that was skipped
+        if self.keeps_all(trainer.global_step, trainer.max_steps):
+            self._own = [(mixer, mixer.keep) for mixer in _mixers(pl_module)]
+            every = KeepRule(decoder_of(pl_module).config.max_position_embeddings)
+            for mixer, _ in self._own:
+                mixer.keep = every
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if is_logging_step(trainer, before_step=True):
+            pl_module.log("dma/keeps_all", float(bool(self._own)))
+        self._restore()  # not before: layers that are checkpointed are computed again in the backward pass
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._restore()  # of a batch that had no backward pass
+
+    def on_validation_start(self, *_: Any) -> None:
+        self._restore()
+
+    def on_train_end(self, *_: Any) -> None:
+        self._restore()
+
+    def on_exception(self, *_: Any) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for mixer, own in self._own:
+            mixer.keep = own
+        self._own = []
+
+
+def _mixers(module: pl.LightningModule) -> list[HasKeepRule]:
+    """Of the layers that keep keys by a rule."""
+    return [mixer for mixer in decoder_of(module).mixers if isinstance(mixer, HasKeepRule)]
