@@ -22,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--parallel", type=int, default=8, help="most trainings at once (default: 8)")
     run.add_argument("--deadline", type=float, default=math.inf, help="seconds after which all have ended")
     run.add_argument("--only", default="", help="text that the names of cells must contain, such as 'mqar'")
-    run.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="values of $NAME in the study")
+    run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="value of $NAME in the study")
     run.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="folder of the runs themselves")
     report.add_argument("--out", type=Path, help="folder of report.md and plots (default: STUDY beside the results)")
     return parser
@@ -39,7 +39,9 @@ def main() -> int:
 
             print(write_report(study, results, args.out or results.with_suffix("")))
             return 0
-        variables = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in args.set)
+        if wrong := [pair for pair in args.set if "=" not in pair]:
+            raise ValueError(f"set: expected NAME=VALUE, got {wrong}")
+        variables = dict(pair.split("=", 1) for pair in args.set)
         runner = Runner(study, args.runs / name, results, variables, args.parallel, args.deadline, args.only)
         return 0 if runner.run() else 1
     except ValueError as error:

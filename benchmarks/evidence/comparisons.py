@@ -1,5 +1,6 @@
 """What the records of a study say: figures at the best rate, and differences between forms, seed by seed."""
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -73,23 +74,29 @@ def by_rate(records: Iterable[Record]) -> dict[float, list[Record]]:
 
 
 def at_best_rate(records: Iterable[Record], task: Task) -> list[Record]:
-    """Records of a form at its best rate, over the seeds that all rates have; ordered by seed."""
+    """Records of a form at its best rate, by the seeds that all rates have; ordered by seed.
+
+    A rate at which one has diverged is the best only if there is no other.
+    """
     rates = by_rate(records)
     common = set.intersection(*({record.seed for record in own} for own in rates.values()))
     means = {
         lr: statistics.fmean(record.final(task.metric) for record in own if record.seed in common or not common)
         for lr, own in rates.items()
     }
-    return rates[task.best(means)]
+    finite = {lr: mean for lr, mean in means.items() if math.isfinite(mean)}
+    return rates[task.best(finite) if finite else min(rates)]
 
 
-def spread(records: Sequence[Record], metric: str) -> Spread:
-    """Figures at the ends of several trainings."""
-    return Spread(tuple(record.final(metric) for record in records))
+def spread(records: Sequence[Record], metric: str) -> Spread | None:
+    """Figures at the ends of several trainings, those that have diverged left out; none without any."""
+    values = tuple(value for record in records if math.isfinite(value := record.final(metric)))
+    return Spread(values) if values else None
 
 
 def paired(form: Sequence[Record], baseline: Sequence[Record], metric: str) -> Difference | None:
-    """How a form differs from the baseline, over the seeds that both have; none without such."""
+    """How a form differs from the baseline, over the seeds that both have finished; none without such."""
     other = {record.seed: record.final(metric) for record in baseline}
-    values = tuple(record.final(metric) - other[record.seed] for record in form if record.seed in other)
+    differences = [record.final(metric) - other[record.seed] for record in form if record.seed in other]
+    values = tuple(value for value in differences if math.isfinite(value))
     return Difference(values) if values else None

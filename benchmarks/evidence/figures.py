@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.environment import describe
@@ -22,12 +23,15 @@ _OF_THE_MACHINE = ("speed/", "memory/")
 _DIGITS = 7  # that a float32 has
 
 
-def record_of(cell: Cell, options: Options, run: Path, seconds: float, evaluations: Mapping[str, Any]) -> Record:
+def record_of(
+    cell: Cell, options: Options, configs: str, run: Path, seconds: float, evaluations: Mapping[str, Any]
+) -> Record:
     """All that is kept of a finished training.
 
     Args:
         cell: what was trained.
         options: its flags.
+        configs: hash of its configurations.
         run: folder of the run, with event files and checkpoints.
         seconds: that its processes ran.
         evaluations: what commands found in its checkpoint.
@@ -49,31 +53,36 @@ def record_of(cell: Cell, options: Options, run: Path, seconds: float, evaluatio
         lr=cell.lr,
         seed=cell.seed,
         options=options,
+        configs=configs,
         model=arguments,
         data={name: value for name, value in saved.data.arguments.items() if name not in _files(saved)},
         parameters=model.num_non_embedding_parameters,
         flops_per_token=model.training_flops(length),
         steps=saved.step,
-        tokens=saved.step * batch * length * options.get("trainer.accumulate_grad_batches", 1),
+        tokens=saved.step * batch * length * _accumulated(run),
         curves={name: curve for name, curve in scalars.items() if name.startswith(_CURVES)},
-        last={name: curve[-1][1] for name, curve in scalars.items() if not name.startswith(_CURVES)},
+        last={name: x for name, [*_, (_, x)] in scalars.items() if x is not None and not name.startswith(_CURVES)},
         evaluations={name: _without_paths(report) for name, report in evaluations.items()},
         seconds=round(seconds, 1),
         environment=describe(),
     )
 
 
-def read_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Curves by tag: optimizer steps and numbers. Where a step was made twice, the later one counts."""
+def read_scalars(run: Path) -> dict[str, list[tuple[int, float | None]]]:
+    """Curves by tag: optimizer steps and values, None for what is not finite; of a step made twice, the later."""
     reader = EventAccumulator(str(run), size_guidance={"scalars": 0})
     reader.Reload()
     curves = {}
     for tag in sorted(reader.Tags()["scalars"]):
         values = {event.step + 1: float(f"{event.value:.{_DIGITS}g}") for event in reader.Scalars(tag)}
-        finite = {step: value for step, value in values.items() if math.isfinite(value)}
-        if finite and not tag.startswith(_OF_THE_MACHINE):
-            curves[tag] = sorted(finite.items())
+        if not tag.startswith(_OF_THE_MACHINE):
+            curves[tag] = [(step, x if math.isfinite(x) else None) for step, x in sorted(values.items())]
     return curves
+
+
+def _accumulated(run: Path) -> int:
+    """Batches in a step, by the configuration that the run has written."""
+    return yaml.safe_load((run / "config.yaml").read_text())["trainer"]["accumulate_grad_batches"]
 
 
 def _model(arguments: Mapping[str, Any]) -> DogeForCausalLM:

@@ -1,6 +1,7 @@
 """Curves and heat maps of a study, each with its numbers as CSV beside it."""
 
 import csv
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -54,10 +55,11 @@ def draw_needles(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
     for axes, (form, seeds) in zip(panels, found.items(), strict=True):
         cells: dict[tuple[int, float], list[float]] = {}
         for cell in (cell for seed in seeds for cell in seed["cells"]):
-            cells.setdefault((cell["length"], cell["depth"]), []).append(cell["answers"])
+            if cell["answers"] is not None:
+                cells.setdefault((cell["length"], cell["depth"]), []).append(cell["answers"])
         means = {key: statistics.fmean(values) for key, values in cells.items()}
         lengths, depths = (sorted({key[i] for key in means}) for i in (0, 1))
-        grid = [[means[length, depth] for length in lengths] for depth in depths]
+        grid = [[means.get((length, depth), math.nan) for length in lengths] for depth in depths]
         axes.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="viridis")
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
         axes.set_yticks(range(len(depths)), [f"{depth:g} %" for depth in depths])
@@ -76,14 +78,12 @@ def draw_positions(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
     figure, (axes,) = _subplots(1, 1)
     rows = []
     for number, (form, seeds) in enumerate(found.items()):
-        buckets = list(zip(*(seed["buckets"] for seed in seeds), strict=True))
-        losses = [[bucket["loss"] for bucket in same] for same in buckets]
-        ends = [same[0]["last"] + 1 for same in buckets]
-        _band(axes, ends, losses, form, number)
-        rows += [
-            (form, same[0]["first"], same[0]["last"], len(values), statistics.fmean(values), min(values), max(values))
-            for same, values in zip(buckets, losses, strict=True)
-        ]
+        buckets: dict[tuple[int, int], list[float]] = {}
+        for bucket in (bucket for seed in seeds for bucket in seed["buckets"]):
+            if bucket["loss"] is not None:
+                buckets.setdefault((bucket["first"], bucket["last"]), []).append(bucket["loss"])
+        _band(axes, [last + 1 for _, last in buckets], list(buckets.values()), form, number)
+        rows += [(form, *key, len(x), statistics.fmean(x), min(x), max(x)) for key, x in buckets.items()]
     axes.set_xscale("log", base=2)
     axes.set(xlabel="position, up to", ylabel="nats per token")
     axes.legend(frameon=False)
@@ -93,7 +93,8 @@ def draw_positions(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
 def _points(records: Sequence[Record], metric: str) -> list[tuple[int, list[float]]]:
     """Tokens, and the values of all seeds there; one that ended before stays as it ended."""
     curves = [
-        {step * record.tokens // record.steps: value for step, value in record.curves[metric]} for record in records
+        {step * record.tokens // record.steps: value for step, value in record.curves[metric] if value is not None}
+        for record in records
     ]
     points = []
     for tokens in sorted({count for curve in curves for count in curve}):

@@ -1,12 +1,12 @@
 """Tables and plots of what a study has found so far."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from benchmarks.evidence import plots
-from benchmarks.evidence.comparisons import at_best_rate, by_form, by_rate, paired, spread
+from benchmarks.evidence.comparisons import Spread, at_best_rate, by_form, by_rate, paired, spread
 from benchmarks.evidence.results import Record, Results
 from benchmarks.evidence.studies import Study, Task
 from dma_lightning.files.atomic import atomic_write
@@ -31,7 +31,8 @@ def write_report(study: Study, results: Path, folder: Path) -> Path:
         ValueError: if there is no record.
     """
     found = Results.read(results)
-    records = [record for record in found.records if record.form in study.forms and record.task in study.tasks]
+    cells = found.of_study(study)
+    records = [record for record in cells.values() if record is not None]
     if not records:
         raise ValueError(f"{results}: expected records of the study, got none; run it first")
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,6 +43,7 @@ def write_report(study: Study, results: Path, folder: Path) -> Path:
         own = [record for record in records if (record.task, record.size) == (task, size)]
         parts += _section(study, own, folder)
     parts += _speed(found)
+    parts += _missing([str(cell) for cell, record in cells.items() if record is None], found.failures)
     path = folder / REPORT
     with atomic_write(path) as file:
         file.write(("\n\n".join(parts) + "\n").encode())
@@ -69,7 +71,8 @@ def _section(study: Study, records: list[Record], folder: Path) -> Iterator[str]
 
 
 def _table(study: Study, best: dict[str, list[Record]], task: Task) -> Iterator[str]:
-    heads = ["form", "parameters", "keys per query", "training FLOPs per token", "lr", "n", task.metric, "difference"]
+    heads = ["form", "parameters", "keys per query", "training FLOPs per token", "lr", "million tokens", "n"]
+    heads += [task.metric, "difference"]
     yield f"| {' | '.join(heads)} |"
     yield "| --- |" + " ---: |" * (len(heads) - 1)
     for form, records in best.items():
@@ -77,17 +80,23 @@ def _table(study: Study, best: dict[str, list[Record]], task: Task) -> Iterator[
         difference = None
         if form != study.baseline and study.baseline in best:
             difference = paired(records, best[study.baseline], task.metric)
+        tokens = sorted({f"{record.tokens / 1e6:.1f}" for record in records}, key=float)
         cells = [
             form,
             f"{first.parameters / 1e6:.2f}M",
-            _keys(study, first),
+            _keys(first),
             f"{first.flops_per_token:.3g}",
             f"{first.lr:g}",
-            f"{len(records)}",
-            _number(figures.mean, figures.deviation),
+            " - ".join(tokens if len(tokens) < 3 else (tokens[0], tokens[-1])),
+            f"{len(records)}" if figures and len(figures.values) == len(records) else _diverged(records, figures),
+            "diverged" if figures is None else _number(figures.mean, figures.deviation),
             "" if difference is None else _interval(difference.mean, difference.interval),
         ]
         yield f"| {' | '.join(cells)} |"
+
+
+def _diverged(records: Sequence[Record], figures: Spread | None) -> str:
+    return f"{len(figures.values) if figures else 0} of {len(records)}, others diverged"
 
 
 def _rates(records: Sequence[Record], metric: str) -> Iterator[str]:
@@ -141,15 +150,25 @@ def _lengths(found: dict[str, list[Any]]) -> Iterator[str]:
             yield f"| {' | '.join(cells)} |"
 
 
-def _keys(study: Study, record: Record) -> str:
-    """Keys that a query of a form sees at most, compressed ones beside."""
-    if not study.forms[record.form].budget:
-        return f"{record.data['sequence_length']:,}"
-    keys = f"{study.sizes[record.size].budget:,}"
-    if record.model["attention"] == "nsa":
-        block, stride = record.model["nsa_compress_block"], record.model["nsa_compress_stride"]
-        keys += f" and {(record.data['sequence_length'] - block) // stride + 1:,} compressed"
+def _keys(record: Record) -> str:
+    """Keys that a query sees at most, compressed ones beside."""
+    model, length = record.model, record.data["sequence_length"]
+    seen = {
+        "dma": lambda: model["keep_window_size"] + model["keep_last"] + model["sinks"],
+        "swa": lambda: model["sliding_window"],
+        "nsa": lambda: model["nsa_window"] + model["nsa_select_count"] * model["nsa_select_block"],
+    }
+    keys = f"{min(length, seen.get(model['attention'], lambda: length)()):,}"
+    if model["attention"] == "nsa":
+        blocks = (length - model["nsa_compress_block"]) // model["nsa_compress_stride"] + 1
+        keys += f" and {blocks:,} compressed"
     return keys
+
+
+def _missing(names: Sequence[str], failures: Mapping[str, str]) -> Iterator[str]:
+    if names:
+        yield "## Missing"
+        yield "\n".join(f"- {name}{f': {failures[name]}' if name in failures else ''}" for name in names)
 
 
 def _environments(records: Sequence[Record]) -> Iterator[str]:

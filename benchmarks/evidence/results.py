@@ -1,12 +1,13 @@
 """The file that a study's figures end in: a record for each finished cell, added one by one."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from benchmarks.evidence.studies import Cell, Options
+from benchmarks.evidence.studies import Cell, Options, Study
 from dma_lightning.files.atomic import atomic_write
 from dma_lightning.files.reading import read_json
 
@@ -19,13 +20,14 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         task: name in the study, as size and form.
         options: flags, with variables as the study writes them.
+        configs: hash of what the configurations of model and data say.
         model: arguments of the model, those that the data dictates included.
         data: arguments of the data module, without files.
         parameters: trainable numbers outside embedding and output head.
         flops_per_token: of forward and backward pass, attention and output head counted.
         steps: optimizer steps.
         tokens: positions trained on.
-        curves: figures of validation: steps and values.
+        curves: figures of validation and of dynamic masks: steps and values, None for what is no finite number.
         last: last value of each other figure that does not depend on the machine's speed.
         evaluations: what commands found in the checkpoint.
         seconds: that the processes ran, in all attempts.
@@ -38,13 +40,14 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lr: float
     seed: int
     options: Options
+    configs: str
     model: Options
     data: Options
     parameters: int
     flops_per_token: float
     steps: int
     tokens: int
-    curves: dict[str, list[tuple[int, float]]]
+    curves: dict[str, list[tuple[int, float | None]]]
     last: dict[str, float]
     evaluations: dict[str, Any]
     seconds: float
@@ -56,8 +59,9 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Cell(self.task, self.size, self.form, self.lr, self.seed)
 
     def final(self, metric: str) -> float:
-        """The last value of a figure of validation."""
-        return self.curves[metric][-1][1]
+        """A figure of validation at the end; NaN if it was no finite number."""
+        step, value = self.curves[metric][-1]
+        return math.nan if value is None or step != self.steps else value
 
 
 class Invocation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,11 +82,18 @@ class Invocation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     environment: dict[str, str | int]
 
 
-class Results(msgspec.Struct):
-    """The content of the file."""
+class Results(msgspec.Struct, forbid_unknown_fields=True):
+    """The content of the file.
+
+    Attributes:
+        records: of finished trainings.
+        invocations: of the runner, those that have finished something.
+        failures: why others have failed when they were last tried, by name.
+    """
 
     records: list[Record] = []
     invocations: list[Invocation] = []
+    failures: dict[str, str] = {}
 
     @classmethod
     def read(cls, path: Path) -> "Results":
@@ -101,10 +112,21 @@ class Results(msgspec.Struct):
             f'"{name}": [\n' + ",\n".join(json.dumps(msgspec.to_builtins(item)) for item in items) + "\n]"
             for name, items in (("records", self.records), ("invocations", self.invocations))
         ]
+        parts.append(f'"failures": {json.dumps(self.failures, indent=1, sort_keys=True)}')
         with atomic_write(path) as file:
             file.write(("{" + ",\n".join(parts) + "}\n").encode())
 
-    def of(self, cell: Cell, options: Options) -> Record | None:
-        """The record of a cell that was trained with these flags."""
-        plain = msgspec.to_builtins(options)
-        return next((x for x in self.records if x.cell == cell and x.options == plain), None)
+    def of(self, cell: Cell, options: Options, configs: str) -> Record | None:
+        """The record of a cell that was trained with these flags and configurations."""
+        wanted = (cell, msgspec.to_builtins(options), configs)
+        return next((x for x in self.records if (x.cell, x.options, x.configs) == wanted), None)
+
+    def of_study(self, study: Study) -> dict[Cell, Record | None]:
+        """The records of all cells of a study that can be named by now; None for those that are missing."""
+        cells = study.cells(lambda cell, options: self.value_of(study, cell, options))
+        return {cell: self.of(cell, options, study.digest_of(cell)) for cell, options in cells.items()}
+
+    def value_of(self, study: Study, cell: Cell, options: Options) -> float | None:
+        """The metric of a cell at its end; None if there is no record."""
+        record = self.of(cell, options, study.digest_of(cell))
+        return None if record is None else record.final(study.tasks[cell.task].metric)

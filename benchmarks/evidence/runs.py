@@ -16,11 +16,14 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import FrameType
 
+from filelock import FileLock, Timeout
+
 from benchmarks.environment import describe
 from benchmarks.evidence.child import LOG, share, start_child
 from benchmarks.evidence.figures import record_of
 from benchmarks.evidence.results import Invocation, Results
 from benchmarks.evidence.studies import Cell, Options, Study, filled
+from dma_lightning.files.atomic import atomic_write
 from dma_lightning.files.locks import locked_folder
 
 GRACE = 20.0  # seconds before the deadline in which runs are saved
@@ -87,11 +90,13 @@ class Runner:
             ValueError: if another process runs in the folder, or a variable is missing.
         """
         begun = time.monotonic()
-        for cell, options in self._missing().items():
-            self._commands(cell, options)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (missing := self._missing()) and self.only:
+            raise ValueError(f"only: expected text that the name of a missing cell contains, got {self.only!r}")
+        for cell, options in missing.items():
+            self._commands(cell, options)  # which may lack a variable
         share(self.folder / "compiled", self.parallel)
-        with locked_folder(self.folder, "wait for its end"), _signals() as received, self._children():
+        with _locked(self.folder, self.path), _signals() as received, self._children():
+            self.results = Results.read(self.path)  # now that nobody else writes to it
             while True:
                 if not self._is_ending and (received or time.monotonic() > begun + self.deadline - GRACE):
                     self._end()
@@ -120,15 +125,12 @@ class Runner:
         return {
             cell: options
             for cell, options in self.study.cells(self._value_of).items()
-            if self.only in str(cell) and self.results.of(cell, options) is None
+            if self.only in str(cell) and self.results.of(cell, options, self.study.digest_of(cell)) is None
         }
 
-    def _value_of(self, cell: Cell) -> float | None:
+    def _value_of(self, cell: Cell, options: Options) -> float | None:
         """The metric of a cell at its end; NaN if it failed, None if there is no record."""
-        if cell in self.failed:
-            return math.nan
-        record = next((record for record in self.results.records if record.cell == cell), None)
-        return None if record is None else record.final(self.study.tasks[cell.task].metric)
+        return math.nan if cell in self.failed else self.results.value_of(self.study, cell, options)
 
     def _start(self) -> None:
         """Start cells while there is room."""
@@ -145,9 +147,11 @@ class Runner:
                 print(f"started   {cell}", flush=True)
 
     def _folder(self, cell: Cell, options: Options) -> Path:
-        """Where a cell runs: another one if its flags have changed, since a run cannot go on with others."""
-        digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
-        return self.folder / cell.folder / digest[:8]
+        """Where a cell runs: another one if anything has changed, since a run cannot go on with other arguments."""
+        arguments = self.study.fit_arguments(cell, options, self.variables)
+        looks = self.study.tasks[cell.task].evaluations
+        said = json.dumps([arguments, looks, self.study.digest_of(cell)], sort_keys=True)
+        return self.folder / cell.folder / hashlib.sha256(said.encode()).hexdigest()[:8]
 
     def _commands(self, cell: Cell, options: Options) -> list[list[str]]:
         """Arguments of `dma-lightning`, for training and each evaluation."""
@@ -194,23 +198,31 @@ class Runner:
             self._fail(running, f"exit status {process.exitcode}: {_last_line(running.folder / LOG)}")
 
     def _record(self, running: _Running, seconds: float) -> None:
-        cell, task = running.cell, self.study.tasks[running.cell.task]
-        found = {name: json.loads((running.folder / f"{name}.json").read_bytes()) for name in task.evaluations}
-        record = record_of(cell, running.options, running.folder / _RUN, seconds, found)
-        if not (curve := record.curves.get(task.metric)) or curve[-1][0] != record.steps:
-            self._fail(running, f"expected a number as {task.metric} at the end, got {curve and curve[-1]}")
+        cell, task, digest = running.cell, self.study.tasks[running.cell.task], self.study.digest_of(running.cell)
+        try:
+            found = {name: json.loads((running.folder / f"{name}.json").read_bytes()) for name in task.evaluations}
+            record = record_of(cell, running.options, digest, running.folder / _RUN, seconds, found)
+        except (ValueError, OSError, KeyError) as error:
+            self._fail(running, f"{error!r}; delete {running.folder} to train it again")
             return
+        if task.metric not in record.curves:
+            known = [name for name in record.curves if name.startswith("val/")]
+            self._fail(running, f"expected a metric of {known}, got {task.metric!r}")
+            return
+        self.results.failures.pop(str(cell), None)
         self.results.records.append(record)
         self.results.write(self.path)
         self._finished.append(str(cell))
         print(
-            f"finished  {cell}: {task.metric} {curve[-1][1]:.4f} after {record.tokens:,} tokens, {seconds:.0f} s; "
-            f"{len(self._missing())} missing",
+            f"finished  {cell}: {task.metric} {record.final(task.metric):.4f} after {record.tokens:,} tokens, "
+            f"{seconds:.0f} s; {len(self._missing())} missing",
             flush=True,
         )
 
     def _fail(self, running: _Running, reason: str) -> None:
         self.failed[running.cell] = reason
+        self.results.failures[str(running.cell)] = reason.replace(str(running.folder), "its folder")
+        self.results.write(self.path)
         print(f"failed    {running.cell}: {reason} ({running.folder / LOG})", flush=True)
 
     def _end(self) -> None:
@@ -222,14 +234,39 @@ class Runner:
 
     @contextmanager
     def _children(self) -> Iterator[None]:
-        """Leave no process behind, whatever happens."""
+        """Leave no process behind, whatever happens; what runs may save first."""
         try:
             yield
         finally:
-            for running in self._running:
-                if running.process is not None:
-                    running.process.kill()
-                    running.process.join()
+            processes = [running.process for running in self._running if running.process is not None]
+            for process in processes:
+                process.terminate()
+            end = time.monotonic() + GRACE
+            for process in processes:
+                process.join(max(0.0, end - time.monotonic()))
+                process.kill()
+                process.join()
+
+
+@contextmanager
+def _locked(folder: Path, results: Path) -> Iterator[None]:
+    """Be the only one that runs in a folder and writes to a file of results.
+
+    Raises:
+        ValueError: if another process does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(results.with_name(f".{results.name}.lock"), timeout=0)
+    with locked_folder(folder, "wait for its end"):
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ValueError(
+                f"{results}: expected no other process to write there, got one; wait for its end"
+            ) from error
+        with lock:
+            yield
 
 
 @contextmanager
@@ -250,8 +287,9 @@ def _signals() -> Iterator[list[int]]:
 
 def _add_seconds(path: Path, seconds: float) -> float:
     """Seconds of all commands of a cell so far, those of an attempt that was killed left out."""
-    seconds += json.loads(path.read_text()) if path.exists() else 0.0
-    path.write_text(json.dumps(seconds))
+    seconds += float(path.read_text()) if path.exists() else 0.0
+    with atomic_write(path) as file:
+        file.write(f"{seconds:.1f}".encode())
     return seconds
 
 

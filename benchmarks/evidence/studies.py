@@ -1,8 +1,10 @@
 """What a study compares: cells of task, size, form, learning rate and seed, each a `fit` command."""
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import product
 from pathlib import Path
 from string import Template
@@ -15,6 +17,8 @@ from dma_lightning.files.reading import as_kind
 
 STUDIES = Path(__file__).parent / "studies"
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+_ADDED = ("forms", "tasks", "sizes", "options")  # what a study adds to that of its base, name by name
 
 Options = dict[str, Any]
 """Flags of a command without dashes, and their values; `$name` in text stands for a variable."""
@@ -43,8 +47,8 @@ class Form(_Part):
         Raises:
             ValueError: if a share is no whole number.
         """
-        shares = {name: share * budget / self.units.get(name, 1) for name, share in self.budget.items()}
-        if not all(share.is_integer() for share in shares.values()):
+        shares = {name: _exact(share) * budget / self.units.get(name, 1) for name, share in self.budget.items()}
+        if any(share.denominator != 1 for share in shares.values()):
             raise ValueError(f"budget: expected a number of keys that can be shared as {self.budget}, got {budget}")
         return {name: int(share) for name, share in shares.items()}
 
@@ -143,32 +147,55 @@ class Study(_Part):
     def __post_init__(self) -> None:
         for grid in self.grids:
             for kind in ("tasks", "sizes", "forms"):
-                if unknown := set(getattr(grid, kind)) - set(getattr(self, kind)):
-                    raise ValueError(f"grids: expected {kind} of {sorted(getattr(self, kind))}, got {sorted(unknown)}")
+                self._check_known("grids", kind, getattr(grid, kind))
+            for name in ("tasks", "sizes", "forms", "lr", "seeds"):
+                if not getattr(grid, name):
+                    raise ValueError(f"grids: expected at least one of {name}, got none")
+        for name, size in self.sizes.items():
+            self._check_known(f"sizes.{name}.forms", "forms", size.forms)
         for name, form in self.forms.items():
-            if form.budget and sum(form.budget.values()) != 1:
+            if form.budget and sum(map(_exact, form.budget.values())) != 1:
                 raise ValueError(f"forms.{name}.budget: expected shares that sum up to 1, got {form.budget}")
         if self.baseline not in self.forms:
             raise ValueError(f"baseline: expected one of {sorted(self.forms)}, got {self.baseline!r}")
 
-    def cells(self, value_of: Callable[[Cell], float | None]) -> dict[Cell, Options]:
+    def _check_known(self, where: str, kind: str, named: Iterable[str]) -> None:
+        known = getattr(self, kind)
+        if unknown := set(named) - set(known):
+            raise ValueError(f"{where}: expected {kind} of {sorted(known)}, got {sorted(unknown)}")
+
+    def cells(self, value_of: Callable[[Cell, Options], float | None]) -> dict[Cell, Options]:
         """All cells that can be named, with their flags; those of `best_seeds` once all rates have been tried.
 
         Args:
-            value_of: the task's metric at a cell's end; NaN if it failed, None if it was not tried yet.
-        """
-        return {cell: self._options(cell, grid) for grid in self.grids for cell in self._cells(grid, value_of)}
+            value_of: the task's metric at the end of a cell with these flags; NaN if it failed, None if it was not
+                tried yet.
 
-    def _cells(self, grid: Grid, value_of: Callable[[Cell], float | None]) -> Iterator[Cell]:
+        Raises:
+            ValueError: if two grids have one cell with different flags.
+        """
+        found: dict[Cell, Options] = {}
+        for grid in self.grids:
+            for cell in self._cells(grid, value_of):
+                options = self._options(cell, grid)
+                if found.setdefault(cell, options) != options:
+                    raise ValueError(
+                        f"grids: expected one set of options for {cell}, got two; name another form for one"
+                    )
+        return found
+
+    def _cells(self, grid: Grid, value_of: Callable[[Cell, Options], float | None]) -> Iterator[Cell]:
         for seed in grid.seeds:  # a deadline shall cut off seeds, not forms
             for task, size, lr, form in product(grid.tasks, grid.sizes, grid.lr, grid.forms):
                 yield Cell(task, size, form, lr, seed)
-        for seed in grid.best_seeds:
-            for task, size, form in product(grid.tasks, grid.sizes, grid.forms):
-                tried = {lr: [value_of(Cell(task, size, form, lr, seed)) for seed in grid.seeds] for lr in grid.lr}
-                best = _best_rate(self.tasks[task], tried)
-                if best is not None:
-                    yield Cell(task, size, form, best, seed)
+        for task, size, form in product(grid.tasks, grid.sizes, grid.forms) if grid.best_seeds else ():
+            tried: dict[float, list[float | None]] = {}
+            for lr in grid.lr:
+                cells = [Cell(task, size, form, lr, seed) for seed in grid.seeds]
+                tried[lr] = [value_of(cell, self._options(cell, grid)) for cell in cells]
+            best = _best_rate(self.tasks[task], tried)
+            for seed in grid.best_seeds if best is not None else ():
+                yield Cell(task, size, form, best, seed)
 
     def _options(self, cell: Cell, grid: Grid) -> Options:
         """Flags of a cell's command; the more special ones win. Variables stand as they are written."""
@@ -191,9 +218,17 @@ class Study(_Part):
         Raises:
             ValueError: if a variable is missing.
         """
-        names = self.sizes[cell.size].configs + self.tasks[cell.task].configs + self.configs
-        configs = [f"--config={CONFIGS / name}.yaml" for name in names]
+        configs = [f"--config={CONFIGS / name}.yaml" for name in (*self.shape_of(cell), *self.configs)]
         return ["fit", *configs, *flags(options, variables)]
+
+    def digest_of(self, cell: Cell) -> str:
+        """What those of model and data say, as a hash: figures under others are not of this cell."""
+        contents = [yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in self.shape_of(cell)]
+        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
+
+    def shape_of(self, cell: Cell) -> list[str]:
+        """Configurations of a cell's model and data, below `configs`, without ending."""
+        return self.sizes[cell.size].configs + self.tasks[cell.task].configs
 
 
 def read_study(name: str) -> tuple[str, Study]:
@@ -205,15 +240,17 @@ def read_study(name: str) -> tuple[str, Study]:
     Raises:
         ValueError: if there is none, or a field is unknown, missing or wrong.
     """
-    path, content = _read(name)
+    path, content = _read(name, Path(), ())
     study: Study = as_kind(content, Study, str(path))
     return path.stem, study
 
 
-def _read(name: str) -> tuple[Path, dict[str, Any]]:
-    """The file of a study, and its content with that of its base."""
+def _read(name: str, folder: Path, above: tuple[Path, ...]) -> tuple[Path, dict[str, Any]]:
+    """The file of a study, and its content with that of its base; it is the base of those `above`."""
     own = STUDIES / f"{name}.yaml"
-    path = own if own.is_file() else Path(name)
+    path = own if own.is_file() else folder / name
+    if path.resolve() in above:
+        raise ValueError(f"{path}: expected a base that is another study, got one that has this as its base")
     if not path.is_file():
         known = sorted(file.stem for file in STUDIES.glob("*.yaml"))
         raise ValueError(f"study: expected one of {known}, or a file, got {name!r}")
@@ -221,10 +258,11 @@ def _read(name: str) -> tuple[Path, dict[str, Any]]:
         content = as_kind(yaml.safe_load(path.read_text()), dict[str, Any], str(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML: {error}") from error
-    if (base := content.pop("base", None)) is not None:
-        _, before = _read(base)
-        added = {key: before.get(key, {}) | content.get(key, {}) for key in ("forms", "tasks", "sizes", "options")}
-        content = before | content | added
+    base = as_kind(content.pop("base", None), str | None, f"{path}: base")
+    if base is not None:
+        _, before = _read(base, path.parent, (*above, path.resolve()))
+        both = {key: [as_kind(x.get(key, {}), Options, f"{path}: {key}") for x in (before, content)] for key in _ADDED}
+        content = before | content | {key: old | new for key, (old, new) in both.items()}
     return path, content
 
 
@@ -249,6 +287,11 @@ def filled(text: str, variables: Mapping[str, str]) -> str:
     except KeyError as error:
         name = error.args[0]
         raise ValueError(f"{text}: expected a value of ${name}, got none; give it by --set {name}=...") from error
+
+
+def _exact(share: float) -> Fraction:
+    """The number that was written, such as a tenth."""
+    return Fraction(str(share))
 
 
 def _best_rate(task: Task, tried: Mapping[float, list[float | None]]) -> float | None:

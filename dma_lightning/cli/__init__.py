@@ -4,6 +4,7 @@
 - `lightning_cli`: `fit`, `validate`, `test` and `predict`, which are Lightning's
 - `ckpt_path`: which checkpoint that option stands for, and what it says about model and data
 - `generate`, `prepare`, `train_tokenizer`, `sizes`, `huggingface`: commands of our own
+- `needle`, `extrapolation`, `positions`: those that evaluate a checkpoint
 - `parsing`: how arguments are read
 - `errors`: which errors are told in one line
 """

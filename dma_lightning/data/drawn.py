@@ -20,9 +20,10 @@ _random = np.random.RandomState(0)
 
 
 def seeded(seed: int) -> np.random.RandomState:
-    """NumPy's legacy generator, whose draws never change, as new with a seed. It is the same object at every call.
+    """NumPy's legacy generator, whose draws never change, as new with a seed.
 
-    A new object would take a hundred microseconds, as long as to draw an example.
+    It is the same object at every call, so an example must be drawn before the next one begins: a new one would take a
+    hundred microseconds, as long as to draw an example.
     """
     _random.seed(seed)
     return _random

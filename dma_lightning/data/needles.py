@@ -159,8 +159,9 @@ class NeedleTask:
         Args:
             seed: of all that is drawn.
             length: L. Default: drawn, from an eighth of N on, or `least_length` if that is more.
-            depth: where the asked needle, or the first with its key, stands in the haystack: from 0, at the beginning,
-                to 100, before the question (and before needles that come to the same place). Default: drawn.
+            depth: where the asked needle stands in the haystack, or the first with its key (in a haystack of needles:
+                one with its key): from 0, at the beginning, to 100, before the question (and before needles that come
+                to the same place). Default: drawn.
 
         Returns:
             Inputs and labels, int64 `[L]`.
@@ -178,7 +179,7 @@ class NeedleTask:
         key = np.concatenate([keys[:1].repeat(asked, axis=0), keys[1:]])
         marks = [np.full((asked + others, 1), mark) for mark in (KEY, VAL, END)]
         needles = np.concatenate([marks[0], key, marks[1], values, marks[2]], axis=1)
-        order = self._order(random, asked + others, fillers, depth)
+        order = self._order(random, asked, others, fillers, depth)
         parts = [*needles, *hay[:, None]]
         answer = np.concatenate([values[i] for i in order if i < asked])
         question = [[ASK], keys[0], [VAL], answer[:-1]]
@@ -195,13 +196,18 @@ class NeedleTask:
         digits = np.array([*numbers])[:, None] // self.key_symbols ** np.arange(self.key_length)
         return 6 + digits % self.key_symbols
 
-    def _order(self, random: np.random.RandomState, needles: int, fillers: int, depth: float) -> list[int]:
-        """Needles and fillers, numbered behind them, in the order of the text; number 0 stands at the depth."""
+    def _order(self, random: np.random.RandomState, asked: int, others: int, fillers: int, depth: float) -> list[int]:
+        """Needles and fillers, numbered behind them, in the order of the text; number 0 stands at the depth.
+
+        Among fillers, it is the first of those that are asked for.
+        """
+        needles = asked + others
         if self.haystack == "needles":
             place = np.concatenate([[round(depth / 100 * (needles - 1)) - 0.5], random.permutation(needles - 1)])
             return [*range(needles, needles + fillers), *place.argsort(kind="stable").tolist()]
         place = random.randint(fillers + 1, size=needles)  # how many fillers stand before each
         place[0] = round(depth / 100 * fillers)
+        place[1:asked] = place[0] + place[1:asked] * (fillers - place[0]) // max(1, fillers)
         return np.concatenate([place, np.arange(fillers) + 0.5]).argsort(kind="stable").tolist()
 
 

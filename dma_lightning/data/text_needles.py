@@ -10,7 +10,6 @@ L tokens of an example, padding behind it up to N sequence length.
 """
 
 import re
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +46,9 @@ _QUESTION, _ANSWER = "The code of {word} is ", "{code:06d}."
 _CODES = 10**6
 _ANSWER_LENGTH = 7  # bytes
 _SENTENCE_END = re.compile(rb"[.!?][\"')\]]*\s+")  # with the space behind it
-_LOOK_BACK = 4096  # bytes
+_WORD_END = re.compile(rb"\s+")
+_LOOK_BACK, _LONGEST_WORD = 4096, 64  # bytes
+_MOST_OFF = 0.05  # of a haystack, how far a needle may be moved to the end of a sentence or word
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,9 @@ class TextNeedleTask:
         Args:
             seed: of all that is drawn.
             length: L. Default: N for plain text, else drawn, from an eighth of N on, or `least_length` if that is more.
-            depth: where the asked needle stands in the haystack: from 0, at the beginning, to 100, before the question
-                (and before needles that come to the same place); between these at the end of the sentence before, or at
-                the beginning if there is none. Default: drawn.
+            depth: where the asked needle stands in the haystack, from 0, at the beginning, to 100, before the question
+                (and before needles that come to the same place); moved to the nearest end of a sentence, or of a
+                word where that is more than 5 per cent of the haystack away. Default: drawn.
 
         Returns:
             Inputs and labels, int64 `[L]`.
@@ -178,7 +179,7 @@ class TextNeedleTask:
         depths = [depth, *(100 * random.random_sample(count - 1))]
         hay = self._passage(random, length - len(asked) - sum(map(len, needles)))
         ends = _sentence_ends(hay)
-        places = [_place(len(hay), ends, x) for x in depths]
+        places = [_place(hay, ends, x) for x in depths]
         parts, done = [], 0
         for i in np.argsort(places, kind="stable"):
             parts += [hay[done : places[i]], needles[i]]
@@ -322,10 +323,10 @@ def _sentence_ends(text: bytes) -> list[int]:
     return [end.end() for end in _SENTENCE_END.finditer(text)]
 
 
-def _place(size: int, ends: Sequence[int], depth: float) -> int:
-    """Where in a haystack of so many bytes, in which sentences end there, the needle of a depth stands."""
-    place = round(depth / 100 * size)
-    if depth >= 100:
-        return place
-    before = bisect_right(ends, place)
-    return ends[before - 1] if before else 0
+def _place(hay: bytes, ends: Sequence[int], depth: float) -> int:
+    """Where in a haystack, in which sentences end there, the needle of a depth stands."""
+    asked, most = round(depth / 100 * len(hay)), _MOST_OFF * len(hay)
+    sentence = min((0, *ends, len(hay)), key=lambda end: abs(end - asked))
+    words = (word.end() for word in _WORD_END.finditer(hay, max(0, asked - _LONGEST_WORD), asked + _LONGEST_WORD))
+    word = min(words, key=lambda end: abs(end - asked), default=asked)
+    return sentence if abs(sentence - asked) <= most else word

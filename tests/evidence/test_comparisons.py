@@ -1,5 +1,7 @@
 """What is said about several seeds."""
 
+import math
+
 import pytest
 from study_records import record
 
@@ -10,8 +12,12 @@ TASK = Task("val/accuracy", "higher")
 
 
 def test_spread_of_one_seed_is_unknown() -> None:
-    assert spread([record("dma", 0, 0.5)], "val/accuracy").deviation is None
-    both = spread([record("dma", 0, 0.5), record("dma", 1, 0.7)], "val/accuracy")
+    one, both = ([record("dma", seed, value) for seed, value in enumerate(x)] for x in ((0.5,), (0.5, 0.7)))
+    found = spread(one, "val/accuracy")
+    assert found is not None
+    assert found.deviation is None
+    both = spread(both, "val/accuracy")
+    assert both is not None
     assert both.mean == pytest.approx(0.6)
     assert both.deviation == pytest.approx(0.02**0.5)
 
@@ -39,3 +45,20 @@ def test_best_rate_is_that_of_the_seeds_that_all_rates_have() -> None:
     assert [(x.lr, x.seed) for x in at_best_rate([*more, *sweep], TASK)] == [(0.2, 0), (0.2, 1), (0.2, 2)]
     lowest = at_best_rate(sweep, Task("val/accuracy", "lower"))
     assert [x.lr for x in lowest] == [0.1]
+
+
+def test_what_has_diverged_is_no_figure() -> None:
+    diverged = record("dma", 1, 0.0, curves={"val/accuracy": [(1, 0.5), (2, None)]})
+    cut = record("dma", 2, 0.0, curves={"val/accuracy": [(1, 0.5)]})
+    good, mha = record("dma", 0, 0.7), [record("mha", seed, 0.5) for seed in range(3)]
+    assert [math.isnan(x.final("val/accuracy")) for x in (diverged, cut, good)] == [True, True, False]
+    found = spread([good, diverged, cut], "val/accuracy")
+    assert found is not None
+    assert found.values == (0.7,)
+    assert spread([diverged], "val/accuracy") is None
+    difference = paired([good, diverged, cut], mha, "val/accuracy")
+    assert difference is not None
+    assert difference.values == pytest.approx((0.2,))
+    other = record("dma", 1, 0.1, lr=0.2)
+    assert at_best_rate([diverged, other], TASK) == [other]
+    assert at_best_rate([diverged], TASK) == [diverged]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 OF_THE_MACHINE = ("seconds", "bytes", "environment", "torch", "device")
@@ -139,7 +140,33 @@ def test_a_cell_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
         code, printed = run(tmp_path, study, "--only=dma")
         assert code == 1
         assert re.search(r"^failed    mqar tiny dma.*exit status 1.*num_pairs.*log.txt\)", printed, re.MULTILINE)
-    assert not (tmp_path / "results.json").exists()
+    assert not results(tmp_path)["records"]
+    (failure,) = results(tmp_path)["failures"].items()
+    assert failure[0].startswith("mqar tiny dma")
+    assert "num_pairs" in failure[1]
+
+
+def test_files_that_a_kill_has_cut_off_do_not_stop_others(tmp_path: Path) -> None:
+    study = small_study(tmp_path, **{"trainer.max_steps": 2})
+    code, _ = run(tmp_path, study, "--only=mha")
+    assert code == 0
+    content = results(tmp_path)
+    content["records"] = []
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    for file in tmp_path.rglob("events.out*"):
+        file.unlink()
+    code, printed = run(tmp_path, study)
+    assert code == 1
+    assert re.search(r"^failed    mqar tiny mha.*expected a metric of", printed, re.MULTILINE), printed
+    assert re.search(r"^finished  mqar tiny dma", printed, re.MULTILINE), printed
+
+
+def test_one_runner_at_a_time_writes_to_results(tmp_path: Path) -> None:
+    study = small_study(tmp_path)
+    with FileLock(tmp_path / ".results.json.lock"):
+        code, printed = run(tmp_path, study)
+    assert code == 1
+    assert "results.json: expected no other process to write there" in printed
 
 
 @pytest.mark.parametrize(
@@ -147,6 +174,8 @@ def test_a_cell_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
     [
         (["--parallel=0"], "expected parallel >= 1 and a deadline of more than 20 seconds"),
         (["--deadline=5"], "expected parallel >= 1 and a deadline of more than 20 seconds"),
+        (["--set", "text"], "set: expected NAME=VALUE, got ['text']"),
+        (["--only=mkar"], "only: expected text that the name of a missing cell contains, got 'mkar'"),
     ],
 )
 def test_wrong_arguments_are_told(tmp_path: Path, args: list[str], message: str) -> None:

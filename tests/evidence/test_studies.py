@@ -34,26 +34,31 @@ def study(tmp_path: Path, **changed: object) -> Study:
 
 def test_further_seeds_come_at_the_best_rate_when_all_rates_were_tried(tmp_path: Path) -> None:
     values: dict[Cell, float] = {}
-    first = study(tmp_path).cells(values.get)
+
+    def value_of(cell: Cell, options: dict[str, object]) -> float | None:
+        assert options["model.lr"] == cell.lr
+        return values.get(cell)
+
+    first = study(tmp_path).cells(value_of)
     assert len(first) == 2 * 2 * 2
     assert [cell.seed for cell in first] == [0] * 4 + [1] * 4  # a deadline leaves whole seeds
     for cell in first:
         values[cell] = {("mha", 0.1): 0.9, ("mha", 0.2): 0.8, ("dma", 0.1): 0.3}.get((cell.form, cell.lr), 0.5)
     del values[next(cell for cell in first if cell.form == "dma" and cell.seed == 1)]
-    more = [cell for cell in study(tmp_path).cells(values.get) if cell not in first]
+    more = [cell for cell in study(tmp_path).cells(value_of) if cell not in first]
     assert more == [Cell("recall", "small", "mha", 0.1, seed) for seed in (2, 3)]
 
 
 def test_a_rate_that_failed_is_not_the_best(tmp_path: Path) -> None:
     found = study(tmp_path)
-    cells = found.cells(lambda cell: math.nan if cell.lr == 0.2 else 0.0)
+    cells = found.cells(lambda cell, _: math.nan if cell.lr == 0.2 else 0.0)
     assert {cell.lr for cell in cells if cell.seed == 3} == {0.1}
-    assert not [cell for cell in found.cells(lambda _: math.nan) if cell.seed == 3]
+    assert not [cell for cell in found.cells(lambda *_: math.nan) if cell.seed == 3]
 
 
 def test_the_more_special_options_win(tmp_path: Path) -> None:
     grid = STUDY["grids"][0] | {"options": {"data.batch_size": 6}}
-    cells = study(tmp_path, grids=[grid]).cells(lambda _: None)
+    cells = study(tmp_path, grids=[grid]).cells(lambda *_: None)
     options = cells[Cell("recall", "small", "dma", 0.2, 1)]
     expected = {"data.batch_size": 6, "model.attention": "dma", "model.keep_window_size": 8}
     assert options == expected | {"model.lr": 0.2, "seed_everything": 1}
@@ -62,6 +67,7 @@ def test_the_more_special_options_win(tmp_path: Path) -> None:
 def test_budgets_are_shared_exactly() -> None:
     form = Form(budget={"window": 0.5, "blocks": 0.5}, units={"blocks": 4})
     assert form.keys(32) == {"window": 16, "blocks": 4}
+    assert Form(budget={"a": 0.7, "b": 0.2, "c": 0.1}).keys(100) == {"a": 70, "b": 20, "c": 10}
     with pytest.raises(ValueError, match=r"budget: expected a number of keys that can be shared as .*, got 12"):
         form.keys(12)
 
@@ -74,12 +80,23 @@ def test_budgets_are_shared_exactly() -> None:
         ({"forms": STUDY["forms"] | {"half": {"budget": {"x": 0.5}}}}, "forms.half.budget: expected shares that sum"),
         ({"grids": [STUDY["grids"][0] | {"forms": ["dam"]}]}, r"grids: expected forms of .*, got \['dam'\]"),
         ({"grids": [{"tasks": []}]}, r"missing required field `sizes`.*grids\[0\]"),
+        ({"grids": [STUDY["grids"][0] | {"seeds": []}]}, "grids: expected at least one of seeds, got none"),
+        ({"sizes": {"small": {"forms": {"dmaa": {}}}}}, r"sizes.small.forms: expected forms of .*, got \['dmaa'\]"),
+        ({"base": "study.yaml"}, "expected a base that is another study"),
+        ({"base": 3}, "base: Expected `str | null`, got `int`"),
         ({"options": None}, r"Expected `object`, got `null` - at `\$.options`"),
     ],
 )
 def test_a_wrong_study_is_told(tmp_path: Path, changed: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + ".*" + message):
         study(tmp_path, **changed)
+
+
+def test_one_cell_with_two_sets_of_options_is_told(tmp_path: Path) -> None:
+    grid = STUDY["grids"][0]
+    found = study(tmp_path, grids=[grid, grid | {"options": {"data.batch_size": 2}}])
+    with pytest.raises(ValueError, match=r"expected one set of options for recall small mha, lr 0.1, seed 0, got two"):
+        found.cells(lambda *_: None)
 
 
 def test_no_study_is_told() -> None:
@@ -89,7 +106,7 @@ def test_no_study_is_told() -> None:
 
 def test_variables_are_filled_in(tmp_path: Path) -> None:
     found = study(tmp_path, options={"data.path": "$text/train"})
-    (cell, options), *_ = found.cells(lambda _: None).items()
+    (cell, options), *_ = found.cells(lambda *_: None).items()
     assert "--data.path=/books/train" in found.fit_arguments(cell, options, {"text": "/books"})
     with pytest.raises(ValueError, match=r"expected a value of \$text, got none; give it by --set text="):
         found.fit_arguments(cell, options, {})

@@ -74,6 +74,17 @@ def test_the_needle_stands_at_its_depth(depth: int) -> None:
     assert [key for _, key, _ in needles].index(asked) == round(depth / 100 * (len(needles) - 1))
 
 
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_the_first_of_several_values_stands_at_its_depth(depth: int) -> None:
+    task = make_task(120, values_per_key=3, num_needles=2)
+    for seed in range(5):
+        inputs, _ = task.generate(seed, 120, depth)
+        needles, asked, _ = read(inputs)
+        first = next(place for place, key, _ in needles if key == asked)
+        before = sum(inputs[:first] >= 6 + task.key_symbols + task.value_symbols)  # fillers
+        assert before == round(depth / 100 * (120 - task.least_length))
+
+
 def test_drawn_lengths_and_depths_reach_their_ends() -> None:
     task = make_task(40)
     lengths, places = set(), set()

@@ -1,6 +1,7 @@
 """Needles in text: examples that are what they say, other words in validation, and lengths beyond the training's."""
 
 import re
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,8 @@ from dma_lightning.data.text_needles import (
 TEXT = "".join(f"Sentence {i} is here, and it goes on. " for i in range(900))
 NEEDLE = re.compile(r"The code of (\w+) is (\d{6})\. ")
 GOLDEN = (
-    b"Sentence 831 is here, and it goes on. The code of engine is 230131. "
-    b"Sentence 832 is here, and it goes on. Sentence 833 isThe code of engine is 230131"
+    b"Sentence 831 is here, and it goes on. Sentence The code of engine is 230131. "
+    b"832 is here, and it goes on. Sentence 833 isThe code of engine is 230131"
 )
 QUESTION = re.compile(r"The code of (\w+) is (\d{6})$")
 
@@ -94,23 +95,26 @@ def test_the_answer_is_the_code_of_the_word(data: TextNeedleDataModule, length: 
         assert hay.startswith("Sentence"[: len(hay)])
 
 
-def test_the_needle_stands_at_the_end_of_the_sentence_before_its_depth(data: TextNeedleDataModule) -> None:
-    task = data.task_at(480)
-    for depth in (*DEPTHS, 3, 99.9):
-        for seed in range(5):
-            hay, ((place, _, _),), _ = read(task.generate(seed, 480, depth)[0])
-            asked = round(depth / 100 * len(hay))
-            expected = len(hay) if depth == 100 else hay.rfind(". ", 0, asked) + 2 if ". " in hay[:asked] else 0
-            assert place == expected
-            assert asked - place < 45 or depth == 100
+def test_the_needle_stands_at_an_end_near_its_depth(data: TextNeedleDataModule) -> None:
+    for length, depth, seed in product((120, 480), (*DEPTHS, 3, 99.9), range(5)):
+        hay, ((place, _, _),), _ = read(data.task_at(length).generate(seed, length, depth)[0])
+        asked, most = round(depth / 100 * len(hay)), 0.05 * len(hay)
+        sentences = [0, *(end.end() for end in re.finditer("[.] ", hay)), len(hay)]
+        near = [end for end in sentences if abs(end - asked) <= most]
+        assert abs(place - asked) <= max(most, 8)  # which is a word
+        assert place in near or (not near and hay[place - 1] == " ")
+        assert place == {0: 0, 100: len(hay)}.get(depth, place)
 
 
-def test_text_without_sentences_has_its_needles_at_both_ends(tmp_path: Path) -> None:
+def test_text_without_sentences_has_its_needles_behind_words(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("no end " * 3000)
     task = make_data(tmp_path, val_path=str(tmp_path / "long.txt")).task_at(480)
-    places = {depth: read(task.generate(1, 480, depth)[0])[1][0][0] for depth in (0, 50, 100)}
-    assert places[0] == places[50] == 0
-    assert places[100] > 400
+    places = {}
+    for depth in (0, 50, 100):
+        hay, ((places[depth], _, _),), _ = read(task.generate(1, 480, depth)[0])
+        assert depth == 100 or not places[depth] or hay[places[depth] - 1] == " "
+    assert (places[0], places[100]) == (0, len(hay))
+    assert abs(places[50] - len(hay) / 2) < 0.05 * len(hay)
 
 
 def test_words_of_validation_are_never_in_training(data: TextNeedleDataModule) -> None:
