@@ -105,16 +105,14 @@ def test_is_the_rounding_of_the_output(length: int, dtype: torch.dtype, device: 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_sums_over_queries_and_over_keys_are_one(dtype: torch.dtype, device: str) -> None:
-    """Both add up all of dS, which is far from 0 in half precision."""
+    """Both add up all of dS, and agree far better than what rounding of the output leaves of it."""
     inputs, grad = make_inputs(257, device, dtype)
-    grad += 1  # so that roundings do not average out
-    inputs[2] += 1
     *_, by_key, by_query = gradients(over(fused_attention, Lifetimes.top_w(inputs[3], 40)), inputs, grad)
     by_key, by_query = by_key.double(), by_query.double()
     rounding = torch.finfo(torch.float32).eps * by_key.abs().sum((0, 2))
     difference = (by_key - by_query).sum((0, 2)).abs()
-    assert (difference <= 20 * rounding).all()
-    assert (difference <= by_query.sum((0, 2)).abs() / 100).all()
+    assert (difference <= 2 * rounding).all()
+    assert (difference <= by_query.norm(dim=(0, 2)) / 100).all()
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
