@@ -288,6 +288,8 @@ def test_bad_inputs(device: str) -> None:
         flex_segment_attention(q, k, v, scores, mask, segment_length=0)
     with pytest.raises(ValueError, match="born at its own position"):
         flex_segment_attention(q, k, v, scores, Lifetimes(mask.birth + 1, mask.death, 40))
+    with pytest.raises(ValueError, match=r"'flex' expected None, got \[2, 2, 300\]; use backend 'triton' or 'torch'"):
+        flex_segment_attention(q, k, v, scores, mask, query_bias=scores)
     with pytest.raises(ValueError, match="block_size: expected a power of two, got 100"):
         FlexPlan.of(mask, 2, HEADS, KV_HEADS, block_size=100)
 

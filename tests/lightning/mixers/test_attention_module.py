@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dma_kernels import Lifetimes, key_ranks
+from dma_kernels import KeepRule, Lifetimes, key_ranks
 from dma_lightning import DynamicMaskAttention
-from dma_lightning.backends import _auto_backend, resolve_backend
+from dma_lightning.backends import ATTENTIONS, _auto_backend, attend, resolve_backend
 from dma_lightning.config import ModelConfig
 from dma_lightning.model import DogeForCausalLM
 from dma_lightning.rotary import apply_rope
@@ -210,3 +210,16 @@ def test_bad_inputs() -> None:
         module(torch.zeros(2, 5, 32, dtype=torch.float64, device="meta"))
     with pytest.raises(ValueError, match="documents: expected shape"):
         module(torch.zeros(2, 5, 32, dtype=torch.float64), documents=torch.zeros(2, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_backends_take_a_query_bias(backend: str, device: str) -> None:
+    q, k, v = (torch.randn(2, heads, 40, 16, device=device) for heads in (4, 2, 2))
+    ranks, query_bias = torch.randn(2, 2, 40, device=device), torch.randn(2, 2, 40, device=device, requires_grad=True)
+    keep = KeepRule(9)
+    expected = attend(backend, q, k, v, ranks, ranks, keep)
+    by_name = ATTENTIONS[backend](q, k, v, ranks, Lifetimes.selected(ranks, keep), query_bias=query_bias)
+    for out in (attend(backend, q, k, v, ranks, ranks, keep, query_bias=query_bias), by_name):
+        (found,) = torch.autograd.grad(out.square().sum(), query_bias)
+        assert torch.equal(out, expected)
+        assert 0 < found.abs().max() < 1e-4  # rounding
