@@ -49,7 +49,7 @@ def lead_auxiliary_losses(loss: Tensor) -> None:
 
 def end_auxiliary_losses() -> None:
     """After the backward of a main loss: let those of losses that lead nothing be scaled by 1 again."""
-    _scale.set(torch.ones_like(_scale.held))
+    _scale.held.fill_(1)
 
 
 def with_auxiliary_loss(x: Tensor, loss: Tensor, weight: float | Tensor = 1.0) -> Tensor:

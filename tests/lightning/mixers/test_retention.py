@@ -1,11 +1,15 @@
 """The retention loss: equal to its definition pair by pair, with a gradient to content alone."""
 
+import copy
+
 import masks
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dma_kernels import KeepRule, Packing
+from dma_lightning.auxiliary_losses import with_auxiliary_loss
 from dma_lightning.mixers.retention import FLOOR, RetentionQueries, retention_loss
 
 CASES = [*masks.CASES, masks.Case(documents=True, padding="right", keep_last=5, sinks=2)]
@@ -159,6 +163,42 @@ def test_positions_are_those_of_seed_and_step() -> None:
     assert not torch.equal(queries.at(7, 4096), RetentionQueries(512, 4, seed=1).at(7, 4096))
     last = 2**31 - 1
     assert torch.equal(queries.at(last, 4096), queries.at(torch.tensor(last), 4096))
+
+
+class Layer(nn.Module):
+    """As a mixer calls the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.content = nn.Linear(32, 32), nn.Linear(32, 16), nn.Linear(32, 2)
+        self.queries, self.keep = RetentionQueries(24, 16), KeepRule(24, last=8, sinks=2)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        q, k = (p(x).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (self.q, self.k))
+        content = self.content(x).transpose(1, 2)
+        drift = torch.full_like(content, 0.1).cumsum(-1)
+        positions = self.queries.at(self.step, x.shape[1], x.device)
+        loss = retention_loss(q, k, content, drift, positions, self.keep, packing)
+        return with_auxiliary_loss(x * k.mean(), loss, 0.3)
+
+
+def test_a_compiled_layer_goes_on_from_step_to_step() -> None:
+    x, layer = torch.randn(2, 111, 32), Layer()
+    packing = Packing.of(masks.make_documents(2, 111), torch.rand(2, 111) < 0.1)
+    compiled = copy.deepcopy(layer)
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    found: list[Tensor] = []
+    for step in range(3):
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            for one in (layer, compiled):
+                one.step.fill_(step)
+                one.zero_grad()
+                checkpoint(one, x, packing, use_reentrant=False).sum().backward()
+        torch.testing.assert_close([p.grad for p in compiled.parameters()], [p.grad for p in layer.parameters()])
+        found.append(layer.content.weight.grad.clone())
+    assert found[0].norm() > 1e-3
+    assert not torch.equal(found[0], found[1])
 
 
 @pytest.mark.parametrize(
