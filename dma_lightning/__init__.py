@@ -11,6 +11,7 @@ What a model is, from the inside out:
 How it is trained:
 
 - `data`: data modules; `metrics`, `schedules`, `step_means`: what the LightningModule in `language_model` computes with
+- `auxiliary_losses`: losses of layers beside the main one
 - `callbacks`: act on a run; `monitoring`: only watch it
 - `checkpoints`: written, checked and read; `saved_run`: one that is opened once, and what it says
 - `trained_models`: models out of checkpoints, to infer with; `evaluation`: what they can do, at other lengths, too

@@ -3,7 +3,8 @@
 B batch, N length, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from dma_lightning.auxiliary_losses import end_auxiliary_losses, lead_auxiliary_losses
 from dma_lightning.checkpoints.io import local_checkpoint
 from dma_lightning.checkpoints.weights import check_layers, compare_weights, model_weights
 from dma_lightning.config import ModelConfig
@@ -220,6 +222,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss over the labels of a batch; `backward` weighs it where a step has several batches."""
         loss, _, totals = self._loss(batch)
+        lead_auxiliary_losses(loss)
         if has_trainer(self):
             self._batches.append(totals)
         return loss
@@ -228,6 +231,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         """Back-propagate; where a step has several batches, the sum over labels instead of the mean.
 
         Lightning and DDP divide by the number of batches; `on_after_backward` replaces that by the number of labels.
+        Auxiliary losses of layers are weighed as their batch is.
         """
         if self._batches_in_step == 1:
             loss.backward()
@@ -235,6 +239,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             # Divided by a constant, so that gradients in half precision do not overflow: they are at most as many times
             # the mean's as a batch has sequences.
             loss.backward(self._batches[-1].labels / self.model.config.max_position_embeddings)
+        end_auxiliary_losses()
 
     def on_after_backward(self) -> None:
         """Make the gradient of a step that of the mean over all of its labels, and log that mean."""
@@ -267,10 +272,24 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if not is_logging_step(self.trainer, before_step=True):
             return
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        with _set_aside(self._auxiliary_parameters):
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
         # A step that GradientGuard leaves out has none; without a value, Lightning would log that of the step before.
         norm = nn.utils.get_total_norm(gradients) if gradients else torch.nan
         self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the parameters that auxiliary losses train apart from all others; each by a norm of its own."""
+        auxiliary = self._auxiliary_parameters
+        others = set(self.parameters()).difference(auxiliary)
+        for left_out in (auxiliary, others) if auxiliary else ((),):
+            with _set_aside(left_out):
+                self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with two groups, and the schedule per optimizer step.
@@ -308,6 +327,11 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             assert isinstance(optimizer, Optimizer)  # the one of `configure_optimizers`
             self._set_rates(optimizer, scheduler.last_epoch)
             scheduler.base_lrs = [self.hparams.lr] * len(scheduler.base_lrs)
+
+    @property
+    def _auxiliary_parameters(self) -> list[nn.Parameter]:
+        """Those that only auxiliary losses of mixers train."""
+        return [mixer.get_parameter(name) for mixer in self.model.mixers for name in mixer.auxiliary_parameters]
 
     @property
     def _batches_in_step(self) -> int:
@@ -348,6 +372,17 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             shown, attribute = name in ("loss", "bits_per_byte", "accuracy"), f"{split}_metrics.{name}"
             # Lightning looks for metrics once, but `setup` makes new ones.
             self.log(f"{split}/{name}", metric, prog_bar=shown, metric_attribute=attribute)
+
+
+@contextmanager
+def _set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """A region in which these have no gradients."""
+    gradients = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    yield
+    for parameter, gradient in gradients:
+        parameter.grad = gradient
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

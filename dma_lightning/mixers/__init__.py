@@ -4,6 +4,7 @@
 - `dynamic_mask`, `softmax` (all of the past, or a window), `latent`, `native_sparse`: one mixer a file, behind what it
   takes of a configuration
 - `sdpa`: attention by PyTorch's own kernels under a given mask; `position_cache`: a cache of positions
+- `retention`: a loss that trains ranks to foresee attention
 - `native_sparse_blocks`: the blocks of native sparse attention
 """
 

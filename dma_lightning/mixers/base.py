@@ -6,7 +6,7 @@ B batch, N length, C hidden size, H query heads, G KV heads, D head dim.
 import inspect
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypedDict, TypeVar, cast
@@ -85,7 +85,14 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
 
     A subclass is made from a `ModelConfig`, and found by the name under which `MIXERS` holds it. For type checkers, it
     may say what its cache is: `class MyMixer(TokenMixer[MyCache])`.
+
+    Attributes:
+        auxiliary_parameters: names of those parameters, within the mixer, that only an auxiliary loss trains
+            (`dma_lightning.auxiliary_losses`). Their gradients are clipped by a norm of their own, so that such a loss
+            does not shorten the step of the others.
     """
+
+    auxiliary_parameters: Sequence[str] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -128,7 +128,7 @@ class Lifetimes:
         """The first `count` real keys of each document, visible to its end. Other arguments as `sliding_window`."""
         check_at_least("count", count, 1)
         birth, packing = _positions(length, device, documents, padding)
-        death = torch.where(_is_sink(count, birth, packing), length, birth)
+        death = torch.where(is_sink(count, birth, packing), length, birth)
         return cls._within(birth, death, min(count, length), packing)
 
     @classmethod
@@ -179,7 +179,7 @@ class Lifetimes:
         if keep.last:
             death = torch.maximum(death, (birth + min(keep.last, length)).clamp(max=length))
         if keep.sinks:
-            death = torch.where(_is_sink(keep.sinks, birth, packing), length, death)
+            death = torch.where(is_sink(keep.sinks, birth, packing), length, death)
         return cls._within(birth, death, min(keep.capacity, length), packing)
 
     @classmethod
@@ -310,7 +310,7 @@ def _positions(
     return birth[None, None], packing
 
 
-def _is_sink(sinks: int, birth: Tensor, packing: Packing) -> Tensor:
+def is_sink(sinks: int, birth: Tensor, packing: Packing) -> Tensor:
     """Which keys are among the first `sinks` real ones of their document, bool `[B or 1, 1, N]`."""
     padding, runs = packing.padding, packing.runs
     real = torch.ones_like(birth[0], dtype=torch.long) if padding is None else (~padding).long()

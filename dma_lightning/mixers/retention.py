@@ -1,0 +1,182 @@
+"""The retention loss: it trains what a key's rank is made of to foresee how much later queries attend to the key.
+
+A few queries are drawn. For each, the attention that it pays to keys far behind it is the target; a softmax over the
+contents of these keys, each with its drift, is the prediction. If keys were attended to at a rate of exp(rank), with a
+decay that is common to all, this cross entropy would be Cox's partial likelihood of the rates, and to keep the
+best-ranked keys would keep most of what is attended to.
+
+How a mixer calls it, in its forward, with an `x` that its result depends on (such as its output):
+
+    if self.training and torch.is_grad_enabled() and cache is None:
+        positions = self.retention_queries.at(self.step, N, x.device)
+        loss = retention_loss(q, k, content, drift, positions, self.keep, packing)
+        x = with_auxiliary_loss(x, loss, weight)      # of dma_lightning.auxiliary_losses
+
+- `q`, `k` are those that attention takes, after norm and rotary embedding; content and drift are float32, not what
+  autocast makes.
+- `self.step` is the number of the optimizer step, an int64 buffer `[]` that is not saved: compiled layers would be
+  compiled again for each new Python number. It must not change between the forward of a layer and its backward, which
+  may compute the layer again.
+- `weight` is that of the whole loss over the number of layers, so that their mean is trained.
+- The loss is computed where nothing is far, too: it is 0 then, and gives zero gradients. DDP waits for every gradient.
+- The mixer names the parameters of content in `auxiliary_parameters`, so that they are clipped apart from the others.
+
+B batch, H query heads, G KV heads, R = H / G group, N length, M sampled queries, D head dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dma_kernels.checks import check_attention_inputs
+from dma_kernels.keep_rule import KeepRule, check_at_least
+from dma_kernels.lifetime_masks import is_sink
+from dma_kernels.packing import Packing
+from dma_kernels.precision import without_autocast
+
+FLOOR = 0.01  # mass that is added for each query, so that heads which attend to nothing far do not fit noise
+_FRACTION_BITS = 24  # of u: integers, so that all devices draw the same positions
+_GOLDEN, _SEED_FACTOR = 0x9E3779B1, 0x85EBCA6B  # 2^32 over the golden ratio, and an odd number that is unlike it
+
+
+@dataclass(frozen=True)
+class RetentionQueries:
+    """Which queries are sampled in a step: one in each of so many equal parts of the positions from `window` on.
+
+    Attributes:
+        window: w, first position that may be sampled.
+        count: M, how many there are; all positions if there are fewer.
+        seed: steps of another seed sample other positions.
+    """
+
+    window: int
+    count: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least("window", self.window, 1)
+        check_at_least("count", self.count, 1)
+
+    def at(self, step: int | Tensor, length: int, device: torch.device | str | None = None) -> Tensor:
+        """Ascending positions `w + floor((i + u)(N - w) / M)`, i from 0 to M - 1, with one u in [0, 1) per step.
+
+        u moves by the golden ratio from step to step, which covers [0, 1) evenly. All devices and processes get the
+        same, and nobody's random state changes.
+
+        Args:
+            step: number of the optimizer step, below 2^31; an int, or int64 `[]`.
+            length: N.
+            device: of the positions. Default: the CPU.
+
+        Returns:
+            int64 `[min(M, N - w)]`, without repetition; none if N <= w.
+        """
+        beyond = max(length - self.window, 0)
+        count = min(self.count, beyond)
+        u = (step * _GOLDEN + self.seed * _SEED_FACTOR % 2**32) % 2**32 >> 32 - _FRACTION_BITS
+        place = (torch.arange(count, device=device) << _FRACTION_BITS) + u  # (i + u) · 2^24
+        return self.window + place * beyond // (max(count, 1) << _FRACTION_BITS)
+
+
+def retention_loss(
+    q: Tensor,
+    k: Tensor,
+    content: Tensor,
+    drift: Tensor | None,
+    positions: Tensor,
+    keep: KeepRule,
+    packing: Packing | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Cross entropy of the attention that sampled queries pay to far keys, and of what content and drift foresee.
+
+    A query's far keys are at least `keep.last` and a quarter of `keep.window` behind it, in its document, real, and no
+    sinks. The target is the attention over all real keys of the document's past, with the drift but without content
+    (else content would feed itself and grow without limit); its mean over the heads of a group. Per group,
+
+        - sum_t sum_far target · log softmax_far(content + drift)  /  (sum_t sum_far target + 0.01 · queries)
+
+    over all rows of the batch. Only queries that are real and have far keys count. If there are none, the loss is 0.
+
+    Args:
+        q: queries `[B, H, N, D]` as attention takes them.
+        k: keys `[B, G, N, D]`, H a multiple of G.
+        content: what each key's rank has besides the drift, in nats, `[B, G, N]`, float32 (float64 if q is). It alone
+            gets a gradient.
+        drift: sum of the decays up to each key, in nats, `[B, G, N]`, float32 or float64; its differences are taken
+            before it is rounded. None: there is no decay.
+        positions: of the sampled queries, int64 `[M]`; see `RetentionQueries`.
+        keep: which keys are sinks, and how far is far.
+        packing: documents and padding.
+        scale: factor of q·k, by default `1 / sqrt(D)`.
+
+    Returns:
+        The mean over groups, `[]` in float32 (float64 if q is). Memory is `[B, H, M, N]`.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not belong together.
+    """
+    check_attention_inputs(q, k, k, content)
+    if drift is not None and (drift.shape != content.shape or drift.device != content.device):
+        raise ValueError(
+            f"drift: expected {list(content.shape)} on {content.device} as content, got {list(drift.shape)} on "
+            f"{drift.device}"
+        )
+    if positions.ndim != 1 or positions.dtype != torch.int64 or positions.device != q.device:
+        raise ValueError(
+            f"positions: expected int64 [M] on {q.device} as q, got {positions.dtype} {list(positions.shape)} on "
+            f"{positions.device}; see RetentionQueries"
+        )
+    packing, content = packing or Packing(), content.to(torch.promote_types(q.dtype, torch.float32))
+    packing.check_fits(len(q), content)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with without_autocast(q.device):
+        seen, far = _seen_and_far(content, positions, keep, packing)  # [B or 1, 1, M, N]
+        decay = _decay(content, drift, positions)  # [B, G, M, N]
+        target = _target(q[:, :, positions], k, decay, seen, scale).where(far, 0)  # [B, G, M, N]
+        has_far = far.any(-1)  # [B or 1, 1, M]
+        foreseen = (content[:, :, None] + decay).where(far, -torch.inf)
+        log_p = foreseen.where(has_far[..., None], 0).log_softmax(-1).where(far, 0)  # [B, G, M, N]
+        queries = has_far.expand(len(q), -1, -1).sum(dtype=content.dtype)
+        mass = target.sum((0, 2, 3)) + FLOOR * queries  # [G]
+        return -((target * log_p).sum((0, 2, 3)) / mass.where(queries > 0, 1)).mean()
+
+
+@torch.no_grad()
+def _seen_and_far(content: Tensor, positions: Tensor, keep: KeepRule, packing: Packing) -> tuple[Tensor, Tensor]:
+    """Which keys each sampled query may attend to, and which of them are far; bool `[B or 1, 1, M, N]`.
+
+    A padded query has no far keys.
+    """
+    key = torch.arange(content.shape[-1], device=content.device)
+    age = positions[:, None] - key  # [M, N]
+    seen, real = (age >= 0)[None, None], torch.ones_like(positions, dtype=torch.bool)[None]  # and [B or 1, M]
+    if packing.runs is not None:
+        seen = seen & (packing.runs[:, positions, None] == packing.runs[:, None])[:, None]
+    if packing.padding is not None:
+        seen, real = seen & ~packing.padding[:, None, None], ~packing.padding[:, positions]
+    far = seen & (age >= max(keep.last, keep.window // 4)) & real[:, None, :, None]
+    if keep.sinks:
+        far = far & ~is_sink(keep.sinks, key[None, None], packing)[:, :, None]
+    return seen, far
+
+
+@torch.no_grad()
+def _decay(content: Tensor, drift: Tensor | None, positions: Tensor) -> Tensor:
+    """What each key has lost at each sampled query, as a number of nats of at most 0; `[B, G, M or 1, N]`."""
+    if drift is None:
+        return torch.zeros_like(content)[:, :, None]
+    return (drift[:, :, None] - drift[:, :, positions, None]).to(content.dtype)
+
+
+@torch.no_grad()
+def _target(q: Tensor, k: Tensor, decay: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """Attention of queries `[B, H, M, D]` over the keys they see, the mean over a group's heads, `[B, G, M, N]`.
+
+    NaN for a query that sees no key.
+    """
+    grouped = q.to(decay.dtype).unflatten(1, (k.shape[1], -1))  # [B, G, R, M, D]
+    logits = grouped @ k.to(decay.dtype)[:, :, None].transpose(-1, -2) * scale  # [B, G, R, M, N]
+    logits = (logits + decay[:, :, None]).where(seen[:, :, None], -torch.inf)
+    return logits.softmax(-1).mean(2)
