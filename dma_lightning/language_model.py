@@ -5,6 +5,7 @@ B batch, N length, V vocabulary.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -258,8 +259,13 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             # SpeedMonitor puts the loss into the progress bar; Lightning would wait for the device in every step.
             self.log_dict(logs)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val", self.val_metrics)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the figures.
+
+        Returns:
+            `token_losses` `[B, N]`, the loss of each label in nats, 0 where there is none; for callbacks.
+        """
+        return {"token_losses": self._evaluate(batch, "val", self.val_metrics)}
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "test", self.test_metrics)
@@ -361,17 +367,28 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, StepTotals]:
         """Mean loss over the labels of a batch, logits `[B, N, V]`, and what the labels add up to, without gradient."""
         logits = self._logits(batch)
-        nats = self._token_losses(logits, batch["labels"]).sum()
-        labels = (batch["labels"] != IGNORE_INDEX).sum(dtype=nats.dtype)
-        size = batch["label_bytes"].sum(dtype=nats.dtype) if "label_bytes" in batch else None
-        return nats / labels.clamp(min=1), logits, StepTotals(nats.detach(), labels, size)
+        totals = _totals(self._token_losses(logits, batch["labels"]), batch)
+        mean = totals.nats / totals.labels.clamp(min=1)
+        return mean, logits, replace(totals, nats=totals.nats.detach())
 
-    def _evaluate(self, batch: Batch, split: Literal["val", "test"], metrics: EvaluationMetrics) -> None:
-        _, logits, totals = self._loss(batch)
+    def _evaluate(self, batch: Batch, split: Literal["val", "test"], metrics: EvaluationMetrics) -> Tensor:
+        """Add a batch to metrics; the losses of its labels `[B, N]`."""
+        logits = self._logits(batch)
+        losses = self._token_losses(logits, batch["labels"])
+        totals = _totals(losses, batch)
         for name, metric in metrics.add(batch, logits, totals.nats, totals.labels):
             shown, attribute = name in ("loss", "bits_per_byte", "accuracy"), f"{split}_metrics.{name}"
             # Lightning looks for metrics once, but `setup` makes new ones.
             self.log(f"{split}/{name}", metric, prog_bar=shown, metric_attribute=attribute)
+        return losses
+
+
+def _totals(losses: Tensor, batch: Batch) -> StepTotals:
+    """What the labels of a batch add up to, given the loss of each `[B, N]`."""
+    nats = losses.sum()
+    labels = (batch["labels"] != IGNORE_INDEX).sum(dtype=nats.dtype)
+    size = batch["label_bytes"].sum(dtype=nats.dtype) if "label_bytes" in batch else None
+    return StepTotals(nats, labels, size)
 
 
 @contextmanager

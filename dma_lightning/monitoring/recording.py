@@ -1,20 +1,23 @@
 """The dynamic masks of all layers over one sequence, and what they say in figures.
 
-G KV heads, N length.
+C hidden size, G KV heads, N length.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from dma_kernels import Lifetimes
+from dma_kernels import Lifetimes, Packing
 from dma_lightning.data.base import Batch
 from dma_lightning.generation import evaluating
 from dma_lightning.mixers import DynamicMaskAttention
 from dma_lightning.model import DogeForCausalLM
+
+Seen = TypeVar("Seen")
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,13 @@ def _mean_where(x: Tensor, where: Tensor) -> Tensor:
 
 def first_sequence(batch: Batch) -> Batch:
     """A copy of the first sequence of a batch."""
+    return first_sequences(batch, 1)
+
+
+def first_sequences(batch: Batch, count: int) -> Batch:
+    """A copy of the first sequences of a batch, at most so many."""
     tensors = cast("dict[str, Tensor]", batch)  # a TypedDict says no type for all of its values
-    return cast("Batch", {name: x[:1].clone() for name, x in tensors.items()})
+    return cast("Batch", {name: x[:count].clone() for name, x in tensors.items()})
 
 
 def dynamic_layers(model: DogeForCausalLM) -> dict[int, DynamicMaskAttention]:
@@ -81,27 +89,53 @@ def dynamic_layers(model: DogeForCausalLM) -> dict[int, DynamicMaskAttention]:
     return {i: mixer for i, mixer in enumerate(model.mixers) if isinstance(mixer, DynamicMaskAttention)}
 
 
-@torch.no_grad()
 def record_masks(trainer: pl.Trainer, model: DogeForCausalLM, sequence: Batch) -> dict[int, RecordedMask]:
     """Masks of all layers with dynamic mask attention over a batch of one sequence, by one forward pass.
 
     With layers that are sharded among processes, all of them must take part.
     """
-    found: dict[int, RecordedMask] = {}
+
+    def record(mixer: DynamicMaskAttention, x: Tensor, packing: Packing | None) -> RecordedMask:
+        lifetimes, scores = mixer.lifetimes(x, packing)
+        causal = Lifetimes.causal(x.shape[1], x.device, packing=packing)
+        return RecordedMask(lifetimes, causal, scores, lifetimes.capacity)
+
+    return look_at_layers(trainer, model, sequence, record)
+
+
+@torch.no_grad()
+def look_at_layers(
+    trainer: pl.Trainer,
+    model: DogeForCausalLM,
+    batch: Batch,
+    look: Callable[[DynamicMaskAttention, Tensor, Packing | None], Seen],
+) -> dict[int, Seen]:
+    """What `look` sees in each layer with dynamic mask attention, by one forward pass in evaluation mode.
+
+    With layers that are sharded among processes, all of them must take part.
+
+    Args:
+        trainer: whose precision the pass has.
+        model: the decoder.
+        batch: of sequences.
+        look: called with the mixer of a layer, its input `[B, N, C]` and the packing.
+
+    Returns:
+        What came of each call, by the number of the layer.
+    """
+    seen: dict[int, Seen] = {}
     hooks = []
     for i, mixer in dynamic_layers(model).items():
 
-        def record(mixer: DynamicMaskAttention, args: tuple, i: int = i) -> None:
+        def note(mixer: DynamicMaskAttention, args: tuple, i: int = i) -> None:
             x, packing, *_ = args
-            lifetimes, scores = mixer.lifetimes(x, packing)
-            causal = Lifetimes.causal(x.shape[1], x.device, packing=packing)
-            found[i] = RecordedMask(lifetimes, causal, scores, lifetimes.capacity)
+            seen[i] = look(mixer, x, packing)
 
-        hooks.append(mixer.register_forward_pre_hook(record))
+        hooks.append(mixer.register_forward_pre_hook(note))
     try:
         with evaluating(model), trainer.precision_plugin.forward_context():
-            model(sequence["input_ids"], sequence.get("documents"), sequence.get("padding"))
+            model(batch["input_ids"], batch.get("documents"), batch.get("padding"))
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return seen
