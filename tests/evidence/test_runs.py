@@ -15,7 +15,7 @@ import yaml
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
-OF_THE_MACHINE = ("seconds", "bytes", "environment", "torch", "device")
+OF_THE_MACHINE = ("seconds", "seconds_per_token", "bytes", "environment", "torch", "device")
 
 
 def start(folder: Path, study: str, *args: str) -> subprocess.Popen:
