@@ -222,6 +222,9 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss over the labels of a batch; `backward` weighs it where a step has several batches."""
+        if has_trainer(self):
+            for mixer in self.model.mixers:
+                mixer.begin_step(self.trainer.global_step)
         loss, _, totals = self._loss(batch)
         lead_auxiliary_losses(loss)
         if has_trainer(self):

@@ -199,9 +199,9 @@ class Study(_Part):
 
     def _options(self, cell: Cell, grid: Grid) -> Options:
         """Flags of a cell's command; the more special ones win. Variables stand as they are written."""
-        general = self.options | self.sizes[cell.size].options | self.tasks[cell.task].options
+        general = (self.options, self.sizes[cell.size].options, self.tasks[cell.task].options)
         own = {"model.lr": cell.lr, "seed_everything": cell.seed}
-        return general | self.form_options(cell.form, cell.size) | grid.options | own
+        return _merged(*general, self.form_options(cell.form, cell.size), grid.options, own)
 
     def form_options(self, form: str, size: str) -> Options:
         """Flags that make a form at a size.
@@ -210,7 +210,7 @@ class Study(_Part):
             ValueError: if the size's budget cannot be shared as the form shares it.
         """
         shared, found = self.sizes[size], self.forms[form]
-        return found.options | found.keys(shared.budget) | shared.forms.get(form, {})
+        return _merged(found.options, found.keys(shared.budget), shared.forms.get(form, {}))
 
     def fit_arguments(self, cell: Cell, options: Options, variables: Mapping[str, str]) -> list[str]:
         """Arguments of `dma-lightning` that train a cell.
@@ -272,8 +272,12 @@ def flags(options: Options, variables: Mapping[str, str]) -> list[str]:
     Raises:
         ValueError: if one is missing.
     """
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in options.items()}
-    return [f"--{name}={filled(text, variables)}" for name, text in texts.items()]
+    texts = [
+        (name, item if isinstance(item, str) else json.dumps(item))
+        for name, value in options.items()
+        for item in (value if name.endswith("+") and isinstance(value, list) else [value])
+    ]
+    return [f"--{name}={filled(text, variables)}" for name, text in texts]
 
 
 def filled(text: str, variables: Mapping[str, str]) -> str:
@@ -287,6 +291,16 @@ def filled(text: str, variables: Mapping[str, str]) -> str:
     except KeyError as error:
         name = error.args[0]
         raise ValueError(f"{text}: expected a value of ${name}, got none; give it by --set {name}=...") from error
+
+
+def _merged(*parts: Options) -> Options:
+    """All flags; later ones win, but lists of flags that end with + follow each other."""
+    merged: Options = {}
+    for part in parts:
+        for name, value in part.items():
+            joins = name.endswith("+") and isinstance(value, list) and isinstance(merged.get(name), list)
+            merged[name] = [*merged[name], *value] if joins else value
+    return merged
 
 
 def _exact(share: float) -> Fraction:

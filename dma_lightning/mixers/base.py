@@ -143,6 +143,9 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
     def place(self, layer: int, num_layers: int) -> None:
         """Become the mixer of a layer, by its number from 0, before weights are loaded; most are the same in all."""
 
+    def begin_step(self, step: int) -> None:
+        """Take note of the number of the optimizer step that the next forward passes are for; most need not know."""
+
     @abstractmethod
     def new_cache(self, batch: int, full: bool = False) -> Cache:
         """An empty cache for `batch` sequences on the module's device.

@@ -135,14 +135,18 @@ class DriftingRanks(nn.Module):
         """
         steps = self.drift(x, None if packing is None else packing.padding)
         drifted = steps.cumsum(-1) if cache is None else cache.advance(steps)
-        content = rank if self.weight is None else self._of_input(x, self.weight)
+        content = self.content(x, rank)
         # Times 0, not left out, so that DDP gets the gradients that it waits for, and a NaN shows in the loss.
         bias = drifted + content * float(self.content_in_bias)
         drifts = self.drift.drifts[:, None]
         return DriftedKeys(torch.where(drifts, content + drifted, rank), torch.where(drifts, bias, key_bias), drifted)
 
-    def _of_input(self, x: Tensor, weight: Tensor) -> Tensor:
+    def content(self, x: Tensor, rank: Tensor) -> Tensor:
+        """What ranks are without their drift, `[B, G, N]`; arguments as of `forward`."""
+        if self.weight is None:
+            return rank
         dtype = torch.promote_types(x.dtype, torch.float32)
         with without_autocast(x.device):
-            content = F.linear(x.to(dtype), weight.to(dtype)).mT
-            return _LARGEST_CONTENT * torch.tanh(content / _LARGEST_CONTENT)
+            content = F.linear(x.to(dtype), self.weight.to(dtype)).mT
+            bounded = _LARGEST_CONTENT * torch.tanh(content / _LARGEST_CONTENT)
+        return torch.where(self.drift.drifts[:, None], bounded, rank)

@@ -3,6 +3,7 @@
 B batch, N length, C hidden size, H query heads, G KV heads, D head dim.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -23,6 +24,7 @@ from dma_kernels import (
 )
 from dma_kernels.decoding.dynamic_cache import StepBackend
 from dma_kernels.keep_rule import HasKeepRule
+from dma_lightning.auxiliary_losses import with_auxiliary_loss
 from dma_lightning.backends import (
     ATTENTIONS,
     Backend,
@@ -34,6 +36,7 @@ from dma_lightning.backends import (
 from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys, merge_heads, packed
 from dma_lightning.mixers.drift import DriftingCache, query_bias
 from dma_lightning.mixers.drifting_ranks import DriftingRanks, DriftingRanksConfig
+from dma_lightning.mixers.retention import RetentionQueries, retention_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,9 @@ class DynamicMaskConfig(DriftingRanksConfig):
     score_form: ScoreForm = "exp"
     """dma: bias that a key's rank adds to its logits: exp(rank), or the rank itself (linear). exp overflows above a
     rank of 88.7, which shows as a loss of NaN. Heads with a drift are always linear."""
+    retention_weight: float = 0.0
+    """dma: weight of a loss that trains ranks, without their drift, to foresee attention to keys far behind, such as
+    0.1; 0 for none. Such keys need to be seen: callbacks.MixedWindows."""
 
 
 class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCache]):
@@ -74,10 +80,11 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         backend: `triton`, `flex`, `torch` or `reference`; `auto` is `triton` on CUDA where its tests have passed
             (Hopper GPUs), else `flex`, else `torch` (on a CPU, in float64, for head dims above 256).
         drifting: a drift of the ranks and biases; by default none.
+        retention_weight: of the retention loss.
 
     Raises:
-        ValueError: if the sizes do not belong together, for an unknown backend or score form, or for `exp` where all
-            heads have a drift.
+        ValueError: if the sizes do not belong together, for an unknown backend or score form, for `exp` where all
+            heads have a drift, or a negative weight.
 
     Source: arXiv 2508.02124v6, section 3; details as in the Doge model of Hugging Face Transformers.
     """
@@ -98,6 +105,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         bias: bool = False,
         backend: Backend = "auto",
         drifting: DriftingRanks | None = None,
+        retention_weight: float = 0.0,
     ) -> None:
         super().__init__(
             hidden_size, num_heads, num_kv_heads, head_dim, rope_theta, rope_scaling, rms_norm_eps, bias
@@ -114,6 +122,13 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
                 f"score_form: expected linear with a drift, since exp of a rank with one is not a decay, got "
                 f"{score_form!r}; set score_form linear, or give some heads no drift (memory_heads)"
             )
+        if not 0 <= retention_weight < math.inf:
+            raise ValueError(f"retention_weight: expected at least 0, got {retention_weight}")
+        if drifting is not None and drifting.weight is not None and not drifting.content_in_bias:
+            self.auxiliary_parameters = ("drifting.weight",)
+        self.retention_weight, self.num_layers = retention_weight, 1
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.step: Tensor
 
     @classmethod
     def from_config(cls, config: DynamicMaskConfig) -> Self:
@@ -125,11 +140,17 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
             score_form=config.score_form,
             backend=config.backend,
             drifting=DriftingRanks.from_config(config, config.keep_window_size + config.keep_last),
+            retention_weight=config.retention_weight,
         )
 
     def place(self, layer: int, num_layers: int) -> None:
+        self.num_layers = num_layers
         if self.drifting is not None:
             self.drifting.place(layer, num_layers)
+
+    def begin_step(self, step: int) -> None:
+        if self.retention_weight:
+            self.step.fill_(step)
 
     def forward(
         self,
@@ -142,9 +163,22 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         backend = resolve_backend(self.backend, q.device.type, q.device.index, q.dtype, self.head_dim)
         if cache is None:
             out = attend(backend, q, k, v, key_bias, ranks, self.keep, packing, query_bias=query_bias(drifted))
+            if self.retention_weight and self.training and torch.is_grad_enabled():
+                out = with_auxiliary_loss(out, self._retention_loss(x, q, k, v, drifted, packing))
             return self.o_proj(merge_heads(out))
         keys = cache.keys if isinstance(cache, DriftingCache) else cache
         return self.o_proj(merge_heads(keys.attend(q, NewKeys(k, v, key_bias, ranks, packing), ATTENTIONS[backend])))
+
+    def _retention_loss(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, drifted: Tensor | None, packing: Packing | None
+    ) -> Tensor:
+        """That of this layer, with its weight; it trains what contents are made of, and nothing before."""
+        content = key_ranks(v.detach(), self.A, self.dt_proj.weight, self.dt_proj.bias)
+        if self.drifting is not None:
+            content = self.drifting.content(x.detach(), content)
+        positions = RetentionQueries(self.keep.capacity).at(self.step, x.shape[1], x.device)
+        loss = retention_loss(q, k, content, drifted, positions, self.keep, packing)
+        return self.retention_weight / self.num_layers * loss
 
     def _ranked(
         self, x: Tensor, v: Tensor, packing: Packing | None, cache: KeyCache | DriftingCache | None = None

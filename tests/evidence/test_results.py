@@ -61,7 +61,7 @@ def test_report_says_means_differences_and_rates(tmp_path: Path) -> None:
     text = write_report(STUDY, tmp_path / "study.json", tmp_path / "out").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert ["mha", "0.00M", "16", "6e+03", "0.1", "0.0", "2", "0.6000 ± 0.1414", ""] in rows
-    (dma,) = (row for row in rows if row[0] == "dma" and row[4] == "0.1")
+    (dma,) = (row for row in rows if row[0] == "dma" and row[4:5] == ["0.1"])
     assert dma[2] == "8"
     assert dma[7] == "0.7500 ± 0.2121"
     assert re.fullmatch(r"\+0\.1500 \[-0\.4853, \+0\.7853\]", dma[8])  # 0.15 ± 12.706 · 0.05

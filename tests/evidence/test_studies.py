@@ -64,6 +64,15 @@ def test_the_more_special_options_win(tmp_path: Path) -> None:
     assert options == expected | {"model.lr": 0.2, "seed_everything": 1}
 
 
+def test_what_is_added_to_a_list_stays_beside_what_others_add(tmp_path: Path) -> None:
+    forms = {"mha": {"options": {"trainer.callbacks+": ["two", {"class_path": "three"}]}}}
+    grids = [STUDY["grids"][0] | {"forms": ["mha"]}]
+    found = study(tmp_path, options={"trainer.callbacks+": ["one"]}, forms=forms, grids=grids)
+    (cell, options), *_ = found.cells(lambda *_: None).items()
+    added = [flag for flag in found.fit_arguments(cell, options, {}) if "callbacks+" in flag]
+    assert added == [f"--trainer.callbacks+={value}" for value in ("one", "two", '{"class_path": "three"}')]
+
+
 def test_budgets_are_shared_exactly() -> None:
     form = Form(budget={"window": 0.5, "blocks": 0.5}, units={"blocks": 4})
     assert form.keys(32) == {"window": 16, "blocks": 4}

@@ -2,17 +2,19 @@
 
 import math
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dma_kernels import reference_mask
+from dma_kernels import Packing, key_ranks, reference_mask
 from dma_lightning.config import ModelConfig
 from dma_lightning.mixers import MIXERS
 from dma_lightning.mixers.base import merge_heads
 from dma_lightning.mixers.drift import Drift, DriftingCache
+from dma_lightning.mixers.retention import RetentionQueries, retention_loss
 from dma_lightning.model import DogeForCausalLM
 
 WINDOW = 7
@@ -189,9 +191,44 @@ def test_steps_are_bounded_and_padding_takes_none() -> None:
     assert math.isclose(Drift("gate", 4, 1, 8, (1.0, 1.0))(torch.ones(1, 1, 4)).item(), 1 / 8, rel_tol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"memory_heads": 1}, {"content_in_bias": False}])
+def test_a_retention_loss_trains_contents_alone(options: dict[str, Any]) -> None:
+    """Its gradient is added to that of the main loss, for what contents are made of, and nothing else changes."""
+    plain, trained = (
+        mixer("dma", drift="gate", content="input", retention_weight=weight, **options) for weight in (0.0, 0.3)
+    )
+    trained.begin_step(5)
+    x, documents, padding = inputs(63, packed=True)
+    for layer in (plain, trained):
+        layer(x, documents=documents, padding=padding).sum().backward()
+    q, k, v = plain.queries_keys_values(x, None)
+    published = key_ranks(v.detach(), plain.A, plain.dt_proj.weight)
+    content = plain.drifting.content(x, published)
+    drifted = plain.drifting.drift(x, padding).cumsum(-1)
+    positions = RetentionQueries(WINDOW).at(5, 63)
+    loss = retention_loss(q, k, content, drifted, positions, plain.keep, Packing.of(documents, padding))
+    assert loss > 0
+    (0.3 / 3 * loss).backward()  # of three layers
+    gradients = [{name: p.grad for name, p in layer.named_parameters()} for layer in (plain, trained)]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-10, rtol=1e-7, msg=name)
+    alone = ("drifting.weight",) if options.get("content_in_bias") is False else ()
+    assert tuple(trained.auxiliary_parameters) == alone
+
+
+def test_a_retention_loss_is_for_training_alone() -> None:
+    layer = mixer("dma", drift="gate", retention_weight=0.3).eval()
+    with patch("dma_lightning.mixers.dynamic_mask.retention_loss", side_effect=AssertionError):
+        layer(inputs(33, packed=False)[0])
+        with torch.no_grad():
+            layer.train()(inputs(33, packed=False)[0])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"retention_weight": -0.1}, "retention_weight: expected at least 0, got -0.1"),
         ({"drift": "gate"}, "score_form: expected linear with a drift, .*got 'exp'"),
         (
             {"drift": "fast", "score_form": "linear"},
