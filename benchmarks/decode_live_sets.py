@@ -25,9 +25,9 @@ def different_live_sets(model: DogeForCausalLM, tokens: Tensor) -> tuple[Tensor,
     ranks: list[Tensor] = []
     attend = dynamic_mask.attend
 
-    def recording(backend: str, *inputs: Tensor) -> Tensor:
+    def recording(backend: str, *inputs: Tensor, **more: Tensor | None) -> Tensor:
         ranks.append(inputs[4])
-        return attend(backend, *inputs)
+        return attend(backend, *inputs, **more)
 
     dynamic_mask.attend = recording
     try:

@@ -198,4 +198,10 @@ def _expected_weights(saved: SavedRun, arguments: Mapping[str, Any]) -> Weights:
 def _different_options(was: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[str]:
     """Options of the model that are others than they were, in words."""
     known = {x.name for x in dataclasses.fields(ModelConfig)} & arguments.keys()
-    return [f"{x} {arguments[x]!r} instead of {old!r}" for x, old in was.items() if x in known and arguments[x] != old]
+    pairs = {x: (_listed(arguments[x]), _listed(old)) for x, old in was.items() if x in known}
+    return [f"{x} {new!r} instead of {old!r}" for x, (new, old) in pairs.items() if new != old]
+
+
+def _listed(value: Any) -> Any:
+    """A value of a configuration; files have lists where arguments have tuples."""
+    return list(value) if isinstance(value, tuple) else value
