@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dma_lightning.data.base import SequenceDataModule, Sequences
+from dma_lightning.data.base import IGNORE_INDEX, SequenceDataModule, Sequences
 
 SPLIT_STRIDE = 1 << 30  # each split draws its seeds from a range of its own
 
@@ -27,6 +27,24 @@ def seeded(seed: int) -> np.random.RandomState:
     """
     _random.seed(seed)
     return _random
+
+
+def padded(inputs: np.ndarray, labels: np.ndarray, length: int, token: int) -> dict[str, Tensor]:
+    """An example with padding behind it, as `Batch` has it.
+
+    Args:
+        inputs: int64 `[L]`.
+        labels: likewise.
+        length: N, of the padded one.
+        token: what stands in the padding.
+    """
+    missing = (0, length - len(inputs))
+    padding = np.pad(np.zeros(len(inputs), dtype=bool), missing, constant_values=True)
+    return {
+        "input_ids": torch.from_numpy(np.pad(inputs, missing, constant_values=token)),
+        "labels": torch.from_numpy(np.pad(labels, missing, constant_values=IGNORE_INDEX)),
+        "padding": torch.from_numpy(padding),
+    }
 
 
 class Shape(Protocol):
@@ -117,8 +135,9 @@ class DrawnDataModule(SequenceDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """All that examples are drawn from."""
-        return ", ".join(f"{name} {self.hparams[name]}" for name in (*self.task_arguments, "seed"))
+        """All that examples are drawn from; what is None is left out, since older checkpoints do not know it."""
+        said = {name: self.hparams[name] for name in (*self.task_arguments, "seed")}
+        return ", ".join(f"{name} {value}" for name, value in said.items() if value is not None)
 
     def setup(self, stage: str) -> None:
         self.train_set, self.val_set, self.test_set = (

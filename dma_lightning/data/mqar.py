@@ -5,10 +5,13 @@
 V vocabulary, N sequence length.
 """
 
-import numpy as np
+from collections.abc import Sequence
 
-from dma_lightning.data.base import IGNORE_INDEX
-from dma_lightning.data.drawn import DrawnDataModule, seeded
+import numpy as np
+from torch import Tensor
+
+from dma_lightning.data.base import IGNORE_INDEX, Sequences
+from dma_lightning.data.drawn import DrawnDataModule, DrawnExamples, padded, seeded
 
 
 class MQARTask:
@@ -67,8 +70,30 @@ class MQARTask:
         return inputs, labels
 
 
+class MQARMixture(DrawnExamples):
+    """Examples of several tasks in turn, the shorter ones padded with 0.
+
+    Args:
+        tasks: of one vocabulary.
+        sequence_length: N, to which all are padded.
+        first_seed: seed of example 0.
+        count: number of examples.
+    """
+
+    def __init__(self, tasks: Sequence[MQARTask], sequence_length: int, first_seed: int, count: int) -> None:
+        super().__init__(first_seed, count)
+        self.tasks, self.sequence_length = tasks, sequence_length
+
+    def draw(self, index: int) -> dict[str, Tensor]:
+        inputs, labels = self.tasks[index % len(self.tasks)].generate(self.first_seed + index, 1)
+        return padded(inputs[0], labels[0], self.sequence_length, token=0)
+
+
 class MQARDataModule(DrawnDataModule):
     """Multi-query associative recall with training, validation and test examples from disjoint seeds.
+
+    Training may begin with what is easier: with a mixture, training examples have its lengths and numbers of pairs in
+    turn, as those of "Zoology" have. Validation and test examples are of sequence_length and num_pairs alone.
 
     Args:
         vocab_size: number of different tokens; keys come from the lower half, values from the upper.
@@ -76,6 +101,8 @@ class MQARDataModule(DrawnDataModule):
         num_pairs: key-value pairs in an example, at most a quarter of sequence_length.
         power: exponent of the distribution of the gaps between pair and query; 1 is uniform.
         random_fillers: fill free positions with random tokens instead of 0.
+        mixture: length and number of pairs of each kind of training examples, such as [[64, 4], [256, 64]]; those of
+            validation, if there is none.
         train_examples: number of training examples.
         val_examples: number of validation examples.
         test_examples: number of test examples, which `predict` uses too.
@@ -84,7 +111,7 @@ class MQARDataModule(DrawnDataModule):
         num_workers: processes that load data beside each training process.
     """
 
-    task_arguments = ("vocab_size", "sequence_length", "num_pairs", "power", "random_fillers")
+    task_arguments = ("vocab_size", "sequence_length", "num_pairs", "power", "random_fillers", "mixture")
 
     def __init__(
         self,
@@ -99,10 +126,22 @@ class MQARDataModule(DrawnDataModule):
         seed: int = 0,
         batch_size: int = 64,
         num_workers: int = 0,
+        mixture: list[list[int]] | None = None,
     ) -> None:
         task = MQARTask(vocab_size, sequence_length, num_pairs, power, random_fillers)
         super().__init__(task, (train_examples, val_examples, test_examples), seed, batch_size, num_workers)
         self.save_hyperparameters()
+        if any(len(kind) != 2 or kind[0] > sequence_length for kind in mixture or []):
+            raise ValueError(
+                f"mixture: expected pairs of a length, at most sequence_length = {sequence_length}, and a number of "
+                f"pairs, got {mixture}"
+            )
+        self.mixture = [MQARTask(vocab_size, *kind, power, random_fillers) for kind in mixture or []]
+
+    def examples(self, split: int, first_seed: int, count: int) -> Sequences:
+        if split or not self.mixture:
+            return super().examples(split, first_seed, count)
+        return MQARMixture(self.mixture, self.sequence_length, first_seed, count)
 
 
 def _draw(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dma_lightning.data.base import IGNORE_INDEX, Sequences
-from dma_lightning.data.drawn import DrawnDataModule, DrawnExamples, Shape, seeded
+from dma_lightning.data.drawn import DrawnDataModule, DrawnExamples, Shape, padded, seeded
 
 PAD, BOS, KEY, VAL, ASK, END = range(6)
 Haystack = Literal["fillers", "needles"]
@@ -243,13 +243,7 @@ class NeedleExamples(DrawnExamples):
         }
 
     def _padded(self, inputs: np.ndarray, labels: np.ndarray) -> dict[str, Tensor]:
-        missing = (0, self.task.sequence_length - len(inputs))
-        padding = np.pad(np.zeros(len(inputs), dtype=bool), missing, constant_values=True)
-        return {
-            "input_ids": torch.from_numpy(np.pad(inputs, missing, constant_values=self.task.pad_token)),
-            "labels": torch.from_numpy(np.pad(labels, missing, constant_values=IGNORE_INDEX)),
-            "padding": torch.from_numpy(padding),
-        }
+        return padded(inputs, labels, self.task.sequence_length, self.task.pad_token)
 
 
 class HaystackDataModule(DrawnDataModule, ABC):

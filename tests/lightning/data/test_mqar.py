@@ -86,3 +86,32 @@ def test_impossible_tasks(changed: dict[str, int], message: str) -> None:
 def test_bad_counts(changed: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected at least one example in each split"):
         MQARDataModule(**changed)
+
+
+def test_training_examples_of_a_mixture_go_through_its_kinds() -> None:
+    shape = {"vocab_size": 64, "sequence_length": 32, "num_pairs": 8}
+    kinds = [[16, 2], [32, 4], [32, 8]]
+    data = MQARDataModule(**shape, mixture=kinds)
+    data.setup("fit")
+    for index in range(9):
+        item, (length, pairs) = data.train_set[index], kinds[index % 3]
+        assert item["padding"].tolist() == [False] * length + [True] * (32 - length)
+        assert (item["labels"] != IGNORE_INDEX).sum() == pairs
+        alone = MQARTask(64, length, pairs, 0.01, True).generate(index, 1)
+        assert item["input_ids"][:length].tolist() == alone[0][0].tolist()
+        assert item["labels"][:length].tolist() == alone[1][0].tolist()
+        assert not item["input_ids"][length:].any()
+    plain = MQARDataModule(**shape)
+    plain.setup("fit")
+    assert data.val_set[3].keys() == plain.val_set[3].keys()
+    assert data.val_set[3]["input_ids"].equal(plain.val_set[3]["input_ids"])
+    assert data.fingerprint != plain.fingerprint
+    assert "mixture" not in plain.fingerprint  # as before there were any
+
+
+@pytest.mark.parametrize("mixture", [[[16]], [[64, 4]], [[16, 2, 1]]])
+def test_impossible_mixtures(mixture: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="mixture: expected pairs of a length, at most sequence_length = 32, "):
+        MQARDataModule(vocab_size=64, sequence_length=32, num_pairs=8, mixture=mixture)
+    with pytest.raises(ValueError, match="num_pairs: expected 1 <= num_pairs <= sequence_length / 4 = 4, got 5"):
+        MQARDataModule(vocab_size=64, sequence_length=32, num_pairs=8, mixture=[[16, 5]])
