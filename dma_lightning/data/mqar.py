@@ -136,7 +136,8 @@ class MQARDataModule(DrawnDataModule):
                 f"mixture: expected pairs of a length, at most sequence_length = {sequence_length}, and a number of "
                 f"pairs, got {mixture}"
             )
-        self.mixture = [MQARTask(vocab_size, *kind, power, random_fillers) for kind in mixture or []]
+        kinds = mixture or []
+        self.mixture = [MQARTask(vocab_size, size, pairs, power, random_fillers) for size, pairs in kinds]
 
     def examples(self, split: int, first_seed: int, count: int) -> Sequences:
         if split or not self.mixture:
