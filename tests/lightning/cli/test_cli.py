@@ -149,7 +149,10 @@ def test_help_documents_the_data(name: str, capsys: pytest.CaptureFixture[str]) 
         build_cli(["fit", f"--data.help=dma_lightning.{name}"])
     words = " ".join(capsys.readouterr().out.split())
     for option in words.split(" --data.")[1:]:
-        assert len(option.split("(type:")[0].split(maxsplit=2)) == 3, f"--data.{option} has no documentation"
+        text = option.split("(type:")[0].split(maxsplit=2)
+        if text[-1].endswith(","):
+            continue  # another form of the same option follows, and then the text
+        assert len(text) == 3, f"--data.{option} has no documentation"
 
 
 @pytest.mark.parametrize(
