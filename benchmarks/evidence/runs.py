@@ -87,12 +87,12 @@ class Runner:
         """Run what is missing; whether nothing is missing any more.
 
         Raises:
-            ValueError: if another process runs in the folder, or a variable is missing.
+            ValueError: if another process runs in the folder, a variable is missing, or `only` is in no name.
         """
         begun = time.monotonic()
-        if not (missing := self._missing()) and self.only:
-            raise ValueError(f"only: expected text that the name of a missing cell contains, got {self.only!r}")
-        for cell, options in missing.items():
+        if not any(self.only in str(cell) for cell in self.study.cells(self._value_of)):
+            raise ValueError(f"only: expected text that the name of a cell contains, got {self.only!r}")
+        for cell, options in self._missing().items():
             self._commands(cell, options)  # which may lack a variable
         share(self.folder / "compiled", self.parallel)
         with _locked(self.folder, self.path), _signals() as received, self._children():
