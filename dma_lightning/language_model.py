@@ -64,7 +64,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
 
     Args:
         lr: peak learning rate.
-        weight_decay: decay of the matrices; norms, residual weights and A are never decayed.
+        weight_decay: decay of the matrices; norms, residual weights, A and contents of the input are never decayed.
         betas: decay rates of AdamW's moments.
         schedule: learning rate over the steps: wsd (warm-up, stable, linear decay to 0), cosine, or constant.
         warmup_fraction: share of trainer.max_steps in which the learning rate rises linearly.
@@ -309,9 +309,10 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         hp, max_steps = self.hparams, self.trainer.max_steps
         if hp.schedule != "constant" and max_steps < 1:
             raise ValueError(f"schedule {hp.schedule!r} needs trainer.max_steps >= 1, got {max_steps}; set it")
-        matrices = [p for p in self.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.parameters() if p.ndim < 2]  # norms, residual weights, A
-        optimizer = AdamW([{"params": matrices}, {"params": vectors}], lr=hp.lr, fused=self._fuses_optimizer)
+        kept = {mixer.get_parameter(name) for mixer in self.model.mixers for name in mixer.undecayed_parameters}
+        decayed = [p for p in self.parameters() if p.ndim >= 2 and p not in kept]
+        others = [p for p in self.parameters() if p.ndim < 2 or p in kept]  # norms, residual weights, A, contents
+        optimizer = AdamW([{"params": decayed}, {"params": others}], lr=hp.lr, fused=self._fuses_optimizer)
         let_clip_gradients(optimizer)
         self._set_rates(optimizer, step=0)
         return {

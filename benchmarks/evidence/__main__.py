@@ -13,7 +13,7 @@ from benchmarks.evidence.studies import STUDIES, read_study
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description="Compare many trainings.")
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="start what is missing, side by side on one device")
+    run = commands.add_parser("run", help="start what is missing, side by side on all visible GPUs or the CPU")
     report = commands.add_parser("report", help="write tables and plots of what there is")
     own = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml")))
     for command in (run, report):

@@ -38,19 +38,28 @@ def share(compiled: Path, parallel: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def start_child(folder: Path, arguments: Sequence[str]) -> ForkServerProcess:
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+    count, names = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",")[:count] if names else [str(number) for number in range(count)]
+
+
+def start_child(folder: Path, arguments: Sequence[str], gpu: str | None = None) -> ForkServerProcess:
     """Start a command.
 
     Args:
         folder: an existing folder, where the command's output goes.
         arguments: of `dma-lightning`.
+        gpu: the only one that it sees, of `visible_gpus`. Default: all of them.
     """
-    process = _forks.Process(target=_run, args=(folder.resolve(), arguments))
+    process = _forks.Process(target=_run, args=(folder.resolve(), arguments, gpu))
     process.start()
     return process
 
 
-def _run(folder: Path, arguments: Sequence[str]) -> None:
+def _run(folder: Path, arguments: Sequence[str], gpu: str | None) -> None:
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before anything here has asked for a device
     os.setsid()  # Ctrl+C is for the process that started this one, which ends it then
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):

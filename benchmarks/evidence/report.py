@@ -187,11 +187,12 @@ def _speed(found: Results) -> Iterator[str]:
         return
     yield "## Trainings per hour"
     yield "Of calls of the runner that have begun and finished what they ran, start and compilation included:"
-    lines = ["| trainings | side by side | seconds | an hour |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| trainings | side by side | GPUs | seconds | an hour |", "| --- | ---: | ---: | ---: | ---: |"]
     for call in calls:
         kinds = ", ".join(dict.fromkeys(" ".join(name.split()[:2]) for name in call.cells))
         count, rate = len(call.cells), 3600 * len(call.cells) / call.seconds
-        lines.append(f"| {count} of {kinds} | {min(call.parallel, count)} | {call.seconds:,.0f} | {rate:,.0f} |")
+        beside = min(call.parallel, count)
+        lines.append(f"| {count} of {kinds} | {beside} | {call.gpus} | {call.seconds:,.0f} | {rate:,.0f} |")
     yield "\n".join(lines)
 
 

@@ -73,6 +73,7 @@ class Invocation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         cells: that were finished in it.
         whole: whether these began in it, too, and nothing else did, so that they tell the speed.
         environment: hardware, versions and commit.
+        gpus: that the trainings were spread over.
     """
 
     parallel: int
@@ -80,6 +81,7 @@ class Invocation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cells: list[str]
     whole: bool
     environment: dict[str, str | int]
+    gpus: int = 1
 
 
 class Results(msgspec.Struct, forbid_unknown_fields=True):

@@ -9,6 +9,7 @@ import json
 import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from types import FrameType
 from filelock import FileLock, Timeout
 
 from benchmarks.environment import describe
-from benchmarks.evidence.child import LOG, share, start_child
+from benchmarks.evidence.child import LOG, share, start_child, visible_gpus
 from benchmarks.evidence.figures import record_of
 from benchmarks.evidence.results import Invocation, Results
 from benchmarks.evidence.studies import Cell, Options, Study, filled
@@ -40,6 +41,7 @@ class _Running:
     options: Options
     folder: Path
     commands: list[list[str]]
+    gpu: str | None
     process: ForkServerProcess | None = None
     started: float = 0.0
 
@@ -78,6 +80,7 @@ class Runner:
                 f"{self.parallel} and {self.deadline:g}"
             )
         self.results = Results.read(self.path)
+        self.gpus = visible_gpus()
         self._running: list[_Running] = []
         self._finished: list[str] = []
         self._resumed = False  # whether a cell had been begun by another call
@@ -109,8 +112,9 @@ class Runner:
             seconds = time.monotonic() - begun
             if self._finished:
                 whole = not self._is_ending and not self._resumed and not self.failed
-                invocation = Invocation(self.parallel, round(seconds, 1), self._finished, whole, describe())
-                self.results.invocations.append(invocation)
+                self.results.invocations.append(
+                    Invocation(self.parallel, round(seconds, 1), self._finished, whole, describe(), len(self.gpus))
+                )
                 self.results.write(self.path)
         missing, rate = len(self._missing()), 3600 * len(self._finished) / seconds
         print(f"{len(self._finished)} finished in {seconds:.0f} s ({rate:.0f} an hour), {missing} missing: {self.path}")
@@ -139,12 +143,18 @@ class Runner:
             if self._is_ending or len(self._running) >= self.parallel:
                 return
             if cell not in taken:
-                running = _Running(cell, options, self._folder(cell, options), self._commands(cell, options))
+                folder, commands = self._folder(cell, options), self._commands(cell, options)
+                running = _Running(cell, options, folder, commands, self._free_gpu())
                 self._resumed |= running.folder.exists()
                 running.folder.mkdir(parents=True, exist_ok=True)
                 self._running.append(running)
                 self._begin_command(running)
                 print(f"started   {cell}", flush=True)
+
+    def _free_gpu(self) -> str | None:
+        """The GPU with the fewest trainings; None if there is none."""
+        taken = Counter(running.gpu for running in self._running)
+        return min(self.gpus, key=taken.__getitem__, default=None)
 
     def _folder(self, cell: Cell, options: Options) -> Path:
         """Where a cell runs: another one if anything has changed, since a run cannot go on with other arguments."""
@@ -173,7 +183,7 @@ class Runner:
 
     def _begin_command(self, running: _Running) -> None:
         running.started = time.monotonic()
-        running.process = start_child(running.folder, running.commands[0])
+        running.process = start_child(running.folder, running.commands[0], running.gpu)
 
     def _look_at(self, running: _Running) -> None:
         """Go on with a cell if its present command has ended; end it if it had time enough to save."""

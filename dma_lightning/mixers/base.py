@@ -90,9 +90,11 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
         auxiliary_parameters: names of those parameters, within the mixer, that only an auxiliary loss trains
             (`dma_lightning.auxiliary_losses`). Their gradients are clipped by a norm of their own, so that such a loss
             does not shorten the step of the others.
+        undecayed_parameters: names of matrices, within the mixer, that weight decay leaves alone, as it does vectors.
     """
 
     auxiliary_parameters: Sequence[str] = ()
+    undecayed_parameters: Sequence[str] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -113,6 +113,33 @@ class Drift(nn.Module):
         return steps if padding is None else steps.masked_fill(padding[:, None], 0)
 
 
+@torch.library.custom_op("dma_lightning::running_sum", mutates_args=())
+def _running_sum(x: Tensor, backwards: bool = False) -> Tensor:
+    wide = x.flip(-1).double() if backwards else x.double()
+    total = wide.cumsum(-1).to(x.dtype)
+    return total.flip(-1) if backwards else total
+
+
+@_running_sum.register_fake
+def _running_sum_shape(x: Tensor, backwards: bool = False) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _running_sum_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return _running_sum(gradient, backwards=True), None
+
+
+_running_sum.register_autograd(_running_sum_gradient)
+
+
+def running_sum(steps: Tensor) -> Tensor:
+    """D of steps `[B, G, N]`; sums, and those of its gradient, are made in float64.
+
+    An operation of its own, since torch.compile cannot build such sums for a GPU.
+    """
+    return _running_sum(steps)
+
+
 def query_bias(drifted: Tensor | None) -> Tensor | None:
     """-D_t of the queries, `[B, G, N]`, for the gradient of D; None where nothing needs one.
 
@@ -152,6 +179,6 @@ class DriftingCache:
 
     def advance(self, steps: Tensor) -> Tensor:
         """D of new positions, `[B, G, N]`, with what has been read before; their drift is added to the total."""
-        drifted = self.total[..., None] + steps.detach().to(self.total.dtype).cumsum(-1)
+        drifted = self.total[..., None] + running_sum(steps.detach().to(self.total.dtype))
         self.total = drifted[..., -1]
         return drifted

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dma_kernels import Packing
 from dma_kernels.precision import without_autocast
-from dma_lightning.mixers.drift import Drift, DriftConfig, DriftingCache
+from dma_lightning.mixers.drift import Drift, DriftConfig, DriftingCache, running_sum
 
 Content = Literal["values", "input"]
 
@@ -134,7 +134,7 @@ class DriftingRanks(nn.Module):
             cache: what has been read before; it is advanced.
         """
         steps = self.drift(x, None if packing is None else packing.padding)
-        drifted = steps.cumsum(-1) if cache is None else cache.advance(steps)
+        drifted = running_sum(steps) if cache is None else cache.advance(steps)
         content = self.content(x, rank)
         # Times 0, not left out, so that DDP gets the gradients that it waits for, and a NaN shows in the loss.
         bias = drifted + content * float(self.content_in_bias)

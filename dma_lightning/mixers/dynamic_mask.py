@@ -124,8 +124,9 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
             )
         if not 0 <= retention_weight < math.inf:
             raise ValueError(f"retention_weight: expected at least 0, got {retention_weight}")
-        if drifting is not None and drifting.weight is not None and not drifting.content_in_bias:
-            self.auxiliary_parameters = ("drifting.weight",)
+        if drifting is not None and drifting.weight is not None:
+            self.undecayed_parameters = ("drifting.weight",)
+            self.auxiliary_parameters = () if drifting.content_in_bias else self.undecayed_parameters
         self.retention_weight, self.num_layers = retention_weight, 1
         self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
         self.step: Tensor

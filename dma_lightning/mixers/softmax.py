@@ -13,7 +13,7 @@ from torch import Tensor
 from dma_kernels import Lifetimes, Packing
 from dma_lightning.backends import ATTENTIONS, Backend, check_backend, explain_backend, resolve_backend
 from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys, merge_heads
-from dma_lightning.mixers.drift import Drift, DriftConfig, DriftingCache, query_bias
+from dma_lightning.mixers.drift import Drift, DriftConfig, DriftingCache, query_bias, running_sum
 from dma_lightning.mixers.position_cache import PositionCache
 from dma_lightning.mixers.sdpa import SDPA_OR_FLEX, attend_places, lifetime_attention
 
@@ -68,7 +68,7 @@ class MultiHeadAttention(GroupedQueryMixer[PositionCache | DriftingCache]):
         drifted = None  # [B, G, N]
         if self.drift is not None:
             steps = self.drift(x, None if packing is None else packing.padding)
-            drifted = cache.advance(steps) if isinstance(cache, DriftingCache) else steps.cumsum(-1)
+            drifted = cache.advance(steps) if isinstance(cache, DriftingCache) else running_sum(steps)
         if positions is None or not positions.count:
             out = window_attention(q, k, v, self.window, self.backend, packing, drifted)
         if positions is None:

@@ -55,7 +55,7 @@ def test_report_says_means_differences_and_rates(tmp_path: Path) -> None:
         record("mha", 0, 0.0, configs=""),
     ]
     names = [f"recall small dma, lr 0.1, seed {seed}" for seed in range(5)]
-    calls = [Invocation(8, 1800.0, names, True, ENVIRONMENT), Invocation(8, 60.0, names, False, ENVIRONMENT)]
+    calls = [Invocation(8, 1800.0, names, True, ENVIRONMENT, 2), Invocation(8, 60.0, names, False, ENVIRONMENT)]
     failures = {"recall small dma, lr 0.1, seed 2": "no memory"}
     Results(records, calls, failures).write(tmp_path / "study.json")
     text = write_report(STUDY, tmp_path / "study.json", tmp_path / "out").read_text()
@@ -67,7 +67,7 @@ def test_report_says_means_differences_and_rates(tmp_path: Path) -> None:
     assert re.fullmatch(r"\+0\.1500 \[-0\.4853, \+0\.7853\]", dma[8])  # 0.15 ± 12.706 · 0.05
     assert ["dma", "0.6000, 0.9000", "0.1000"] in rows
     assert "- recall small mha, lr 0.1, seed 2\n- recall small dma, lr 0.1, seed 2: no memory\n" in text
-    assert ["5 of recall small", "5", "1,800", "10"] in rows
+    assert ["5 of recall small", "5", "2", "1,800", "10"] in rows
     assert sum(row[0].endswith("of recall small") for row in rows) == 1  # the other call tells no speed
     assert ["dma", "16", "1.5000", "50.0", "", "", "2.00", "1.00", "2"] in rows
     assert "another study" not in text
