@@ -304,5 +304,5 @@ def _add_seconds(path: Path, seconds: float) -> float:
 
 
 def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").split("\n")
+    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "nothing printed")

@@ -9,10 +9,16 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import msgspec
 import pytest
+import torch
 import yaml
 from filelock import FileLock
+
+from benchmarks.evidence import runs
+from benchmarks.evidence.studies import read_study
 
 ROOT = Path(__file__).parents[2]
 OF_THE_MACHINE = ("seconds", "seconds_per_token", "bytes", "environment", "torch", "device")
@@ -191,3 +197,21 @@ def test_a_missing_variable_is_told_before_anything_runs(tmp_path: Path) -> None
     assert code == 1
     assert "expected a value of $text, got none; give it by --set text=..." in printed
     assert not (tmp_path / "runs").exists()
+
+
+def test_trainings_take_turns_on_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,MIG-3,7")  # of which there are two
+    _, study = read_study(small_study(tmp_path))
+    study = msgspec.structs.replace(study, grids=[msgspec.structs.replace(study.grids[0], seeds=[0, 1, 2])])
+    begun: list[str | None] = []
+    process = Mock(exitcode=None)
+
+    def pretend(folder: Path, arguments: list[str], gpu: str | None) -> Mock:
+        begun.append(gpu)
+        process.exitcode = 1 if len(begun) >= 4 else None  # four are side by side, then all of them end
+        return process
+
+    monkeypatch.setattr(runs, "start_child", pretend)
+    assert not runs.Runner(study, tmp_path / "runs", tmp_path / "results.json", parallel=4).run()
+    assert begun == ["5", "MIG-3", "5", "MIG-3", "5", "MIG-3"]
