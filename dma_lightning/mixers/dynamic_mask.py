@@ -112,6 +112,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         )  # fmt: skip
         check_backend(backend)
         self.keep = KeepRule(keep_window_size, keep_last, sinks)
+        self.own_keep = self.keep  # also in steps in which `MixedWindows` keeps every key
         self.score_form, self.backend = score_form, backend
         self.A = nn.Parameter(torch.zeros(self.num_kv_heads))
         self.dt_proj = nn.Linear(self.num_kv_heads * self.head_dim, self.num_kv_heads, bias=bias)  # Δ
@@ -177,8 +178,8 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         content = key_ranks(v.detach(), self.A, self.dt_proj.weight, self.dt_proj.bias)
         if self.drifting is not None:
             content = self.drifting.content(x.detach(), content)
-        positions = RetentionQueries(self.keep.capacity).at(self.step, x.shape[1], x.device)
-        loss = retention_loss(q, k, content, drifted, positions, self.keep, packing)
+        positions = RetentionQueries(self.own_keep.capacity).at(self.step, x.shape[1], x.device)
+        loss = retention_loss(q, k, content, drifted, positions, self.own_keep, packing)
         return self.retention_weight / self.num_layers * loss
 
     def _ranked(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dma_kernels import Packing, key_ranks, reference_mask
+from dma_kernels import KeepRule, Packing, key_ranks, reference_mask
 from dma_lightning.config import ModelConfig
 from dma_lightning.mixers import MIXERS
 from dma_lightning.mixers.base import merge_heads
@@ -215,6 +215,19 @@ def test_a_retention_loss_trains_contents_alone(options: dict[str, Any]) -> None
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-10, rtol=1e-7, msg=name)
     alone = ("drifting.weight",) if options.get("content_in_bias") is False else ()
     assert tuple(trained.auxiliary_parameters) == alone
+
+
+def test_a_retention_loss_is_the_same_where_every_key_is_kept_for_a_while() -> None:
+    """As `MixedWindows` does: that is when far keys are attended to, and the loss has something to learn from."""
+    gradients = []
+    for every in (False, True):
+        layer = mixer("dma", drift="gate", content="input", content_in_bias=False, retention_weight=0.3)
+        if every:
+            layer.keep = KeepRule(1000)
+        layer(inputs(63, packed=False)[0]).sum().backward()
+        gradients.append(layer.drifting.weight.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_a_retention_loss_is_for_training_alone() -> None:
