@@ -160,6 +160,8 @@ class DriftingCache:
 
     def __init__(self, keys: Any, total: Tensor) -> None:
         self.keys, self.total = keys, total
+        self.read = torch.zeros(len(total), dtype=torch.int64, device=total.device)
+        """Positions read so far, padded ones included, `[B]`."""
 
     @classmethod
     def empty(cls, keys: Any, batch: int, drift: Drift) -> Self:
@@ -175,10 +177,10 @@ class DriftingCache:
     def select(self, rows: Tensor) -> None:
         """Keep these sequences, in this order; a row may be named several times."""
         self.keys.select(rows)
-        self.total = self.total.index_select(0, rows)
+        self.total, self.read = self.total.index_select(0, rows), self.read.index_select(0, rows)
 
     def advance(self, steps: Tensor) -> Tensor:
         """D of new positions, `[B, G, N]`, with what has been read before; their drift is added to the total."""
         drifted = self.total[..., None] + running_sum(steps.detach().to(self.total.dtype))
-        self.total = drifted[..., -1]
+        self.total, self.read = drifted[..., -1], self.read + steps.shape[-1]
         return drifted

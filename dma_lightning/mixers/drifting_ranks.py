@@ -18,7 +18,8 @@ from dma_lightning.mixers.drift import Drift, DriftConfig, DriftingCache, runnin
 
 Content = Literal["values", "input"]
 
-_OPTIONS = ("content", "content_in_bias", "memory_heads", "memory_every")
+_OPTIONS = ("content", "content_in_bias", "memory_heads", "memory_every", "memory_stripes")
+_STRIPE = 4.0  # nats by which a key of a head's own stripe outranks others, until contents learn better
 _LARGEST_CONTENT = 8.0  # of the layer's input, in nats
 
 
@@ -36,6 +37,9 @@ class DriftingRanksConfig(DriftConfig):
     share."""
     memory_every: int = 1
     """dma with a drift: every so many layers have memory heads, from the first on."""
+    memory_stripes: int = 0
+    """dma with memory heads: such a head prefers every so many-th position, and the next one the positions after these,
+    so that heads remember different keys and together all; 0: they have no preference."""
 
 
 class DriftedKeys(NamedTuple):
@@ -56,9 +60,11 @@ class DriftingRanks(nn.Module):
         content_in_bias: whether the content is part of the bias.
         memory_heads: how many KV heads, or which share of them below 1, have no drift.
         memory_every: every so many layers have such heads.
+        memory_stripes: S. Memory head m, counted over all layers, ranks the keys at positions j with j mod S = m mod S
+            above others. With 0 all positions are alike.
 
     Raises:
-        ValueError: for an unknown content, or more memory heads than there are.
+        ValueError: for an unknown content, more memory heads than there are, or stripes without such heads.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class DriftingRanks(nn.Module):
         content_in_bias: bool = True,
         memory_heads: float = 0.0,
         memory_every: int = 1,
+        memory_stripes: int = 0,
     ) -> None:
         super().__init__()
         if content not in get_args(Content):
@@ -82,8 +89,15 @@ class DriftingRanks(nn.Module):
             )
         if memory_every < 1:
             raise ValueError(f"memory_every: expected at least 1, got {memory_every}")
+        if memory_stripes < 0 or memory_stripes and not count:
+            raise ValueError(
+                f"memory_stripes: expected 0, or a number of stripes and memory heads that share them, got "
+                f"{memory_stripes} with memory_heads {memory_heads}"
+            )
         self.drift, self.content_in_bias = drift, content_in_bias
-        self.memory_heads, self.memory_every = int(count), memory_every
+        self.memory_heads, self.memory_every, self.stripes = int(count), memory_every, memory_stripes
+        self.register_buffer("stripe", torch.zeros(heads, dtype=torch.int64), persistent=False)
+        self.stripe: Tensor  # of each head
         self.weight = nn.Parameter(torch.zeros(heads, hidden_size)) if content == "input" else None
         self.place(0, 1)
 
@@ -95,9 +109,7 @@ class DriftingRanks(nn.Module):
             ValueError: if it has none, but asks for what only a drift can have.
         """
         drift = Drift.from_config(config, window)
-        options = {
-            name: getattr(config, name) for name in ("content", "content_in_bias", "memory_heads", "memory_every")
-        }
+        options = {name: getattr(config, name) for name in _OPTIONS}
         if drift is not None:
             return cls(drift, config.hidden_size, **options)
         defaults = DriftingRanksConfig()
@@ -110,6 +122,9 @@ class DriftingRanks(nn.Module):
     def place(self, layer: int, num_layers: int) -> None:
         """Set which heads have a drift, and how much at the start, as it is for a layer."""
         self.drift.place(layer, num_layers, 0 if layer % self.memory_every else self.memory_heads)
+        if self.stripes:
+            first = layer // self.memory_every * self.memory_heads
+            self.stripe.copy_((first + torch.arange(len(self.stripe))) % self.stripes)
 
     @property
     def has_memories(self) -> bool:
@@ -134,12 +149,21 @@ class DriftingRanks(nn.Module):
             cache: what has been read before; it is advanced.
         """
         steps = self.drift(x, None if packing is None else packing.padding)
-        drifted = running_sum(steps) if cache is None else cache.advance(steps)
         content = self.content(x, rank)
+        if self.stripes:
+            rank = rank + _STRIPE * self._on_stripe(x, cache)
+        drifted = running_sum(steps) if cache is None else cache.advance(steps)
         # Times 0, not left out, so that DDP gets the gradients that it waits for, and a NaN shows in the loss.
         bias = drifted + content * float(self.content_in_bias)
         drifts = self.drift.drifts[:, None]
         return DriftedKeys(torch.where(drifts, content + drifted, rank), torch.where(drifts, bias, key_bias), drifted)
+
+    def _on_stripe(self, x: Tensor, cache: DriftingCache | None) -> Tensor:
+        """Which positions of x belong to the stripe of each head, bool `[B or 1, G, N]`."""
+        position = torch.arange(x.shape[1], device=x.device)[None]
+        if cache is not None:
+            position = position + cache.read[:, None]
+        return position[:, None] % self.stripes == self.stripe[:, None]
 
     def content(self, x: Tensor, rank: Tensor) -> Tensor:
         """What ranks are without their drift, `[B, G, N]`; arguments as of `forward`."""

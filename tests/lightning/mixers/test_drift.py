@@ -63,6 +63,10 @@ def definition(layer: Any, x: Tensor, documents: Tensor | None, padding: Tensor 
         content = published if ranking.weight is None else 8 * torch.tanh(ranking.weight @ x.mT / 8)
         memories = ~drift.drifts[:, None]
         rank = torch.where(memories, published, content + drifted)
+        if ranking.stripes:  # of the second of three layers
+            first = ranking.memory_heads // ranking.memory_every
+            own = [[(t - first - g) % ranking.stripes == 0 for t in range(x.shape[1])] for g in range(3)]
+            rank = rank + 4.0 * (torch.tensor(own) & memories)
         of_memories = published.exp() if layer.score_form == "exp" else published
         bias = torch.where(memories, of_memories, drifted + (content if ranking.content_in_bias else 0))
     rule = {} if ranking is None else {"keep_last": layer.keep.last, "sinks": layer.keep.sinks}
@@ -90,6 +94,7 @@ FORMS = [
     ("dma", {"memory_heads": 1, "score_form": "exp", "sinks": 1}),
     ("dma", {"memory_heads": 2, "content": "input"}),
     ("dma", {"memory_heads": 2, "memory_every": 2}),
+    ("dma", {"memory_heads": 2, "memory_stripes": 3, "keep_window_size": WINDOW - 3, "keep_last": 3}),
     ("swa", {}),
     ("mha", {}),
 ]
@@ -176,6 +181,23 @@ def test_memories_are_in_the_layers_that_were_asked_for() -> None:
     assert drifts == [[False, True], [True, True]] * 2
 
 
+def test_heads_remember_different_positions_and_together_all() -> None:
+    """At the start, before contents are learned: keys of the last `keep_last` positions, and those of its stripe."""
+    options = {"drift": "gate", "memory_heads": 2, "memory_stripes": 4, "keep_window_size": 10, "keep_last": 4}
+    seen = []
+    for layer in range(2):
+        options |= {"attention": "dma", "hidden_size": 12, "num_attention_heads": 6, "num_key_value_heads": 3}
+        attention = MIXERS["dma"].from_config(ModelConfig(**options))
+        attention.place(layer, 2)
+        mask = attention.lifetimes(torch.randn(1, 40, 12))[0].to_dense()[0]
+        for head in range(2):
+            seen.append(mask[head, -1])
+            far = seen[-1][:-4].nonzero()[:, 0]
+            assert (far % 4 == 2 * layer + head).all()
+            assert len(far) == 9  # all that there are
+    assert torch.stack(seen).any(0).all()
+
+
 def test_without_a_drift_nothing_is_there() -> None:
     torch.manual_seed(0)
     names = DogeForCausalLM(ModelConfig()).state_dict().keys()
@@ -253,6 +275,8 @@ def test_a_retention_loss_is_for_training_alone() -> None:
         ({"drift": "gate", "memory_heads": 0.3}, "memory_heads: expected from 0 to 2 KV heads, or a share"),
         ({"drift": "gate", "memory_heads": 1, "memory_every": 0}, "memory_every: expected at least 1, got 0"),
         ({"drift": "gate", "content": "keys"}, r"content: expected one of \['values', 'input'\], got 'keys'"),
+        ({"drift": "gate", "memory_stripes": 4, "score_form": "linear"}, "memory_stripes: expected 0, or a number of"),
+        ({"drift": "gate", "memory_heads": 1, "memory_stripes": -1}, "memory_stripes: expected 0, or a number of"),
         ({"memory_heads": 1}, r"drift: expected constant or gate with \{'memory_heads': 1\}, got none"),
         ({"content": "input"}, r"drift: expected constant or gate with \{'content': 'input'\}, got none"),
     ],
