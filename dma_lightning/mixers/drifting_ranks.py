@@ -89,7 +89,7 @@ class DriftingRanks(nn.Module):
             )
         if memory_every < 1:
             raise ValueError(f"memory_every: expected at least 1, got {memory_every}")
-        if memory_stripes < 0 or memory_stripes and not count:
+        if memory_stripes < 0 or (memory_stripes and not count):
             raise ValueError(
                 f"memory_stripes: expected 0, or a number of stripes and memory heads that share them, got "
                 f"{memory_stripes} with memory_heads {memory_heads}"
