@@ -99,7 +99,9 @@ def test_figures_by_brute_force(length: int, without: int, form: str, kind: str)
 
 def test_efolds_end_with_the_document_and_need_a_whole_nat() -> None:
     steps = torch.full((1, 1, 20), 0.125)
-    assert efolds(steps)[0].tolist() == [[[20] * 8 + [8] * 12]]
+    age, late = efolds(steps)
+    assert age.tolist() == [[[20] * 8 + [8] * 12]]
+    assert late.tolist() == [[False] * 10 + [True] * 10]
     documents = torch.tensor([[0] * 5 + [1] * 15])
     age, late = efolds(steps, Packing.of(documents))
     assert age.tolist() == [[[20] * 13 + [8] * 7]]
