@@ -18,7 +18,7 @@ from dma_lightning.language_model import LanguageModel
 from dma_lightning.model import DogeForCausalLM
 from dma_lightning.saved_run import SavedRun
 
-_CURVES = ("val/", "dma/")  # of other figures the last value is kept
+_CURVES = ("val/", "dma/", "drift/")  # of other figures the last value is kept
 _OF_THE_MACHINE = ("speed/", "memory/")
 _DIGITS = 7  # that a float32 has
 

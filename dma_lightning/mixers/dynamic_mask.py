@@ -175,9 +175,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, drifted: Tensor | None, packing: Packing | None
     ) -> Tensor:
         """That of this layer, with its weight; it trains what contents are made of, and nothing before."""
-        content = key_ranks(v.detach(), self.A, self.dt_proj.weight, self.dt_proj.bias)
-        if self.drifting is not None:
-            content = self.drifting.content(x.detach(), content)
+        content = self._content(x.detach(), v.detach())
         positions = RetentionQueries(self.own_keep.capacity).at(self.step, x.shape[1], x.device)
         loss = retention_loss(q, k, content, drifted, positions, self.own_keep, packing)
         return self.retention_weight / self.num_layers * loss
@@ -191,6 +189,14 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         if self.drifting is None:
             return ranks, key_bias, None
         return self.drifting(x, ranks, key_bias, packing, cache)
+
+    def content(self, x: Tensor) -> Tensor:
+        """What the ranks of keys are without a drift, `[B, G, N]`, for the layer's input x `[B, N, C]`."""
+        return self._content(x, self.heads(x, self.v_proj))
+
+    def _content(self, x: Tensor, v: Tensor) -> Tensor:
+        ranks = key_ranks(v, self.A, self.dt_proj.weight, self.dt_proj.bias)
+        return ranks if self.drifting is None else self.drifting.content(x, ranks)
 
     def lifetimes(
         self,

@@ -1,12 +1,14 @@
 """Callbacks that watch a run, and change nothing in it; what they log is in docs/tensorboard.md.
 
 - `speed`: tokens per second, FLOPs and memory; `peaks`: what a device could do
-- `dynamic_masks`, `samples`: masks, scores and texts of a model that trains; `recording`: how masks are looked at
-- `lost_mass`: what the keys hold that masks have dropped; `far_copies`: the loss of what only a memory can copy
+- `dynamic_masks`, `samples`: masks, scores and texts of a model that trains; `recording`: how layers are looked at
+- `lost_mass`: what the keys hold that masks have dropped; `drifts`: how fast keys fall behind
+- `far_copies`: the loss of what only a memory can copy
 - `summary`: what a run is, at its start; `progress`: the bar; `final_metrics`: the last figures beside the arguments
 - `writer`: TensorBoard's
 """
 
+from dma_lightning.monitoring.drifts import DriftMonitor
 from dma_lightning.monitoring.dynamic_masks import DynamicMaskMonitor
 from dma_lightning.monitoring.far_copies import FarCopyMonitor
 from dma_lightning.monitoring.final_metrics import FinalMetrics
@@ -17,6 +19,7 @@ from dma_lightning.monitoring.speed import SpeedMonitor
 from dma_lightning.monitoring.summary import RunSummary
 
 __all__ = [
+    "DriftMonitor",
     "DynamicMaskMonitor",
     "FarCopyMonitor",
     "FinalMetrics",

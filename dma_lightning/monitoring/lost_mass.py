@@ -15,8 +15,8 @@ from dma_kernels import Lifetimes, Packing
 from dma_lightning.data.base import Batch
 from dma_lightning.metrics import quotient
 from dma_lightning.mixers import DynamicMaskAttention
-from dma_lightning.model import decoder_of
-from dma_lightning.monitoring.recording import dynamic_layers, first_sequences, look_at_layers
+from dma_lightning.model import DogeForCausalLM, decoder_of
+from dma_lightning.monitoring.recording import FirstBatchMonitor, dynamic_layers, look_at_layers
 
 _LEAST_GAIN = 1e-4  # of M_window - M_best; below it, efficiency would be a quotient of two roundings
 
@@ -153,7 +153,7 @@ def _row(attention: Tensor, allowed: Tensor, kept: Tensor, position: Tensor, bud
     return (*lost, own)
 
 
-class LostMassMonitor(pl.Callback):
+class LostMassMonitor(FirstBatchMonitor):
     """Logs, at validations, how much attention falls on keys that dynamic masks have dropped, layer by layer.
 
     The figures are those of one more forward pass over the first sequences of the first validation batch, of all
@@ -168,29 +168,23 @@ class LostMassMonitor(pl.Callback):
     """
 
     def __init__(self, sequences: int = 4, queries: int = 64) -> None:
-        for name, value in (("sequences", sequences), ("queries", queries)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        self.sequences, self.queries = sequences, queries
-        self.batch: Batch | None = None
+        super().__init__(sequences)
+        if queries < 1:
+            raise ValueError(f"queries: expected at least 1, got {queries}")
+        self.queries = queries
         self.told = False  # that sequences are too short
 
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if batch_idx == 0 and dataloader_idx == 0 and dynamic_layers(decoder_of(pl_module)):
-            self.batch = first_sequences(batch, self.sequences)
+    def layers(self, model: DogeForCausalLM) -> dict[int, DynamicMaskAttention]:
+        return dynamic_layers(model)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        batch, self.batch = self.batch, None
-        if batch is None or trainer.sanity_checking:
-            return
+    def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch) -> None:
         model = decoder_of(pl_module)
-        budget = min(mixer.keep.capacity for mixer in dynamic_layers(model).values())
+        layers = self.layers(model)
+        budget = min(mixer.keep.capacity for mixer in layers.values())
         if batch["input_ids"].shape[1] <= 2 * budget:
             self._tell_once(budget)
             return
-        sums = look_at_layers(trainer, model, batch, self._sums)
+        sums = look_at_layers(trainer, model, layers, batch, self._sums)
         total = trainer.strategy.reduce(torch.stack(list(sums.values())), reduce_op="sum")  # [layers, 5]
         figures = dict(zip(sums, map(_figures, total), strict=True))
         if not any(figures.values()):

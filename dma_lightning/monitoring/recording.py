@@ -1,9 +1,10 @@
-"""The dynamic masks of all layers over one sequence, and what they say in figures.
+"""What layers do over sequences, by one more forward pass; of dynamic masks, in figures.
 
 C hidden size, G KV heads, N length.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -14,9 +15,10 @@ from torch import Tensor
 from dma_kernels import Lifetimes, Packing
 from dma_lightning.data.base import Batch
 from dma_lightning.generation import evaluating
-from dma_lightning.mixers import DynamicMaskAttention
-from dma_lightning.model import DogeForCausalLM
+from dma_lightning.mixers import DynamicMaskAttention, TokenMixer
+from dma_lightning.model import DogeForCausalLM, decoder_of
 
+Mixer = TypeVar("Mixer", bound=TokenMixer)
 Seen = TypeVar("Seen")
 
 
@@ -100,23 +102,25 @@ def record_masks(trainer: pl.Trainer, model: DogeForCausalLM, sequence: Batch) -
         causal = Lifetimes.causal(x.shape[1], x.device, packing=packing)
         return RecordedMask(lifetimes, causal, scores, lifetimes.capacity)
 
-    return look_at_layers(trainer, model, sequence, record)
+    return look_at_layers(trainer, model, dynamic_layers(model), sequence, record)
 
 
 @torch.no_grad()
 def look_at_layers(
     trainer: pl.Trainer,
     model: DogeForCausalLM,
+    layers: Mapping[int, Mixer],
     batch: Batch,
-    look: Callable[[DynamicMaskAttention, Tensor, Packing | None], Seen],
+    look: Callable[[Mixer, Tensor, Packing | None], Seen],
 ) -> dict[int, Seen]:
-    """What `look` sees in each layer with dynamic mask attention, by one forward pass in evaluation mode.
+    """What `look` sees in layers of a model, by one forward pass in evaluation mode.
 
     With layers that are sharded among processes, all of them must take part.
 
     Args:
         trainer: whose precision the pass has.
         model: the decoder.
+        layers: mixers of its layers, by the number of the layer.
         batch: of sequences.
         look: called with the mixer of a layer, its input `[B, N, C]` and the packing.
 
@@ -125,9 +129,9 @@ def look_at_layers(
     """
     seen: dict[int, Seen] = {}
     hooks = []
-    for i, mixer in dynamic_layers(model).items():
+    for i, mixer in layers.items():
 
-        def note(mixer: DynamicMaskAttention, args: tuple, i: int = i) -> None:
+        def note(mixer: Mixer, args: tuple, i: int = i) -> None:
             x, packing, *_ = args
             seen[i] = look(mixer, x, packing)
 
@@ -139,3 +143,39 @@ def look_at_layers(
         for hook in hooks:
             hook.remove()
     return seen
+
+
+class FirstBatchMonitor(pl.Callback, ABC):
+    """Looks at layers at the end of each validation, with the first sequences of its first batch.
+
+    Args:
+        sequences: how many of the batch.
+
+    Raises:
+        ValueError: if the number is below 1.
+    """
+
+    def __init__(self, sequences: int = 4) -> None:
+        if sequences < 1:
+            raise ValueError(f"sequences: expected at least 1, got {sequences}")
+        self.sequences = sequences
+        self.batch: Batch | None = None
+
+    @abstractmethod
+    def layers(self, model: DogeForCausalLM) -> Mapping[int, TokenMixer]:
+        """What to look at, by the number of the layer; without any, nothing is done."""
+
+    @abstractmethod
+    def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch) -> None:
+        """Look at the layers with a batch, and log what there is to see."""
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0 and dataloader_idx == 0 and self.layers(decoder_of(pl_module)):
+            self.batch = first_sequences(batch, self.sequences)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        batch, self.batch = self.batch, None
+        if batch is not None and not trainer.sanity_checking:
+            self.look(trainer, pl_module, batch)

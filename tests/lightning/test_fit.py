@@ -298,7 +298,8 @@ def test_two_processes_agree(tmp_path: Path) -> None:
     args = small_run(tmp_path, "fit", "--trainer.max_steps=3", "--trainer.strategy=ddp", "--trainer.devices=2")
     args += ["--trainer.log_every_n_steps=1"]
     args += ["--trainer.callbacks+=write_metrics.WriteMetrics", f"--trainer.callbacks.init_args.folder={tmp_path}"]
-    args += ["--trainer.callbacks+=dma_lightning.monitoring.LostMassMonitor"]
+    args += ["--model.drift=gate", "--model.score_form=linear"]
+    args += [f"--trainer.callbacks+=dma_lightning.monitoring.{name}" for name in ("LostMassMonitor", "DriftMonitor")]
     args += ["--trainer.callbacks+=dma_lightning.monitoring.FarCopyMonitor", "--trainer.callbacks.window=1"]
     args += ["--trainer.callbacks.order=1"]
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
@@ -315,9 +316,10 @@ def test_two_processes_agree(tmp_path: Path) -> None:
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [rank["speed/tokens_seen"] for rank in ranks] == [2 * 3 * 8 * 256] * 2  # in both, steps, sequences, length
     assert all(math.isfinite(value) for value in ranks[0].values())
-    reduced = [name for name in ranks[0] if name.startswith(("train/", "val/", "dma/"))]
+    reduced = [name for name in ranks[0] if name.startswith(("train/", "val/", "dma/", "drift/"))]
     assert {"train/loss", "val/loss", "val/perplexity", "val/bits_per_byte"} <= set(reduced)
     assert {"val/far_copy_loss", "val/far_copy_share", "dma/layer_0/lost_mass"} <= set(reduced)
+    assert {"drift/layer_0/per_window", "drift/layer_0/efold_50", "drift/layer_0/spread"} <= set(reduced)
     assert all(ranks[0][name] == ranks[1][name] for name in reduced)
     assert ranks[0]["train/perplexity"] == pytest.approx(math.exp(ranks[0]["train/loss"]))
     checkpoints = [file for file in tmp_path.rglob("*.ckpt") if not file.is_symlink()]

@@ -16,7 +16,7 @@ from dma_lightning.mixers import DynamicMaskAttention
 from dma_lightning.model import DogeForCausalLM
 from dma_lightning.monitoring import LostMassMonitor
 from dma_lightning.monitoring.lost_mass import LostMass, SampledQueries, efficiency, lost_mass
-from dma_lightning.monitoring.recording import look_at_layers
+from dma_lightning.monitoring.recording import dynamic_layers, look_at_layers
 
 B, H, G, D = 2, 4, 2, 8
 TRAINER = SimpleNamespace(precision_plugin=pl.plugins.Precision())
@@ -178,7 +178,7 @@ def test_masses_explain_the_output_of_a_layer() -> None:
         v = v.repeat_interleave(H // G, 1)
         return lost_mass(q, k, key_bias, lifetimes, packing), full @ v, dropped @ v
 
-    seen = look_at_layers(TRAINER, model, {"input_ids": torch.randint(0, 256, (B, 63))}, look)
+    seen = look_at_layers(TRAINER, model, dynamic_layers(model), {"input_ids": torch.randint(0, 256, (B, 63))}, look)
     for i, (mass, full, dropped) in seen.items():
         t = SampledQueries.of(Lifetimes.causal(63), 7, 64)
         t = t.position[t.real]
@@ -201,8 +201,8 @@ def test_documented_figures_and_no_other(tmp_path: Path) -> None:
         lifetimes, key_bias = mixer.lifetimes(x, packing)
         return lost_mass(q, k, key_bias, lifetimes, packing)
 
-    batch = next(iter(cli.datamodule.val_dataloader()))
-    for i, mass in look_at_layers(TRAINER, cli.model.model, batch, look).items():
+    batch, model = next(iter(cli.datamodule.val_dataloader())), cli.model.model
+    for i, mass in look_at_layers(TRAINER, model, dynamic_layers(model), batch, look).items():
         queries = mass.sampled.sum()
         assert queries == 2 * (64 - 2 * 16)
         shares = {"lost_mass": mass.model, "lost_mass_window": mass.window, "lost_mass_best": mass.best}
