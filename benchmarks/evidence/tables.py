@@ -29,7 +29,9 @@ def forms_table(study: Study, best: Best, task: Task) -> Iterator[str]:
         "of their mean (Student's t).",
         _P: "P values are of paired t tests, corrected by Holm's method for all forms of a table.",
         _SHARE: "The gap is that from `{}` to `{}`, and closed of it (first - form) / (first - second), over the seeds "
-        "that all three have, with a 95 % confidence interval (Fieller).".format(*study.gap or ("", "")),
+        "that all three have, with a 95 % confidence interval (Fieller), or without one if there may be no gap.".format(
+            *study.gap or ("", "")
+        ),
     }
     about = f"`{task.metric}` at the end, {task.better} is better; mean ± standard deviation of n seeds."
     yield " ".join([about, *(text for head, text in notes.items() if head in columns)])

@@ -162,3 +162,32 @@ def test_what_is_only_reported_is_part_of_no_training(tmp_path: Path) -> None:
     cells = plain.cells(lambda *_: None)
     assert found.cells(lambda *_: None) == cells
     assert [found.digest_of(cell) for cell in cells] == [plain.digest_of(cell) for cell in cells]
+
+
+def test_tiny_trains_what_make_train_trains() -> None:
+    _, found = read_study("tiny")
+    cells = {cell: options for cell, options in found.cells(lambda *_: None).items() if cell.seed == 0}
+    cell = next(cell for cell in cells if cell.form == "dma")
+    ours = build_cli(found.fit_arguments(cell, cells[cell], {})[1:], run=False)
+    make = [f"--config={CONFIGS / name}.yaml" for name in ("model/tiny", "data/pydoc", "trainer/cpu")]
+    theirs = build_cli(make, run=False)
+    assert dict(ours.model.hparams) == dict(theirs.model.hparams)
+    assert dict(ours.datamodule.hparams) == dict(theirs.datamodule.hparams)
+    for name in (
+        "max_steps",
+        "val_check_interval",
+        "check_val_every_n_epoch",
+        "gradient_clip_val",
+        "log_every_n_steps",
+    ):
+        assert getattr(ours.trainer, name) == getattr(theirs.trainer, name), name
+
+
+@pytest.mark.parametrize("name", ["tiny", "memory-tasks"])
+def test_small_studies_run_anywhere(name: str) -> None:
+    _, found = read_study(name)
+    for options in found.cells(lambda *_: None).values():
+        assert options["trainer.precision"] == "32-true"
+        assert not options["model.compile_layers"]
+        assert "trainer.accelerator" not in options
+        assert "$" not in str(options)  # needs no text
