@@ -4,7 +4,7 @@
     runs.py     starts what is missing, and ends it at a deadline; child.py is the process of one command
     figures.py  what a finished run has logged, and how large its model is
     results.py  the file that all of it ends in
-    report.py   tables; comparisons.py is what they say, plots.py the curves and heat maps
+    report.py   the report: tables.py and plots.py, which show what comparisons.py and masks.py find in records
 
 `python -m benchmarks.evidence --help` says how; docs/evidence.md what for.
 """

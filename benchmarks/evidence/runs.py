@@ -215,9 +215,9 @@ class Runner:
         except (ValueError, OSError, KeyError) as error:
             self._fail(running, f"{error!r}; delete {running.folder} to train it again")
             return
-        if task.metric not in record.curves:
+        if unknown := [metric for metric in task.metrics if metric not in record.curves]:
             known = [name for name in record.curves if name.startswith("val/")]
-            self._fail(running, f"expected a metric of {known}, got {task.metric!r}")
+            self._fail(running, f"expected a metric of {known}, got {unknown[0]!r}")
             return
         self.results.failures.pop(str(cell), None)
         self.results.records.append(record)

@@ -20,6 +20,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 _ADDED = ("forms", "tasks", "sizes", "options")  # what a study adds to that of its base, name by name
 
+Better = Literal["higher", "lower"]
 Options = dict[str, Any]
 """Flags of a command without dashes, and their values; `$name` in text stands for a variable."""
 
@@ -59,16 +60,35 @@ class Task(_Part):
     Attributes:
         metric: logged figure of validation that forms are compared by.
         better: whether more of it is better, or less.
+        also: further figures of validation to report, and what is better for each; they choose no learning rate.
+        solved: value of the metric at which a training has solved the task.
         configs: files below `configs`, without ending.
         options: flags.
         evaluations: commands of `dma-lightning` that look at the trained checkpoint, with their further arguments.
     """
 
     metric: str
-    better: Literal["higher", "lower"]
+    better: Better
+    also: dict[str, Better] = {}
+    solved: float | None = None
     configs: list[str] = []
     options: Options = {}
     evaluations: dict[str, list[str]] = {}
+
+    def __post_init__(self) -> None:
+        if self.metric in self.also:
+            raise ValueError(f"also: expected other figures than the metric, got {self.metric!r}; leave it out there")
+
+    @property
+    def metrics(self) -> dict[str, Better]:
+        """All figures to report, the one that forms are compared by first."""
+        return {self.metric: self.better, **self.also}
+
+    def is_solved(self, value: float) -> bool:
+        """Whether a value of the metric is at least as good as `solved`; NaN never is."""
+        if self.solved is None:
+            return False
+        return value >= self.solved if self.better == "higher" else value <= self.solved
 
     def best(self, values: Mapping[float, float]) -> float:
         """The key with the best value."""
@@ -132,6 +152,7 @@ class Study(_Part):
 
     Attributes:
         baseline: form that the others are compared with, seed by seed.
+        gap: two forms; the report says how much of the gap from the first to the second each other form closes.
         configs: files below `configs`, without ending, of all cells.
         options: flags of all cells.
     """
@@ -141,6 +162,7 @@ class Study(_Part):
     sizes: dict[str, Size]
     grids: list[Grid]
     baseline: str
+    gap: tuple[str, str] | None = None
     configs: list[str] = []
     options: Options = {}
 
@@ -158,6 +180,10 @@ class Study(_Part):
                 raise ValueError(f"forms.{name}.budget: expected shares that sum up to 1, got {form.budget}")
         if self.baseline not in self.forms:
             raise ValueError(f"baseline: expected one of {sorted(self.forms)}, got {self.baseline!r}")
+        if self.gap is not None:
+            self._check_known("gap", "forms", self.gap)
+            if self.gap[0] == self.gap[1]:
+                raise ValueError(f"gap: expected two different forms, got {self.gap[0]!r} twice")
 
     def _check_known(self, where: str, kind: str, named: Iterable[str]) -> None:
         known = getattr(self, kind)

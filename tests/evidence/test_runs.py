@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
+from study_records import record
 
 from benchmarks.evidence import runs
 from benchmarks.evidence.studies import read_study
@@ -215,3 +216,18 @@ def test_trainings_take_turns_on_the_gpus(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(runs, "start_child", pretend)
     assert not runs.Runner(study, tmp_path / "runs", tmp_path / "results.json", parallel=4).run()
     assert begun == ["5", "MIG-3", "5", "MIG-3", "5", "MIG-3"]
+
+
+def test_a_further_figure_that_is_not_logged_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, study = read_study(small_study(tmp_path))
+    task = msgspec.structs.replace(study.tasks["mqar"], also={"val/los": "lower"})
+    monkeypatch.setattr(runs, "start_child", lambda *_: Mock(exitcode=0))
+    monkeypatch.setattr(runs, "record_of", lambda *_: record("mha", 0, 0.5))
+    runner = runs.Runner(
+        msgspec.structs.replace(study, tasks=study.tasks | {"mqar": task}),
+        tmp_path / "runs",
+        tmp_path / "results.json",
+        only="mha",
+    )
+    assert not runner.run()
+    assert list(runner.failed.values()) == ["expected a metric of ['val/accuracy'], got 'val/los'"]

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,14 @@ import yaml
 from benchmarks.evidence.studies import CONFIGS, STUDIES, Cell, Form, Study, flags, read_study
 from dma_lightning.cli.entry import build_cli
 
+RECALL = {"configs": ["data/mqar"], "metric": "val/accuracy", "better": "higher"}
 STUDY = {
     "baseline": "mha",
     "configs": ["trainer/study"],
     "options": {"data.batch_size": 4},
     "forms": {"mha": {}, "dma": {"options": {"model.attention": "dma"}, "budget": {"model.keep_window_size": 1}}},
     "sizes": {"small": {"budget": 8}},
-    "tasks": {"recall": {"configs": ["data/mqar"], "metric": "val/accuracy", "better": "higher"}},
+    "tasks": {"recall": RECALL},
     "grids": [
         {"tasks": ["recall"], "sizes": ["small"], "forms": ["mha", "dma"], "lr": [0.1, 0.2], "seeds": [0, 1],
          "best_seeds": [2, 3]}
@@ -86,6 +88,11 @@ def test_budgets_are_shared_exactly() -> None:
     [
         ({"baseline": "nobody"}, r"baseline: expected one of \['dma', 'mha'\], got 'nobody'"),
         ({"form": {}}, "unknown field `form`"),
+        ({"gap": ["mha", "swa"]}, r"gap: expected forms of .*, got \['swa'\]"),
+        ({"gap": ["mha", "mha"]}, "gap: expected two different forms, got 'mha' twice"),
+        ({"gap": ["mha"]}, r"Expected `array` of length 2, got 1 - at `\$.gap`"),
+        ({"tasks": {"recall": RECALL | {"also": {"val/loss": "less"}}}}, "Invalid enum value 'less'"),
+        ({"tasks": {"recall": RECALL | {"also": {"val/accuracy": "higher"}}}}, "also: expected other figures than"),
         ({"forms": STUDY["forms"] | {"half": {"budget": {"x": 0.5}}}}, "forms.half.budget: expected shares that sum"),
         ({"grids": [STUDY["grids"][0] | {"forms": ["dam"]}]}, r"grids: expected forms of .*, got \['dam'\]"),
         ({"grids": [{"tasks": []}]}, r"missing required field `sizes`.*grids\[0\]"),
@@ -121,6 +128,11 @@ def test_variables_are_filled_in(tmp_path: Path) -> None:
         found.fit_arguments(cell, options, {})
 
 
+@cache  # studies share forms and sizes
+def parameters_of(*given: str) -> int:
+    return build_cli([*given], run=False).model.model.num_non_embedding_parameters
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in STUDIES.glob("*.yaml")))
 def test_forms_of_a_task_have_equal_parameters_and_data(name: str) -> None:
     """Every form of each study is built as its command says: on drawn data, since text is not there."""
@@ -130,8 +142,7 @@ def test_forms_of_a_task_have_equal_parameters_and_data(name: str) -> None:
         for form in {form for grid in found.grids for form in grid.forms if size in grid.sizes}:
             given = [f"--config={CONFIGS / config}.yaml" for config in (*found.sizes[size].configs, "data/mqar")]
             model = {"model.attention": "mha"} | found.sizes[size].options | found.form_options(form, size)
-            given += flags(model, {})
-            sizes[form] = build_cli(given, run=False).model.model.num_non_embedding_parameters
+            sizes[form] = parameters_of(*given, *flags(model, {}))
         assert max(sizes.values()) <= 1.03 * min(sizes.values()), (size, sizes)
 
 
@@ -141,3 +152,42 @@ def test_a_base_is_added_to(tmp_path: Path) -> None:
     _, found = read_study(str(tmp_path / "more.yaml"))
     assert list(found.forms) == ["mha", "dma", "swa"]
     assert found.grids == study(tmp_path).grids
+
+
+def test_what_is_only_reported_is_part_of_no_training(tmp_path: Path) -> None:
+    plain = study(tmp_path)
+    more = {"also": {"val/loss": "lower"}, "solved": 0.95}
+    found = study(tmp_path, tasks={"recall": RECALL | more}, gap=["mha", "dma"])
+    assert list(found.tasks["recall"].metrics) == ["val/accuracy", "val/loss"]
+    cells = plain.cells(lambda *_: None)
+    assert found.cells(lambda *_: None) == cells
+    assert [found.digest_of(cell) for cell in cells] == [plain.digest_of(cell) for cell in cells]
+
+
+def test_tiny_trains_what_make_train_trains() -> None:
+    _, found = read_study("tiny")
+    cells = {cell: options for cell, options in found.cells(lambda *_: None).items() if cell.seed == 0}
+    cell = next(cell for cell in cells if cell.form == "dma")
+    ours = build_cli(found.fit_arguments(cell, cells[cell], {})[1:], run=False)
+    make = [f"--config={CONFIGS / name}.yaml" for name in ("model/tiny", "data/pydoc", "trainer/cpu")]
+    theirs = build_cli(make, run=False)
+    assert dict(ours.model.hparams) == dict(theirs.model.hparams)
+    assert dict(ours.datamodule.hparams) == dict(theirs.datamodule.hparams)
+    for name in (
+        "max_steps",
+        "val_check_interval",
+        "check_val_every_n_epoch",
+        "gradient_clip_val",
+        "log_every_n_steps",
+    ):
+        assert getattr(ours.trainer, name) == getattr(theirs.trainer, name), name
+
+
+@pytest.mark.parametrize("name", ["tiny", "memory-tasks"])
+def test_small_studies_run_anywhere(name: str) -> None:
+    _, found = read_study(name)
+    for options in found.cells(lambda *_: None).values():
+        assert options["trainer.precision"] == "32-true"
+        assert not options["model.compile_layers"]
+        assert "trainer.accelerator" not in options
+        assert "$" not in str(options)  # needs no text
