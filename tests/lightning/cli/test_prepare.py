@@ -119,7 +119,7 @@ def test_a_tokenizer_and_an_end_of_documents(tmp_path: Path) -> None:
 def test_a_huge_document_is_tokenised_piece_by_piece(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dma_lightning.data.text._PIECE", 100)
+    monkeypatch.setattr("dma_lightning.data.text_formats._PIECE", 100)
     monkeypatch.setattr("dma_lightning.data.text_formats._CHUNK", 64)
     text = "é𝄞 words and\nlines " * 500 + "é" * 300
     data = json.dumps({"text": text}).encode() if "json" in name else text.encode()
