@@ -18,7 +18,8 @@ from dma_lightning.data.windows import TokenWindows
 from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer, FileTokenizer, SpecialTokens
 
 _SEPARATOR = b"\n"
-TOKENIZER_KEY = "tokenizer_json"  # in a checkpoint's state of the data
+# In a checkpoint's state of the data.
+TOKENIZER_KEY, SPECIAL_TOKENS_KEY = "tokenizer_json", "special_tokens"
 
 
 class TokenizedDataModule(SequenceDataModule):
@@ -30,7 +31,7 @@ class TokenizedDataModule(SequenceDataModule):
     tokenizer: DataTokenizer
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint carries along: position, and the tokenizer, unless tokens are bytes."""
+        """What a checkpoint carries along: position, and unless tokens are bytes, the tokenizer and how it was used."""
         return super().state_dict() | self._tokenizer_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -47,7 +48,9 @@ class TokenizedDataModule(SequenceDataModule):
         super().load_state_dict(state)
 
     def _tokenizer_state(self) -> dict[str, str]:
-        return {} if isinstance(self.tokenizer, ByteTokenizer) else {TOKENIZER_KEY: self.tokenizer.to_json()}
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return {}
+        return {TOKENIZER_KEY: self.tokenizer.to_json(), SPECIAL_TOKENS_KEY: self.tokenizer.special_tokens}
 
 
 class TextDataModule(TokenizedDataModule):
