@@ -16,6 +16,7 @@ from dma_lightning.config import ModelConfig
 from dma_lightning.generation import generate
 from dma_lightning.mixers import MIXERS, MixerCache, TokenMixer
 from dma_lightning.sampling import Sampling
+from dma_lightning.vocabularies import check_tokens
 
 
 class DogeMLP(nn.Module):
@@ -100,7 +101,8 @@ class DogeForCausalLM(nn.Module):
             `[B, N, V]`.
 
         Raises:
-            ValueError: on a wrong shape, dtype or device, or a sequence that is too long.
+            ValueError: on a wrong shape, dtype or device, or a sequence that is too long; on a CPU, which need not be
+                waited for, also on a token that is not below `vocab_size`.
         """
         longest = self.config.max_position_embeddings
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
@@ -117,6 +119,8 @@ class DogeForCausalLM(nn.Module):
             )
         if cache is not None and len(cache) != len(self.layers):
             raise ValueError(f"cache: expected one for each of the {len(self.layers)} layers, got {len(cache)}")
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_tokens("input_ids", input_ids, self.vocab_size)
         packing = Packing.of(documents, padding, batch=len(input_ids), like=input_ids)
         caches: Sequence[MixerCache | None] = cache or [None] * len(self.layers)
         x = self.embed_tokens(input_ids)  # [B, N, C]
@@ -140,6 +144,11 @@ class DogeForCausalLM(nn.Module):
         """
         options.setdefault("eos_token_id", self.config.eos_token_id)
         return generate(self, input_ids, max_new_tokens, sampling, **options)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, number of different tokens."""
+        return self.config.vocab_size
 
     @property
     def mixers(self) -> list[TokenMixer]:

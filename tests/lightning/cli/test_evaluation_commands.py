@@ -290,6 +290,15 @@ def test_what_cannot_be_is_told(args: list[str], message: str, text_run: str, ne
     assert Path("text.txt").read_text() == text
 
 
+@pytest.mark.parametrize("command_name", ["needle", "extrapolation"])
+def test_data_with_more_tokens_than_the_model_is_told(command_name: str, needles_run: Path, tmp_path: Path) -> None:
+    content = torch.load(needles_run, weights_only=True)
+    content["datamodule_hyper_parameters"]["value_symbols"] += 100
+    torch.save(content, tmp_path / "more.ckpt")
+    with pytest.raises(SystemExit, match=r"at most the 256 tokens of the model \(vocab_size\), got 356; give"):
+        command(command_name, tmp_path / "more.ckpt", "--lengths=[32]", "--examples=1")
+
+
 @pytest.mark.parametrize("args", [["needle", LAST], ["extrapolation", LAST], ["positions", LAST, "text.txt"]])
 def test_devices_that_are_not_there_are_told(args: list[str], text_run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["dma-lightning", *args, "--device=abacus"])
