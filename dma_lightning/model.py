@@ -101,8 +101,8 @@ class DogeForCausalLM(nn.Module):
             `[B, N, V]`.
 
         Raises:
-            ValueError: on a wrong shape, dtype or device, or a sequence that is too long; on a CPU, which need not be
-                waited for, also on a token that is not below `vocab_size`.
+            ValueError: on a wrong shape, dtype or device, or a sequence that is too long; on a CPU also on a token that
+                is not below `vocab_size`, which other devices do not tell in time.
         """
         longest = self.config.max_position_embeddings
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
@@ -119,17 +119,22 @@ class DogeForCausalLM(nn.Module):
             )
         if cache is not None and len(cache) != len(self.layers):
             raise ValueError(f"cache: expected one for each of the {len(self.layers)} layers, got {len(cache)}")
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_tokens("input_ids", input_ids, self.vocab_size)
         packing = Packing.of(documents, padding, batch=len(input_ids), like=input_ids)
         caches: Sequence[MixerCache | None] = cache or [None] * len(self.layers)
-        x = self.embed_tokens(input_ids)  # [B, N, C]
+        x = self._embed(input_ids)  # [B, N, C]
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(layer, x, packing, use_reentrant=False)
             else:
                 x = layer(x, packing, layer_cache)
         return self.lm_head(self.norm(x[:, -1:] if last_only else x))
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError:  # of a CPU; to look beforehand would wait for other devices
+            check_tokens("input_ids", input_ids, self.vocab_size)
+            raise
 
     def new_cache(self, batch: int, full: bool = False) -> list[MixerCache]:
         """Empty caches of all layers; arguments as `TokenMixer.new_cache`."""
