@@ -5,7 +5,7 @@ What a model is, from the inside out:
 - `mixers`: the attentions, one a file, each with what it takes of a configuration; `MIXERS` holds them by name
 - `backends`: what computes attention over lifetimes, by name; `rotary`: the rotary embedding
 - `config`: `ModelConfig`; `model`: the decoder around a mixer
-- `generation`, `sampling`: what a decoder goes on with; `tokenizers`: text and tokens
+- `generation`, `sampling`: what a decoder goes on with; `tokenizers`: text and tokens; `vocabularies`: which it knows
 - `huggingface`: models of the Hugging Face Hub
 
 How it is trained:

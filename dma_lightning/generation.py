@@ -15,10 +15,14 @@ from dma_lightning.data.base import Batch
 from dma_lightning.mixers.base import MixerCache
 from dma_lightning.sampling import Sampling
 from dma_lightning.tokenizers import Tokenizer
+from dma_lightning.vocabularies import check_tokens
 
 
 class Decoder(Protocol):
-    """A model that reads on from a cache, such as `DogeForCausalLM`."""
+    """A model that reads on from a cache, such as `DogeForCausalLM`.
+
+    If it has a `vocab_size`, prompts and end tokens are compared with it.
+    """
 
     def new_cache(self, batch: int, full: bool = False) -> list[MixerCache]:
         """Empty caches of all layers."""
@@ -67,14 +71,15 @@ def stream_tokens(
         int64 `[B]`, the next token of each sequence.
 
     Raises:
-        ValueError: on a wrong shape or size, or padding that is not on the left.
+        ValueError: on a wrong shape or size, padding that is not on the left, or tokens that the model does not know.
     """
     sampling = sampling or Sampling()
     _check_prompts(input_ids, padding, max_new_tokens, chunk_size)
     if max_new_tokens == 0:
         return
-    eos = [] if eos_token_id is None else eos_token_id
-    eos = torch.atleast_1d(torch.tensor(eos, dtype=torch.int64, device=input_ids.device))
+    end_tokens = _end_tokens(eos_token_id)
+    _check_known(model, input_ids, end_tokens)
+    eos = torch.tensor(end_tokens, dtype=torch.int64, device=input_ids.device)
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     cache = model.new_cache(input_ids.shape[0], full_cache)
     ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
@@ -237,6 +242,29 @@ def _check_prompts(input_ids: Tensor, padding: Tensor | None, max_new_tokens: in
         raise ValueError(f"padding: expected bool {list(input_ids.shape)}, got {padding.dtype} {list(padding.shape)}")
     if padding[:, -1].any() or (padding[:, 1:] & ~padding[:, :-1]).any():
         raise ValueError("padding: expected True on the left of each row alone, and a real token at its end")
+
+
+def _end_tokens(eos_token_id: int | Sequence[int] | None) -> list[int]:
+    """Those that a text can end with; none is negative."""
+    given = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
+    return [token for token in given if token >= 0]
+
+
+def _check_known(model: Decoder, input_ids: Tensor, eos: Sequence[int]) -> None:
+    """That a model that says which tokens it knows knows these.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    vocab_size = getattr(model, "vocab_size", None)
+    if vocab_size is None:
+        return
+    check_tokens("input_ids", input_ids, vocab_size)
+    if max(eos, default=0) >= vocab_size:
+        raise ValueError(
+            f"eos_token_id: expected tokens below the model's vocab_size = {vocab_size}, got {max(eos)}; name one that "
+            "the model can say, or -1 for none"
+        )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 B batch, N length, V vocabulary.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +28,7 @@ from dma_lightning.checkpoints.io import local_checkpoint
 from dma_lightning.checkpoints.weights import check_layers, compare_weights, model_weights
 from dma_lightning.config import ModelConfig
 from dma_lightning.data.base import IGNORE_INDEX, Batch
+from dma_lightning.files.reading import verifies_content
 from dma_lightning.metrics import EvaluationMetrics, bits_per_byte
 from dma_lightning.model import DogeForCausalLM
 from dma_lightning.plain_values import PlainHyperparameters, plain
@@ -34,6 +36,7 @@ from dma_lightning.saved_run import SavedRun
 from dma_lightning.schedules import Schedule, lr_factor
 from dma_lightning.step_means import StepTotals, scale_gradients
 from dma_lightning.trainer_state import accumulates, has_trainer, is_logging_step, let_clip_gradients, saved_device
+from dma_lightning.vocabularies import check_tokens, check_vocabulary
 
 # How layers are compiled: what two kernels read, such as the rotary embedding's gradient, is computed in both of them
 # instead of being written out in float32.
@@ -117,6 +120,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         self.model.activation_checkpointing = activation_checkpointing
         self._token_losses = token_losses
         self._batches: list[StepTotals] = []  # of the step that is being made
+        self._data_is_known = False  # whether no batch can have a token that the model does not know
         self._restored = False  # whether optimizer and schedule are those of a checkpoint
         self.step_loss: Tensor | None = None
         """Mean loss of the last step over all of its labels, set after its backward; 0 for a step without labels."""
@@ -175,13 +179,20 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         return self.model(input_ids, documents, padding)
 
     def setup(self, stage: str) -> None:
-        """Report answers by the groups of the data, and refuse what the strategy cannot do.
+        """Report answers by the groups of the data, and refuse what model or strategy cannot do.
 
         Raises:
-            ValueError: if CUDA graphs are asked for and there is no GPU, or gradients outlive the memory that a graph
-                has; for `predict` by processes that share the weights.
+            ValueError: if the data has tokens that the model does not know; if CUDA graphs are asked for and there is
+                no GPU, or gradients outlive the memory that a graph has; for `predict` by processes that share the
+                weights.
         """
-        groups = getattr(getattr(self.trainer, "datamodule", None), "answer_groups", {})
+        data = getattr(self.trainer, "datamodule", None)
+        if (vocab_size := getattr(data, "vocab_size", None)) is not None:
+            check_vocabulary(vocab_size, self.model.vocab_size)
+        # Lightning says of every data module that the hook below is the model's.
+        warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `Lightning")
+        self._data_is_known = vocab_size is not None and verifies_content()
+        groups = getattr(data, "answer_groups", {})
         for metrics in (self.val_metrics, self.test_metrics):
             metrics.split_answers(groups)
             metrics.reset()  # their sums may be of an evaluation in inference mode, to which training cannot add
@@ -210,6 +221,17 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
             for module in (*self.model.layers, self.model):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Where data does not say which tokens it has, or nobody has looked, look while they are on the CPU.
+
+        Raises:
+            ValueError: if the model does not know one.
+        """
+        if not self._data_is_known and batch["input_ids"].device.type == "cpu":
+            check_tokens("input_ids", batch["input_ids"], self.model.vocab_size)
+            check_tokens("labels", batch["labels"], self.model.vocab_size, ignored=IGNORE_INDEX)
+        return batch
 
     def on_fit_start(self) -> None:
         config = self.model.config

@@ -16,6 +16,7 @@ from dma_lightning.config import ModelConfig
 from dma_lightning.generation import generate
 from dma_lightning.mixers import MIXERS, MixerCache, TokenMixer
 from dma_lightning.sampling import Sampling
+from dma_lightning.vocabularies import check_tokens
 
 
 class DogeMLP(nn.Module):
@@ -100,7 +101,8 @@ class DogeForCausalLM(nn.Module):
             `[B, N, V]`.
 
         Raises:
-            ValueError: on a wrong shape, dtype or device, or a sequence that is too long.
+            ValueError: on a wrong shape, dtype or device, or a sequence that is too long; on a CPU also on a token that
+                is not below `vocab_size`, which other devices do not tell in time.
         """
         longest = self.config.max_position_embeddings
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
@@ -119,13 +121,20 @@ class DogeForCausalLM(nn.Module):
             raise ValueError(f"cache: expected one for each of the {len(self.layers)} layers, got {len(cache)}")
         packing = Packing.of(documents, padding, batch=len(input_ids), like=input_ids)
         caches: Sequence[MixerCache | None] = cache or [None] * len(self.layers)
-        x = self.embed_tokens(input_ids)  # [B, N, C]
+        x = self._embed(input_ids)  # [B, N, C]
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(layer, x, packing, use_reentrant=False)
             else:
                 x = layer(x, packing, layer_cache)
         return self.lm_head(self.norm(x[:, -1:] if last_only else x))
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError:  # of a CPU; to look beforehand would wait for other devices
+            check_tokens("input_ids", input_ids, self.vocab_size)
+            raise
 
     def new_cache(self, batch: int, full: bool = False) -> list[MixerCache]:
         """Empty caches of all layers; arguments as `TokenMixer.new_cache`."""
@@ -140,6 +149,11 @@ class DogeForCausalLM(nn.Module):
         """
         options.setdefault("eos_token_id", self.config.eos_token_id)
         return generate(self, input_ids, max_new_tokens, sampling, **options)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, number of different tokens."""
+        return self.config.vocab_size
 
     @property
     def mixers(self) -> list[TokenMixer]:

@@ -12,8 +12,9 @@ from dma_lightning.checkpoints.arguments import model_arguments
 from dma_lightning.checkpoints.io import read_checkpoint, read_newest
 from dma_lightning.checkpoints.weights import Weights, saved_weights
 from dma_lightning.data.restoring import RestorableDataModule, SavedData, data_arguments
-from dma_lightning.data.text import TOKENIZER_KEY
+from dma_lightning.data.text import SPECIAL_TOKENS_KEY, TOKENIZER_KEY
 from dma_lightning.files.reading import as_kind
+from dma_lightning.tokenizers import SpecialTokens
 
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
@@ -83,8 +84,24 @@ class SavedRun:
         Raises:
             ValueError: if it is no text.
         """
-        # That of the data module is under its name.
-        states = (state for state in self.content.values() if isinstance(state, dict))
-        found = next((state[TOKENIZER_KEY] for state in states if TOKENIZER_KEY in state), None)
-        checked: str | None = as_kind(found, str | None, f"{self.path}: {TOKENIZER_KEY}")
+        checked: str | None = as_kind(self._data_state(TOKENIZER_KEY), str | None, f"{self.path}: {TOKENIZER_KEY}")
         return checked
+
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """What became of text that spells a special token in the training; `text` if the checkpoint does not say.
+
+        Raises:
+            ValueError: if it is none of that.
+        """
+        before = self.data.arguments.get("special_tokens", "text")  # where the state did not say
+        found = self._data_state(SPECIAL_TOKENS_KEY)
+        checked: SpecialTokens = as_kind(
+            before if found is None else found, SpecialTokens, f"{self.path}: {SPECIAL_TOKENS_KEY}"
+        )
+        return checked
+
+    def _data_state(self, name: str) -> Any:
+        """A part of the data module's state, which is under its class's name; None if there is none."""
+        states = (state for state in self.content.values() if isinstance(state, dict))
+        return next((state[name] for state in states if TOKENIZER_KEY in state and name in state), None)

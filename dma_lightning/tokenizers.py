@@ -90,8 +90,7 @@ class FileTokenizer:
     def __init__(self, path: Path | str, special_tokens: SpecialTokens = "parse") -> None:
         path = Path(path)
         check_regular(path, _FILE)
-        if special_tokens not in get_args(SpecialTokens):
-            raise ValueError(f"special_tokens: expected one of {get_args(SpecialTokens)}, got {special_tokens!r}")
+        _check_special_tokens(special_tokens)
         with library_errors(f"{path}: expected {_FILE}"):
             self._load(path.read_text(encoding="utf-8"), special_tokens)
 
@@ -99,6 +98,7 @@ class FileTokenizer:
     def of_json(cls, text: str, special_tokens: SpecialTokens = "parse") -> "FileTokenizer":
         """The tokenizer of what a file says."""
         tokenizer = cls.__new__(cls)
+        _check_special_tokens(special_tokens)
         with library_errors("expected what a tokenizer.json says, got something else"):
             tokenizer._load(text, special_tokens)
         return tokenizer
@@ -110,12 +110,22 @@ class FileTokenizer:
         self.tokenizer.no_padding()
         self.vocab_size = 1 + max(self.tokenizer.get_vocab().values(), default=0)
         self._json = self.tokenizer.to_str()
+        self.special_tokens: SpecialTokens = special_tokens
         self.tokenizer.encode_special_tokens = special_tokens == "text"
         self.tokenizer.post_processor = None  # it adds special tokens, or moves offsets away from white space
 
     def to_json(self) -> str:
         """What the file says."""
         return self._json
+
+    @property
+    def has_special_tokens(self) -> bool:
+        """Whether there is a token for which `special_tokens` matters."""
+        return any(token.special for token in self.tokenizer.get_added_tokens_decoder().values())
+
+    def __reduce__(self) -> tuple:
+        """A copy, here or in another process, encodes as this does; the library's own copies parse special tokens."""
+        return type(self).of_json, (self._json, self.special_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text."""
@@ -197,6 +207,11 @@ class FileTokenizer:
         """Text of some tokens before the new ones, on which theirs depends, and of both together."""
         context = self._whole_characters(recent)
         return self._decode(context), self._decode(context + new)
+
+
+def _check_special_tokens(value: str) -> None:
+    if value not in get_args(SpecialTokens):
+        raise ValueError(f"special_tokens: expected one of {get_args(SpecialTokens)}, got {value!r}")
 
 
 DataTokenizer = ByteTokenizer | FileTokenizer  # those that can make data

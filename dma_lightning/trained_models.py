@@ -7,7 +7,7 @@ import torch
 
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.saved_run import SavedRun
-from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer, FileTokenizer, Tokenizer
+from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer, FileTokenizer, SpecialTokens, Tokenizer
 
 
 def load_checkpoint(path: Path, device: str, backend: str | None = None) -> LanguageModel:
@@ -28,11 +28,13 @@ def tokenizer_of(module: LanguageModel, path: Path) -> Tokenizer:
     return saved_tokenizer(SavedRun.open(path), module)
 
 
-def load_with_tokenizer(path: Path, device: str, backend: str | None = None) -> tuple[LanguageModel, Tokenizer]:
-    """What `load_checkpoint` and `tokenizer_of` give; the file is opened once."""
+def load_with_tokenizer(
+    path: Path, device: str, backend: str | None = None, special_tokens: SpecialTokens = "parse"
+) -> tuple[LanguageModel, Tokenizer]:
+    """What `load_checkpoint` and `saved_tokenizer` give; the file is opened once."""
     saved = open_checkpoint(path, device)
     module = model_of(saved, device, backend)
-    return module, saved_tokenizer(saved, module)
+    return module, saved_tokenizer(saved, module, special_tokens)
 
 
 def open_checkpoint(path: Path, device: str) -> SavedRun:
@@ -74,8 +76,13 @@ def model_of(saved: SavedRun, device: str, backend: str | None = None) -> Langua
     return module.to(device).eval()
 
 
-def saved_tokenizer(saved: SavedRun, module: LanguageModel) -> DataTokenizer:
-    """The tokenizer of an opened checkpoint, as `tokenizer_of` gives it; `module` is its model.
+def saved_tokenizer(saved: SavedRun, module: LanguageModel, special_tokens: SpecialTokens = "parse") -> DataTokenizer:
+    """The tokenizer of an opened checkpoint, as `tokenizer_of` gives it.
+
+    Args:
+        saved: the checkpoint.
+        module: its model.
+        special_tokens: whether text that spells a special token becomes that token (parse), or stays text.
 
     Raises:
         ValueError: if there is none that fits.
@@ -89,10 +96,13 @@ def saved_tokenizer(saved: SavedRun, module: LanguageModel) -> DataTokenizer:
             f"{saved.path}: expected a model of text: one of bytes, or one with a tokenizer.json beside the "
             f"checkpoint; got one of {vocabulary} tokens and no tokenizer"
         )
-    tokenizer = FileTokenizer(file) if carried is None else FileTokenizer.of_json(carried)
+    if carried is None:
+        tokenizer = FileTokenizer(file, special_tokens)
+    else:
+        tokenizer = FileTokenizer.of_json(carried, special_tokens)
     if tokenizer.vocab_size > vocabulary:
         raise ValueError(
             f"tokenizer of {saved.path}: expected at most the {vocabulary} tokens of the model, got "
-            f"{tokenizer.vocab_size}"
+            f"{tokenizer.vocab_size}; put the tokenizer.json that the model was trained with beside the checkpoint"
         )
     return tokenizer

@@ -9,6 +9,7 @@ import torch
 
 from dma_lightning.generation import decode_until, pad_prompts, stream_tokens
 from dma_lightning.sampling import Sampling
+from dma_lightning.tokenizers import SpecialTokens
 from dma_lightning.trained_models import load_with_tokenizer
 
 
@@ -24,6 +25,7 @@ def generate(
     stop: str = "",
     stops: list[str] | None = None,
     eos_token_id: int | None = None,
+    special_tokens: SpecialTokens = "parse",
     seed: int = 0,
     device: str | None = None,
     backend: str | None = None,
@@ -43,6 +45,8 @@ def generate(
         stop: string before which the text ends, as it is; by default none.
         stops: more of them, as a YAML list such as '[".", "!"]'.
         eos_token_id: token with which the text ends; by default the model's, -1 for none.
+        special_tokens: whether a special token of the tokenizer that the prompt spells becomes that token (parse), or
+            stays text, as for prompts that somebody else has written.
         seed: of the tokens that are drawn.
         device: where to compute, such as cpu or cuda:1; by default the GPU if there is one.
         backend: attention backend, if not the checkpoint's.
@@ -50,7 +54,7 @@ def generate(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
-    module, tokenizer = load_with_tokenizer(ckpt_path, device, backend)
+    module, tokenizer = load_with_tokenizer(ckpt_path, device, backend, special_tokens)
     model = module.model
     prompt_tokens = tokenizer.encode(prompt)
     input_ids, _ = pad_prompts([prompt_tokens], device)

@@ -7,7 +7,7 @@ from dma_lightning.data.find_files import text_files
 from dma_lightning.evaluation import Reader, TrainedRun, position_buckets
 from dma_lightning.evaluation.positions import long_documents
 from dma_lightning.evaluation.reports import facts, new_file, number, table_head, table_row, write_report
-from dma_lightning.tokenizers import FileTokenizer, SpecialTokens
+from dma_lightning.tokenizers import SpecialTokens
 from dma_lightning.trained_models import saved_tokenizer
 
 
@@ -19,7 +19,7 @@ def positions(
     batch_size: int = 8,
     chunk_size: int = 2048,
     text_field: str = "text",
-    special_tokens: SpecialTokens = "text",
+    special_tokens: SpecialTokens | None = None,
     device: str | None = None,
     backend: str | None = None,
     full_cache: bool = False,
@@ -37,6 +37,7 @@ def positions(
         chunk_size: positions that are read at once.
         text_field: which field of a JSONL line is the text.
         special_tokens: whether text that spells a special token of the tokenizer stays text, or becomes it (parse).
+            Default: as in the training data.
         device: where to compute, such as cpu or cuda:1; by default the GPU if there is one.
         backend: attention backend, if not the checkpoint's.
         full_cache: keep all keys, for comparison; but for rounding, the figures are the same.
@@ -49,9 +50,7 @@ def positions(
     run = TrainedRun.open(ckpt_path, device, backend)
     reader = Reader(run.module.model, run.device, chunk_size, full_cache)
     length = length or 2 * run.training_length
-    tokenizer = saved_tokenizer(run.saved, run.module)
-    if isinstance(tokenizer, FileTokenizer):
-        tokenizer = FileTokenizer.of_json(tokenizer.to_json(), special_tokens)  # as its training data was made
+    tokenizer = saved_tokenizer(run.saved, run.module, special_tokens or run.saved.special_tokens)
     found = long_documents(text_files(path), tokenizer, length, documents, text_field)
     buckets = position_buckets(reader, found, batch_size)
     print(table_head(["positions", "documents", "loss", "± standard error", "bits per byte"]))

@@ -27,7 +27,7 @@ class PreparedDataModule(TokenizedDataModule):
         sequence_length: tokens in a sequence.
         separate_documents: let attention and labels stay within each document of a sequence; else a sequence is plain
             text across documents.
-        val_path: another folder of the same tokenizer, for validation.
+        val_path: another folder of the same tokenizer and special_tokens, for validation.
         val_fraction: share of each shard, at its end, that is kept for validation, unless val_path is given.
         batch_size: sequences in a batch of each process.
         num_workers: processes that load data beside each training process.
@@ -100,11 +100,7 @@ class PreparedDataModule(TokenizedDataModule):
         if self.val_path is None:
             train, val = (_shards(self.path, self.manifest, part, self.val_fraction) for part in ("train", "val"))
         else:
-            if self.val_manifest.tokenizer_sha256 != self.manifest.tokenizer_sha256:
-                raise ValueError(
-                    f"val_path: expected a folder with the tokenizer of {self.path}, got {self.val_path} with another; "
-                    "prepare it with the same"
-                )
+            self._check_val_tokens()
             train, val = _shards(self.path, self.manifest), _shards(self.val_path, self.val_manifest)
         self.train_set = TokenWindows(train, self.sequence_length, self.separate_documents)
         self.val_set = self.test_set = TokenWindows(val, self.sequence_length, self.separate_documents)
@@ -120,6 +116,26 @@ class PreparedDataModule(TokenizedDataModule):
                     "fewer shards, shorten sequence_length, or change val_fraction or val_path"
                 )
 
+    def _check_val_tokens(self) -> None:
+        """That the text of another folder became tokens as that of training did.
+
+        Raises:
+            ValueError: if it did not.
+        """
+        ours, theirs = self.manifest, self.val_manifest
+        if theirs.tokenizer_sha256 != ours.tokenizer_sha256:
+            raise ValueError(
+                f"val_path: expected a folder with the tokenizer of {self.path}, got {self.val_path} with another; "
+                "prepare it with the same"
+            )
+        matters = isinstance(self.tokenizer, FileTokenizer) and self.tokenizer.has_special_tokens
+        if matters and theirs.special_tokens != ours.special_tokens:
+            raise ValueError(
+                f"val_path: expected a folder with special_tokens {ours.special_tokens!r}, as {self.path}, got "
+                f"{self.val_path} with {theirs.special_tokens!r}; prepare it with --special_tokens "
+                f"{ours.special_tokens}"
+            )
+
 
 def _tokenizer(folder: Path, manifest: Manifest) -> DataTokenizer:
     """The tokenizer of a prepared folder.
@@ -130,7 +146,7 @@ def _tokenizer(folder: Path, manifest: Manifest) -> DataTokenizer:
     if manifest.tokenizer_sha256 is None:
         return ByteTokenizer()
     file = folder / TOKENIZER
-    tokenizer = FileTokenizer(file)
+    tokenizer = FileTokenizer(file, manifest.special_tokens)
     if tokenizer.vocab_size != manifest.vocab_size:
         raise ValueError(f"{file}: expected {manifest.vocab_size} tokens, got {tokenizer.vocab_size}; copy it again")
     if verifies_content() and sha256(file) != manifest.tokenizer_sha256:

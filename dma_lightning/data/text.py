@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -10,16 +10,16 @@ from typing import Any, Literal
 import numpy as np
 
 from dma_lightning.data.base import SequenceDataModule
-from dma_lightning.data.find_files import COMPRESSED, JSONL, everybody_may_read, text_files, user_path
+from dma_lightning.data.find_files import everybody_may_read, text_files, user_path
 from dma_lightning.data.shards import Shard
 from dma_lightning.data.text_cache import TextCache
+from dma_lightning.data.text_formats import byte_pieces, check_plain, plain_chunks
 from dma_lightning.data.windows import TokenWindows
 from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer, FileTokenizer, SpecialTokens
 
-_CHUNK = 1 << 20
 _SEPARATOR = b"\n"
-_PIECE = 4 << 20  # bytes that a tokenizer takes at once, if no line ends before
-TOKENIZER_KEY = "tokenizer_json"  # in a checkpoint's state of the data
+# In a checkpoint's state of the data.
+TOKENIZER_KEY, SPECIAL_TOKENS_KEY = "tokenizer_json", "special_tokens"
 
 
 class TokenizedDataModule(SequenceDataModule):
@@ -31,7 +31,7 @@ class TokenizedDataModule(SequenceDataModule):
     tokenizer: DataTokenizer
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint carries along: position, and the tokenizer, unless tokens are bytes."""
+        """What a checkpoint carries along: position, and unless tokens are bytes, the tokenizer and how it was used."""
         return super().state_dict() | self._tokenizer_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -48,7 +48,9 @@ class TokenizedDataModule(SequenceDataModule):
         super().load_state_dict(state)
 
     def _tokenizer_state(self) -> dict[str, str]:
-        return {} if isinstance(self.tokenizer, ByteTokenizer) else {TOKENIZER_KEY: self.tokenizer.to_json()}
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return {}
+        return {TOKENIZER_KEY: self.tokenizer.to_json(), SPECIAL_TOKENS_KEY: self.tokenizer.special_tokens}
 
 
 class TextDataModule(TokenizedDataModule):
@@ -56,8 +58,8 @@ class TextDataModule(TokenizedDataModule):
 
     The text is written once into a memory-mapped array in a cache folder, under a name made from its content, that is
     as private as the text. Its first part is for training and its last for validation; `test` and `predict` use the
-    validation part as well. A line feed is added to each file. Bytes that are not UTF-8 stay as they are; a tokenizer
-    reads each as U+FFFD.
+    validation part as well. Files are read as `prepare` reads them, without a byte order mark. A line feed is added to
+    each that has text. Bytes that are not UTF-8 stay as they are; a tokenizer reads each as U+FFFD.
 
     Args:
         path: a file, a folder (all files below it that are not hidden) or a glob. Default: the English help topics
@@ -163,6 +165,8 @@ class TextDataModule(TokenizedDataModule):
         for chunk in self._chunks():
             digest.update(chunk)
             size += len(chunk)
+        if not size:
+            raise ValueError(f"path: expected text, got only empty files at {self.path!r}")
         return digest.hexdigest()[:32], size
 
     @cached_property
@@ -210,47 +214,15 @@ class TextDataModule(TokenizedDataModule):
                 yield topic.encode() + _SEPARATOR
             return
         files = text_files(self.path)
-        if packed := [file for file in files if file.suffix.lower() in (*JSONL, *COMPRESSED)]:
-            raise ValueError(
-                f"path: expected plain text, got {packed[0]}; `dma-lightning prepare` reads such files, for "
-                "PreparedDataModule"
-            )
-        if not any(file.stat().st_size for file in files):
-            raise ValueError(f"path: expected text, got only empty files at {self.path!r}")
+        for file in files:  # before the first is read
+            check_plain(file)
         for file in files:
-            with file.open("rb") as stream:
-                while chunk := stream.read(_CHUNK):
-                    yield chunk
-            yield _SEPARATOR
-
-
-def byte_pieces(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Text in pieces of whole lines, or of whole words if lines are long.
-
-    A tokenizer sees one piece at a time, so where two meet, a token may be another than in the whole.
-    """
-    rest: list[bytes] = []
-    size = 0
-    for chunk in chunks:
-        rest.append(chunk)
-        size += len(chunk)
-        if b"\n" not in chunk and size < _PIECE:
-            continue
-        text = b"".join(rest)
-        end = text.rfind(b"\n") + 1 or max(0, text.rfind(b" ")) or _character_end(text)
-        if end:
-            yield text[:end]
-        rest, size = [text[end:]], len(text) - end
-    if size:
-        yield b"".join(rest)
-
-
-def _character_end(text: bytes) -> int:
-    """Where the last character begins, so that it is not cut."""
-    end = len(text) - 1
-    while end > 0 and text[end] & 0xC0 == 0x80:
-        end -= 1
-    return end
+            has_text = False
+            for chunk in plain_chunks(file):
+                has_text = True
+                yield chunk
+            if has_text:
+                yield _SEPARATOR
 
 
 def _user_cache() -> Path:

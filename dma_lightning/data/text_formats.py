@@ -4,18 +4,18 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dma_lightning.data.find_files import COMPRESSED, JSONL
-from dma_lightning.data.text import byte_pieces
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # from Python 3.12 on in collections.abc
 
 _CHUNK = 1 << 20
+_PIECE = 4 << 20  # bytes that a tokenizer takes at once, if no line ends before
 _PACKED = 1 << 16  # bytes that are decompressed at once
 _BOM = b"\xef\xbb\xbf"
 _NO_TEXT = (".json", ".tar", ".tgz")  # which would pass for text
@@ -54,13 +54,7 @@ def read_documents(path: Path, text_field: str, skip_lines: int = 0) -> Iterator
         ValueError: if the file is damaged, no UTF-8, an archive or `.json`, or a line is no JSON object with such a
             field.
     """
-    compression = path.suffix.lower()
-    suffix = (path.with_suffix("") if compression in COMPRESSED else path).suffix.lower()
-    if suffix in _NO_TEXT:
-        raise ValueError(
-            f"{path}: expected text or JSONL, got {suffix}; unpack it, name it .jsonl if each of its lines is a "
-            "document, or leave it out by a glob"
-        )
+    compression, suffix = path.suffix.lower(), _kind(path)
     with path.open("rb") as raw:
         try:
             stream = _decompress(path, compression, raw)
@@ -74,6 +68,48 @@ def read_documents(path: Path, text_field: str, skip_lines: int = 0) -> Iterator
             if type(error).__name__ != "ZstdError":  # of a library that need not be there
                 raise
             raise ValueError(f"{path}: expected a whole {compression} file: {error}") from error
+
+
+def check_plain(path: Path) -> None:
+    """Refuse what is no plain text by its name.
+
+    Raises:
+        ValueError: if it is JSONL, compressed, an archive or `.json`.
+    """
+    if _kind(path) in JSONL or path.suffix.lower() in COMPRESSED:
+        raise ValueError(
+            f"path: expected plain text, got {path}; `dma-lightning prepare` reads such files, for PreparedDataModule"
+        )
+
+
+def plain_chunks(path: Path) -> Iterator[bytes]:
+    """A file of plain text as `read_documents` reads it, piece by piece, whatever its bytes are."""
+    with path.open("rb") as stream:
+        yield from _chunks(stream)
+
+
+def _chunks(stream: _Stream) -> Iterator[bytes]:
+    """What is in a file, without a byte order mark."""
+    if first := stream.read(_CHUNK).removeprefix(_BOM):
+        yield first
+    while chunk := stream.read(_CHUNK):
+        yield chunk
+
+
+def _kind(path: Path) -> str:
+    """The ending of a name, in small letters, without that of a compression.
+
+    Raises:
+        ValueError: if it is that of an archive, or `.json`.
+    """
+    compressed = path.suffix.lower() in COMPRESSED
+    suffix = (path.with_suffix("") if compressed else path).suffix.lower()
+    if suffix in _NO_TEXT:
+        raise ValueError(
+            f"{path}: expected text or JSONL, got {suffix}; unpack it, name it .jsonl if each of its lines is a "
+            "document, or leave it out by a glob"
+        )
+    return suffix
 
 
 def _decompress(path: Path, compression: str, raw: BinaryIO) -> _Stream:
@@ -127,8 +163,7 @@ class _Joined(io.RawIOBase):
 def _whole(path: Path, stream: _Stream, raw: BinaryIO) -> Iterator[Piece]:
     """The file as one document."""
     line, last = 1, None
-    for piece in byte_pieces(iter(lambda: stream.read(_CHUNK), b"")):
-        piece = piece if last else piece.removeprefix(_BOM)
+    for piece in byte_pieces(_chunks(stream)):
         text = _decode(path, line, piece)
         line += piece.count(b"\n")
         if last is not None:
@@ -148,6 +183,35 @@ def _lines(path: Path, stream: _Stream, raw: BinaryIO, text_field: str, skip_lin
         pieces = list(byte_pieces(text[i : i + _CHUNK] for i in range(0, len(text), _CHUNK)))
         for left, piece in enumerate(pieces, start=1 - len(pieces)):
             yield Piece(piece.decode(), len(piece), raw.tell(), -1 if left else number)
+
+
+def byte_pieces(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Text in pieces of whole lines, or of whole words if lines are long.
+
+    A tokenizer sees one piece at a time, so where two meet, a token may be another than in the whole.
+    """
+    rest: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        rest.append(chunk)
+        size += len(chunk)
+        if b"\n" not in chunk and size < _PIECE:
+            continue
+        text = b"".join(rest)
+        end = text.rfind(b"\n") + 1 or max(0, text.rfind(b" ")) or _character_end(text)
+        if end:
+            yield text[:end]
+        rest, size = [text[end:]], len(text) - end
+    if size:
+        yield b"".join(rest)
+
+
+def _character_end(text: bytes) -> int:
+    """Where the last character begins, so that it is not cut."""
+    end = len(text) - 1
+    while end > 0 and text[end] & 0xC0 == 0x80:
+        end -= 1
+    return end
 
 
 def _text(path: Path, number: int, line: bytes, text_field: str) -> bytes:

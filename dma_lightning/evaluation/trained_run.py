@@ -13,6 +13,7 @@ from dma_lightning.data.needles import HaystackDataModule
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.saved_run import SavedRun
 from dma_lightning.trained_models import model_of, open_checkpoint
+from dma_lightning.vocabularies import check_vocabulary
 
 LENGTH_FACTORS = (0.25, 0.5, 1, 1.5, 2, 4, 8)
 """The lengths of an evaluation, in training lengths."""
@@ -78,7 +79,7 @@ class TrainedRun:
 
         Raises:
             ValueError: if the checkpoint names no data of ours, takes no such argument, or names files that neither the
-                run's own configuration nor the user does.
+                run's own configuration nor the user does; if the data has tokens that the model does not know.
         """
         found, changed = self.saved.data, {name: x for name, x in changed.items() if x is not None}
         if found.kind is None:
@@ -102,6 +103,7 @@ class TrainedRun:
             )
         module = self.saved.data_module(**changed)
         assert isinstance(module, SequenceDataModule)  # as all data of ours
+        check_vocabulary(module.vocab_size, self.module.model.vocab_size)
         return module
 
     def haystacks(self, path: str | None = None) -> HaystackDataModule:

@@ -37,3 +37,12 @@ def write_tokenizer(path: Path, vocab_size: int = 300) -> None:
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(list(topics.values())[:20], trainer)
     tokenizer.save(str(path))
+
+
+def special_tokenizer(path: Path) -> str:
+    """Bytes as tokens, but for white space, which has none, and a special token."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "<": 2, "end": 3, ">": 4}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(path))
+    return str(path)

@@ -1,14 +1,16 @@
 """Tokens with the bytes that end with them, against an oracle that knows no offsets; files that are refused."""
 
+import copy
 import json
 import os
+import pickle
 import random
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_texts import write_tokenizer
+from small_texts import special_tokenizer, write_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from dma_lightning.tokenizers import FileTokenizer
@@ -125,6 +127,25 @@ def test_a_post_processor_is_carried_along_though_it_is_not_used(tmp_path: Path)
     reader = FileTokenizer.of_json(tokenizer.to_str())
     assert reader.encode("a") == [0]
     assert json.loads(reader.to_json()) == json.loads(tokenizer.to_str())
+
+
+@pytest.mark.parametrize(("option", "tokens"), [("text", [1, 2, 3, 4]), ("parse", [1, 5])])
+def test_copies_encode_as_the_original(option: str, tokens: list[int], tmp_path: Path) -> None:
+    """Also in processes that are spawned, which get pickled ones."""
+    tokenizer = FileTokenizer(special_tokenizer(tmp_path / "tokenizer.json"), option)
+    for reader in (tokenizer, copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        assert (reader.encode("a <end>"), reader.special_tokens, reader.to_json()) == (
+            tokens,
+            option,
+            tokenizer.to_json(),
+        )
+
+
+def test_an_unknown_way_with_special_tokens_is_told(tmp_path: Path) -> None:
+    path = special_tokenizer(tmp_path / "tokenizer.json")
+    for make in (lambda: FileTokenizer(path, "both"), lambda: FileTokenizer.of_json(Path(path).read_text(), "both")):
+        with pytest.raises(ValueError, match=r"^special_tokens: expected one of \('text', 'parse'\), got 'both'"):
+            make()
 
 
 MODEL = {"type": "BPE", "vocab": {"a": 0}, "merges": []}

@@ -15,13 +15,17 @@ from typing import Any
 import pytest
 import torch
 from small_run import CHECKPOINTS, MODEL, changed, fit
+from small_texts import special_tokenizer
 
+from dma_lightning.cli import generate as generate_command
 from dma_lightning.cli import main
+from dma_lightning.cli import positions as positions_command
 from dma_lightning.cli.extrapolation import extrapolation
 from dma_lightning.cli.needle import needle
 from dma_lightning.cli.positions import positions
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.evaluation import TrainedRun
+from dma_lightning.saved_run import SavedRun
 
 LAST = f"{CHECKPOINTS}/last.ckpt"
 NEEDLES = [
@@ -203,6 +207,44 @@ def test_loss_by_position(text_run: str, capsys: pytest.CaptureFixture[str], ope
     assert "| 0 to 31 | 2 |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("prepared", [True, False])
+def test_special_tokens_of_prompts_and_held_out_text(
+    prepared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt spells special tokens, unless they shall be text; held-out text is read as that of the training was."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("a <end> a a " * 400)
+    tokenizer = special_tokenizer(Path("t.json"))
+    if prepared:
+        prepare("text.txt", Path("tokens"), tokenizer, "parse", processes=1)
+        data = ["--data=dma_lightning.PreparedDataModule", "--data.path=tokens"]
+    else:
+        data = ["--data=dma_lightning.TextDataModule", "--data.path=text.txt", "--data.cache_dir=cache"]
+        data += [f"--data.tokenizer={tokenizer}", "--data.special_tokens=parse"]
+    fit("--trainer.max_steps=1", "--trainer.limit_val_batches=0", *MODEL, *data, "--data.sequence_length=8")
+    seen: list[list[int]] = []
+
+    def long_documents(*args: Any) -> list[Any]:
+        seen.append(args[1].encode("a <end>"))
+        return real_documents(*args)
+
+    def pad_prompts(prompts: list[list[int]], device: str) -> Any:
+        seen.append(prompts[0])
+        return real_prompts(prompts, device)
+
+    real_documents, real_prompts = positions_command.long_documents, generate_command.pad_prompts
+    monkeypatch.setattr(positions_command, "long_documents", long_documents)
+    monkeypatch.setattr(generate_command, "pad_prompts", pad_prompts)
+    parsed, spelled = [1, 5], [1, 2, 3, 4]
+    prompt = ["generate", f"--ckpt_path={LAST}", "--prompt=a <end>", "--max_new_tokens=1"]
+    held_out = ["positions", LAST, "text.txt", "--length=16"]
+    for args in (prompt, [*prompt, "--special_tokens=text"], held_out, [*held_out, "--special_tokens=text"]):
+        command(*args)
+    assert seen == [parsed, spelled, parsed, spelled]
+    for state in (SavedRun.open(Path(LAST)).content, {}):
+        assert SavedRun(Path(LAST), state).special_tokens == ("parse" if state else "text")
+
+
 def test_weights_in_bfloat16_stay_so(needles_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = torch.load(needles_run, weights_only=True)
     content["state_dict"] = {name: x.bfloat16() for name, x in content["state_dict"].items()}
@@ -246,6 +288,15 @@ def test_what_cannot_be_is_told(args: list[str], message: str, text_run: str, ne
     with pytest.raises(SystemExit, match=message):
         command(*(names.get(arg, arg) for arg in args))
     assert Path("text.txt").read_text() == text
+
+
+@pytest.mark.parametrize("command_name", ["needle", "extrapolation"])
+def test_data_with_more_tokens_than_the_model_is_told(command_name: str, needles_run: Path, tmp_path: Path) -> None:
+    content = torch.load(needles_run, weights_only=True)
+    content["datamodule_hyper_parameters"]["value_symbols"] += 100
+    torch.save(content, tmp_path / "more.ckpt")
+    with pytest.raises(SystemExit, match=r"at most the 256 tokens of the model \(vocab_size\), got 356; give"):
+        command(command_name, tmp_path / "more.ckpt", "--lengths=[32]", "--examples=1")
 
 
 @pytest.mark.parametrize("args", [["needle", LAST], ["extrapolation", LAST], ["positions", LAST, "text.txt"]])

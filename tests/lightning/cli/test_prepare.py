@@ -21,8 +21,7 @@ import torch
 import zstandard
 from cpu_loader import table
 from cpu_verify import sentence
-from small_texts import write_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from small_texts import special_tokenizer, write_tokenizer
 from torch.utils.data import default_collate
 
 from dma_lightning import LanguageModel, PreparedDataModule, TextDataModule, cli
@@ -119,7 +118,7 @@ def test_a_tokenizer_and_an_end_of_documents(tmp_path: Path) -> None:
 def test_a_huge_document_is_tokenised_piece_by_piece(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dma_lightning.data.text._PIECE", 100)
+    monkeypatch.setattr("dma_lightning.data.text_formats._PIECE", 100)
     monkeypatch.setattr("dma_lightning.data.text_formats._CHUNK", 64)
     text = "é𝄞 words and\nlines " * 500 + "é" * 300
     data = json.dumps({"text": text}).encode() if "json" in name else text.encode()
@@ -656,15 +655,6 @@ def test_the_command_prepares_and_fit_goes_on_mid_epoch(
         assert torch.equal(value, rest.model.state_dict()[name])
 
 
-def special_tokenizer(path: Path) -> str:
-    """Bytes as tokens, but for white space, which has none, and a special token."""
-    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "<": 2, "end": 3, ">": 4}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(["<end>"])
-    tokenizer.save(str(path))
-    return str(path)
-
-
 def test_a_document_without_tokens_gets_no_end_token(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("a", " ", "", "a a")))
     tokenizer = special_tokenizer(tmp_path / "t.json")
@@ -685,3 +675,22 @@ def test_text_that_spells_a_special_token(option: dict[str, str], tokens: list[i
     data.prepare_data()
     data.setup("fit")
     assert np.concatenate([data.train_set.shards[0].tokens, data.val_set.shards[0].tokens]).tolist() == tokens
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_validation_text_was_prepared_the_same_way(special: bool, tmp_path: Path) -> None:
+    """What became of special tokens matters if the tokenizer has some."""
+    (tmp_path / "a.txt").write_text("a <end> a a " * 9)
+    (special_tokenizer if special else write_tokenizer)(tmp_path / "t.json")
+    for name in ("text", "parse"):
+        options = {"tokenizer": str(tmp_path / "t.json"), "special_tokens": name, "processes": 1}
+        prepare(str(tmp_path / "a.txt"), tmp_path / name, **options)
+    for ours, theirs in (("text", "parse"), ("parse", "text")):
+        data = PreparedDataModule(str(tmp_path / ours), 4, val_path=str(tmp_path / theirs))
+        if special:
+            message = f"with special_tokens '{ours}', .* got .* with '{theirs}'; prepare it with --special_tokens"
+            with pytest.raises(ValueError, match=message):
+                data.setup("fit")
+        else:
+            data.setup("fit")
+        assert data.tokenizer.special_tokens == ours

@@ -86,7 +86,7 @@ def check(data: SequenceDataModule, lengths: list[np.ndarray], num_workers: int 
 @pytest.mark.parametrize(("eos", "blob"), [(EOS, 0), (None, 300), (EOS, 70_000)])
 def test_prepared_words(eos: int | None, blob: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents are read in many pieces, some of white space alone."""
-    monkeypatch.setattr("dma_lightning.data.text._PIECE", 8)
+    monkeypatch.setattr("dma_lightning.data.text_formats._PIECE", 8)
     monkeypatch.setattr("dma_lightning.data.text_formats._CHUNK", 1 << 20 if blob else 4)
     monkeypatch.setattr(arrays, "_CHUNK", 7)
     write_word_pieces(tmp_path / "tokenizer.json")
@@ -141,7 +141,7 @@ def test_prepared_bytes(eos: int | None, tmp_path: Path) -> None:
 
 
 def test_text_with_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dma_lightning.data.text._CHUNK", 5)
+    monkeypatch.setattr("dma_lightning.data.text_formats._CHUNK", 5)
     write_word_pieces(tmp_path / "tokenizer.json")
     text = " \n".join(write_documents(tmp_path / "a.jsonl", 3)) + " " + "z" * 300 + " the\n  \n , the"
     (tmp_path / "a.txt").write_text(text)

@@ -10,7 +10,8 @@ from small_texts import make_data, read, write_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dma_lightning import FileTokenizer
-from dma_lightning.data import text
+from dma_lightning.cli.prepare import prepare
+from dma_lightning.data import text_formats
 
 
 def test_splits_by_position(tmp_path: Path) -> None:
@@ -85,6 +86,52 @@ def test_bad_text(tmp_path: Path, content: str | None, changed: dict[str, int], 
         read(make_data(tmp_path, file, **changed))
 
 
+@pytest.mark.parametrize("tokenizer", [False, True])
+def test_files_have_the_text_that_prepare_reads(
+    tokenizer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte order marks at the beginning, ends of lines as they are, and files without text, which add nothing."""
+    monkeypatch.setattr(text_formats, "_CHUNK", 3)
+    mark, file = b"\xef\xbb\xbf", None
+    contents = [mark + b"with a mark\r\n\r\n", mark, b"", b"old\rends" + mark, b"\n", mark + mark + b"\na\fb"]
+    (tmp_path / "in").mkdir()
+    for i, content in enumerate(contents):
+        (tmp_path / f"in/{i}.txt").write_bytes(content)
+    if tokenizer:
+        write_tokenizer(file := tmp_path / "tokenizer.json")
+    prepare(str(tmp_path / "in"), tmp_path / "out", file and str(file), processes=1)
+    data = make_data(tmp_path, tmp_path / "in", tokenizer=file and str(file))
+    data.prepare_data()
+    tokens = np.fromfile(tmp_path / "out/shard-00000.tokens", data._cache.dtype)
+    ends = np.load(tmp_path / "out/shard-00000.ends.npy")
+    documents = ["".join(data.tokenizer.decode_stream(x.tolist())) for x in np.split(tokens, ends[:-1])]
+    whole = np.fromfile(data._cache.array, data._cache.dtype).tolist()
+    assert documents == ["with a mark\r\n\r\n", "old\rends\ufeff", "\n", "\ufeff\na\fb"]
+    assert "".join(data.tokenizer.decode_stream(whole)) == "".join(document + "\n" for document in documents)
+
+
+@pytest.mark.parametrize("content", ["", "\ufeff"])
+def test_files_without_text_are_no_text(content: str, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match="path: expected text, got only empty files at"):
+        make_data(tmp_path, tmp_path / "[ab]").prepare_data()
+    for eos in (None, 0):
+        with pytest.raises(ValueError, match="expected text, got 2 files without any"):
+            prepare(str(tmp_path / "[ab]"), tmp_path / f"out-{eos}", eos_token_id=eos, processes=1)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.TAR", "a.tar.gz", "a.tgz"])
+def test_what_would_pass_for_text_is_refused_as_prepare_does_it(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("text " * 99)
+    for read_it in (
+        make_data(tmp_path, tmp_path / name).prepare_data,
+        lambda: prepare(str(tmp_path / name), tmp_path / "out", processes=1),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: expected text or JSONL, got \.(json|tar|tgz); unpack it"):
+            read_it()
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt.GZ", "a.zst"])
 def test_what_is_no_plain_text_is_for_prepare(name: str, tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
@@ -137,7 +184,7 @@ def test_where_text_is_cut_for_reading_changes_no_token(monkeypatch: pytest.Monk
     (tmp_path / "a.txt").write_text("Größe 𝄞, and words\n" * 20)
     found = []
     for chunk in (7, 1 << 20):
-        monkeypatch.setattr("dma_lightning.data.text._CHUNK", chunk)
+        monkeypatch.setattr("dma_lightning.data.text_formats._CHUNK", chunk)
         data = make_data(tmp_path, tmp_path / "a.txt", tokenizer=str(tmp_path / "tokenizer.json"))
         found.append([np.hstack(part).tolist() for part in list(zip(*data._tokens(), strict=True))[:2]])
     assert found[0] == found[1]
@@ -180,11 +227,11 @@ def test_pieces_of_text_are_those_of_the_whole(tmp_path: Path) -> None:
 
 
 def test_long_lines_are_cut_between_words_and_characters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "_PIECE", 10)
+    monkeypatch.setattr(text_formats, "_PIECE", 10)
     for whole in ("aé𝄞 bc " * 30, "é𝄞" * 50, "word " * 9 + "\n" + "é" * 40, "a\nb\n", "", " " * 33):
         for size in (1, 7, 64):
             chunks = [whole.encode()[i : i + size] for i in range(0, len(whole.encode()), size)]
-            pieces = [piece.decode() for piece in text.byte_pieces(chunks)]
+            pieces = [piece.decode() for piece in text_formats.byte_pieces(chunks)]
             assert "".join(pieces) == whole
             if size == 7:
                 assert all(len(piece.encode()) < 10 + 2 * size for piece in pieces)
