@@ -48,6 +48,8 @@ from dma_lightning.sampling import Sampling
 from dma_lightning.strategies import FullyShardedStrategy
 from dma_lightning.tokenizers import ByteTokenizer, FileTokenizer
 
+__version__ = "0.1.0"
+
 __all__ = [
     "MIXERS",
     "ByteTokenizer",

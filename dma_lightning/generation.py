@@ -200,7 +200,7 @@ def decode_until(
         ValueError: if `stop` is a string instead of several, or one is empty.
     """
     if isinstance(stop, str) or not all(stop):
-        raise ValueError(f"stop: expected several strings, none of them empty, got {stop!r}")
+        raise ValueError(f"stop: expected a list of strings, none of them empty, got {stop!r}")
     return _until(tokenizer.decode_stream(tokens, after), stop)
 
 
@@ -210,7 +210,7 @@ def _until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     for piece in pieces:
         held += piece
         found = min((held.find(text) for text in stop if text in held), default=-1)
-        begun = len(held) - max((n for text in stop for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
+        begun = len(held) - max((_begun(held, text) for text in stop), default=0)
         if 0 <= found <= begun:  # else one that has begun before may be the first, if it goes on
             break
         if begun:
@@ -218,6 +218,12 @@ def _until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
             held, found = held[begun:], max(found - begun, -1)
     if held := held[:found] if found >= 0 else held:
         yield held
+
+
+def _begun(held: str, stop: str) -> int:
+    """How many characters at the end of a text may be the beginning of a stop string."""
+    longest = min(len(held), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if held.endswith(stop[:n])), 0)
 
 
 def _read_prompts(

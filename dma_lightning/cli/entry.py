@@ -3,17 +3,19 @@
 import errno
 import sys
 from collections.abc import Callable
+from typing import Any
 
-from jsonargparse import auto_cli
+from jsonargparse import auto_cli, auto_parser
 from lightning.pytorch.cli import ArgsType
 
+from dma_lightning import __version__
 from dma_lightning.cli.errors import ABOUT_PLACES, TOLD, error_of_ours
 from dma_lightning.cli.extrapolation import extrapolation
 from dma_lightning.cli.generate import generate
 from dma_lightning.cli.huggingface import export_hf, import_hf
 from dma_lightning.cli.lightning_cli import DMACLI, ConfigOfRun
 from dma_lightning.cli.needle import needle
-from dma_lightning.cli.parsing import set_up_parsing
+from dma_lightning.cli.parsing import Parser, set_up_parsing
 from dma_lightning.cli.positions import positions
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.cli.sizes import sizes
@@ -33,6 +35,19 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "export-hf": export_hf,
 }
 
+# What the program says without running anything.
+_ABOUT = ("-h", "--help", "--version", "--print_completion")
+
+
+class _AllCommands(DMACLI):
+    """The command line with our commands beside Lightning's, for help and completion; they run without it."""
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        super().setup_parser(*args, **kwargs)
+        assert isinstance(self.parser, Parser)
+        for name, command in _COMMANDS.items():
+            self.parser.add_shown(name, auto_parser(command, **_options_of(name)))
+
 
 def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
     """Parse arguments (by default the command line's), build trainer, model and data, and run the subcommand.
@@ -41,18 +56,21 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
         args: a list of arguments, or a nested dictionary.
         run: with False, `args` name no subcommand and nothing is run.
     """
-    set_up_parsing()
-    return DMACLI(
+    about = sys.argv[1:] if args is None else args
+    is_about = run and isinstance(about, list) and bool(about) and about[0].partition("=")[0] in _ABOUT
+    set_up_parsing(completion=is_about)
+    return (_AllCommands if is_about else DMACLI)(
         LanguageModel,
         SequenceDataModule,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_callback=ConfigOfRun,
         seed_everything_default=0,
+        parser_class=Parser,
         parser_kwargs={
             "prog": "dma-lightning",
-            "description": "Train and evaluate language models with dynamic mask attention. "
-            "Besides the subcommands below: " + ", ".join(f"`dma-lightning {name} --help`" for name in _COMMANDS) + ".",
+            "description": "Train and evaluate language models with dynamic mask attention.",
+            "version": __version__,
         },
         args=args,
         run=run,
@@ -78,10 +96,15 @@ def main() -> None:
         return
     set_up_parsing()
     try:
-        prog, as_positional = f"dma-lightning {name}", name != "generate"
-        auto_cli(_COMMANDS[name], args=args, as_positional=as_positional, prog=prog, allow_abbrev=False)
+        auto_cli(_COMMANDS[name], args=args, prog=f"dma-lightning {name}", **_options_of(name))
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         sys.exit(f"dma-lightning {name}: {error}{'; make room' if full else ''}")
     except KeyboardInterrupt:
         sys.exit(f"dma-lightning {name}: interrupted")
+
+
+def _options_of(name: str) -> dict[str, Any]:
+    """How the parser of a command is made; its description comes from the command."""
+    as_positional = name != "generate"
+    return {"as_positional": as_positional, "parser_class": Parser, "description": None, "allow_abbrev": False}

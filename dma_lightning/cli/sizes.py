@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentError
-from lightning.pytorch.cli import LightningArgumentParser
 
-from dma_lightning.cli.parsing import set_up_parsing
+from dma_lightning.cli.parsing import Parser, set_up_parsing
 from dma_lightning.config import ModelConfig
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.mixers import MIXERS
@@ -62,7 +61,7 @@ def read_config(path: Path) -> ModelConfig:
         ValueError: if the file is missing or is no such configuration.
     """
     set_up_parsing()
-    parser = LightningArgumentParser(exit_on_error=False)
+    parser = Parser(exit_on_error=False)
     parser.add_lightning_class_args(LanguageModel, "model")
     try:
         options = parser.parse_path(str(path)).model

@@ -1,5 +1,6 @@
 """Whole runs of the command line: curves, checkpoints, the same figure again, and two processes."""
 
+import io
 import json
 import math
 import os
@@ -355,7 +356,6 @@ def test_generate_streams_text_and_says_how_fast(
     ("given", "strings"),
     [
         *((f"--stop={text}", [text]) for text in (".", "###", "# Title", "\n#", "null", "~", "[INST]", "1", "\n\n")),
-        ('--stops=[".", "!"]', [".", "!"]),
         ("--seed=1", []),
     ],
 )
@@ -398,12 +398,92 @@ def test_generate_refuses_a_typo(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = f"--ckpt_path={run / 'checkpoints/last.ckpt'}"
-    for options in (["--prompt=a", "--temprature=1"], ["--prompt=a", "--top_k=x"], []):
+    for options in (["--prompt=a", "--temprature=1"], ["--prompt=a", "--top_k=x"]):
         with pytest.raises(SystemExit):
             generate(monkeypatch, checkpoint, *options)
         error = capsys.readouterr().err
-        assert re.search(r"temprature|top_k|prompt", error)
+        assert re.search(r"temprature|top_k", error)
     with pytest.raises(SystemExit, match="prompt"):
         generate(monkeypatch, checkpoint, "--prompt=")
     with pytest.raises(SystemExit, match="top_p"):
         generate(monkeypatch, checkpoint, "--prompt=a", "--top_p=2")
+
+
+def test_a_prompt_may_be_a_file_or_standard_input(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--ckpt_path={run / 'checkpoints/last.ckpt'}", "--max_new_tokens=3", "--device=cpu"]
+    text = "# The\r\nend é\n"
+    (tmp_path / "-").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    printed = []
+    for given in (f"--prompt={text}", f"--prompt_file={tmp_path / '-'}", "--prompt_file=-"):
+        generate(monkeypatch, *options, given)
+        printed.append(capsys.readouterr().out)
+    assert printed[0].startswith(text)
+    assert printed[0] == printed[1] == printed[2]
+
+
+def test_several_samples_and_prompts_come_in_order(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--ckpt_path={run / 'checkpoints/last.ckpt'}", "--max_new_tokens=20", "--device=cpu", "--seed=5"]
+
+    def texts(*given: str) -> list[str]:
+        generate(monkeypatch, *options, *given)
+        printed = capsys.readouterr()
+        found = re.split(r"(?m)^--- prompt (\d+) of \d+, sample (\d+) of \d+ ---\n", printed.out)
+        samples = len(found) // 3 or 1
+        assert printed.err.splitlines()[-1].startswith(f"{20 * samples} tokens in ")
+        if len(found) > 1:
+            pairs = list(zip(found[1::3], found[2::3], strict=True))
+            assert pairs == sorted(pairs)
+        return found[3::3] or found
+
+    one, three = texts("--prompt=The "), texts("--prompt=The ", "--num_samples=3")
+    assert three[:1] == one  # which is what it was without samples
+    assert len(set(three)) == 3
+    assert texts("--prompt=The ", "--num_samples=2") == three[:2]  # seeds do not depend on how many there are
+    both = texts("--prompt=The ", "--prompt=An ", "--num_samples=3")
+    assert both[:3] == three
+    assert both[3:] == texts("--prompt=An ", "--num_samples=3")
+
+
+def test_a_stop_string_ends_each_sample(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--ckpt_path={run / 'checkpoints/last.ckpt'}", "--device=cpu", "--prompt=The ", "--num_samples=4"]
+    generate(monkeypatch, *options, "--max_new_tokens=60")
+    whole = re.split(r"(?m)^--- .* ---\n", capsys.readouterr().out)[1:]
+    stops = [whole[0][20:23], whole[2][9:11]]
+    generate(monkeypatch, *options, "--max_new_tokens=60", *(f"--stop={stop}" for stop in stops))
+    ended = re.split(r"(?m)^--- .* ---\n", capsys.readouterr().out)[1:]
+    ends = [min(x.find(stop, 4) % (len(x) + 1) for stop in stops) for x in (text[:-1] for text in whole)]
+    assert [text[:-1] for text in ended] == [text[:-1][:end] for text, end in zip(whole, ends, strict=True)]
+    assert ended[0] != whole[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "expected --prompt or --prompt_file, got none of them"),
+        (["--prompt=a", "--prompt_file=b"], "expected --prompt or --prompt_file, got both"),
+        (["--prompt_file=no such file"], "prompt_file: expected a file of UTF-8 text, .* No such file"),
+        (["--prompt_file=latin"], "prompt_file: expected a file of UTF-8 text, .* can't decode byte 0xe9"),
+        (["--prompt_file=empty"], "prompt_file empty: expected text, got none"),
+        (["--prompt=a", "--prompt="], "prompt: expected text, got none"),
+        (["--prompt=a", "--num_samples=0"], "num_samples: expected at least 1, got 0"),
+        (
+            ["--prompt=a", "--stop=", "--stop=a"],
+            r"stop: expected a list of strings, none of them empty, got \['', 'a'\]",
+        ),
+    ],
+)
+def test_generate_tells_what_is_wrong_with_prompts_and_stops(
+    options: list[str], message: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("latin").write_bytes(b"caf\xe9")
+    Path("empty").touch()
+    with pytest.raises(SystemExit, match=f"^dma-lightning generate: {message}"):
+        generate(monkeypatch, f"--ckpt_path={run / 'checkpoints/last.ckpt'}", *options)

@@ -1,6 +1,8 @@
 """Decoding token by token is the full forward; sampling is that of Hugging Face; text ends where it should."""
 
+import random
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -210,6 +212,45 @@ def test_of_stop_strings_that_overlap_the_first_to_begin_ends_the_text(pieces: l
     assert "".join(decode_until(tokenizer, [], ["abcxy", "bcx"])) == "xa"
 
 
+def test_text_ends_where_the_leftmost_stop_string_begins_however_it_is_cut() -> None:
+    """And as soon as that is certain: no stop string that began before it may still be completed."""
+    draw = random.Random(0)
+    for _ in range(3000):
+        text = "".join(draw.choices("abc", k=draw.randint(0, 12)))
+        stops = ["".join(draw.choices("abc", k=draw.randint(1, 5))) for _ in range(draw.randint(0, 3))]
+        cuts = sorted({0, len(text), *draw.choices(range(len(text) + 1), k=draw.randint(0, 12))})
+        pieces, taken = [text[a:b] for a, b in pairwise(cuts)], []
+        tokenizer = SimpleNamespace(decode_stream=lambda *_: (taken.append(x) or x for x in pieces))  # noqa: B023
+        found = "".join(decode_until(tokenizer, [], stops))
+        first = min((text.find(stop) for stop in stops if stop in text), default=len(text))
+        assert found == text[:first], (text, pieces, stops)
+        certain = (n for n in range(1, len(pieces) + 1) if ends("".join(pieces[:n]), stops))
+        assert len(taken) == next(certain, len(pieces)), (text, pieces, stops)
+
+
+def ends(text: str, stops: list[str]) -> bool:
+    """Whether a stop string ends a text, whatever comes next."""
+    found = min((text.find(stop) for stop in stops if stop in text), default=-1)
+    return found >= 0 and not any(stop.startswith(text[i:]) for stop in stops for i in range(found))
+
+
+def test_a_long_stop_string_costs_little() -> None:
+    """What is compared with it at each token is what is held back, and not all of its beginnings."""
+    compared = 0
+
+    class Counted(str):
+        __slots__ = ()
+
+        def __getitem__(self, part: slice) -> str:
+            nonlocal compared
+            compared += 1
+            return super().__getitem__(part)
+
+    tokenizer = SimpleNamespace(decode_stream=lambda *_: iter(["xy "] * 50))
+    assert "".join(decode_until(tokenizer, [], [Counted("a" * 1000)])) == "xy " * 50
+    assert compared <= 50 * 3
+
+
 @pytest.mark.parametrize(
     ("stop", "expected"),
     [([], "ab ENDc é"), (["END"], "ab "), (["ENDx"], "ab ENDc é"), (["é", "c "], "ab END"), (["zz", "b E"], "a")],
@@ -275,7 +316,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="prompt: expected text"):
         next(stream_text(model, ByteTokenizer(), "", 3))
     for stop in ([""], "END"):
-        with pytest.raises(ValueError, match="stop: expected several strings"):
+        with pytest.raises(ValueError, match="stop: expected a list of strings"):
             decode_until(ByteTokenizer(), [], stop)
     for cache in ([], model.new_cache(2)[:1]):
         with pytest.raises(ValueError, match="cache: expected one for each of the 2 layers"):

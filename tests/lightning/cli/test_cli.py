@@ -1,5 +1,7 @@
 """The command line: shipped configs build, layers override, mistakes are told."""
 
+import re
+import subprocess
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -9,10 +11,11 @@ import yaml
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from lightning.pytorch.cli import SaveConfigCallback
 
+import dma_lightning
 from dma_lightning import MQARDataModule
 from dma_lightning.callbacks import GradientGuard
 from dma_lightning.checkpoints.io import AtomicCheckpointIO
-from dma_lightning.cli.entry import DMACLI, ConfigOfRun, build_cli, main
+from dma_lightning.cli.entry import _COMMANDS, DMACLI, ConfigOfRun, build_cli, main
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.distributed import SameCheckpoint
 from dma_lightning.monitoring import ProgressBar
@@ -306,9 +309,48 @@ def test_plugin_of_the_slurm_recipe() -> None:
     assert not environment.auto_requeue
 
 
-@pytest.mark.parametrize(
-    ("given", "path"), [("#notes.txt", "#notes.txt"), ("~", "~"), ("[a]*.txt", "[a]*.txt"), ("null", None)]
-)
-def test_a_flag_of_text_means_its_characters(given: str, path: str | None) -> None:
-    cli = build_cli(["--data=TextDataModule", f"--data.path={given}", "--trainer.logger=false"], run=False)
-    assert cli.datamodule.path == path
+def about(*args: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        build_cli(list(args))
+    assert stop.value.code == 0
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    about("--version")
+    assert capsys.readouterr().out == f"dma-lightning {dma_lightning.__version__}\n"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", dma_lightning.__version__)
+
+
+def test_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    about("--help")
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"^ +{name} +[A-Z]", shown, re.MULTILINE) for name in [*DMACLI.subcommands(), *_COMMANDS])
+
+
+def test_a_shell_completes_our_commands_and_their_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside Lightning's, whose options, with those of every class that they take, are many."""
+    pytest.importorskip("shtab")
+    monkeypatch.setattr(DMACLI, "subcommands", staticmethod(dict))
+    about("--print_completion=shtab-bash")
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    for line, expected in (
+        ("dma-lightning gen", "generate"),
+        ("dma-lightning generate --prompt_", "--prompt_file"),
+        ("dma-lightning prepare --special_tokens pa", "parse"),
+    ):
+        words = line.split()
+        script = (
+            f"source {tmp_path / 'completion'}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+            f"COMP_LINE='{line}'; COMP_POINT={len(line)}; "
+            f"_shtab_dma_lightning dma-lightning {words[-1]} {words[-2]}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        )
+        found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+        assert found.stdout.split() == [expected], found
+
+
+def test_only_the_program_itself_prints_completions(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_cli(["fit", "--print_completion=jsonschema"])
+    assert "print_completion" in capsys.readouterr().err
