@@ -1,13 +1,12 @@
 """The command line: `dma-lightning fit | validate | test | predict`, which are Lightning's, and commands of our own."""
 
-import errno
 import sys
 from collections.abc import Callable
 
 from jsonargparse import auto_cli
 from lightning.pytorch.cli import ArgsType
 
-from dma_lightning.cli.errors import ABOUT_PLACES, TOLD, error_of_ours
+from dma_lightning.cli.errors import told_errors
 from dma_lightning.cli.extrapolation import extrapolation
 from dma_lightning.cli.generate import generate
 from dma_lightning.cli.huggingface import export_hf, import_hf
@@ -18,6 +17,8 @@ from dma_lightning.cli.positions import positions
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.cli.sizes import sizes
 from dma_lightning.cli.train_tokenizer import train_tokenizer
+from dma_lightning.cli.usage import CommandParser, LightningParser
+from dma_lightning.closest import did_you_mean
 from dma_lightning.data import SequenceDataModule
 from dma_lightning.language_model import LanguageModel
 
@@ -45,6 +46,7 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
     return DMACLI(
         LanguageModel,
         SequenceDataModule,
+        parser_class=LightningParser,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_callback=ConfigOfRun,
@@ -60,28 +62,27 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
 
 
 def main() -> None:
-    """The console script."""
+    """The console script; how it ends with errors is in `errors` and `usage`."""
     name, *args = sys.argv[1:] or [""]
     commands = [*DMACLI.subcommands(), *_COMMANDS]
     if name not in commands and not name.startswith("-"):
-        sys.exit(f"dma-lightning: expected a command of {', '.join(commands)}, got {name!r}; or --help")
-    if name not in _COMMANDS:
-        try:
+        meant = did_you_mean(name, commands)
+        print(
+            f"dma-lightning: expected a command of {', '.join(commands)}, got {name!r}{meant}; or --help",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    prog = f"dma-lightning {name}"
+    with told_errors(prog, own=name in _COMMANDS):
+        if name not in _COMMANDS:
             build_cli()
-        except TOLD as error:
-            ours = error_of_ours(error)
-            if ours is None and isinstance(error, OSError) and error.errno in ABOUT_PLACES:
-                sys.exit(f"dma-lightning {name}: {error}; make room, or name a place where files can be written")
-            if ours is None:
-                raise
-            sys.exit(f"dma-lightning {name}: {ours}")
-        return
-    set_up_parsing()
-    try:
-        prog, as_positional = f"dma-lightning {name}", name != "generate"
-        auto_cli(_COMMANDS[name], args=args, as_positional=as_positional, prog=prog, allow_abbrev=False)
-    except (ValueError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        sys.exit(f"dma-lightning {name}: {error}{'; make room' if full else ''}")
-    except KeyboardInterrupt:
-        sys.exit(f"dma-lightning {name}: interrupted")
+            return
+        set_up_parsing()
+        auto_cli(
+            _COMMANDS[name],
+            args=args,
+            as_positional=name != "generate",
+            parser_class=CommandParser,
+            prog=prog,
+            allow_abbrev=False,
+        )
