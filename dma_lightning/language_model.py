@@ -33,6 +33,7 @@ from dma_lightning.plain_values import PlainHyperparameters, plain
 from dma_lightning.saved_run import SavedRun
 from dma_lightning.schedules import Schedule, lr_factor, total_steps
 from dma_lightning.step_means import StepTotals, scale_gradients
+from dma_lightning.step_memory import least_step_bytes, too_large
 from dma_lightning.trainer_state import accumulates, has_trainer, is_logging_step, let_clip_gradients, saved_device
 
 # How layers are compiled: what two kernels read, such as the rotary embedding's gradient, is computed in both of them
@@ -219,8 +220,19 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         length = getattr(data, "sequence_length", config.max_position_embeddings)
         if reason := self.model.mixers[0].unused_at(length):
             rank_zero_warn(reason)
+        if (batch_size := getattr(data, "batch_size", None)) and (reason := self._too_large(batch_size, length)):
+            rank_zero_warn(reason)
         if self.global_rank > 0:  # weights are drawn; dropout shall differ from that of the first process
             torch.manual_seed(torch.initial_seed() + self.global_rank)
+
+    def _too_large(self, batch_size: int, length: int) -> str | None:
+        """A warning if a step of the trainer cannot fit into memory."""
+        trainer, precision = self.trainer, str(self.trainer.precision)
+        number_bytes = 2 if "16" in precision else 8 if "64" in precision else 4
+        shards = 1 if self.device_mesh is None else trainer.world_size
+        needed = least_step_bytes(self.model, batch_size, length, number_bytes, shards)
+        sharing = trainer.num_devices if self.device.type == "cpu" else 1  # processes with one memory
+        return too_large(needed * sharing, self.device, batch_size, length)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss over the labels of a batch; `backward` weighs it where a step has several batches."""
