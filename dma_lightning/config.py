@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import dataclass, field
 
+from dma_lightning.closest import did_you_mean
 from dma_lightning.mixers import MIXERS
 from dma_lightning.mixers.dynamic_mask import DynamicMaskConfig
 from dma_lightning.mixers.latent import LatentConfig
@@ -42,7 +43,8 @@ class ModelConfig(NativeSparseConfig, LatentConfig, SlidingWindowConfig, Dynamic
 
     def __post_init__(self) -> None:
         if self.attention not in MIXERS:
-            raise ValueError(f"attention: expected one of {list(MIXERS)}, got {self.attention!r}")
+            meant = did_you_mean(self.attention, MIXERS)
+            raise ValueError(f"attention: expected one of {list(MIXERS)}, got {self.attention!r}{meant}")
         try:
             inspect.signature(MIXERS[self.attention].from_config).bind(self, **self.attention_args)
         except TypeError as error:

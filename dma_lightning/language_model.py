@@ -33,8 +33,9 @@ from dma_lightning.metrics import EvaluationMetrics, bits_per_byte
 from dma_lightning.model import DogeForCausalLM
 from dma_lightning.plain_values import PlainHyperparameters, plain
 from dma_lightning.saved_run import SavedRun
-from dma_lightning.schedules import Schedule, lr_factor
+from dma_lightning.schedules import Schedule, lr_factor, total_steps
 from dma_lightning.step_means import StepTotals, scale_gradients
+from dma_lightning.step_memory import least_step_bytes, too_large
 from dma_lightning.trainer_state import accumulates, has_trainer, is_logging_step, let_clip_gradients, saved_device
 from dma_lightning.vocabularies import check_tokens, check_vocabulary
 
@@ -70,8 +71,9 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         weight_decay: decay of the matrices; norms, residual weights, A and contents of the input are never decayed.
         betas: decay rates of AdamW's moments.
         schedule: learning rate over the steps: wsd (warm-up, stable, linear decay to 0), cosine, or constant.
-        warmup_fraction: share of trainer.max_steps in which the learning rate rises linearly.
-        decay_fraction: share of trainer.max_steps in which wsd falls linearly.
+        warmup_fraction: share of all steps in which the learning rate rises linearly. These are trainer.max_steps, or
+            those of trainer.max_epochs without it.
+        decay_fraction: share of all steps in which wsd falls linearly.
         bytes_per_token: mean bytes of a token; none for data that is no text. Bits per byte do not depend on it: they
             are reported for batches that have `label_bytes`.
         compile_layers: compile every layer and the loss (torch.compile), when a trainer runs the model.
@@ -121,6 +123,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         self._token_losses = token_losses
         self._batches: list[StepTotals] = []  # of the step that is being made
         self._data_is_known = False  # whether no batch can have a token that the model does not know
+        self._epoch_steps: int | None = None  # of trainer.max_epochs, where a schedule goes by them
         self._restored = False  # whether optimizer and schedule are those of a checkpoint
         self.step_loss: Tensor | None = None
         """Mean loss of the last step over all of its labels, set after its backward; 0 for a step without labels."""
@@ -239,8 +242,19 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         length = getattr(data, "sequence_length", config.max_position_embeddings)
         if reason := self.model.mixers[0].unused_at(length):
             rank_zero_warn(reason)
+        if (batch_size := getattr(data, "batch_size", None)) and (reason := self._too_large(batch_size, length)):
+            rank_zero_warn(reason)
         if self.global_rank > 0:  # weights are drawn; dropout shall differ from that of the first process
             torch.manual_seed(torch.initial_seed() + self.global_rank)
+
+    def _too_large(self, batch_size: int, length: int) -> str | None:
+        """A warning if a step of the trainer cannot fit into memory."""
+        trainer, precision = self.trainer, str(self.trainer.precision)
+        number_bytes = 2 if "16" in precision else 8 if "64" in precision else 4
+        shards = 1 if self.device_mesh is None else trainer.world_size
+        needed = least_step_bytes(self.model, batch_size, length, number_bytes, shards)
+        sharing = trainer.num_devices if self.device.type == "cpu" else 1  # processes with one memory
+        return too_large(needed * sharing, self.device, batch_size, length)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss over the labels of a batch; `backward` weighs it where a step has several batches."""
@@ -326,11 +340,13 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         """AdamW with two groups, and the schedule per optimizer step.
 
         Raises:
-            ValueError: if a schedule needs `trainer.max_steps` and it is not set.
+            ValueError: if a schedule needs to know the number of steps, and nothing says it.
         """
-        hp, max_steps = self.hparams, self.trainer.max_steps
-        if hp.schedule != "constant" and max_steps < 1:
-            raise ValueError(f"schedule {hp.schedule!r} needs trainer.max_steps >= 1, got {max_steps}; set it")
+        hp = self.hparams
+        self._epoch_steps = None
+        # To count the steps of epochs begins the data, where a checkpoint's position in them would be restored later.
+        if self.trainer.max_steps < 1 and self.trainer.ckpt_path is None and not self._restored:
+            self._count_steps_of_epochs()
         kept = {mixer.get_parameter(name) for mixer in self.model.mixers for name in mixer.undecayed_parameters}
         decayed = [p for p in self.parameters() if p.ndim >= 2 and p not in kept]
         others = [p for p in self.parameters() if p.ndim < 2 or p in kept]  # norms, residual weights, A, contents
@@ -352,6 +368,8 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
     def on_train_start(self) -> None:
         """Let the arguments of this run win over those of another that a checkpoint has restored."""
         self._batches.clear()  # of a step that was interrupted
+        if self.trainer.max_steps < 1 and self._epoch_steps is None:
+            self._count_steps_of_epochs()  # now that the data are where the checkpoint left them
         scheduler = self.lr_schedulers()
         if self._restored and isinstance(scheduler, LambdaLR):  # a learning-rate finder has one of its own
             self._restored = False
@@ -382,8 +400,23 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             group.update(rates, weight_decay=decay, betas=tuple(hp.betas))
 
     def _lr_factor(self, step: int) -> float:
-        hp = self.hparams
-        return lr_factor(hp.schedule, step, self.trainer.max_steps, hp.warmup_fraction, hp.decay_fraction)
+        hp, steps = self.hparams, self.trainer.max_steps
+        if steps < 1 and hp.schedule != "constant":
+            if self._epoch_steps is None:
+                return 1.0  # of a run that goes on, until `on_train_start` knows
+            steps = self._epoch_steps
+        return lr_factor(hp.schedule, step, steps, hp.warmup_fraction, hp.decay_fraction)
+
+    def _count_steps_of_epochs(self) -> None:
+        if self.hparams.schedule == "constant":
+            return
+        self._epoch_steps = total_steps(self.trainer)
+        if self._epoch_steps is None:
+            raise ValueError(
+                f"schedule {self.hparams.schedule!r}: expected a run whose steps can be counted, by trainer.max_steps, "
+                f"or by trainer.max_epochs and data of a known length, got max_steps {self.trainer.max_steps} and "
+                f"max_epochs {self.trainer.max_epochs}; set trainer.max_steps, or schedule to constant"
+            )
 
     def _logits(self, batch: Batch) -> Tensor:
         if self.hparams.cuda_graphs:

@@ -3,6 +3,8 @@
 import math
 from typing import Literal
 
+import lightning.pytorch as pl
+
 Schedule = Literal["wsd", "cosine", "constant"]
 
 
@@ -22,3 +24,13 @@ def lr_factor(schedule: Schedule, step: int, max_steps: int, warmup_fraction: fl
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     decay = round(max_steps * decay_fraction)
     return min(1.0, max(0.0, (max_steps - step) / max(1, decay)))
+
+
+def total_steps(trainer: pl.Trainer) -> int | None:
+    """Optimizer steps of the whole run, those of a checkpoint included; None if it has no end that is known.
+
+    With `trainer.max_epochs` this makes the loader of the training data, if there is none yet; what a checkpoint says
+    of the position in them must be restored before.
+    """
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if 0 <= steps < float("inf") else None

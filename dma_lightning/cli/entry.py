@@ -1,6 +1,5 @@
 """The command line: `dma-lightning fit | validate | test | predict`, which are Lightning's, and commands of our own."""
 
-import errno
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +8,7 @@ from jsonargparse import auto_cli, auto_parser
 from lightning.pytorch.cli import ArgsType
 
 from dma_lightning import __version__
-from dma_lightning.cli.errors import ABOUT_PLACES, TOLD, error_of_ours
+from dma_lightning.cli.errors import told_errors
 from dma_lightning.cli.extrapolation import extrapolation
 from dma_lightning.cli.generate import generate
 from dma_lightning.cli.huggingface import export_hf, import_hf
@@ -20,6 +19,7 @@ from dma_lightning.cli.positions import positions
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.cli.sizes import sizes
 from dma_lightning.cli.train_tokenizer import train_tokenizer
+from dma_lightning.closest import did_you_mean
 from dma_lightning.data import SequenceDataModule
 from dma_lightning.language_model import LanguageModel
 
@@ -78,30 +78,23 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
 
 
 def main() -> None:
-    """The console script."""
+    """The console script; how it ends with errors is in `errors` and `usage`."""
     name, *args = sys.argv[1:] or [""]
     commands = [*DMACLI.subcommands(), *_COMMANDS]
     if name not in commands and not name.startswith("-"):
-        sys.exit(f"dma-lightning: expected a command of {', '.join(commands)}, got {name!r}; or --help")
-    if name not in _COMMANDS:
-        try:
+        meant = did_you_mean(name, commands)
+        print(
+            f"dma-lightning: expected a command of {', '.join(commands)}, got {name!r}{meant}; or --help",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    prog = f"dma-lightning {name}"
+    with told_errors(prog, own=name in _COMMANDS):
+        if name not in _COMMANDS:
             build_cli()
-        except TOLD as error:
-            ours = error_of_ours(error)
-            if ours is None and isinstance(error, OSError) and error.errno in ABOUT_PLACES:
-                sys.exit(f"dma-lightning {name}: {error}; make room, or name a place where files can be written")
-            if ours is None:
-                raise
-            sys.exit(f"dma-lightning {name}: {ours}")
-        return
-    set_up_parsing()
-    try:
-        auto_cli(_COMMANDS[name], args=args, prog=f"dma-lightning {name}", **_options_of(name))
-    except (ValueError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        sys.exit(f"dma-lightning {name}: {error}{'; make room' if full else ''}")
-    except KeyboardInterrupt:
-        sys.exit(f"dma-lightning {name}: interrupted")
+            return
+        set_up_parsing()
+        auto_cli(_COMMANDS[name], args=args, prog=prog, **_options_of(name))
 
 
 def _options_of(name: str) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from dma_lightning.cli.ckpt_path import (
     saved_defaults,
 )
 from dma_lightning.cli.errors import error_of_ours
+from dma_lightning.cli.trainer_options import check_trainer_options
+from dma_lightning.cli.unstarted_runs import UnstartedRuns
 from dma_lightning.distributed import SameCheckpoint, end_with_first_process
 from dma_lightning.monitoring import ProgressBar
 from dma_lightning.saved_run import SavedRun
@@ -82,6 +84,7 @@ class DMACLI(LightningCLI):
 
     checkpoint: Path | None = None  # what `ckpt_path` stands for, if it is a file or folder
     saved: SavedRun | None = None  # that checkpoint, opened, until trainer, model and data are made
+    step = 0  # which that checkpoint was made at
     resuming = False  # whether that is the last of the run that `fit` was asked to go on with
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -102,7 +105,7 @@ class DMACLI(LightningCLI):
                 self.save_config_kwargs = {"may_be_killed": asks}
                 return
             self.resuming = asks
-        self.checkpoint, defaults = self.saved.path, saved_defaults(self.saved)
+        self.checkpoint, self.step, defaults = self.saved.path, self.saved.step, saved_defaults(self.saved)
         for subparser in self._subcommand_parsers.values():
             subparser.set_defaults(defaults)
         super().parse_arguments(parser, args)
@@ -160,11 +163,25 @@ class DMACLI(LightningCLI):
                 rank_zero_warn(f"{self.subcommand}: no --ckpt_path is given, so the weights are random")
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run it, and name the checkpoint if Lightning cannot restore what it holds.
+        """Run it, unless all steps are made; a run that ends before it has trained leaves no files.
 
         Raises:
-            ValueError: then.
+            ValueError: if Lightning cannot restore what a checkpoint holds; with its name.
         """
+        if subcommand == "fit" and 0 < self.trainer.max_steps <= self.step:
+            done = f"{self.step} of {self.trainer.max_steps} steps are done"
+            rank_zero_only(print)(f"nothing to do: {done}; raise trainer.max_steps")
+            return
+        unstarted = UnstartedRuns(self.trainer) if subcommand == "fit" else None
+        if unstarted is not None:
+            self.trainer.callbacks.append(unstarted)  # type: ignore[attr-defined]  # Lightning sets it undeclared
+        try:
+            self._run_or_name_checkpoint(subcommand)
+        finally:
+            if unstarted is not None:
+                unstarted.clean()
+
+    def _run_or_name_checkpoint(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
         except (AttributeError, AssertionError, LookupError, TypeError, ValueError) as error:
@@ -182,6 +199,9 @@ class DMACLI(LightningCLI):
         if self.subcommand not in (None, "fit"):  # the callbacks that a checkpoint has states of are for training
             warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
         options = self._get(self.config_init, "trainer")
+        check_trainer_options(options)
+        if self.subcommand not in (None, "fit") and options.logger is None:
+            options.logger = False  # Lightning's default would make lightning_logs for a few figures that are printed
         if isinstance(options.callbacks, list):
             refused = tuple(kind for option, kind in _CALLBACKS_OF.items() if options[option] is False)
             options.callbacks = [x for x in options.callbacks if not isinstance(x, refused)]

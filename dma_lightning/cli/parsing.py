@@ -22,6 +22,7 @@ from jsonargparse._util import NestedArg
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dma_lightning.cli.errors import PACKAGES
+from dma_lightning.cli.usage import BriefParser
 
 _load_yaml = get_loader("yaml")
 _NULL = "tag:yaml.org,2002:null"
@@ -70,7 +71,7 @@ class _Option(ActionTypeHint):
         return takes_objects and name.partition(".")[0] not in _SPECIFICATION
 
 
-class Parser(LightningArgumentParser):
+class Parser(BriefParser, LightningArgumentParser):
     """A parser in which string options of our functions and classes mean their characters."""
 
     def add_class_arguments(self, class_type: type, *args: Any, **kwargs: Any) -> list[str]:

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from dma_lightning.data.base import Batch
 from dma_lightning.model import decoder_of
 from dma_lightning.monitoring.peaks import compute_dtype, peak_flops, wait_for
+from dma_lightning.schedules import total_steps
 from dma_lightning.trainer_state import accumulates, is_logging_step
 
 
@@ -74,12 +75,6 @@ def summary_rows(trainer: pl.Trainer, pl_module: pl.LightningModule, sequences: 
         "run": f"{left:,} steps{done}, {left * per_step:,} tokens, {flops * left * per_step:.3g} FLOPs",
         "time": f"at least {duration(shortest)}, at a utilisation of 100 %; measured and estimated after a few steps",
     }
-
-
-def total_steps(trainer: pl.Trainer) -> int | None:
-    """Optimizer steps of the whole run, those of a checkpoint included; None if it has no end that is known."""
-    steps = trainer.estimated_stepping_batches
-    return int(steps) if 0 <= steps < float("inf") else None
 
 
 def duration(seconds: float) -> str:

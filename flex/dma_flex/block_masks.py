@@ -36,13 +36,14 @@ def block_mask(lifetimes: Lifetimes, q_len: int, block_size: int = 128, num_head
         lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
         q_len: N, the number of queries; must be the length of the mask.
         block_size: s, a power of two; N need not be a multiple of it.
-        num_heads: H, query heads, a multiple of G; needed for grouped-query attention, by default G.
+        num_heads: H, query heads, a multiple of G; needed if G is more than 1.
 
     Returns:
         A BlockMask with one table per *query* head (or one for all, if the mask has one head).
 
     Raises:
-        ValueError: if q_len is not the mask's length, the block size no power of two, or H no multiple of G.
+        ValueError: if q_len is not the mask's length, the block size no power of two, or H no multiple of G,
+            or not given where G is more than 1.
     """
     if q_len != lifetimes.length:
         raise ValueError(
@@ -62,7 +63,7 @@ def interval_block_mask(
         death: int32, same shape.
         q_len: number of queries.
         block_size: s, a power of two.
-        num_heads: H, query heads, a multiple of G; by default G.
+        num_heads: H, query heads, a multiple of G; needed if G is more than 1.
 
     Raises:
         ValueError: if the block size is no power of two, or shapes or heads do not belong together.

@@ -20,7 +20,7 @@ def lifetime_mask_mod(birth: Tensor, death: Tensor, num_heads: int | None = None
     Args:
         birth: int32 `[B or 1, G or 1, K]`.
         death: int32, same shape.
-        num_heads: H, query heads, a multiple of G; by default G.
+        num_heads: H, query heads, a multiple of G; needed if G is more than 1.
 
     Returns:
         A mask mod that takes the *query* head, as `flex_attention(..., enable_gqa=True)` gives it.
@@ -45,7 +45,7 @@ def key_bias_score_mod(bias: Tensor, num_heads: int | None = None) -> ScoreMod:
 
     Args:
         bias: floating `[B or 1, G or 1, K]`.
-        num_heads: H, query heads, a multiple of G; by default G.
+        num_heads: H, query heads, a multiple of G; needed if G is more than 1.
 
     Raises:
         ValueError: if the shape or heads do not belong together.
@@ -63,8 +63,13 @@ def heads_per_row(kv_heads: int, num_heads: int | None) -> int:
     """How many query heads share one of `kv_heads` rows.
 
     Raises:
-        ValueError: if `num_heads` is not a multiple of `kv_heads`.
+        ValueError: if `num_heads` is not a multiple of `kv_heads`, or is none where there are several.
     """
+    if num_heads is None and kv_heads > 1:
+        raise ValueError(
+            f"num_heads: expected the number of query heads, since the mask has {kv_heads} heads of its own, got none; "
+            f"give num_heads={kv_heads}, or with grouped queries a multiple of it"
+        )
     num_heads = kv_heads if num_heads is None else num_heads
     if num_heads < 1 or num_heads % kv_heads:
         raise ValueError(f"num_heads: expected a multiple of the mask's {kv_heads} heads, got {num_heads}")

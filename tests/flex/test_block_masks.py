@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from dma_flex import FlexPlan, Lifetimes, block_mask, interval_block_mask, lifetime_mask_mod
+from dma_flex import FlexPlan, Lifetimes, block_mask, interval_block_mask, key_bias_score_mod, lifetime_mask_mod
 from dma_flex.block_masks import block_tables, block_tables_reference, empty_tables
 
 TABLES = ["kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"]
@@ -61,8 +61,8 @@ def test_masks_of_three_blocks_or_more(case: tuple[Lifetimes, Tensor], group: in
 
 def assert_same_as_pytorch(case: tuple[Tensor, Tensor, int], block_size: int) -> None:
     birth, death, q_len = case
-    found = interval_block_mask(birth, death, q_len, block_size)
-    mask_mod = lifetime_mask_mod(birth, death)
+    found = interval_block_mask(birth, death, q_len, block_size, num_heads=death.shape[1])
+    mask_mod = lifetime_mask_mod(birth, death, num_heads=death.shape[1])
     expected = create_block_mask(mask_mod, *death.shape[:2], q_len, death.shape[-1], "cpu", block_size)
     assert_same_tables(found, expected)
 
@@ -149,8 +149,23 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="num_heads: expected a multiple of the mask's 2 heads, got 3"):
         block_mask(mask, 64, num_heads=3)
     with pytest.raises(ValueError, match=r"at least one query, sequence, head and key, got 64 and \[1, 2, 0\]"):
-        interval_block_mask(mask.birth[..., :0], mask.death[..., :0], 64)
+        interval_block_mask(mask.birth[..., :0], mask.death[..., :0], 64, num_heads=2)
     with pytest.raises(ValueError, match="one shape"):
         interval_block_mask(mask.birth, mask.death[..., 1:], 64)
     with pytest.raises(ValueError, match=r"expected \[B or 1, G or 1, K\], got \[64\]"):
         lifetime_mask_mod(mask.birth[0, 0], mask.death[0, 0])
+
+
+def test_query_heads_must_be_known() -> None:
+    """FlexAttention looks tables and mods up by query head: those of two heads would be read beyond their end."""
+    mask = Lifetimes.top_w(torch.randn(1, 2, 64), 8)
+    for make in (
+        lambda: block_mask(mask, 64),
+        lambda: interval_block_mask(mask.birth, mask.death, 64),
+        lambda: lifetime_mask_mod(mask.birth, mask.death),
+        lambda: key_bias_score_mod(torch.randn(1, 2, 64)),
+    ):
+        with pytest.raises(ValueError, match=r"num_heads: expected the number of query heads, .* give num_heads=2, or"):
+            make()
+    shared = Lifetimes(mask.birth[:, :1], mask.death[:, :1], mask.capacity)  # one mask for any number of heads
+    assert block_mask(shared, 64).kv_indices.shape[1] == 1

@@ -36,7 +36,7 @@ def check_masks(seed: int) -> None:
         expected = create_block_mask(
             lambda b, h, q, k: seen[b, h // group, q, k], len(dense), heads, length, length, "cpu", size
         )
-        found = block_mask(mask, length, size, heads if group > 1 else rng.choice((None, heads)))
+        found = block_mask(mask, length, size, heads if heads > 1 else rng.choice((None, heads)))
         _assert_same_blocks(found, expected)
         _assert_blocks(found, dense, size)
 
@@ -60,7 +60,7 @@ def check_intervals(seed: int) -> None:
         queries, size = rng.randint(1, 70), rng.choice((2, 8, 16))
         query = np.arange(queries)[:, None]
         birth, death = (x.numpy()[..., None, :] for x in (one.birth, one.death))
-        found = interval_block_mask(one.birth, one.death, queries, size)
+        found = interval_block_mask(one.birth, one.death, queries, size, num_heads=shape[1])
         _assert_blocks(found, (birth <= query) & (query < death), size)
 
 

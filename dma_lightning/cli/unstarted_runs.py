@@ -1,0 +1,57 @@
+"""No folder of a run that has not trained: what it has written is taken away again."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+
+from dma_lightning.files.locks import HOLDER, LOCK
+
+# What a run writes before its first step. Anything else stays, and so does the folder that it is in.
+_WRITTEN = (
+    *("config.yaml", "config_from_step_*.yaml", "hparams.yaml", "events.out.tfevents.*", "metrics.csv"),
+    *(LOCK, HOLDER),
+)
+
+
+class UnstartedRuns(pl.Callback):
+    """Knows whether a run has trained, and which of its files were there before.
+
+    Args:
+        trainer: before it writes anything.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self.trained = False
+        self.before: set[Path] = set()
+        self.folders: list[Path] = []
+        if not trainer.is_global_zero:  # whose loggers write
+            return
+        logged = [Path(x) for logger in trainer.loggers if (x := getattr(logger, "log_dir", None))]
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it undeclared
+        saved = [getattr(x, "dirpath", None) for x in callbacks if isinstance(x, Checkpoint)]
+        for folder in [*(logged or [Path(trainer.default_root_dir)]), *(Path(x) for x in saved if x)]:
+            self.folders += [folder / "checkpoints", folder]
+        self.before = {x for folder in self.folders for x in (folder, *folder.parents, *_files(folder)) if x.exists()}
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.trained = True
+
+    def clean(self) -> None:
+        """Take away the new files of a run that has not trained, and folders that are empty then."""
+        if self.trained:
+            return
+        for folder in self.folders:
+            for file in _files(folder):
+                if file not in self.before:
+                    file.unlink()
+            for place in (folder, *folder.parents):
+                if place in self.before or not place.is_dir() or any(place.iterdir()):
+                    break
+                place.rmdir()
+
+
+def _files(folder: Path) -> list[Path]:
+    """Files of a folder that a run may have written before its first step."""
+    return [file for pattern in _WRITTEN for file in folder.glob(pattern) if file.is_file()]

@@ -1,0 +1,61 @@
+"""Whether a training step can fit into memory, told before it begins.
+
+B batch, N length, C hidden size, I intermediate size, V vocabulary.
+"""
+
+from pathlib import Path
+
+import torch
+
+from dma_lightning.model import DogeForCausalLM
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def least_step_bytes(model: DogeForCausalLM, batch_size: int, length: int, number_bytes: int, shards: int = 1) -> int:
+    """A lower bound of the memory that a training step with AdamW takes besides the weights.
+
+    Counted are gradients and two moments of every weight in float32; of each layer and token what the projections and
+    the feed-forward network keep for the backward pass, 3 I + 4 C numbers, or C numbers where activations are computed
+    again; and logits with their gradient, 2 V numbers. What attention keeps is not counted.
+
+    Args:
+        model: the decoder.
+        batch_size: B, of one process.
+        length: N.
+        number_bytes: bytes of an activation, 2 for bfloat16.
+        shards: how many processes share the weights.
+    """
+    config = model.config
+    kept = config.hidden_size
+    if not model.activation_checkpointing:
+        kept = 3 * config.intermediate_size + 4 * config.hidden_size
+    per_token = config.num_hidden_layers * kept + 2 * config.vocab_size
+    return 12 * model.num_parameters // shards + batch_size * length * per_token * number_bytes
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory of a device that is free, or can be freed; None where the system does not say it."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type != "cpu" or not _MEMINFO.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines() if ":" in line)
+    found = [1024 * int(lines["MemAvailable"].split()[0])] if "MemAvailable" in lines else []
+    limits = [path.read_text().strip() for path in _CGROUP_LIMITS if path.exists()]  # of a container
+    return min(found + [int(limit) for limit in limits if limit.isdecimal()], default=None)
+
+
+def too_large(needed: int, device: torch.device, batch_size: int, length: int) -> str | None:
+    """A warning if a device has less memory than `needed` bytes; None if it has more, or nothing is known."""
+    available = available_bytes(device)
+    if available is None or needed <= available:
+        return None
+    return (
+        f"a step takes at least {needed / 1e9:,.1f} GB besides the weights (batch_size {batch_size} x sequence_length "
+        f"{length:,}), and {device.type} has {available / 1e9:,.1f} GB left: it will be killed or run out of "
+        "memory; lower data.batch_size (and raise trainer.accumulate_grad_batches) or data.sequence_length, or set "
+        "model.activation_checkpointing to true"
+    )
