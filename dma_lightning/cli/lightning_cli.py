@@ -9,6 +9,7 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, LearningRateMonitor
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -191,6 +192,7 @@ class DMACLI(LightningCLI):
         if isinstance(options.callbacks, list):
             refused = tuple(kind for option, kind in _CALLBACKS_OF.items() if options[option] is False)
             options.callbacks = [x for x in options.callbacks if not isinstance(x, refused)]
+        self._show_progress(options)
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -202,6 +204,15 @@ class DMACLI(LightningCLI):
         if self.subcommand == "predict" and not writes:
             callbacks.append(ContinuationWriter())
         return trainer
+
+    @staticmethod
+    def _show_progress(options: Namespace) -> None:
+        """Show it our way, where it is not shown in another; Lightning's bar fills files with all of its states."""
+        given = options.callbacks or []
+        given = given if isinstance(given, list) else [given]
+        if options.enable_progress_bar is not False and not options.barebones:
+            shown = any(isinstance(x, LightningProgressBar) for x in given)
+            options.callbacks = given if shown else [*given, ProgressBar()]
 
     def _loggers(self) -> list[Any]:
         """As the configuration has them: objects, or whether there shall be the trainer's own."""

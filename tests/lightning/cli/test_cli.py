@@ -84,7 +84,7 @@ def test_a_second_config_replaces_callbacks_or_adds_to_them(capsys: pytest.Captu
     rich = "lightning.pytorch.callbacks.RichProgressBar"
     assert callbacks(f"trainer: {{callbacks: [{{class_path: {rich}}}]}}") == [rich]
     all_of_them = callbacks(f"trainer: {{callbacks+: [{{class_path: {rich}}}]}}")
-    assert (len(all_of_them), all_of_them[-1]) == (11, rich)
+    assert (len(all_of_them), all_of_them[-1]) == (12, rich)
 
 
 def test_what_the_guard_does_is_an_option() -> None:

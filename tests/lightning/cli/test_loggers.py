@@ -1,17 +1,21 @@
 """Runs with Weights & Biases, and with loggers that have one folder for all: made, made again, gone on with."""
 
+import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from small_run import DATA, MODEL, TRAINER, cli
 
 from dma_lightning.checkpoints.io import read_checkpoint
 from dma_lightning.cli.entry import DMACLI
 from dma_lightning.data.restoring import data_arguments
+from dma_lightning.monitoring.writer import WandbWriter
 
 RUN = [x for x in TRAINER if not x.startswith("--trainer.logger")]
 FIXED = {
@@ -155,6 +159,60 @@ def test_runs_of_a_service_have_folders_by_their_ids() -> None:
     assert len(folders()) == 2
 
 
+class RecordingWandb(WandbLogger):
+    """Keeps what it is told; without the package."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int | None, dict[str, Any]]] = []
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.told.append((step, metrics))
+
+
+def test_weights_and_biases_is_told_pictures_histograms_and_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = SimpleNamespace(
+        Image=lambda x: ("image", x), Histogram=lambda np_histogram: ("histogram", *np_histogram),
+        Html=lambda page: ("html", page.read()),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    logger = RecordingWandb()
+    writer = WandbWriter(logger)
+    writer.add_image("a", torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1).expand(3, 2, 5), 3)
+    writer.add_histogram("b", torch.tensor([[1.0, 2.0], [2.0, 4.0]], dtype=torch.bfloat16).float(), 4)
+    writer.add_text("c", "<pre>d</pre>", 5)
+    (_, image), (_, histogram), text = logger.told
+    ((_, pixels),) = image["a"]
+    assert (pixels.shape, pixels.dtype.name, pixels[1, 4].tolist()) == ((2, 5, 3), "uint8", [0, 128, 255])
+    _, counts, edges = histogram["b"]
+    assert (counts.sum(), counts.max(), edges[0], edges[-1]) == (4, 2, 1.0, 4.0)
+    assert text == (5, {"c": ("html", "<pre>d</pre>")})
+
+
+def test_runs_of_weights_and_biases(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Offline, with the package itself."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = ["--trainer.logger=WandbLogger", "--trainer.logger.save_dir=logs", "--trainer.logger.project=mine"]
+    shown = ["DynamicMaskMonitor", "SampleMonitor", "FinalMetrics"]
+    monitors = [f"--trainer.callbacks+=dma_lightning.monitoring.{name}" for name in shown]
+    summaries = []
+    for steps, args in ((1, monitors), (2, ["--ckpt_path=last"])):
+        done = fit(steps, logger, "--trainer.val_check_interval=1", *args)
+        summaries.append((done.trainer.logger.version, dict(wandb.run.summary)))
+        wandb.finish()
+    assert done.checkpoint.name == "step=1.ckpt"
+    assert sorted(folders()) == sorted(f"mine/{version}" for version, _ in summaries)
+    assert all("config.yaml" in files for files in folders().values())
+    _, first = summaries[0]
+    kinds = {name: first[name]["_type"] for name in ("dma/layer_0/A", "dma/layer_0/scores", "kept/layer_0")}
+    assert kinds == {"dma/layer_0/A": "histogram", "dma/layer_0/scores": "histogram", "kept/layer_0": "html-file"}
+    assert first["masks/layer_0"]["_type"] == "images/separated"
+    assert first["final/loss"] == first["val/loss"]
+    media = {file.suffix for file in Path("logs").rglob("media/**/*") if file.is_file()}
+    assert media == {".png", ".html"}
+
+
 @pytest.mark.parametrize(
     ("options", "environment", "place"),
     [
@@ -171,6 +229,15 @@ def test_where_the_last_of_weights_and_biases_is(
     logger = ["--trainer.logger=WandbLogger", "--trainer.logger.save_dir=logs"]
     with pytest.raises(ValueError, match=f"expected a checkpoint below {place}, found none"):
         cli("validate", "--trainer.accelerator=cpu", *logger, *options, *DATA, "--ckpt_path=last")
+
+
+def test_one_line_names_the_monitors_that_a_logger_cannot_show(caplog: pytest.LogCaptureFixture) -> None:
+    monitors = [f"--trainer.callbacks+=dma_lightning.monitoring.{x}" for x in ("DynamicMaskMonitor", "SampleMonitor")]
+    for logger, told in ((["--trainer.logger=false"], False), (FIXED["csv"], True)):
+        fit(1, logger, *monitors)
+        lines = [x.getMessage() for x in caplog.records if "cannot show" in x.getMessage()]
+        line = "CSVLogger: cannot show histograms of DynamicMaskMonitor, pictures and texts of SampleMonitor; "
+        assert lines == [f"{line}TensorBoardLogger and WandbLogger can"] * told
 
 
 def test_the_first_logger_says_where_a_run_is() -> None:
