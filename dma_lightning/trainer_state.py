@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.core.saving import _default_map_location
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.connectors import checkpoint_connector
 from torch.optim import Adam
 
@@ -133,16 +133,21 @@ def saved_device(storage: torch.UntypedStorage, location: str) -> torch.UntypedS
     return _default_map_location(storage, location)
 
 
-def log_into_version(logger: TensorBoardLogger, version: int | str, purge_step: int | None) -> None:
+def given_version(logger: TensorBoardLogger | CSVLogger) -> int | str | None:
+    """The version that a logger was made with; None if it shall take the next number, and has not yet."""
+    return logger._version
+
+
+def log_into_version(logger: TensorBoardLogger | CSVLogger, version: int | str, purge_step: int | None = None) -> None:
     """Before a logger writes anything: let it go on in the folder of a version.
 
     Args:
         logger: which was made for another.
         version: number of the folder, or its name if that is another than `version_` and the number.
-        purge_step: what was written from this step on is taken out of the curves. None: nothing is.
+        purge_step: what was written from this step on is taken out of TensorBoard's curves. None: nothing is.
     """
     logger._version = version
-    if purge_step is not None:
+    if isinstance(logger, TensorBoardLogger) and purge_step is not None:
         logger._kwargs["purge_step"] = purge_step
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from dma_lightning.data.base import Batch
 from dma_lightning.generation import generate, pad_prompts, prompt_and_rest, split_text
 from dma_lightning.model import decoder_of
+from dma_lightning.run_folder import run_folder
 from dma_lightning.sampling import Sampling
 from dma_lightning.tokenizers import Tokenizer
 
@@ -24,7 +25,7 @@ class ContinuationWriter(BasePredictionWriter):
     processes, each writes a file of its own.
 
     Args:
-        path: of the file, which must not exist. Default: `continuations.jsonl` in the logger's folder.
+        path: of the file, which must not exist. Default: `continuations.jsonl` in the run's folder.
         prompt_length: tokens of the sequence up to where it is gone on from. Default: half of them.
         max_new_tokens: how many tokens to make. Default: as many as are left of the sequence.
         sampling: how tokens are chosen; by default the likeliest.
@@ -51,7 +52,7 @@ class ContinuationWriter(BasePredictionWriter):
         self.file: Path | None = None
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        folder = trainer.log_dir or trainer.default_root_dir  # a collective call: every rank takes part
+        folder = run_folder(trainer)  # a collective call: every rank takes part
         path = Path(self.path) if self.path else Path(folder) / "continuations.jsonl"
         if trainer.world_size > 1:
             path = path.with_stem(f"{path.stem}-rank{trainer.global_rank}")

@@ -43,7 +43,6 @@ class FitReport(pl.Callback):
             trainer.should_stop = True  # it stops anyway; asked to, Lightning validates first
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        log_dir = trainer.log_dir  # a collective call: every rank takes part
         if not trainer.is_global_zero:
             return
         if not self.trained:
@@ -59,5 +58,6 @@ class FitReport(pl.Callback):
             path := checkpoints.last_model_path or checkpoints.best_model_path
         ):
             print(f"checkpoint:  {path}")
-        if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-            print(f"TensorBoard: tensorboard --logdir {log_dir}")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                print(f"TensorBoard: tensorboard --logdir {logger.log_dir}")

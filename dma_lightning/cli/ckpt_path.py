@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from pydoc import locate
@@ -10,6 +11,7 @@ from typing import Any, cast
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType
+from lightning.pytorch.loggers import WandbLogger
 
 from dma_lightning.checkpoints.weights import (
     EMBEDDING,
@@ -91,8 +93,15 @@ def _logger_folder(trainer: Namespace) -> Path:
     if not isinstance(logger, Namespace):
         return root / ("checkpoints" if logger is False else "lightning_logs")
     options = logger.get("init_args") or Namespace()
-    folder = Path(options.get("save_dir") or root).expanduser() / (options.get("project") or options.get("name") or "")
-    version = options.get("version")
+    root, name, version = (
+        options.get("save_dir") or options.get("dir") or root,
+        options.get("name"),
+        options.get("version"),
+    )
+    if issubclass(cast("type", locate(logger.class_path)), WandbLogger):  # whose name is that of its run alone
+        name = options.get("project") or os.environ.get("WANDB_PROJECT", "lightning_logs")
+        version = version or options.get("id")
+    folder = Path(root).expanduser() / (name or "")
     return folder if version is None else folder / (version if isinstance(version, str) else f"version_{version}")
 
 

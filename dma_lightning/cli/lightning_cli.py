@@ -7,7 +7,9 @@ from typing import Any
 import lightning.pytorch as pl
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, LearningRateMonitor
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -29,6 +31,7 @@ from dma_lightning.cli.trainer_options import check_trainer_options
 from dma_lightning.cli.unstarted_runs import UnstartedRuns
 from dma_lightning.distributed import SameCheckpoint, end_with_first_process
 from dma_lightning.monitoring import ProgressBar
+from dma_lightning.run_folder import claim_folder, keep_off_other_runs
 from dma_lightning.saved_run import SavedRun
 from dma_lightning.trainer_state import is_of_restoring, log_into_version
 
@@ -37,41 +40,43 @@ _CALLBACKS_OF = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Che
 
 
 class ConfigOfRun(SaveConfigCallback):
-    """Writes the configuration to the logger's folder, as Lightning's, and says what to do if one is there.
+    """Writes the configuration to the run's folder, and says what to do if another run's is there.
 
-    Without a logger, subcommands other than `fit` leave nothing, and write none.
+    (Lightning's writes it where the logger says, which for some is the same place for all runs.) Without a logger,
+    subcommands other than `fit` leave nothing, and write none.
 
     Args:
         *args: as of `SaveConfigCallback`.
-        may_be_killed: whether one that is there is that of this run, killed before its first checkpoint.
+        goes_on_from: the step that the run goes on from, so that a configuration which is there is its own. None: it
+            begins.
+        checkpoint: the one of that step, if there is one.
         **kwargs: as of `SaveConfigCallback`.
 
     Raises:
         ValueError: in `setup`, if the folder has one of another run.
     """
 
-    def __init__(self, *args: Any, may_be_killed: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.may_be_killed = may_be_killed
+    def __init__(
+        self, *args: Any, goes_on_from: int | None = None, checkpoint: Path | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs | {"save_to_log_dir": False})
+        self.goes_on_from, self.checkpoint = goes_on_from, checkpoint
+        self.folder: str | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit" and not trainer.loggers:
+        if self.already_saved or (stage != "fit" and not trainer.loggers):
             return
-        try:
-            super().setup(trainer, pl_module, stage)
-        except RuntimeError as error:
-            if "to NOT exist" not in str(error):  # such as a lost connection
-                raise
-            if not self.may_be_killed:
-                folder = trainer.log_dir
-                assert folder is not None
-                path = Path(folder, self.config_filename)
-                raise ValueError(
-                    f"{path}: expected none of another run, got one; name another version of the logger (without one, "
-                    "another trainer.default_root_dir), go on by `fit --ckpt_path last`, or move it away"
-                ) from error
-            self.config_filename, self.overwrite = "config_from_step_0.yaml", True
-            super().setup(trainer, pl_module, stage)
+        self.folder, has_its_own = claim_folder(trainer, self.goes_on_from is not None, self.checkpoint)
+        if has_its_own:
+            self.config_filename, self.overwrite = f"config_from_step_{self.goes_on_from}.yaml", True
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write it, in the first process."""
+        assert self.folder is not None
+        get_filesystem(self.folder).makedirs(self.folder, exist_ok=True)
+        path, overwrite = f"{self.folder}/{self.config_filename}", self.overwrite
+        self.parser.save(self.config, path, skip_unset=False, overwrite=overwrite, multifile=self.multifile)
 
 
 class DMACLI(LightningCLI):
@@ -79,7 +84,7 @@ class DMACLI(LightningCLI):
 
     With `ckpt_path`, what the checkpoint saved of model and data are the defaults; configs and flags win over them.
     `last` is the newest whole checkpoint of all versions of the run's folder; `fit` begins anew where there is none,
-    and else goes on in the folder of that version, if TensorBoard's logger made it.
+    and else goes on in the folder of that version, if TensorBoard's logger made it. No run writes over another's files.
     """
 
     checkpoint: Path | None = None  # what `ckpt_path` stands for, if it is a file or folder
@@ -102,7 +107,7 @@ class DMACLI(LightningCLI):
             self.saved = self._configured_checkpoint()
             asks = self.config.get("subcommand") == "fit" and self._subcommand_config().ckpt_path == "last"
             if self.saved is None:
-                self.save_config_kwargs = {"may_be_killed": asks}
+                self.save_config_kwargs = {"goes_on_from": 0 if asks else None}  # or one killed before its first
                 return
             self.resuming = asks
         self.checkpoint, self.step, defaults = self.saved.path, self.saved.step, saved_defaults(self.saved)
@@ -196,6 +201,8 @@ class DMACLI(LightningCLI):
         """The trainer, with atomic checkpoints; for `predict` with a writer of continuations, if no other is there."""
         if self.resuming:
             self._log_where_it_was()
+        for logger in self._loggers():
+            keep_off_other_runs(logger, goes_on=self.save_config_kwargs.get("goes_on_from") is not None)
         if self.subcommand not in (None, "fit"):  # the callbacks that a checkpoint has states of are for training
             warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
         options = self._get(self.config_init, "trainer")
@@ -205,6 +212,7 @@ class DMACLI(LightningCLI):
         if isinstance(options.callbacks, list):
             refused = tuple(kind for option, kind in _CALLBACKS_OF.items() if options[option] is False)
             options.callbacks = [x for x in options.callbacks if not isinstance(x, refused)]
+        self._show_progress(options)
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -217,6 +225,20 @@ class DMACLI(LightningCLI):
             callbacks.append(ContinuationWriter())
         return trainer
 
+    @staticmethod
+    def _show_progress(options: Namespace) -> None:
+        """Show it our way, where it is not shown in another; Lightning's bar fills files with all of its states."""
+        given = options.callbacks or []
+        given = given if isinstance(given, list) else [given]
+        if options.enable_progress_bar is not False and not options.barebones:
+            shown = any(isinstance(x, LightningProgressBar) for x in given)
+            options.callbacks = given if shown else [*given, ProgressBar()]
+
+    def _loggers(self) -> list[Any]:
+        """As the configuration has them: objects, or whether there shall be the trainer's own."""
+        loggers = self._get(self.config_init, "trainer").logger
+        return loggers if isinstance(loggers, list) else [loggers]
+
     def _log_where_it_was(self) -> None:
         """Let TensorBoard's loggers go on in the folder where the last checkpoint was found.
 
@@ -227,20 +249,18 @@ class DMACLI(LightningCLI):
         assert self.saved is not None
         trainer, folder = self._get(self.config_init, "trainer"), self.checkpoint.resolve().parents[1]
         step = self.saved.step
-        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-        found = [
-            logger
-            for logger in loggers
-            if isinstance(logger, TensorBoardLogger) and Path(logger.root_dir).expanduser().resolve() == folder.parent
-        ]
-        for logger in found:
+        for logger in self._loggers():
+            if not isinstance(logger, TensorBoardLogger):
+                continue
+            root = Path(logger.root_dir).expanduser().resolve()
+            is_done = 0 < trainer.max_steps <= step  # and logs nothing more
             number = folder.name.removeprefix("version_")
             plain = number.isdecimal() and folder.name == f"version_{int(number)}"
-            is_done = 0 < trainer.max_steps <= step  # and logs nothing more
-            log_into_version(logger, int(number) if plain else folder.name, None if is_done else step)
-        if found or loggers == [False]:  # then the folder has a config.yaml
-            self.save_config_kwargs = {"config_filename": f"config_from_step_{step}.yaml", "overwrite": True}
-            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            if root in (folder, folder.parent):
+                version = "" if root == folder else int(number) if plain else folder.name
+                log_into_version(logger, version, None if is_done else step)
+        self.save_config_kwargs = {"goes_on_from": step, "checkpoint": self.checkpoint}
+        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning's own would let the checkpoint's values win over the command line's."""

@@ -1,7 +1,8 @@
 """What dynamic mask attention selects, layer by layer."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -11,14 +12,11 @@ from torch.distributed.tensor import DTensor
 from dma_lightning.data.base import Batch
 from dma_lightning.model import decoder_of
 from dma_lightning.monitoring.recording import dynamic_layers, first_sequence, record_masks
-from dma_lightning.monitoring.writer import tensorboard
+from dma_lightning.monitoring.writer import ShowingMonitor, Writer, writers
 from dma_lightning.trainer_state import is_logging_step, logged_step
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
-
-class DynamicMaskMonitor(pl.Callback):
+class DynamicMaskMonitor(ShowingMonitor):
     """Logs live fraction, births, own keys, lifetimes, and histograms of A and of scores for each layer.
 
     They are those of one more forward pass, over the first sequence of the batch. Other attentions log nothing.
@@ -29,6 +27,8 @@ class DynamicMaskMonitor(pl.Callback):
     Raises:
         ValueError: if there are no steps between.
     """
+
+    shows = "histograms"
 
     def __init__(self, every_n_steps: int = 100) -> None:
         if every_n_steps < 1:
@@ -54,19 +54,19 @@ class DynamicMaskMonitor(pl.Callback):
         known = {name: x for name, x in zip(figures, values, strict=True) if not math.isnan(x)}
         for logger in trainer.loggers:  # by itself, since Lightning would write the figures anew at every logging step
             logger.log_metrics(known, logged_step(trainer))
-        writer = tensorboard(trainer)
+        shown_by = writers(trainer)
         for i, mixer in mixers.items():
             scores = recorded[i].scores
-            _add_histogram(writer, f"dma/layer_{i}/A", mixer.A, logged_step(trainer))
+            _add_histogram(shown_by, f"dma/layer_{i}/A", mixer.A, logged_step(trainer))
             real = recorded[i].real.expand_as(scores)
-            _add_histogram(writer, f"dma/layer_{i}/scores", scores[real], logged_step(trainer))
+            _add_histogram(shown_by, f"dma/layer_{i}/scores", scores[real], logged_step(trainer))
 
 
-def _add_histogram(writer: "SummaryWriter | None", tag: str, values: Tensor, step: int) -> None:
+def _add_histogram(shown_by: Sequence[Writer], tag: str, values: Tensor, step: int) -> None:
     """Of the finite ones, if there are any."""
     if isinstance(values, DTensor):
         values = values.full_tensor()  # of a sharded parameter: a collective call
     values = values.detach().float()
     values = values[values.isfinite()]
-    if writer is not None and len(values):
-        writer.add_histogram(tag, values.cpu(), step)
+    for writer in shown_by if len(values) else ():
+        writer.add_histogram(tag, values, step)

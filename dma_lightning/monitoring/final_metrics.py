@@ -5,13 +5,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 
 class FinalMetrics(pl.Callback):
-    """Writes the hyper-parameters of model and data with the last validation's figures, for the page HPARAMS."""
+    """Writes the last validation's figures beside the hyper-parameters of model and data: TensorBoard's page HPARAMS.
+
+    Other loggers have the hyper-parameters from the start, and get the figures at the run's last step.
+    """
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         last = {name: x for name, x in trainer.callback_metrics.items() if name.startswith("val/")}
         metrics = {f"final/{name.removeprefix('val/')}": x.item() for name, x in last.items()}
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and metrics:
+        for logger in trainer.loggers if metrics else ():
+            if isinstance(logger, TensorBoardLogger):
                 params = {name: x for name, x in logger.hparams.items() if not name.startswith("_")}
                 logger.log_hyperparams(params, metrics, trainer.global_step)
                 logger.experiment.flush()
+            else:
+                logger.log_metrics(metrics, trainer.global_step)

@@ -5,7 +5,7 @@ G KV heads, N length.
 
 import html
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -16,20 +16,17 @@ from dma_lightning.data.base import Batch
 from dma_lightning.generation import generate, prompt_and_rest, split_text
 from dma_lightning.model import decoder_of
 from dma_lightning.monitoring.recording import RecordedMask, dynamic_layers, first_sequence, record_masks
-from dma_lightning.monitoring.writer import tensorboard
+from dma_lightning.monitoring.writer import ShowingMonitor, Writer, can_show, writers
 from dma_lightning.sampling import Sampling
 from dma_lightning.tokenizers import Tokenizer
 from dma_lightning.trainer_state import is_last_step, logged_step
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 _LIVE, _DEAD, _UNSEEN = (0.13, 0.40, 0.67), (0.87, 0.89, 0.92), (1.0, 1.0, 1.0)  # colours of pairs (query, key)
 _GAP = 8  # pixels between heads
 _LEAST_PIXELS = 256  # side of a mask in a picture
 
 
-class SampleMonitor(pl.Callback):
+class SampleMonitor(ShowingMonitor):
     """Shows, after validations, masks over the first validation sequence, its best-kept tokens, and a continuation.
 
     Masks and kept tokens are those of dynamic mask attention; every attention writes a continuation of the sequence's
@@ -49,6 +46,8 @@ class SampleMonitor(pl.Callback):
     Raises:
         ValueError: if a number is out of range.
     """
+
+    shows = "pictures and texts"
 
     def __init__(
         self,
@@ -93,37 +92,40 @@ class SampleMonitor(pl.Callback):
         if sequence is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self.validations += 1
-        if (self.validations - 1) % self.every_n_validations and not is_last_step(trainer):
+        due = (self.validations - 1) % self.every_n_validations == 0 or is_last_step(trainer)
+        if not due or not can_show(trainer):
             return
-        writer, step = tensorboard(trainer), logged_step(trainer)
+        shown_by, step = writers(trainer), logged_step(trainer)
         data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it from outside
         tokenizer, model = getattr(data, "tokenizer", None), decoder_of(pl_module)
         if dynamic_layers(model):
-            self._show_masks(writer, step, record_masks(trainer, model, sequence), sequence, tokenizer)
+            self._show_masks(shown_by, step, record_masks(trainer, model, sequence), sequence, tokenizer)
         if self.max_new_tokens:
             with trainer.precision_plugin.forward_context():
-                self._show_continuation(writer, step, pl_module, sequence, tokenizer)
+                self._show_continuation(shown_by, step, pl_module, sequence, tokenizer)
 
     def _show_masks(
         self,
-        writer: "SummaryWriter | None",
+        shown_by: Sequence[Writer],
         step: int,
         recorded: dict[int, RecordedMask],
         sequence: Batch,
         tokenizer: Tokenizer | None,
     ) -> None:
-        if writer is None:
+        if not shown_by:
             return
         pieces = text_pieces(tokenizer, sequence["input_ids"][0].tolist())
         for i in spread(list(recorded), self.layers):
             mask = recorded[i]
-            writer.add_image(f"masks/layer_{i}", mask_picture(mask, self.heads, self.picture_length), step)
+            picture = mask_picture(mask, self.heads, self.picture_length)
             marked = best_kept(mask.kept_shares(), mask.capacity, self.kept_share)
-            writer.add_text(f"kept/layer_{i}", marked_text(pieces, marked.tolist()), step)
+            for writer in shown_by:
+                writer.add_image(f"masks/layer_{i}", picture, step)
+                writer.add_text(f"kept/layer_{i}", marked_text(pieces, marked.tolist()), step)
 
     def _show_continuation(
         self,
-        writer: "SummaryWriter | None",
+        shown_by: Sequence[Writer],
         step: int,
         pl_module: pl.LightningModule,
         sequence: Batch,
@@ -133,11 +135,12 @@ class SampleMonitor(pl.Callback):
         # In one piece, since processes that share a model must read as often, however long their prompts are.
         options = {"seed": self.seed, "chunk_size": sequence["input_ids"].shape[1]}
         new = generate(decoder_of(pl_module), prompt[None], self.max_new_tokens, self.sampling, **options)[0]
-        if writer is not None:
+        if shown_by:
             before, made = _pieces_of_both(tokenizer, prompt.tolist(), new.tolist())
             _, real = _pieces_of_both(tokenizer, prompt.tolist(), rest[: self.max_new_tokens].tolist())
             text = marked_text(before + made, [False] * len(before) + [True] * len(made))
-            writer.add_text("sample/continuation", f"{text}\n\nThe data goes on:\n\n{marked_text(real)}", step)
+            for writer in shown_by:
+                writer.add_text("sample/continuation", f"{text}\n\nThe data goes on:\n\n{marked_text(real)}", step)
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -163,7 +166,7 @@ def _pieces_of_both(tokenizer: Tokenizer | None, prompt: list[int], more: list[i
 
 
 def marked_text(pieces: Sequence[str], marked: Sequence[bool] | None = None) -> str:
-    """HTML that TensorBoard lets through, with the marked pieces in bold type."""
+    """HTML that TensorBoard lets through (others show it, too), with the marked pieces in bold type."""
     parts, bold = [], False
     for piece, mark in zip(pieces, marked or [False] * len(pieces), strict=True):
         if mark != bold:

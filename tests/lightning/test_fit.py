@@ -234,8 +234,8 @@ def test_documents_are_gone_on_with_alone(tmp_path: Path, monkeypatch: pytest.Mo
     options += ["--data.val_fraction=0.3", "--data.batch_size=4", "--trainer.accelerator=cpu"]
     options += ["--trainer.precision=bf16-mixed", "--trainer.logger=false"]
     monitor = ["--trainer.callbacks=dma_lightning.monitoring.SampleMonitor", "--trainer.max_steps=1"]
+    monitor += ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=runs"]
     build_cli(["fit", *options, *monitor, "--trainer.val_check_interval=1", "--trainer.num_sanity_val_steps=0"])
-    Path("config.yaml").unlink()
     writer = ["--trainer.callbacks=dma_lightning.callbacks.ContinuationWriter", "--trainer.callbacks.path=out.jsonl"]
     with pytest.warns(UserWarning, match="predict: no --ckpt_path is given, so the weights are random"):
         cli = build_cli(["predict", *options, *writer])

@@ -19,9 +19,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
@@ -33,6 +34,7 @@ from dma_lightning.trainer_state import (
     CLASS_PATH,
     OVERRIDDEN,
     accumulates,
+    given_version,
     has_trainer,
     is_last_step,
     is_logging_step,
@@ -285,9 +287,12 @@ def test_gradients_of_a_fused_optimizer_are_clipped() -> None:
 @pytest.mark.parametrize("version", [0, "first"])
 @pytest.mark.parametrize(("purge_step", "left"), [(2, [0, 1, 9]), (None, [0, 1, 2, 3, 9])])
 def test_a_logger_goes_on_in_another_folder(
-    version: int | str, purge_step: int | None, left: list[float], tmp_path: Path
+    version: int | str, purge_step: int | None, left: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # TensorBoard reads the files that a process makes within a second in the order of their numbers' text: 10 before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
     first, again = TensorBoardLogger(tmp_path, version=version), TensorBoardLogger(tmp_path)
+    assert (given_version(first), given_version(again)) == (version, None)
     for step in range(4):
         first.log_metrics({"x": step}, step)
     first.finalize("success")
@@ -298,6 +303,15 @@ def test_a_logger_goes_on_in_another_folder(
     events = EventAccumulator(first.log_dir)
     events.Reload()
     assert [event.value for event in events.Scalars("x")] == left
+
+
+def test_a_csv_logger_writes_to_another_folder(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, version="a")
+    assert given_version(logger) == "a"
+    log_into_version(logger, "b")
+    logger.log_metrics({"x": 1.0}, 0)
+    logger.save()
+    assert Path(tmp_path, "lightning_logs/b/metrics.csv").exists()
 
 
 @pytest.mark.parametrize(

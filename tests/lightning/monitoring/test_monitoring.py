@@ -1,6 +1,7 @@
 """What a run shows: every documented tag, exact figures, and no waiting for the device between logging steps."""
 
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dma_lightning.backends import explain_backend
@@ -17,6 +19,7 @@ from dma_lightning.config import ModelConfig
 from dma_lightning.mixers import MIXERS
 from dma_lightning.model import DogeForCausalLM
 from dma_lightning.monitoring import SpeedMonitor, peaks, speed
+from dma_lightning.monitoring.progress import _steps_between
 from dma_lightning.monitoring.summary import duration
 
 ROOT = Path(__file__).parents[3]
@@ -114,7 +117,10 @@ def test_figures_stand_at_the_same_steps(dma: EventAccumulator) -> None:
             assert [event.step for event in dma.Scalars(tag)] == steps, tag
 
 
-def test_tokens_and_progress_bar_count_on_after_a_checkpoint(dma: EventAccumulator, tmp_path: Path) -> None:
+def test_tokens_and_progress_bar_count_on_after_a_checkpoint(
+    dma: EventAccumulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert values(dma, "speed/tokens_seen") == [TOKENS, 2 * TOKENS, 3 * TOKENS]
     (checkpoint,) = (file.resolve() for file in Path(dma.path).rglob("last.ckpt"))
     more = ["--trainer.max_steps=5", "--trainer.accumulate_grad_batches=2"]
@@ -206,6 +212,7 @@ def test_nothing_waits_for_the_device_between_logging_steps(tmp_path: Path, monk
         synced.append(strategy.lightning_module.trainer.global_step)
         return reduce(strategy, *args, **options)
 
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # for the progress bar
     monkeypatch.setattr(SingleDeviceStrategy, "reduce", noted)
     monkeypatch.setattr("dma_lightning.language_model.AdamW", sgd)
     monkeypatch.setattr(
@@ -239,6 +246,65 @@ def test_summary_tells_the_run_and_how_long_it_takes(tmp_path: Path, capsys: pyt
         in words
     )
     assert re.search(r"estimated time: \d+ s \(1 steps x [\d,]+ ms, without validation\)", words)
+
+
+def test_without_a_terminal_there_are_lines_instead_of_a_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path, "--trainer.max_steps=8", "--trainer.log_every_n_steps=3", "--trainer.val_check_interval=4")
+    out = capsys.readouterr().out
+    assert not re.search(r"\r|it/s|Epoch 0", out)
+    lines = [line for line in out.splitlines() if line.startswith("step ") and "sequences" not in line]
+    figures, left = r"loss \d\.\d+, [\d,]+ tokens/s", r"(\d+ min )?\d+ s left"
+    validation = r"validation: val/loss \d\S*, val/perplexity \S+, val/accuracy \S+, val/bits_per_byte \d\S*"
+    expected = [f"step 0, {validation}", f"step 3 of 8, {figures}, {left}", f"step 4 of 8, {validation}"]
+    expected += [f"step 6 of 8, {figures}, {left}", f"step 8 of 8, {figures}, 0 s left", f"step 8 of 8, {validation}"]
+    assert len(lines) == len(expected)
+    assert all(re.fullmatch(pattern, line) for pattern, line in zip(expected, lines, strict=True)), lines
+    assert "attention   " in out  # the table of the run is there all the same
+
+
+def test_in_a_terminal_there_is_a_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    fit(tmp_path, "--trainer.callbacks=[]")  # which Lightning would give a bar of its own
+    out = capsys.readouterr().out
+    assert re.search(r"Epoch 0: .*\| 3/3 \[", out)
+    assert "step " not in out
+
+
+def test_lines_are_as_many_as_one_reads() -> None:
+    assert {x: _steps_between(x) for x in (3, 99, 1000, 13_500, None)} == {3: 1, 99: 2, 1000: 20, 13_500: 20, None: 20}
+
+
+def test_tensorboard_has_a_page_with_the_curves_that_matter_first(
+    dma: EventAccumulator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def page(read: EventAccumulator) -> dict[str, dict[str, set[str]]]:
+        (event,) = read.Tensors("custom_scalars__config__")
+        layout = Layout.FromString(event.tensor_proto.string_val[0])
+        known = read.Tags()["scalars"]
+        return {
+            category.title: {
+                chart.title: {tag for tag in known for x in chart.multiline.tag if re.match(x, tag)}  # as TensorBoard
+                for chart in category.chart
+            }
+            for category in layout.category
+        }
+
+    run, layers = (page(dma)[name] for name in ("Run", "Layers"))
+    assert list(page(dma)) == ["Run", "Layers"]
+    assert list(run)[:6] == ["loss", "perplexity", "bits per byte", "accuracy", "learning rate", "tokens per second"]
+    assert (run["loss"], run["learning rate"]) == ({"train/loss", "val/loss"}, {"lr-AdamW/pg1", "lr-AdamW/pg2"})
+    assert run["tokens per second"] == {"speed/tokens_per_s"}
+    assert all(run.values())
+    # They have 64 positions and w = 16, so that each layer has all of its figures.
+    assert layers == {name: {f"dma/layer_{i}/{name}" for i in (0, 1)} for name in layers}
+    overview = "--trainer.callbacks=dma_lightning.monitoring.CurveOverview"
+    fit(tmp_path, overview, "--model.attention=mha", "--trainer.max_steps=1")
+    assert list(page(events(tmp_path))) == ["Run"]
+    assert f"tensorboard --logdir {tmp_path}/cpu/version_0, then http://localhost:6006/#" in capsys.readouterr().out
 
 
 def test_duration() -> None:
