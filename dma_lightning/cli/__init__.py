@@ -6,7 +6,8 @@
 - `generate`, `prepare`, `train_tokenizer`, `sizes`, `huggingface`: commands of our own
 - `needle`, `extrapolation`, `positions`: those that evaluate a checkpoint
 - `parsing`: how arguments are read
-- `errors`: which errors are told in one line
+- `usage`: what is wrong with a command line; `trainer_options`: with accelerator and strategy
+- `errors`: which errors are told in one line; `unstarted_runs`: no folder of a run that ends before it trains
 """
 
 from dma_lightning.cli.entry import DMACLI, build_cli, main

@@ -179,7 +179,8 @@ class DMACLI(LightningCLI):
             return
         unstarted = UnstartedRuns(self.trainer) if subcommand == "fit" else None
         if unstarted is not None:
-            self.trainer.callbacks.append(unstarted)  # type: ignore[attr-defined]  # Lightning sets it undeclared
+            # First, so that it knows before another callback fails.
+            self.trainer.callbacks.insert(0, unstarted)  # type: ignore[attr-defined]  # Lightning sets it undeclared
         try:
             self._run_or_name_checkpoint(subcommand)
         finally:

@@ -33,14 +33,14 @@ class UnstartedRuns(pl.Callback):
         saved = [getattr(x, "dirpath", None) for x in callbacks if isinstance(x, Checkpoint)]
         for folder in [*(logged or [Path(trainer.default_root_dir)]), *(Path(x) for x in saved if x)]:
             self.folders += [folder / "checkpoints", folder]
-        self.before = {x for folder in self.folders for x in (folder, *folder.parents, *_files(folder)) if x.exists()}
+        self.before = {x for folder in self.folders for x in _known(folder)}
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.trained = True
 
     def clean(self) -> None:
-        """Take away the new files of a run that has not trained, and folders that are empty then."""
-        if self.trained:
+        """Take away the new files of a run that has not trained or saved, and folders that are empty then."""
+        if self.trained or any(x not in self.before for folder in self.folders for x in folder.glob("*.ckpt")):
             return
         for folder in self.folders:
             for file in _files(folder):
@@ -50,6 +50,13 @@ class UnstartedRuns(pl.Callback):
                 if place in self.before or not place.is_dir() or any(place.iterdir()):
                     break
                 place.rmdir()
+
+
+def _known(folder: Path) -> list[Path]:
+    """What is there before a run: the folder and those above it, what it may write, and checkpoints."""
+    return [
+        x for x in (folder, *folder.parents, *_files(folder), *folder.glob("*.ckpt")) if x.exists() or x.is_symlink()
+    ]
 
 
 def _files(folder: Path) -> list[Path]:

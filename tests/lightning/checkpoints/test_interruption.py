@@ -28,6 +28,7 @@ from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.checkpoints.io import AtomicCheckpointIO, newest_checkpoint
 from dma_lightning.checkpoints.sharded import replace_folder
 from dma_lightning.cli.entry import DMACLI, build_cli
+from dma_lightning.cli.unstarted_runs import UnstartedRuns
 from dma_lightning.files.atomic import atomic_write
 
 STEPS = 9
@@ -489,7 +490,7 @@ def resolved(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[DMACLI, st
 def test_last_looks_over_all_versions(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert steps_of(copied) == [f"version_{x}.ckpt" for x in ("0/step=2", "0/step=4", "1/step=5", "1/step=6")]
     newest = copied / "runs/killed/version_1/checkpoints/step=6.ckpt"
-    done, printed = resolved(capsys, "--ckpt_path=last")
+    done, printed = resolved(capsys, "--ckpt_path=last", "--trainer.max_steps=7")
     assert done.checkpoint == newest
     assert f"ckpt_path last: {newest}" in printed
     saved = yaml.safe_load((copied / "runs/killed/version_2/config.yaml").read_text())
@@ -662,6 +663,7 @@ def test_a_run_without_a_checkpoint_yet_begins_again_where_it_was(option: str, w
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LanguageModel, "training_step", lambda *_: fail())
+        patch.setattr(UnstartedRuns, "clean", lambda _: None)  # a killed process does not
         for _ in range(3):  # with the configuration of an earlier attempt, and that of an attempt after it
             with pytest.raises(OnPurposeError):
                 start("--ckpt_path=last")

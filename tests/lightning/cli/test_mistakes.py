@@ -5,13 +5,16 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import lightning.pytorch as pl
 import pytest
 import small_run
 import torch
 from jsonargparse import ArgumentError
+from lightning.pytorch.loggers import CSVLogger
 
 from dma_lightning import LanguageModel
 from dma_lightning.cli.entry import DMACLI, main
+from dma_lightning.cli.unstarted_runs import UnstartedRuns
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 LAYERS = [f"-c={CONFIGS}/{name}.yaml" for name in ("model/tiny", "data/text", "trainer/cpu")]
@@ -229,3 +232,21 @@ def test_evaluation_leaves_no_logs(subcommand: str, tmp_path: Path) -> None:
     made = {x.name for x in tmp_path.iterdir()}
     assert "lightning_logs" not in made
     assert len(list(Path("runs/small").iterdir())) == 1
+
+
+def test_a_checkpoint_keeps_the_folder_that_it_is_in(tmp_path: Path) -> None:
+    """Whatever else has been written, and although no batch was trained on."""
+    trainer = pl.Trainer(logger=CSVLogger("runs"), accelerator="cpu", enable_progress_bar=False)
+    unstarted, folder = UnstartedRuns(trainer), Path(trainer.logger.log_dir)
+    for name in ("config.yaml", "checkpoints/step=1.ckpt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    unstarted.clean()
+    assert (folder / "config.yaml").exists()
+    (folder / "checkpoints/step=1.ckpt").unlink()
+    (folder / "notes.txt").touch()
+    unstarted.clean()
+    assert [x.name for x in folder.iterdir()] == ["notes.txt"]
+    (folder / "notes.txt").unlink()
+    unstarted.clean()
+    assert list(tmp_path.glob("runs")) == []
