@@ -1,7 +1,7 @@
 """What writes pictures, histograms and texts: TensorBoard and Weights & Biases."""
 
 import io
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import lightning.pytorch as pl
 import numpy as np
@@ -59,13 +59,15 @@ class WandbWriter:
         import wandb
 
         counts = np.histogram(values.cpu().numpy(), bins=_BINS)
-        self.logger.log_metrics({tag: wandb.Histogram(np_histogram=counts)}, step)
+        figures: dict[str, Any] = {tag: wandb.Histogram(np_histogram=counts)}  # not floats, but wandb takes them
+        self.logger.log_metrics(figures, step)
 
     def add_text(self, tag: str, text: str, step: int) -> None:
         import wandb
 
         page = io.StringIO(text)  # of a string, wandb asks whether it is the name of a file
-        self.logger.log_metrics({tag: wandb.Html(page)}, step)
+        figures: dict[str, Any] = {tag: wandb.Html(page)}
+        self.logger.log_metrics(figures, step)
 
 
 def writers(trainer: pl.Trainer) -> list[Writer]:
