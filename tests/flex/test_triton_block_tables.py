@@ -87,7 +87,7 @@ def test_the_operation_gives_the_same_bits(device: str) -> None:
 
 def test_every_kind_of_block_occurs(device: str) -> None:
     for in_order in (False, True):
-        tables = block_tables_reference(*make_lifetimes(257, 257, 2, 2, in_order, device), 257, 16)
+        tables = block_tables_reference(*make_lifetimes(257, 257, 2, 2, in_order, device), 257, 16, 2)
         partial, full = tables[0].sum(), tables[2].sum()
         assert partial > 0
         assert partial + full < tables[1].numel() or not in_order

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 import dma_lightning
 from dma_lightning import trainer_state
+from dma_lightning.cli import parsing
 from dma_lightning.trainer_state import (
     ADDED_HPARAMS,
     CLASS_PATH,
@@ -406,14 +407,15 @@ def lightning_classes(kind: type) -> set[type]:
 def is_allowed(use: Use, module: ModuleType, defined: set[str]) -> bool:
     """Whether a name is our own, one of torch, or one of Lightning's that `OVERRIDDEN` has.
 
-    Of torch are those below its module, and those of every `nn.Module`. (`os._exit` is documented.)
+    Of torch are those below its module, and those of every `nn.Module`. (`os._exit` is documented.) Those of
+    jsonargparse stand in `parsing`, and `cli/test_strings.py` holds what they are used for.
 
     Args:
         use: of the name.
         module: in which it stands.
         defined: names that classes of that module define.
     """
-    if use.of.partition(".")[0] in ("torch", "os"):
+    if use.of.partition(".")[0] in ("torch", "os") or module is parsing:
         return True
     if use.of not in ("self", "cls", "super()"):
         return use.name in defined or hasattr(nn.Module, use.name)
