@@ -84,7 +84,7 @@ def main() -> None:
     if name not in commands and not name.startswith("-"):
         meant = did_you_mean(name, commands)
         print(
-            f"dma-lightning: expected a command of {', '.join(commands)}, got {name!r}{meant}; or --help",
+            f"dma-lightning: expected a command of {', '.join(commands)}, got {name!r}{meant or '; see --help'}",
             file=sys.stderr,
         )
         sys.exit(2)
