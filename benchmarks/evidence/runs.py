@@ -80,7 +80,7 @@ class Runner:
                 f"{self.parallel} and {self.deadline:g}"
             )
         self.results = Results.read(self.path)
-        self.gpus = visible_gpus()
+        self._gpus = visible_gpus()
         self._running: list[_Running] = []
         self._finished: list[str] = []
         self._resumed = False  # whether a cell had been begun by another call
@@ -113,7 +113,7 @@ class Runner:
             if self._finished:
                 whole = not self._is_ending and not self._resumed and not self.failed
                 self.results.invocations.append(
-                    Invocation(self.parallel, round(seconds, 1), self._finished, whole, describe(), len(self.gpus))
+                    Invocation(self.parallel, round(seconds, 1), self._finished, whole, describe(), len(self._gpus))
                 )
                 self.results.write(self.path)
         missing, rate = len(self._missing()), 3600 * len(self._finished) / seconds
@@ -154,7 +154,7 @@ class Runner:
     def _free_gpu(self) -> str | None:
         """The GPU with the fewest trainings; None if there is none."""
         taken = Counter(running.gpu for running in self._running)
-        return min(self.gpus, key=taken.__getitem__, default=None)
+        return min(self._gpus, key=taken.__getitem__, default=None)
 
     def _folder(self, cell: Cell, options: Options) -> Path:
         """Where a cell runs: another one if anything has changed, since a run cannot go on with other arguments."""
