@@ -92,7 +92,9 @@ def heap_mask(
             real_keys += 1
             if real_keys <= sinks:
                 first_keys.append(t)
-            heapq.heappush(heap, (priority[t], t))
+        entrant = t - keep_last  # no longer among the last positions
+        if entrant >= start and (padding is None or not padding[entrant]):
+            heapq.heappush(heap, (priority[entrant], entrant))
             if len(heap) > window:
                 heapq.heappop(heap)
         last = [j for j in range(max(start, t - keep_last + 1), t + 1) if padding is None or not padding[j]]

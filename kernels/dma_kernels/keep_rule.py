@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class KeepRule:
-    """A query keeps the best-ranked keys of its past, and besides these its last positions and its document's first.
+    """A query keeps its last positions, the best-ranked keys before them, and the first keys of its document.
+
+    Keys compete once they are no longer among the last positions, so a query of a long past sees exactly w + r keys.
 
     Attributes:
-        window: w, best-ranked keys.
+        window: w, best-ranked keys of those that are at least r positions behind.
         last: r, last positions, whatever their rank.
         sinks: s, first keys of each document, whatever their rank.
 
@@ -42,7 +44,7 @@ class HasKeepRule:
 
     @property
     def keep_window_size(self) -> int:
-        """Best-ranked keys that a query keeps."""
+        """Best-ranked keys that a query keeps, of those before its last positions."""
         return self.keep.window
 
     @keep_window_size.setter
@@ -51,7 +53,7 @@ class HasKeepRule:
 
     @property
     def keep_last(self) -> int:
-        """Last positions that it keeps besides."""
+        """Last positions that it keeps whatever their rank."""
         return self.keep.last
 
     @keep_last.setter

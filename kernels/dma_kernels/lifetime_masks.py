@@ -144,8 +144,8 @@ class Lifetimes:
     ) -> "Lifetimes":
         """The dynamic mask: each query sees the `keep_window_size` best-ranked keys of its own past.
 
-        Composed as `((top_w | last keep_last | sinks) & documents) & padding`. Documents and padding are
-        arguments of the selection itself: keys of another document never evict yours.
+        With `keep_last`, each query sees its last positions and the best-ranked keys before them. Documents and
+        padding are arguments of the selection itself: keys of another document never evict yours.
 
         Args:
             ranks: `[B, G, N]`, compared in float32 with 16 mantissa bits; of two equal ranks the later key wins.
@@ -154,7 +154,8 @@ class Lifetimes:
                 are ignored. Each document is attended to by itself alone.
             padding: bool `[B, N]`, True at padded positions, anywhere; nobody sees these keys and they count
                 for nothing in the selection.
-            keep_last: the last so many positions stay visible whatever their rank.
+            keep_last: the last so many positions are visible whatever their rank, and a key competes with others
+                only when it is no longer among them.
             sinks: the first so many real keys of each document stay visible to its end.
 
         Raises:
@@ -176,8 +177,8 @@ class Lifetimes:
         packing.check_fits(ranks.shape[0], ranks)
         birth = torch.arange(length, dtype=torch.int32, device=ranks.device)[None, None]
         death = deaths_by_rank(ranks.detach(), packing.runs, packing.padding, keep.window)
-        if keep.last:
-            death = torch.maximum(death, (birth + min(keep.last, length)).clamp(max=length))
+        if keep.last:  # the competition is the same, so much later
+            death = (death + min(keep.last, length)).clamp(max=length)
         if keep.sinks:
             death = torch.where(is_sink(keep.sinks, birth, packing), length, death)
         return cls._within(birth, death, min(keep.capacity, length), packing)

@@ -51,11 +51,12 @@ def reference_mask(
     # (rank, position) as one integer: the later of two equal ranks wins.
     priority = ordered_bits(ranks).long() * length + position  # [B, G, N]
     lowest = torch.iinfo(torch.int64).min
-    candidates = torch.where(allowed, priority[..., None, :], lowest)  # [B, G, N, N]
+    recent = position > position[:, None] - keep.last
+    candidates = torch.where(allowed & ~recent, priority[..., None, :], lowest)  # [B, G, N, N]
     kept = candidates.topk(min(keep.window, length), dim=-1).indices
     mask = torch.zeros_like(candidates, dtype=torch.bool).scatter_(-1, kept, True)
 
-    mask |= position > position[:, None] - keep.last
+    mask |= recent
     place_in_document = (allowed & (position < position[:, None])).sum(-1)  # [B or 1, 1, N] real keys before
     mask |= (place_in_document < keep.sinks)[..., None, :]
     return mask & allowed

@@ -42,7 +42,7 @@ def document_starts(length: int, documents: list[int] | None, padding: list[bool
 
 @dataclass(frozen=True)
 class Kept:
-    """What a query keeps: the best `window` keys, the last positions, and the first keys of its document."""
+    """What a query keeps: the last positions, the best `window` keys before, and the first keys of its document."""
 
     window: int
     keep_last: int = 0
@@ -59,7 +59,8 @@ class Kept:
             past = past if t and starts[t] == starts[t - 1] else []
             if real[t]:
                 insort(past, (comparable(ranks[t]), t))
-            mask[t, [j for _, j in past[-self.window :]]] = True
+            settled = [j for _, j in past if j <= t - self.keep_last]
+            mask[t, settled[-self.window :]] = True
             mask[t, sorted(j for _, j in past)[: self.sinks]] = True
             recent = range(max(starts[t], t - self.keep_last + 1), t + 1)
             mask[t, [j for j in recent if real[j]]] = True

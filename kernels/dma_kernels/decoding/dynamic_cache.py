@@ -1,8 +1,8 @@
 """Keys and values of the past for decoding: all that a query can still see, and nothing else.
 
-A key that is out of the top-w never returns, so a cache of w + r + s slots is exact: the w ranked keys, the last r
-positions and the first s keys of the document. Its shape does not depend on how much has been read. A key that is kept
-only because it is recent is remembered as unranked, since it has lost its place for good.
+A key that is out of the top-w never returns, so a cache of w + r + s slots is exact: the last r positions, the w
+best-ranked keys before them and the first s keys of the document. Its shape does not depend on how much has been read.
+A sink that is no longer among the best is remembered as unranked, since it has lost its place for good.
 
 B batch, H query heads, G KV heads, n new positions, D head dim, C slots, M = C + n.
 
@@ -264,7 +264,7 @@ class DynamicMaskCache(HasKeepRule):
 
     def visible(self) -> Tensor:
         """Which slots the last position sees, bool `[B, G, C]`."""
-        return self.state.visible(self.length - 1, self.keep.last)
+        return self.state.visible
 
     def _check(self, q: Tensor, new: NewKeys) -> None:
         """Raise `ValueError` unless new keys fit the cache."""
@@ -296,13 +296,12 @@ class DynamicMaskCache(HasKeepRule):
         end = None if runs is None else document_ends(runs)
         # Unranked keys stand in front with the lowest rank, and so count for nothing.
         top = deaths_by_rank(slots.rank.masked_fill(~slots.ranked, -torch.inf), runs, padding, self.keep.window)
-        ranked_death = torch.where(
-            slots.ranked & filled, top.clamp(max=keys) if end is None else top.minimum(end), birth
-        )
-        recent = slots.position + (past - self.length + self.keep.last)[:, None, None]
-        death = torch.where(slots.sink, keys, torch.maximum(ranked_death, recent))
-        death = death.clamp(max=keys) if end is None else torch.minimum(death, end)
-        death = torch.where(filled, death, birth)
+        if self.keep.last:  # a key competes when the query is so far behind it
+            late = slots.position.gather(2, top.clamp(max=keys - 1).long()) + self.keep.last
+            top = torch.where(top < keys, late + (past - self.length)[:, None, None], keys)
+        end = keys if end is None else end
+        ranked_death = torch.where(slots.ranked & filled, top.clamp(max=end), birth)
+        death = torch.where(slots.sink & filled, end, ranked_death)
         documents = new.documents
         document = state.document[:, None].expand(batch, count) if documents is None else documents.clone()
         return _Chunk(slots, ranked_death, death, real, document, number)

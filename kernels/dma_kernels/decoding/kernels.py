@@ -55,21 +55,21 @@ _FIRST, _LAST = tl.constexpr(-9223372036854775808), tl.constexpr(922337203685477
 
 
 @triton.jit
-def _load_ranks(p_rank, p_position, p_ranked, o_c, slots):
-    """Ranks and positions in slots, and whether they are ranked."""
+def _load_ranks(p_rank, p_position, p_ranked, o_c, slots, settled):
+    """Ranks and positions in slots, and whether they compete: those that are ranked, up to the position `settled`."""
     m_c = o_c < slots
     b_rank, b_position = tl.load(p_rank + o_c, mask=m_c, other=0.0), tl.load(p_position + o_c, mask=m_c, other=0)
-    return b_rank, b_position, tl.load(p_ranked + o_c, mask=m_c, other=0) != 0
+    return b_rank, b_position, (tl.load(p_ranked + o_c, mask=m_c, other=0) != 0) & (b_position <= settled)
 
 
 @triton.jit
-def _lowest(b_rank, b_position, m_ranked, o_c, slots, EMPTY_FIRST: tl.constexpr):
-    """What the lowest ranked key is ordered by, its rank and then its position, and its place in the tile.
+def _lowest(b_rank, b_position, m_competes, o_c, slots, EMPTY_FIRST: tl.constexpr):
+    """What the lowest key that competes is ordered by, its rank and then its position, and its place in the tile.
 
-    `EMPTY_FIRST`: a slot that is not ranked comes before all that are.
+    `EMPTY_FIRST`: a slot whose key does not compete comes before all others.
     """
     b_other = tl.full(b_position.shape, _FIRST if EMPTY_FIRST else _LAST, tl.int64)
-    b_order = tl.where(m_ranked, (ordered_bits(b_rank).to(tl.int64) << 32) + b_position, b_other)
+    b_order = tl.where(m_competes, (ordered_bits(b_rank).to(tl.int64) << 32) + b_position, b_other)
     return tl.min(tl.where(o_c < slots, b_order, _LAST), axis=0, return_indices=True)
 
 
@@ -83,14 +83,14 @@ def _load_flags(p_position, p_ranked, p_sink, o_c, m_c, SINKS: tl.constexpr):
 
 
 @triton.jit
-def _seen(b_position, m_ranked, m_sink, evicted, recent):
+def _seen(b_position, m_ranked, m_sink, evicted):
     """Which slots the new query sees, of flags."""
-    return (m_ranked & (b_position != evicted)) | m_sink | ((b_position >= recent) & (b_position != -1))
+    return (m_ranked & (b_position != evicted)) | m_sink
 
 
 @triton.jit
 def _first_unseen(
-    p_position, p_ranked, p_sink, slots, evicted, recent,
+    p_position, p_ranked, p_sink, slots, evicted,
     SINKS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """The first slot that the new query does not see."""
@@ -99,7 +99,7 @@ def _first_unseen(
         o_c = i + tl.arange(0, RANKS)
         m_c = o_c < slots
         b_position, m_ranked, m_sink = _load_flags(p_position, p_ranked, p_sink, o_c, m_c, SINKS)
-        m_seen = _seen(b_position, m_ranked, m_sink, evicted, recent)
+        m_seen = _seen(b_position, m_ranked, m_sink, evicted)
         b_free = tl.minimum(b_free, tl.where(m_c & ~m_seen, o_c, 2147483647))
     return tl.min(b_free)
 
@@ -190,8 +190,9 @@ def _decode_step_kernel(
 
     # All that decides about the new key is loaded first; the first tile is on its way while ranks are compared.
     now, seen = tl.load(p_length + i_row), tl.load(p_seen + i_row)
+    settled = now - keep_last  # up to here keys compete
     o_c, o_s = first + tl.arange(0, BLOCK_C), tl.arange(0, RANKS)
-    b_rank, b_at, m_ranked = _load_ranks(p_rank, p_position, p_ranked, o_s, slots)
+    b_rank, b_at, m_competes = _load_ranks(p_rank, p_position, p_ranked, o_s, slots, settled)
     b_position, m_tile_ranked, m_sink = _load_flags(p_position, p_ranked, p_sink, o_c, o_c < end, SINKS)
     b_bias = tl.load(p_bias + o_c, mask=o_c < end, other=0.0)
     real = tl.full([], 1, tl.int1) if p_real is None else tl.load(p_real + i_b) != 0
@@ -205,35 +206,40 @@ def _decode_step_kernel(
     b_k = tl.load(p_k + i_b * k_b + i_g * k_g + o_d, mask=m_d, other=0.0)
     b_v = tl.load(p_v + i_b * v_b + i_g * v_g + o_d, mask=m_d, other=0.0)
 
-    lowest, place = _lowest(b_rank, b_at, m_ranked, o_s, slots, not BESIDES)
+    lowest, place = _lowest(b_rank, b_at, m_competes, o_s, slots, not BESIDES)
+    count = tl.sum(m_competes.to(tl.int32)) if BESIDES else 0
     for i in range(RANKS, slots, RANKS):
         o_s = i + tl.arange(0, RANKS)
-        b_rank, b_at, m_ranked = _load_ranks(p_rank, p_position, p_ranked, o_s, slots)
-        lower, lower_place = _lowest(b_rank, b_at, m_ranked, o_s, slots, not BESIDES)
+        b_rank, b_at, m_competes = _load_ranks(p_rank, p_position, p_ranked, o_s, slots, settled)
+        lower, lower_place = _lowest(b_rank, b_at, m_competes, o_s, slots, not BESIDES)
         place = tl.where(lower < lowest, i + lower_place, place)
         lowest = tl.minimum(lower, lowest)
-    full = seen >= window  # all real keys of the document are ranked, until there are w
-    wins = real & (~full | ((ordered_bits(new_rank).to(tl.int64) << 32) + now > lowest))
+        count += tl.sum(m_competes.to(tl.int32)) if BESIDES else 0
+    # Without last positions, the new key competes at once. One key at most is one too many.
+    new_competes = real & (keep_last == 0)
+    # All real keys of the document compete, until there are w.
+    over = count + new_competes.to(tl.int32) > window if BESIDES else real & (seen >= window)
+    new_is_lowest = new_competes & ((ordered_bits(new_rank).to(tl.int64) << 32) + now < lowest)
+    wins = real & ~(over & new_is_lowest)
     is_sink = real & (seen < sinks)
-    kept = wins | is_sink | (real & (keep_last > 0))
-    evicted = tl.where(wins & full, lowest & 0xFFFFFFFF, _NOBODY)
-    recent = now - keep_last + 1  # the first position that is seen whatever its rank
-    free = place  # if all keys are ranked, an empty slot or that of the lowest
+    kept = wins | is_sink
+    evicted = tl.where(over & ~new_is_lowest, lowest & 0xFFFFFFFF, _NOBODY)
+    free = place  # if all keys compete, an empty slot or that of the lowest
     if BESIDES:
-        free = _first_unseen(p_position, p_ranked, p_sink, slots, evicted, recent, SINKS, RANKS)
+        free = _first_unseen(p_position, p_ranked, p_sink, slots, evicted, SINKS, RANKS)
     if not ONE_TILE:  # what the tiles behind the first need of their flags
         p_seen_bias += i_line
         for i in range(first + BLOCK_C, end, RANKS):
             o_s = i + tl.arange(0, RANKS)
             b_at, m_at, m_first = _load_flags(p_position, p_ranked, p_sink, o_s, o_s < end, SINKS)
             b_seen_bias = tl.load(p_bias + o_s, mask=o_s < end, other=0.0) * LOG2_E
-            b_seen_bias = tl.where(_seen(b_at, m_at, m_first, evicted, recent), b_seen_bias, -float("inf"))
+            b_seen_bias = tl.where(_seen(b_at, m_at, m_first, evicted), b_seen_bias, -float("inf"))
             tl.store(p_seen_bias + o_s, b_seen_bias, mask=o_s < end)
         tl.debug_barrier()
 
     b_max, b_sum = tl.full([BLOCK_R], -float("inf"), tl.float32), tl.zeros([BLOCK_R], tl.float32)
     b_out = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    b_bias = tl.where(_seen(b_position, m_tile_ranked, m_sink, evicted, recent), b_bias * LOG2_E, -float("inf"))
+    b_bias = tl.where(_seen(b_position, m_tile_ranked, m_sink, evicted), b_bias * LOG2_E, -float("inf"))
     b_out, b_max, b_sum = _attend_tile(b_out, b_max, b_sum, b_q, b_key, b_value, b_bias, scale, BESIDES, PRECISION)
     if not ONE_TILE:
         for i in range(first + BLOCK_C, end, BLOCK_C):

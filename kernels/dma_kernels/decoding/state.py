@@ -75,7 +75,7 @@ class Slots:
         key_bias: what is added to the logits, `[B, G, M]` in at least float32.
         rank: what selection compares, same shape.
         position: int64 `[B, G, M]`; -1 in an empty slot.
-        ranked: whether a key is among the w best so far, bool `[B, G, M]`.
+        ranked: whether a key is among the last r positions, or the w best before them, bool `[B, G, M]`.
         sink: whether a key is among the first of its document, bool `[B, G, M]`.
     """
 
@@ -145,7 +145,7 @@ class CacheState(Slots):
         """These sequences, int64 `[B']`, in this order, as new tensors."""
         return CacheState(*(getattr(self, field.name).index_select(0, rows) for field in fields(self)))
 
-    def visible(self, position: Tensor, keep_last: int) -> Tensor:
-        """Which slots a query at these positions `[B]` sees, bool `[B, G, C]`."""
-        recent = self.position > (position - keep_last)[:, None, None]
-        return (self.position != EMPTY) & (self.ranked | self.sink | recent)
+    @property
+    def visible(self) -> Tensor:
+        """Which slots the last query sees, bool `[B, G, C]`."""
+        return self.ranked | self.sink

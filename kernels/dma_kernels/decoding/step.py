@@ -26,16 +26,21 @@ def decode_step_reference(q: Tensor, new: NewKeys, state: CacheState, keep: Keep
     state.seen += real[:, None]
     sink = (real & (state.seen[:, 0] <= keep.sinks))[:, None]  # [B, 1]
 
-    # The later of two equal ranks wins, so a new key beats its equal.
+    # The later of two equal ranks wins, so a new key beats its equal. Without last positions, it competes at once.
+    never = torch.iinfo(torch.int64).max
+    competes = state.ranked & (state.position <= (now - keep.last)[:, None, None])
     order = ordered_bits(state.rank).long() * (1 << 32) + state.position
-    lowest, place = order.masked_fill(~state.ranked, torch.iinfo(torch.int64).max).min(dim=-1)  # [B, G]
-    full = state.ranked.sum(-1) >= keep.window
-    wins = real[:, None] & (~full | (ordered_bits(new.rank[..., 0]).long() * (1 << 32) + now[:, None] > lowest))
-    stays = state.ranked.gather(2, place[..., None]) & ~(full & wins)[..., None]
+    lowest, place = order.masked_fill(~competes, never).min(dim=-1)  # [B, G]
+    new_order = ordered_bits(new.rank[..., 0]).long() * (1 << 32) + now[:, None]
+    new_competes = (real & (keep.last == 0))[:, None]
+    over = competes.sum(-1) + new_competes > keep.window
+    wins = real[:, None] & ~(over & new_competes & (new_order < lowest))
+    evicts = over & (~new_competes | (new_order > lowest))
+    stays = state.ranked.gather(2, place[..., None]) & ~evicts[..., None]
     state.ranked.scatter_(2, place[..., None], stays)
 
-    free = (~state.visible(now, keep.last)).int().argmax(-1)[..., None]  # [B, G, 1]
-    kept = wins | sink | (real & (keep.last > 0))[:, None]
+    free = (~state.visible).int().argmax(-1)[..., None]  # [B, G, 1]
+    kept = wins | sink
     rows = free[..., None].expand(-1, -1, -1, q.shape[-1])
     written = (
         (state.key, rows, new.key), (state.value, rows, new.value), (state.key_bias, free, saturated(new.key_bias)),
@@ -45,7 +50,7 @@ def decode_step_reference(q: Tensor, new: NewKeys, state: CacheState, keep: Keep
     for field, at, x in written:
         keeps = kept.view(*kept.shape, *[1] * (x.ndim - 2))
         field.scatter_(2, at, torch.where(keeps, x.to(field.dtype), field.gather(2, at)))
-    out = decode_attention(q, state.key, state.value, state.key_bias, state.visible(now, keep.last))
+    out = decode_attention(q, state.key, state.value, state.key_bias, state.visible)
     state.lengths += 1
     return out
 
