@@ -5,6 +5,7 @@ B batch, N length, C hidden size, V vocabulary.
 
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ class DogeForCausalLM(nn.Module):
         self.layers = nn.ModuleList(DogeLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.apply(self._init_weights)
+        self._init_weights()
         for layer, mixer in enumerate(self.mixers):
             mixer.place(layer, config.num_hidden_layers)
         if config.tie_word_embeddings:
@@ -185,11 +186,19 @@ class DogeForCausalLM(nn.Module):
         mixing = sum(mixer.mixing_flops(length) for mixer in self.mixers)
         return 6 * (self.num_non_embedding_parameters + self.lm_head.weight.numel()) + 3 * mixing
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        apart = torch.Generator().manual_seed(crc32(torch.get_rng_state().numpy().tobytes()))
+        drawn_apart = {mixer.get_submodule(name) for mixer in self.mixers for name in mixer.drawn_apart}
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                if module in drawn_apart:
+                    module.weight.copy_(torch.randn(module.weight.shape, generator=apart, device="cpu"))
+                    module.weight.mul_(self.config.initializer_range)
+                else:
+                    nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def decoder_of(module: nn.Module) -> DogeForCausalLM:

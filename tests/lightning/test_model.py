@@ -63,6 +63,21 @@ def test_flops_per_token_count_visible_keys(window: int) -> None:
     assert model.flops_per_token == pytest.approx(6 * weights + 12 * 4 * 128 * keys)
 
 
+def test_models_start_alike_whatever_their_mixer() -> None:
+    def start(**options: object) -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        return DogeForCausalLM(ModelConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, **options)).state_dict()
+
+    mha, dma = start(attention="mha"), start(attention="dma")
+    drifting = start(attention="dma", drift="gate", score_form="linear", content="input")
+    for name, weight in mha.items():
+        assert weight.equal(dma[name])
+        assert weight.equal(drifting[name])
+    own = [dma[f"layers.{layer}.self_attn.dt_proj.weight"] for layer in range(2)]
+    assert not own[0].equal(own[1])
+    assert torch.stack(own).std().item() == pytest.approx(0.02, rel=0.3)
+
+
 def test_shapes_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = DogeForCausalLM(ModelConfig(num_hidden_layers=1))
