@@ -17,6 +17,7 @@ from dma_kernels.precision import without_autocast
 from dma_lightning.mixers.drift import Drift, DriftConfig, DriftingCache, running_sum
 
 Content = Literal["values", "input"]
+ContentInBias = bool | Literal["far"]
 
 _OPTIONS = ("content", "content_in_bias", "memory_heads", "memory_every", "memory_stripes")
 _STRIPE = 4.0  # nats by which a key of a head's own stripe outranks others, until contents learn better
@@ -30,8 +31,10 @@ class DriftingRanksConfig(DriftConfig):
     content: Content = "values"
     """dma with a drift: what ranks come from besides the drift: the values at a position, as published, or the layer's
     input by a linear map that is 0 at the start."""
-    content_in_bias: bool = True
-    """dma with a drift: whether that content is added to the logits, too, or ranks keys alone."""
+    content_in_bias: ContentInBias = True
+    """dma with a drift: whether that content is added to the logits, too (true), to those of keys that are no longer
+    among the last `keep_last` positions (far; to train alone, since caches do not know it), or ranks keys alone
+    (false)."""
     memory_heads: float = 0.0
     """dma with a drift: KV heads of a layer that have none, and rank and add biases as published; below 1, their
     share."""
@@ -43,11 +46,12 @@ class DriftingRanksConfig(DriftConfig):
 
 
 class DriftedKeys(NamedTuple):
-    """What a head with a drift makes of its keys, `[B, G, N]` each."""
+    """What a layer makes of its keys, `[B, G, N]` each."""
 
     rank: Tensor
     key_bias: Tensor
-    drifted: Tensor  # D
+    drifted: Tensor | None = None  # D, if heads drift
+    near_bias: Tensor | None = None  # bias of keys among the last positions, if theirs is another one
 
 
 class DriftingRanks(nn.Module):
@@ -57,7 +61,7 @@ class DriftingRanks(nn.Module):
         drift: of all KV heads.
         hidden_size: C.
         content: `values` or `input`.
-        content_in_bias: whether the content is part of the bias.
+        content_in_bias: whether the content is part of the bias; `far`: of keys that are not among the last positions.
         memory_heads: how many KV heads, or which share of them below 1, have no drift.
         memory_every: every so many layers have such heads.
         memory_stripes: S. Memory head m, counted over all layers, ranks the keys at positions j with j mod S = m mod S
@@ -72,7 +76,7 @@ class DriftingRanks(nn.Module):
         drift: Drift,
         hidden_size: int,
         content: Content = "values",
-        content_in_bias: bool = True,
+        content_in_bias: ContentInBias = True,
         memory_heads: float = 0.0,
         memory_every: int = 1,
         memory_stripes: int = 0,
@@ -87,6 +91,8 @@ class DriftingRanks(nn.Module):
                 f"memory_heads: expected from 0 to {heads} KV heads, or a share that is a whole number of them, got "
                 f"{memory_heads}"
             )
+        if not isinstance(content_in_bias, bool) and content_in_bias != "far":
+            raise ValueError(f"content_in_bias: expected true, false or far, got {content_in_bias!r}")
         if memory_every < 1:
             raise ValueError(f"memory_every: expected at least 1, got {memory_every}")
         if memory_stripes < 0 or (memory_stripes and not count):
@@ -154,9 +160,11 @@ class DriftingRanks(nn.Module):
             rank = rank + _STRIPE * self._on_stripe(x, cache)
         drifted = running_sum(steps) if cache is None else cache.advance(steps)
         # Times 0, not left out, so that DDP gets the gradients that it waits for, and a NaN shows in the loss.
-        bias = drifted + content * float(self.content_in_bias)
+        bias = drifted + content * float(self.content_in_bias is not False)
         drifts = self.drift.drifts[:, None]
-        return DriftedKeys(torch.where(drifts, content + drifted, rank), torch.where(drifts, bias, key_bias), drifted)
+        near = torch.where(drifts, drifted, key_bias) if self.content_in_bias == "far" else None
+        ranks, bias = torch.where(drifts, content + drifted, rank), torch.where(drifts, bias, key_bias)
+        return DriftedKeys(ranks, bias, drifted, near)
 
     def _on_stripe(self, x: Tensor, cache: DriftingCache | None) -> Tensor:
         """Which positions of x belong to the stripe of each head, bool `[B or 1, G, N]`."""

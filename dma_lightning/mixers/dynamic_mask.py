@@ -35,7 +35,8 @@ from dma_lightning.backends import (
 )
 from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys, merge_heads, packed
 from dma_lightning.mixers.drift import DriftingCache, query_bias
-from dma_lightning.mixers.drifting_ranks import DriftingRanks, DriftingRanksConfig
+from dma_lightning.mixers.drifting_ranks import DriftedKeys, DriftingRanks, DriftingRanksConfig
+from dma_lightning.mixers.far_content import attend_with_far_bias
 from dma_lightning.mixers.retention import RetentionQueries, retention_loss
 
 
@@ -46,7 +47,8 @@ class DynamicMaskConfig(DriftingRanksConfig):
     keep_window_size: int = 64
     """dma: number of best-ranked past keys that a query attends to."""
     keep_last: int = 0
-    """dma: number of last positions that stay visible besides, whatever their rank."""
+    """dma: number of last positions that are visible whatever their rank; the best-ranked keys are chosen from those
+    before them."""
     sinks: int = 0
     """dma: number of first keys of each document that stay visible besides."""
     score_form: ScoreForm = "exp"
@@ -70,7 +72,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         num_kv_heads: G, key and value heads; H must be a multiple of it. Default: H.
         head_dim: D, even. Default: C / H.
         keep_window_size: keys that a query keeps.
-        keep_last: positions that stay visible besides, whatever their rank.
+        keep_last: last positions that are visible whatever their rank; the others are chosen from the keys before.
         sinks: first keys of each document that stay visible besides.
         score_form: what is added to the logits, `exp(rank)` or the rank itself (`linear`).
         rope_theta: base of the rotary embedding.
@@ -88,6 +90,8 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
 
     Source: arXiv 2508.02124v6, section 3; details as in the Doge model of Hugging Face Transformers.
     """
+
+    drawn_apart = ("dt_proj",)
 
     def __init__(
         self,
@@ -115,13 +119,19 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         self.own_keep = self.keep  # also in steps in which `MixedWindows` keeps every key
         self.score_form, self.backend = score_form, backend
         self.A = nn.Parameter(torch.zeros(self.num_kv_heads))
-        self.dt_proj = nn.Linear(self.num_kv_heads * self.head_dim, self.num_kv_heads, bias=bias)  # Δ
+        with torch.random.fork_rng(devices=[]):  # other weights start as they do beside other mixers
+            self.dt_proj = nn.Linear(self.num_kv_heads * self.head_dim, self.num_kv_heads, bias=bias)  # Δ
         rank_bias(self.A.detach(), score_form)  # an unknown form is an error now, not in the first step
         self.drifting = drifting
         if drifting is not None and score_form != "linear" and not drifting.has_memories:
             raise ValueError(
                 f"score_form: expected linear with a drift, since exp of a rank with one is not a decay, got "
                 f"{score_form!r}; set score_form linear, or give some heads no drift (memory_heads)"
+            )
+        if drifting is not None and drifting.content_in_bias == "far" and not keep_last:
+            raise ValueError(
+                "keep_last: expected at least 1 with content_in_bias far, got 0; set content_in_bias true, which is "
+                "the same without last positions"
             )
         if not 0 <= retention_weight < math.inf:
             raise ValueError(f"retention_weight: expected at least 0, got {retention_weight}")
@@ -161,15 +171,25 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         cache: KeyCache | DriftingCache | None = None,
     ) -> Tensor:
         q, k, v = self.queries_keys_values(x, cache)  # [B, H, N, D] and [B, G, N, D]
-        ranks, key_bias, drifted = self._ranked(x, v, packing, cache)  # [B, G, N]
+        keys = self._ranked(x, v, packing, cache)
         backend = resolve_backend(self.backend, q.device.type, q.device.index, q.dtype, self.head_dim)
         if cache is None:
-            out = attend(backend, q, k, v, key_bias, ranks, self.keep, packing, query_bias=query_bias(drifted))
+            out = self._attend(backend, q, k, v, keys, packing)
             if self.retention_weight and self.training and torch.is_grad_enabled():
-                out = with_auxiliary_loss(out, self._retention_loss(x, q, k, v, drifted, packing))
+                out = with_auxiliary_loss(out, self._retention_loss(x, q, k, v, keys.drifted, packing))
             return self.o_proj(merge_heads(out))
-        keys = cache.keys if isinstance(cache, DriftingCache) else cache
-        return self.o_proj(merge_heads(keys.attend(q, NewKeys(k, v, key_bias, ranks, packing), ATTENTIONS[backend])))
+        kept = cache.keys if isinstance(cache, DriftingCache) else cache
+        new = NewKeys(k, v, keys.key_bias, keys.rank, packing)
+        return self.o_proj(merge_heads(kept.attend(q, new, ATTENTIONS[backend])))
+
+    def _attend(
+        self, backend: str, q: Tensor, k: Tensor, v: Tensor, keys: DriftedKeys, packing: Packing | None
+    ) -> Tensor:
+        asked = query_bias(keys.drifted)
+        if keys.near_bias is None:
+            return attend(backend, q, k, v, keys.key_bias, keys.rank, self.keep, packing, query_bias=asked)
+        mask, near = Lifetimes.selected(keys.rank, self.keep, packing), self.own_keep.last
+        return attend_with_far_bias(ATTENTIONS[backend], q, k, v, keys.near_bias, keys.key_bias, mask, near, asked)
 
     def _retention_loss(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, drifted: Tensor | None, packing: Packing | None
@@ -182,12 +202,11 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
 
     def _ranked(
         self, x: Tensor, v: Tensor, packing: Packing | None, cache: KeyCache | DriftingCache | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ranks and biases of keys, and how far they have drifted, `[B, G, N]`; None if they do not."""
+    ) -> DriftedKeys:
         ranks = key_ranks(v, self.A, self.dt_proj.weight, self.dt_proj.bias)
         key_bias = rank_bias(ranks, self.score_form)
         if self.drifting is None:
-            return ranks, key_bias, None
+            return DriftedKeys(ranks, key_bias)
         return self.drifting(x, ranks, key_bias, packing, cache)
 
     def content(self, x: Tensor) -> Tensor:
@@ -206,10 +225,13 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         *,
         documents: Tensor | None = None,
     ) -> tuple[Lifetimes, Tensor]:
-        """The mask that a forward pass over x `[B, N, C]` selects, and the bias of every key `[B, G, N]`."""
+        """The mask that a forward pass over x `[B, N, C]` selects, and the bias of every key `[B, G, N]`.
+
+        Where content counts for far keys alone, the bias is that of far keys.
+        """
         packing = packed(x, packing, documents, padding)
-        ranks, key_bias, _ = self._ranked(x, self.heads(x, self.v_proj), packing)
-        return Lifetimes.selected(ranks, self.keep, packing), key_bias
+        keys = self._ranked(x, self.heads(x, self.v_proj), packing)
+        return Lifetimes.selected(keys.rank, self.keep, packing), keys.key_bias
 
     def new_cache(self, batch: int, full: bool = False) -> KeyCache | DriftingCache:
         """An empty cache for `batch` sequences on the module's device.
@@ -221,6 +243,11 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         The small cache holds keys and values in the dtype of autocast, if it is on, or of the weights. It steps by a
         Triton kernel where the module's backend is `triton`, else by plain PyTorch.
         """
+        if self.drifting is not None and self.drifting.content_in_bias == "far":
+            raise ValueError(
+                "content_in_bias: expected true or false to read by a cache, got far, which is for training alone; "
+                "call the module without a cache"
+            )
         keys = self._new_key_cache(batch, full)
         if self.drifting is None:
             return keys

@@ -56,7 +56,7 @@ def definition(layer: Any, x: Tensor, documents: Tensor | None, padding: Tensor 
         sums.append(total)
     drifted = torch.stack(sums, -1)  # [B, G, N]
     rank = torch.zeros_like(drifted)
-    bias = drifted
+    bias, far_content = drifted, torch.zeros_like(drifted)
     window = layer.window if ranking is None else layer.keep.window
     if ranking is not None:
         published = layer.A[:, None] * F.softplus((v.transpose(1, 2).flatten(2) @ layer.dt_proj.weight.T).mT)
@@ -68,7 +68,9 @@ def definition(layer: Any, x: Tensor, documents: Tensor | None, padding: Tensor 
             own = [[(t - first - g) % ranking.stripes == 0 for t in range(x.shape[1])] for g in range(3)]
             rank = rank + 4.0 * (torch.tensor(own) & memories)
         of_memories = published.exp() if layer.score_form == "exp" else published
-        bias = torch.where(memories, of_memories, drifted + (content if ranking.content_in_bias else 0))
+        bias = torch.where(memories, of_memories, drifted + (content if ranking.content_in_bias is True else 0))
+        if ranking.content_in_bias == "far":
+            far_content = content.masked_fill(memories, 0)
     rule = {} if ranking is None else {"keep_last": layer.keep.last, "sinks": layer.keep.sinks}
     mask = reference_mask(
         rank, keep_window_size=window or x.shape[1], documents=documents, padding=padding, **rule
@@ -79,8 +81,10 @@ def definition(layer: Any, x: Tensor, documents: Tensor | None, padding: Tensor 
         mask = near & reference_mask(
             rank, keep_window_size=x.shape[1], documents=documents, padding=padding
         ).repeat_interleave(2, dim=1)
-    k, v, drifted, bias = (y.repeat_interleave(2, dim=1) for y in (k, v, drifted, bias))
-    logits = q @ k.mT / 2 + bias[:, :, None] - drifted[..., None]
+    k, v, drifted, bias, far_content = (y.repeat_interleave(2, dim=1) for y in (k, v, drifted, bias, far_content))
+    place = torch.arange(x.shape[1])
+    is_far = place[:, None] - place >= rule.get("keep_last", 0)
+    logits = q @ k.mT / 2 + bias[:, :, None] - drifted[..., None] + far_content[:, :, None] * is_far
     logits = logits.masked_fill(~mask, -torch.inf)
     seen = mask.any(-1, keepdim=True)
     weights = torch.where(seen, logits, 0).softmax(-1) * seen
@@ -98,11 +102,13 @@ FORMS = [
     ("swa", {}),
     ("mha", {}),
 ]
+FAR = {"content": "input", "content_in_bias": "far", "keep_window_size": WINDOW - 3, "keep_last": 3}
+TRAINED = [*FORMS, ("dma", FAR), ("dma", FAR | {"content": "values", "memory_heads": 1, "sinks": 2})]
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("drift", ["constant", "gate"])
-@pytest.mark.parametrize(("attention", "options"), FORMS)
+@pytest.mark.parametrize(("attention", "options"), TRAINED)
 def test_outputs_and_gradients_are_those_of_the_definition(
     attention: str, options: dict[str, Any], drift: str, packed: bool
 ) -> None:
@@ -145,8 +151,10 @@ def test_chunks_and_steps_are_the_whole_sequence(
             assert cache.length.tolist() == [33] * 3
 
 
-def test_without_content_dma_is_the_window_with_the_same_drift() -> None:
-    dma, swa = (mixer(name, drift="gate", content="input").float() for name in ("dma", "swa"))
+@pytest.mark.parametrize("keep_last", [0, 3])
+def test_without_content_dma_is_the_window_with_the_same_drift(keep_last: int) -> None:
+    options = {"drift": "gate", "content": "input", "keep_last": keep_last, "keep_window_size": WINDOW - keep_last}
+    dma, swa = (mixer(name, **options).float() for name in ("dma", "swa"))
     swa.load_state_dict({name.replace("drifting.", ""): x for name, x in dma.state_dict().items()}, strict=False)
     nn.init.zeros_(dma.drifting.weight)
     for name, parameter in swa.named_parameters():
@@ -183,7 +191,7 @@ def test_memories_are_in_the_layers_that_were_asked_for() -> None:
 
 def test_heads_remember_different_positions_and_together_all() -> None:
     """At the start, before contents are learned: keys of the last `keep_last` positions, and those of its stripe."""
-    options = {"drift": "gate", "memory_heads": 2, "memory_stripes": 4, "keep_window_size": 10, "keep_last": 4}
+    options = {"drift": "gate", "memory_heads": 2, "memory_stripes": 4, "keep_window_size": 9, "keep_last": 4}
     seen = []
     for layer in range(2):
         options |= {"attention": "dma", "hidden_size": 12, "num_attention_heads": 6, "num_key_value_heads": 3}
@@ -284,3 +292,13 @@ def test_a_retention_loss_is_for_training_alone() -> None:
 def test_wrong_options_are_told(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MIXERS["dma"].from_config(ModelConfig(**options))
+
+
+def test_far_content_asks_for_last_positions_and_has_no_cache() -> None:
+    options = {"drift": "gate", "score_form": "linear", "content": "input", "content_in_bias": "far"}
+    with pytest.raises(ValueError, match="keep_last: expected at least 1 with content_in_bias far, got 0"):
+        DogeForCausalLM(ModelConfig(**options))
+    with pytest.raises(ValueError, match="expected true or false to read by a cache, got far"):
+        DogeForCausalLM(ModelConfig(keep_last=2, **options)).new_cache(1)
+    with pytest.raises(ValueError, match="content_in_bias: expected true, false or far, got 'near'"):
+        DogeForCausalLM(ModelConfig(keep_last=2, **options | {"content_in_bias": "near"}))
