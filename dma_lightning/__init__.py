@@ -3,7 +3,8 @@
 What a model is, from the inside out:
 
 - `mixers`: the attentions, one a file, each with what it takes of a configuration; `MIXERS` holds them by name
-- `backends`: what computes attention over lifetimes, by name; `rotary`: the rotary embedding
+- `backends`: what computes attention over lifetimes, by name; `functional`: dynamic mask attention as one function;
+  `rotary`: the rotary embedding
 - `config`: `ModelConfig`; `model`: the decoder around a mixer
 - `generation`, `sampling`: what a decoder goes on with; `tokenizers`: text and tokens; `vocabularies`: which it knows
 - `huggingface`: models of the Hugging Face Hub
@@ -31,6 +32,7 @@ from dma_lightning.data import (
     TextDataModule,
     TextNeedleDataModule,
 )
+from dma_lightning.functional import dynamic_mask_attention
 from dma_lightning.generation import generate, pad_prompts, stream_text, stream_tokens
 from dma_lightning.huggingface import load_doge, save_doge
 from dma_lightning.language_model import LanguageModel
@@ -72,6 +74,7 @@ __all__ = [
     "TextDataModule",
     "TextNeedleDataModule",
     "TokenMixer",
+    "dynamic_mask_attention",
     "generate",
     "load_doge",
     "pad_prompts",

@@ -35,10 +35,13 @@ class Attention(Protocol):
     """Attention over lifetimes, of q, k, v and key_bias."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, lifetimes: Lifetimes, /, *,
-        query_bias: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, lifetimes: Lifetimes, /, scale: float | None = None,
+        *, query_bias: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """`[B, H, N, D]`; a query bias is `[B, G, N]`, changes no output, and gets the sums of dS over the keys."""
+        """`[B, H, N, D]`; scale is by default `1 / sqrt(D)`.
+
+        A query bias is `[B, G, N]`, changes no output, and gets the sums of dS over the keys.
+        """
 
 
 # Major compute capabilities of the GPUs on which the tests of the Triton kernels have passed; `auto` takes no others.
@@ -86,10 +89,17 @@ def _auto_backend(device: str, index: int | None, dtype: torch.dtype, head_dim: 
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, lifetimes: Lifetimes, *, query_bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor,
+    lifetimes: Lifetimes,
+    scale: float | None = None,
+    *,
+    query_bias: Tensor | None = None,
 ) -> Tensor:
     """The O(N²) definition over lifetimes."""
-    return reference_attention(q, k, v, key_bias, lifetimes.to_dense(), query_bias=query_bias)
+    return reference_attention(q, k, v, key_bias, lifetimes.to_dense(), scale, query_bias=query_bias)
 
 
 ATTENTIONS: dict[str, Attention] = {
@@ -110,12 +120,13 @@ def attend(
     keep: KeepRule,
     packing: Packing | None = None,
     *,
+    scale: float | None = None,
     query_bias: Tensor | None = None,
 ) -> Tensor:
     """Dynamic mask attention by a backend, `[B, H, N, D]`; `query_bias` `[B, G, N]` as `fused_attention` takes it."""
     if backend != "reference":
         mask = Lifetimes.selected(ranks, keep, packing)
-        return ATTENTIONS[backend](q, k, v, key_bias, mask, query_bias=query_bias)
+        return ATTENTIONS[backend](q, k, v, key_bias, mask, scale, query_bias=query_bias)
     packing = packing or Packing()  # with a mask of its own, in which nothing is shared with the others
     dense = reference_mask(
         ranks,
@@ -125,4 +136,4 @@ def attend(
         keep_last=keep.last,
         sinks=keep.sinks,
     )
-    return reference_attention(q, k, v, key_bias, dense, query_bias=query_bias)
+    return reference_attention(q, k, v, key_bias, dense, scale, query_bias=query_bias)

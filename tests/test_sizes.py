@@ -22,7 +22,8 @@ FLAGS += ("dma_lightning/generation.py",)
 COMMANDS = ("generate", "stream_tokens", "prepare", "train_tokenizer", "sizes", "import_hf", "export_hf")
 COMMANDS += ("needle", "extrapolation", "positions")
 
-ATTENTIONS = ("fused_attention", "segment_attention", "flex_segment_attention", "attend")
+ATTENTIONS = ("fused_attention", "segment_attention", "flex_segment_attention", "attend", "attend_with_far_bias")
+ATTENTIONS += ("dynamic_mask_attention",)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -123,16 +123,8 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
             self.dt_proj = nn.Linear(self.num_kv_heads * self.head_dim, self.num_kv_heads, bias=bias)  # Δ
         rank_bias(self.A.detach(), score_form)  # an unknown form is an error now, not in the first step
         self.drifting = drifting
-        if drifting is not None and score_form != "linear" and not drifting.has_memories:
-            raise ValueError(
-                f"score_form: expected linear with a drift, since exp of a rank with one is not a decay, got "
-                f"{score_form!r}; set score_form linear, or give some heads no drift (memory_heads)"
-            )
-        if drifting is not None and drifting.content_in_bias == "far" and not keep_last:
-            raise ValueError(
-                "keep_last: expected at least 1 with content_in_bias far, got 0; set content_in_bias true, which is "
-                "the same without last positions"
-            )
+        if drifting is not None:
+            self._check_drifting(drifting)
         if not 0 <= retention_weight < math.inf:
             raise ValueError(f"retention_weight: expected at least 0, got {retention_weight}")
         if drifting is not None and drifting.weight is not None:
@@ -141,6 +133,19 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         self.retention_weight, self.num_layers = retention_weight, 1
         self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
         self.step: Tensor
+
+    def _check_drifting(self, drifting: DriftingRanks) -> None:
+        """Raise `ValueError` if the drift does not go with the scores or the rule."""
+        if self.score_form != "linear" and not drifting.has_memories:
+            raise ValueError(
+                f"score_form: expected linear with a drift, since exp of a rank with one is not a decay, got "
+                f"{self.score_form!r}; set score_form linear, or give some heads no drift (memory_heads)"
+            )
+        if drifting.content_in_bias == "far" and not self.keep.last:
+            raise ValueError(
+                "keep_last: expected at least 1 with content_in_bias far, got 0; set content_in_bias true, which is "
+                "the same without last positions"
+            )
 
     @classmethod
     def from_config(cls, config: DynamicMaskConfig) -> Self:

@@ -4,6 +4,7 @@
 - `dynamic_masks`, `samples`: masks, scores and texts of a model that trains; `recording`: how layers are looked at
 - `lost_mass`: what the keys hold that masks have dropped; `drifts`: how fast keys fall behind
 - `far_copies`: the loss of what only a memory can copy
+- `text_masks`: pictures of the masks over a text of one's own, without a run
 - `summary`: what a run is, at its start; `progress`: the bar, or lines; `final_metrics`: the last figures beside the
   arguments; `overview`: which curves TensorBoard shows first
 - `writer`: how pictures, histograms and texts get to loggers
@@ -19,6 +20,7 @@ from dma_lightning.monitoring.progress import ProgressBar
 from dma_lightning.monitoring.samples import SampleMonitor
 from dma_lightning.monitoring.speed import SpeedMonitor
 from dma_lightning.monitoring.summary import RunSummary
+from dma_lightning.monitoring.text_masks import draw_text_masks
 
 __all__ = [
     "CurveOverview",
@@ -31,4 +33,5 @@ __all__ = [
     "RunSummary",
     "SampleMonitor",
     "SpeedMonitor",
+    "draw_text_masks",
 ]

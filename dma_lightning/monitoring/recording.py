@@ -96,16 +96,21 @@ def record_masks(trainer: pl.Trainer, model: DogeForCausalLM, sequence: Batch) -
 
     With layers that are sharded among processes, all of them must take part.
     """
+    with trainer.precision_plugin.forward_context():
+        return masks_over(model, sequence)
+
+
+def masks_over(model: DogeForCausalLM, sequence: Batch) -> dict[int, RecordedMask]:
+    """`record_masks` in the precision of the weights, or of autocast around the call."""
 
     def record(mixer: DynamicMaskAttention, x: Tensor, packing: Packing | None) -> RecordedMask:
         lifetimes, scores = mixer.lifetimes(x, packing)
         causal = Lifetimes.causal(x.shape[1], x.device, packing=packing)
         return RecordedMask(lifetimes, causal, scores, lifetimes.capacity)
 
-    return look_at_layers(trainer, model, dynamic_layers(model), sequence, record)
+    return _look(model, dynamic_layers(model), sequence, record)
 
 
-@torch.no_grad()
 def look_at_layers(
     trainer: pl.Trainer,
     model: DogeForCausalLM,
@@ -127,6 +132,17 @@ def look_at_layers(
     Returns:
         What came of each call, by the number of the layer.
     """
+    with trainer.precision_plugin.forward_context():
+        return _look(model, layers, batch, look)
+
+
+@torch.no_grad()
+def _look(
+    model: DogeForCausalLM,
+    layers: Mapping[int, Mixer],
+    batch: Batch,
+    look: Callable[[Mixer, Tensor, Packing | None], Seen],
+) -> dict[int, Seen]:
     seen: dict[int, Seen] = {}
     hooks = []
     for i, mixer in layers.items():
@@ -137,7 +153,7 @@ def look_at_layers(
 
         hooks.append(mixer.register_forward_pre_hook(note))
     try:
-        with evaluating(model), trainer.precision_plugin.forward_context():
+        with evaluating(model):
             model(batch["input_ids"], batch.get("documents"), batch.get("padding"))
     finally:
         for hook in hooks:

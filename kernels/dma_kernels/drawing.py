@@ -1,5 +1,6 @@
 """A picture of a mask. Matplotlib is imported on the first call only; it is an optional dependency."""
 
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_PIXELS = 384  # of a picture in a notebook, at least
 _EMPTY, _PARTIAL, _FULL = "#c8c8c8", "#e08214", "#1b7837"
 
 
@@ -47,6 +49,29 @@ def draw_mask(mask: Tensor, block_size: int = 16, axes: "Axes | None" = None) ->
     axes.set(xlabel="key j", ylabel="query t", xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
     figure: Any = axes.figure  # which may be a SubFigure, if the axes that are given are in one
     return figure
+
+
+def mask_png(birth: Tensor, death: Tensor) -> bytes | None:
+    """A PNG of the mask of one head, for notebooks; of a long one, evenly spaced queries and keys.
+
+    Args:
+        birth: first query that sees each key, `[N]`.
+        death: first later one that does not, `[N]`.
+
+    Returns:
+        The file; None without Matplotlib.
+    """
+    place = torch.linspace(0, len(death) - 1, min(len(death), _PIXELS), device=death.device).round().long()
+    visible = (birth[place] <= place[:, None]) & (place[:, None] < death[place])
+    try:
+        from matplotlib.image import imsave
+    except ImportError:
+        return None
+    pixels = -(-_PIXELS // len(place))
+    picture = visible.cpu().repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
+    file = BytesIO()
+    imsave(file, picture.float().numpy(), cmap="Blues", vmin=0, vmax=1.4, format="png")
+    return file.getvalue()
 
 
 def _block_fills(mask: Tensor, block_size: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dma_kernels.drawing import draw_mask
+from dma_kernels.drawing import draw_mask, mask_png
 from dma_kernels.keep_rule import KeepRule, check_at_least
 from dma_kernels.packing import Packing, document_ends
 from dma_kernels.selection.ops import deaths_by_rank
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Lifetimes:
     """Every key lives in one interval of queries; a causal mask is two integers per key.
 
@@ -40,7 +40,7 @@ class Lifetimes:
     birth: Tensor
     death: Tensor
     capacity: int
-    born_at_position: bool = field(default=False, kw_only=True, repr=False)
+    born_at_position: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, x in (("birth", self.birth), ("death", self.death)):
@@ -53,6 +53,16 @@ class Lifetimes:
             )
         if self.capacity < 1:
             raise ValueError(f"capacity: expected at least 1, got {self.capacity}")
+
+    def __repr__(self) -> str:
+        batch, heads, length = self.death.shape
+        return (
+            f"Lifetimes(batch={batch}, heads={heads}, length={length}, capacity={self.capacity}, {self.death.device})"
+        )
+
+    def _repr_png_(self) -> bytes | None:
+        """The mask of the first sequence and head, for notebooks; None without Matplotlib."""
+        return mask_png(self.birth[0, 0], self.death[0, 0])
 
     @property
     def length(self) -> int:

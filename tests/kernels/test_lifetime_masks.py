@@ -1,8 +1,11 @@
 """Lifetimes equal the row-wise definition and the sequential heap, exactly."""
 
+from io import BytesIO
+
 import masks
 import pytest
 import torch
+from matplotlib.image import imread
 
 from dma_kernels import Lifetimes, SegmentSlots, reference_mask
 from dma_kernels.ranks import ordered_bits
@@ -214,3 +217,14 @@ def test_bad_lifetimes() -> None:
         Lifetimes.sliding_window(4, 0)
     with pytest.raises(ValueError, match="block_size >= 1"):
         Lifetimes.causal(4).draw(block_size=0)
+
+
+def test_a_mask_shows_itself() -> None:
+    mask = Lifetimes.top_w(torch.randn(2, 3, 70), 20)
+    assert repr(mask) == "Lifetimes(batch=2, heads=3, length=70, capacity=20, cpu)"
+    picture = imread(BytesIO(mask._repr_png_()), format="png")[..., :3]
+    pixels = picture.shape[0] // 70
+    assert pixels >= 5
+    white = torch.from_numpy(picture[::pixels, ::pixels].copy()).min(-1).values > 0.95
+    assert (white == ~mask.to_dense()[0, 0]).all()
+    assert imread(BytesIO(Lifetimes.causal(5000)._repr_png_()), format="png").shape[:2] == (384, 384)

@@ -29,10 +29,10 @@ DATA = [
 ]  # fmt: skip
 
 
-def make(folder: Path) -> None:
-    """Train three steps in a working folder; checkpoints of the last two stay."""
+def make(folder: Path, *args: str) -> None:
+    """Train three steps in a working folder; checkpoints of the last two stay. More arguments come last."""
     (folder / "text.txt").write_text("alpha beta gamma delta\n" * 200)
-    fit("--trainer.max_steps=3", *MODEL, *DATA)
+    fit("--trainer.max_steps=3", *MODEL, *DATA, *args)
 
 
 def cli(subcommand: str, *args: str) -> DMACLI:

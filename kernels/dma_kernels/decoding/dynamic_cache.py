@@ -293,13 +293,12 @@ class DynamicMaskCache(HasKeepRule):
         filled = (slots.position != EMPTY) & F.pad(real, (past, 0), value=True)[:, None]
 
         birth = torch.arange(keys, device=real.device)
-        end = None if runs is None else document_ends(runs)
+        end: int | Tensor = keys if runs is None else document_ends(runs)
         # Unranked keys stand in front with the lowest rank, and so count for nothing.
         top = deaths_by_rank(slots.rank.masked_fill(~slots.ranked, -torch.inf), runs, padding, self.keep.window)
         if self.keep.last:  # a key competes when the query is so far behind it
             late = slots.position.gather(2, top.clamp(max=keys - 1).long()) + self.keep.last
             top = torch.where(top < keys, late + (past - self.length)[:, None, None], keys)
-        end = keys if end is None else end
         ranked_death = torch.where(slots.ranked & filled, top.clamp(max=end), birth)
         death = torch.where(slots.sink & filled, end, ranked_death)
         documents = new.documents
