@@ -38,13 +38,11 @@ def padded(inputs: np.ndarray, labels: np.ndarray, length: int, token: int) -> d
         length: N, of the padded one.
         token: what stands in the padding.
     """
-    missing = (0, length - len(inputs))
-    padding = np.pad(np.zeros(len(inputs), dtype=bool), missing, constant_values=True)
-    return {
-        "input_ids": torch.from_numpy(np.pad(inputs, missing, constant_values=token)),
-        "labels": torch.from_numpy(np.pad(labels, missing, constant_values=IGNORE_INDEX)),
-        "padding": torch.from_numpy(padding),
-    }
+    input_ids, target = torch.full((length,), token), torch.full((length,), IGNORE_INDEX)
+    padding = torch.ones(length, dtype=torch.bool)
+    input_ids[: len(inputs)], target[: len(labels)] = torch.from_numpy(inputs), torch.from_numpy(labels)
+    padding[: len(inputs)] = False
+    return {"input_ids": input_ids, "labels": target, "padding": padding}
 
 
 class Shape(Protocol):
