@@ -191,8 +191,8 @@ def _check_features(file: ConfigFile) -> None:
 def _rope_fields(file: ConfigFile, known: Collection[str]) -> dict[str, float]:
     """Base and scaling of the rotary embedding, of new and of old configurations."""
     rope = {"rope_theta": file.rope_theta or 10_000.0}
-    for part in (file.rope_scaling, file.rope_parameters):  # the newer name wins
-        rope |= {name: x for name, x in msgspec.structs.asdict(part or RopeFile()).items() if x is not None}
+    part = file.rope_scaling or file.rope_parameters or RopeFile()  # of the two names, in this order
+    rope |= {name: x for name, x in msgspec.structs.asdict(part).items() if x is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in known:
         *others, last = map(repr, known)
