@@ -15,6 +15,7 @@ How it is trained:
 - `auxiliary_losses`: losses of layers beside the main one
 - `callbacks`: act on a run; `monitoring`: only watch it
 - `checkpoints`: written, checked and read; `saved_run`: one that is opened once, and what it says
+- `initial_weights`: of a checkpoint or a Hugging Face folder, for a run to begin from
 - `trained_models`: models out of checkpoints, to infer with; `evaluation`: what they can do, at other lengths, too
 - `strategies`: FSDP2; `distributed`: what processes agree on; `trainer_state`: Lightning's private names
 - `cli`: the command line, one file a command

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -25,10 +25,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dma_lightning.auxiliary_losses import end_auxiliary_losses, lead_auxiliary_losses
 from dma_lightning.checkpoints.io import local_checkpoint
-from dma_lightning.checkpoints.weights import check_layers, compare_weights, model_weights
+from dma_lightning.checkpoints.weights import check_arguments, check_layers
 from dma_lightning.config import ModelConfig
 from dma_lightning.data.base import IGNORE_INDEX, Batch
 from dma_lightning.files.reading import verifies_content
+from dma_lightning.initial_weights import InitialWeights
 from dma_lightning.metrics import EvaluationMetrics, bits_per_byte
 from dma_lightning.model import DogeForCausalLM
 from dma_lightning.plain_values import PlainHyperparameters, plain
@@ -80,6 +81,11 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         cuda_graphs: let the GPU start the kernels of compiled layers by itself, where the processor is too slow for
             them: small models, long steps of many kernels. For one GPU or DDP; each new shape of a batch costs memory.
         activation_checkpointing: keep no activations within layers, but compute them again in the backward pass.
+        init_from: weights to begin from, when a trainer first runs the model without a checkpoint: a checkpoint of
+            ours, or a folder of Transformers with a Doge, Llama, Qwen2 or Qwen3. Optimizer, schedule and data begin
+            anew. On the command line, the model's sizes come from there, too.
+        padded_vocab_size: rows of the embedding and the output head, if these are more than the data has tokens, as in
+            many published models.
         config: the fields of `ModelConfig`.
     """
 
@@ -97,6 +103,8 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         compile_layers: bool = False,
         cuda_graphs: bool = False,
         activation_checkpointing: bool = False,
+        init_from: str | None = None,
+        padded_vocab_size: int | None = None,
         **config: Any,
     ) -> None:
         super().__init__()
@@ -117,13 +125,16 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
                 f"{compile_layers} and {activation_checkpointing}; change these, or leave cuda_graphs out"
             )
         config = plain(config, type(self).__name__)
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["init_from"])  # a checkpoint has weights of its own
+        config["vocab_size"] = max(padded_vocab_size or 0, config.get("vocab_size", ModelConfig.vocab_size))
         self.model = DogeForCausalLM(ModelConfig(**config))
         self.model.activation_checkpointing = activation_checkpointing
         self._token_losses = token_losses
         self._batches: list[StepTotals] = []  # of the step that is being made
         self._data_is_known = False  # whether no batch can have a token that the model does not know
         self._epoch_steps: int | None = None  # of trainer.max_epochs, where a schedule goes by them
+        self.init_from = init_from
+        self._has_begun = False  # whether weights are those of a checkpoint, of `init_from`, or trained
         self._restored = False  # whether optimizer and schedule are those of a checkpoint
         self.step_loss: Tensor | None = None
         """Mean loss of the last step over all of its labels, set after its backward; 0 for a step without labels."""
@@ -165,11 +176,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             raise ValueError(f"{path}: expected a checkpoint of one file with weights, got one without")
         if strict is not False or "num_hidden_layers" not in changed:
             check_layers(weights, layers, path)
-        try:
-            expected = model_weights(cls, arguments)
-        except ValueError as error:
-            raise ValueError(f"{path}: hyper_parameters: {error}") from error
-        compare_weights(weights, expected, path, strict is not False)
+        check_arguments(weights, cls, arguments, path, strict is not False)
         module = cls(**arguments)
         module.configure_model()
         module.on_load_checkpoint(saved.content)
@@ -182,12 +189,12 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         return self.model(input_ids, documents, padding)
 
     def setup(self, stage: str) -> None:
-        """Report answers by the groups of the data, and refuse what model or strategy cannot do.
+        """Report answers by the groups of the data, take initial weights, and refuse what model or strategy cannot do.
 
         Raises:
-            ValueError: if the data has tokens that the model does not know; if CUDA graphs are asked for and there is
-                no GPU, or gradients outlive the memory that a graph has; for `predict` by processes that share the
-                weights.
+            ValueError: if the data has tokens that the model does not know; if `init_from` holds no weights of such a
+                model; if CUDA graphs are asked for and there is no GPU, or gradients outlive the memory that a graph
+                has; for `predict` by processes that share the weights.
         """
         data = getattr(self.trainer, "datamodule", None)
         if (vocab_size := getattr(data, "vocab_size", None)) is not None:
@@ -199,6 +206,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         for metrics in (self.val_metrics, self.test_metrics):
             metrics.split_answers(groups)
             metrics.reset()  # their sums may be of an evaluation in inference mode, to which training cannot add
+        self._begin(data)
         strategy, accumulate = self.trainer.strategy, self.trainer.accumulate_grad_batches
         if stage == "predict" and isinstance(strategy, ModelParallelStrategy) and self.trainer.world_size > 1:
             raise ValueError(
@@ -211,6 +219,20 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             raise ValueError(
                 "cuda_graphs: expected a GPU, weights that are not sharded and accumulate_grad_batches 1, got "
                 f"{strategy.root_device}, {type(strategy).__name__} and {accumulate}; change these, or leave it out"
+            )
+
+    def _begin(self, data: Any) -> None:
+        """Take the weights of `init_from`, once, and before anything shards them."""
+        if self.init_from is None or self._has_begun:
+            return
+        initial = InitialWeights.open(self.init_from, type(self))
+        for line in initial.lines(initial.fill(self.model)):
+            rank_zero_only(print)(line)
+        self._has_begun = True
+        if (tokenizer := getattr(data, "tokenizer", None)) and not initial.knows_tokens_of(tokenizer):
+            rank_zero_warn(
+                f"init_from {initial.path}: its tokenizer gives tokens other numbers than that of the data, so the "
+                "embedding means others; give the data the tokenizer.json of that model"
             )
 
     def configure_model(self) -> None:
@@ -360,7 +382,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let this run decide how the optimizer computes, not the checkpoint."""
-        self._restored = True
+        self._restored = self._has_begun = True
         for state in checkpoint.get("optimizer_states", []):
             for group in state["param_groups"]:
                 group.update(_ADAMW, fused=self._fuses_optimizer)

@@ -66,7 +66,7 @@ def check_content(content: Any) -> None:
             as_kind(state, dict[str, int | float], f"callbacks.{name}")
     _check_progress(content.get("loops", {}), "loops")
     for name, tensor in _tensors(content):
-        if not _is_whole(tensor):
+        if not is_whole(tensor):
             raise ValueError(f"{name}: expected {tuple(tensor.shape)} numbers in the file, got fewer")
 
 
@@ -104,7 +104,7 @@ def forget_paths(content: dict[str, Any]) -> None:
             state.update({key: type(state[key])() for key in _PATHS & state.keys()})
 
 
-def _is_whole(weight: Tensor) -> bool:
+def is_whole(weight: Tensor) -> bool:
     """Whether every number has a place of its own; else a small file could ask for any amount of memory."""
     if weight.layout != torch.strided or weight.is_meta:
         return False

@@ -71,6 +71,28 @@ def check_layers(weights: Weights, layers: int, path: Path) -> None:
         )
 
 
+def check_arguments(
+    found: Weights, kind: type[pl.LightningModule], arguments: Mapping[str, Any], path: Path, strict: bool = True
+) -> None:
+    """Compare the weights of a checkpoint with those of a model of these arguments.
+
+    Args:
+        found: of the checkpoint.
+        kind: class of the model.
+        arguments: of the model.
+        path: of the checkpoint, for messages.
+        strict: whether all weights of either must be in the other, too.
+
+    Raises:
+        ValueError: if there is no such model, or they differ.
+    """
+    try:
+        expected = model_weights(kind, arguments)
+    except ValueError as error:
+        raise ValueError(f"{path}: hyper_parameters: {error}") from error
+    compare_weights(found, expected, path, strict)
+
+
 def compare_weights(found: Weights, expected: Weights, path: Path, strict: bool) -> None:
     """Compare the weights of a checkpoint with those of a model.
 

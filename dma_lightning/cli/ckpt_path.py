@@ -58,6 +58,17 @@ def open_argument(args: ArgsType) -> SavedRun | None:
     return open_ckpt_path(parser.parse_known_args(args)[0].ckpt_path)
 
 
+def printed_init_from(args: ArgsType) -> str | None:
+    """The weights to begin from of a command line that shall only print its configuration, if it names some."""
+    if args is not None and not isinstance(args, list):
+        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model.init_from", dest="init_from")
+    parser.add_argument("--print_config", nargs="?", const="", default=None)
+    known = parser.parse_known_args(args)[0]
+    return None if known.print_config is None else known.init_from
+
+
 def open_ckpt_path(path: str | None) -> SavedRun | None:
     """The file or folder of a `ckpt_path`, unless it is a URL or one of Lightning's keywords.
 

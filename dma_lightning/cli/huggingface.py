@@ -20,7 +20,7 @@ def import_hf(source: Path, target: Path) -> None:
     256 tokens without a tokenizer is taken for one of bytes. Files that a SHA256SUMS lists must have these hashes.
 
     Args:
-        source: folder with config.json and model.safetensors.
+        source: folder with config.json, and model.safetensors or pytorch_model.bin.
         target: new folder, which gets model.ckpt.
     """
     model = load_doge(source)

@@ -23,6 +23,7 @@ from dma_lightning.cli.ckpt_path import (
     check_weights,
     open_argument,
     open_ckpt_path,
+    printed_init_from,
     run_folders,
     saved_defaults,
 )
@@ -30,6 +31,8 @@ from dma_lightning.cli.errors import error_of_ours
 from dma_lightning.cli.trainer_options import check_trainer_options
 from dma_lightning.cli.unstarted_runs import UnstartedRuns
 from dma_lightning.distributed import SameCheckpoint, end_with_first_process
+from dma_lightning.initial_weights import InitialWeights
+from dma_lightning.language_model import LanguageModel
 from dma_lightning.monitoring import ProgressBar
 from dma_lightning.run_folder import claim_folder, keep_off_other_runs
 from dma_lightning.saved_run import SavedRun
@@ -83,11 +86,13 @@ class DMACLI(LightningCLI):
     """LightningCLI whose model takes from the data what the data dictates, and whose checkpoints know both.
 
     With `ckpt_path`, what the checkpoint saved of model and data are the defaults; configs and flags win over them.
+    With `model.init_from`, what the weights say of the model are; they are not looked at where there is a checkpoint.
     `last` is the newest whole checkpoint of all versions of the run's folder; `fit` begins anew where there is none,
     and else goes on in the folder of that version, if TensorBoard's logger made it. No run writes over another's files.
     """
 
     checkpoint: Path | None = None  # what `ckpt_path` stands for, if it is a file or folder
+    initial: InitialWeights | None = None  # of `model.init_from`, likewise, where a run begins
     saved: SavedRun | None = None  # that checkpoint, opened, until trainer, model and data are made
     step = 0  # which that checkpoint was made at
     resuming = False  # whether that is the last of the run that `fit` was asked to go on with
@@ -103,16 +108,18 @@ class DMACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.saved = open_argument(args)
         if self.saved is None:  # then a config may name one, or `last` stands for one of this run
+            self._take_sizes(printed_init_from(args))  # since parsing ends the process then
             super().parse_arguments(parser, args)
             self.saved = self._configured_checkpoint()
             asks = self.config.get("subcommand") == "fit" and self._subcommand_config().ckpt_path == "last"
             if self.saved is None:
                 self.save_config_kwargs = {"goes_on_from": 0 if asks else None}  # or one killed before its first
+                if self._take_sizes(self._subcommand_config().get("model", Namespace()).get("init_from")):
+                    super().parse_arguments(parser, args)
                 return
             self.resuming = asks
         self.checkpoint, self.step, defaults = self.saved.path, self.saved.step, saved_defaults(self.saved)
-        for subparser in self._subcommand_parsers.values():
-            subparser.set_defaults(defaults)
+        self._set_defaults(defaults)
         super().parse_arguments(parser, args)
         check_data(self._subcommand_config().get("data"), self.saved)
         attention = self._subcommand_config().model.attention
@@ -122,6 +129,21 @@ class DMACLI(LightningCLI):
                 f"{attention!r}; give each experiment a folder of its own by --trainer.logger.init_args.name, or "
                 "name the checkpoint to go on from"
             )
+
+    def _take_sizes(self, init_from: str | None) -> bool:
+        """Let the weights that a run begins from say what the defaults of its model are; whether there are some.
+
+        Raises:
+            ValueError: if there are none where they shall be.
+        """
+        if init_from is not None:
+            self.initial = InitialWeights.open(init_from, LanguageModel)
+            self._set_defaults({f"model.{name}": x for name, x in self.initial.arguments.items()})
+        return init_from is not None
+
+    def _set_defaults(self, defaults: dict[str, Any]) -> None:
+        for subparser in self._subcommand_parsers.values():
+            subparser.set_defaults(defaults)
 
     def _subcommand_config(self) -> Namespace:
         return self.config.get(self.config.get("subcommand") or "", Namespace())
@@ -154,6 +176,9 @@ class DMACLI(LightningCLI):
                 check_holds_training(self.saved)
             arguments = self._subcommand_config().model.as_dict()
             check_weights(self.saved, arguments)
+        if self.initial is not None:
+            self.initial.check(self._subcommand_config().model.as_dict())
+            self.initial = None  # the model opens it again, in each process
         super().instantiate_classes()
         if self.saved is not None:  # now with what the data dictates
             check_weights(self.saved, arguments | {"vocab_size": self.model.hparams.vocab_size})
@@ -164,8 +189,10 @@ class DMACLI(LightningCLI):
                 config.ckpt_path = str(self.checkpoint)
             elif config.ckpt_path == "last":
                 config.ckpt_path = None
-            elif config.ckpt_path is None and self.subcommand != "fit":
+            elif config.ckpt_path is None and self.subcommand != "fit" and self.model.init_from is None:
                 rank_zero_warn(f"{self.subcommand}: no --ckpt_path is given, so the weights are random")
+            if config.ckpt_path is not None:
+                self.model.init_from = None  # of which the checkpoint has what has become
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it, unless all steps are made; a run that ends before it has trained leaves no files.

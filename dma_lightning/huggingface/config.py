@@ -1,8 +1,10 @@
-"""`config.json` of Doge models: what is read of one, and what stands in one.
+"""`config.json` of models of Transformers: what is read of one, and what stands in one of Doge.
 
-Source: Hugging Face Transformers, `models/doge`.
+Source: Hugging Face Transformers, `models/doge`, `models/llama`, `models/qwen2`, `models/qwen3`.
 """
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
@@ -23,15 +25,22 @@ class RopeFile(msgspec.Struct):
     type: str | None = None
     rope_theta: _Positive = None
     factor: _Positive = None
+    partial_rotary_factor: _Positive = None
 
 
-class DogeFile(msgspec.Struct):
+class ConfigFile(msgspec.Struct):
     """What is read of a `config.json`; null is no value."""
 
     model_type: str | None = None
     is_moe: bool | None = None
     hidden_act: str | None = "silu"
     sliding_window: int | None = None
+    use_sliding_window: bool | None = None
+    layer_types: list[str] | None = None
+    num_experts: int | None = None
+    num_local_experts: int | None = None
+    quantization_config: dict[str, Any] | None = None
+    partial_rotary_factor: _Positive = None
     attention_dropout: float | None = None
     vocab_size: _Size = None
     max_position_embeddings: _Count = None
@@ -61,48 +70,137 @@ _SHARED = (
     "num_attention_heads", "num_key_value_heads", "keep_window_size", "rms_norm_eps", "attention_bias", "mlp_bias",
     "hidden_dropout", "tie_word_embeddings", "initializer_range", "bos_token_id", "eos_token_id",
 )  # fmt: skip
-# What Transformers takes a missing field for, where it is not what we take it for.
-_DEFAULTS = {
-    "vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 32,
-    "num_attention_heads": 8, "max_position_embeddings": 2048, "keep_window_size": 2048, "tie_word_embeddings": False,
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one `model_type`.
+
+    Attributes:
+        defaults: what Transformers takes a missing field for, where it is not what we take it for.
+        fixed: fields that are the same in all of them, whatever `config.json` says.
+        lacks: ends of the names of those tensors of ours that they do not have.
+        rope_types: rotary embeddings that can be expressed here.
+    """
+
+    defaults: Mapping[str, Any]
+    fixed: Mapping[str, Any]
+    lacks: tuple[str, ...]
+    rope_types: tuple[str, ...] = ("default", "linear")
+
+
+_OF_DOGE = ("input_residual", "post_attention_residual", "self_attn.A", "dt_proj.weight", "dt_proj.bias")
+_QWEN = {
+    "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+    "tie_word_embeddings": False,
 }  # fmt: skip
 
+FAMILIES = {
+    "doge": Family(
+        {
+            "vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 32,
+            "num_attention_heads": 8, "max_position_embeddings": 2048, "keep_window_size": 2048,
+            "tie_word_embeddings": False,
+        },
+        fixed={},
+        lacks=(),
+        rope_types=("default", "dynamic", "linear"),  # "dynamic" is "default" up to max_position_embeddings
+    ),
+    "llama": Family(
+        {
+            "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+        },
+        fixed={"hidden_dropout": 0.0, "qk_norm": False},
+        lacks=_OF_DOGE,
+    ),
+    "qwen2": Family(
+        _QWEN,
+        fixed={"hidden_dropout": 0.0, "qk_norm": False, "attention_bias": True, "mlp_bias": False},
+        lacks=(*_OF_DOGE, "o_proj.bias"),
+    ),
+    "qwen3": Family(
+        _QWEN | {"head_dim": 128},
+        fixed={"hidden_dropout": 0.0, "mlp_bias": False},
+        lacks=_OF_DOGE,
+    ),
+}  # fmt: skip
+"""Models that can be read, by their `model_type`."""
 
-def config_from_doge(file: DogeFile) -> dict[str, Any]:
-    """Fields of `ModelConfig` of a Doge `config.json`.
+_UNUSED_WINDOW = ("qwen2", "qwen3")  # they write down a window without use_sliding_window
+
+_MOE = (
+    "mixtures of experts are not supported, also because the router of the public implementation pairs halves of "
+    "different tokens and so lets a token see later ones"
+)
+
+
+def config_fields(file: ConfigFile, families: Collection[str] = FAMILIES.keys()) -> dict[str, Any]:
+    """Fields of `ModelConfig` of a `config.json`.
+
+    Models that attend to all of their past have a `keep_window_size` of `max_position_embeddings`.
+
+    Args:
+        file: what stands there.
+        families: names of those that may be read.
 
     Raises:
-        ValueError: for a model that cannot be expressed here.
+        ValueError: for a model that cannot be expressed here, with what we do not have.
     """
-    if file.model_type != "doge":
-        raise ValueError(f"expected model_type 'doge', got {file.model_type!r}")
+    if file.model_type not in families:
+        known = " or ".join(map(repr, families))
+        experts = file.num_experts or file.num_local_experts
+        found = f"{file.model_type!r}{f' with {experts} experts, which are not supported' * bool(experts)}"
+        raise ValueError(f"expected model_type {known}, got {found}")
+    _check_features(file)
+    family = FAMILIES[file.model_type]
+    names = (*_SHARED, "head_dim")
+    given = {name: getattr(file, name) for name in names if getattr(file, name) is not None}
+    fields = {**family.defaults, **given, **family.fixed}
+    fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
+    if family.lacks:
+        fields["keep_window_size"] = fields["max_position_embeddings"]
+    return fields | _rope_fields(file, family.rope_types)
+
+
+def _check_features(file: ConfigFile) -> None:
+    """Refuse what a decoder of ours does not compute.
+
+    Raises:
+        ValueError: with the field.
+    """
     if file.is_moe:
-        raise ValueError(
-            "is_moe is set; mixtures of experts are not supported, also because the router of the public "
-            "implementation pairs halves of different tokens and so lets a token see later ones"
-        )
-    for name, value in (("hidden_act", "silu"), ("sliding_window", None)):
-        if getattr(file, name) != value:
-            raise ValueError(f"{name}: expected {value!r}, got {getattr(file, name)!r}")
+        raise ValueError(f"is_moe is set; {_MOE}")
+    window = None if file.model_type in _UNUSED_WINDOW else file.sliding_window
+    sliding = sorted({kind for kind in file.layer_types or () if kind != "full_attention"})
+    for name, value, expected in (
+        ("hidden_act", file.hidden_act, "silu"),
+        ("use_sliding_window", file.use_sliding_window or False, False),
+        ("sliding_window", window, None),
+        ("layer_types", sliding or "full_attention", "full_attention"),
+        ("quantization_config", file.quantization_config, None),
+        ("partial_rotary_factor", file.partial_rotary_factor or 1.0, 1.0),
+    ):
+        if value != expected:
+            raise ValueError(f"{name}: expected {expected!r}, got {value!r}")
     if file.attention_dropout:
         raise ValueError(f"attention_dropout: expected 0, got {file.attention_dropout}; set it to 0")
-    names = (*_SHARED, "head_dim")
-    fields = _DEFAULTS | {name: getattr(file, name) for name in names if getattr(file, name) is not None}
-    fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
-    return fields | _rope_fields(file)
 
 
-def _rope_fields(file: DogeFile) -> dict[str, float]:
+def _rope_fields(file: ConfigFile, known: Collection[str]) -> dict[str, float]:
     """Base and scaling of the rotary embedding, of new and of old configurations."""
     rope = {"rope_theta": file.rope_theta or 10_000.0}
-    for part in (file.rope_scaling, file.rope_parameters):  # the newer name wins
-        rope |= {name: x for name, x in msgspec.structs.asdict(part or RopeFile()).items() if x is not None}
+    part = file.rope_scaling or file.rope_parameters or RopeFile()  # of the two names, in this order
+    rope |= {name: x for name, x in msgspec.structs.asdict(part).items() if x is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "dynamic", "linear"):
-        raise ValueError(f"rope_type: expected 'default', 'dynamic' or 'linear', got {kind!r}")
+    if kind not in known:
+        *others, last = map(repr, known)
+        raise ValueError(f"rope_type: expected {', '.join(others)} or {last}, got {kind!r}")
     if kind == "linear" and "factor" not in rope:
         raise ValueError("rope_parameters: expected a factor for rope_type 'linear', got none")
-    # "dynamic" is "default" up to max_position_embeddings.
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor: expected 1.0, got {rope['partial_rotary_factor']}")
     return {"rope_theta": rope["rope_theta"], "rope_scaling": rope["factor"] if kind == "linear" else 1.0}
 
 
@@ -112,7 +210,7 @@ def doge_config(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ValueError: if Doge cannot express the model.
     """
-    known = {"attention": "dma", "score_form": "exp", "keep_last": 0, "sinks": 0, "drift": "none"}
+    known = {"attention": "dma", "score_form": "exp", "keep_last": 0, "sinks": 0, "drift": "none", "qk_norm": True}
     for name, value in known.items():
         if getattr(config, name) != value:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Doge models of Hugging Face Transformers in and out: `config.json` and safetensors, never a pickle.
+"""Doge models of Hugging Face Transformers in and out: `config.json` and weights.
 
 Source: Hugging Face Transformers, `models/doge`.
 """
@@ -10,21 +10,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dma_lightning.config import ModelConfig
 from dma_lightning.files.atomic import sync_folder, write_error
-from dma_lightning.files.reading import check_regular, read_json
+from dma_lightning.files.reading import check_regular
 from dma_lightning.files.sha256_sums import check_sums, write_sums
-from dma_lightning.huggingface.config import DogeFile, config_from_doge, doge_config
-from dma_lightning.huggingface.safetensors_files import WEIGHTS, open_weights, shapes, tensors
+from dma_lightning.huggingface.config import doge_config
+from dma_lightning.huggingface.folders import PretrainedFolder
+from dma_lightning.huggingface.weight_files import WEIGHTS
 from dma_lightning.model import DogeForCausalLM
-
-T = TypeVar("T")
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -39,7 +36,8 @@ def load_doge(folder: Path | str, **changed: Any) -> DogeForCausalLM:
     is built before `config.json` is known to fit the weights. Files that a `SHA256SUMS` lists must have these hashes.
 
     Args:
-        folder: holds `config.json` and `model.safetensors`, in one file or in several with an index.
+        folder: holds `config.json` and `model.safetensors` or `pytorch_model.bin`, in one file or in several with an
+            index.
         changed: fields of `ModelConfig` to set otherwise, such as `backend`.
 
     Raises:
@@ -47,48 +45,16 @@ def load_doge(folder: Path | str, **changed: Any) -> DogeForCausalLM:
     """
     folder = Path(folder)
     check_sums(folder)
-    file = read_json(folder / "config.json", DogeFile, "config.json of a Doge model")
-    weights = open_weights(folder)
-    model = _unfilled_model(folder / "config.json", file, changed, _renamed(shapes(weights)))
-    ours, config = _renamed(tensors(weights)), model.config
-    if config.tie_word_embeddings:
-        table = ours["embed_tokens.weight"]
-        if not torch.equal(ours.setdefault("lm_head.weight", table), table):
-            raise ValueError(
-                f"{folder}: tie_word_embeddings is set, but lm_head.weight is not the embedding; "
-                "set it to false in config.json if both are meant"
-            )
+    found = PretrainedFolder.open(folder, ("doge",))
+    model = found.unfilled_model(changed)
+    ours = {name: x.read() for name, x in found.tensors.items()}
+    found.check_tied()
     if wrong := sorted({str(x.dtype) for x in ours.values() if not x.is_floating_point()}):
         raise ValueError(f"{folder}: expected weights in floating point, got {wrong}")
     model.load_state_dict(ours, assign=True)
-    if config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model.requires_grad_(True)
-
-
-def _renamed(named: dict[str, T]) -> dict[str, T]:
-    return {name.removeprefix("model."): x for name, x in named.items()}
-
-
-def _unfilled_model(
-    path: Path, file: DogeFile, changed: dict[str, Any], found: dict[str, list[int]]
-) -> DogeForCausalLM:
-    """The model of a `config.json` on no device, if its names and shapes are those that are found in the weights."""
-    try:
-        config = ModelConfig(**config_from_doge(file) | changed)
-        layers = len({name.split(".")[1] for name in found if name.startswith("layers.")})
-        if config.num_hidden_layers != layers:  # before so many are made
-            raise ValueError(f"num_hidden_layers: expected {layers}, as in the weights, got {config.num_hidden_layers}")
-        with torch.device("meta"):
-            model = DogeForCausalLM(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    expected = {name: list(x.shape) for name, x in model.state_dict().items()}
-    if config.tie_word_embeddings and "embed_tokens.weight" in found:
-        found = {"lm_head.weight": found["embed_tokens.weight"]} | found
-    if expected != found:
-        raise ValueError(f"{path.parent}: weights do not belong to config.json: {_difference(expected, found)}")
-    return model
 
 
 def save_doge(
@@ -179,10 +145,3 @@ def copy_tokenizer(source: Path, target: Path) -> None:
                 "is meant"
             )
         shutil.copyfile(path, target / path.name)
-
-
-def _difference(expected: dict[str, list[int]], found: dict[str, list[int]]) -> str:
-    """The first few names and shapes in which two differ."""
-    names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    lines = [f"{name} expected {expected.get(name, 'none')}, got {found.get(name, 'none')}" for name in names[:5]]
-    return "; ".join(lines) + (f"; and {len(names) - 5} more" if len(names) > 5 else "")

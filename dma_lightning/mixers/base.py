@@ -42,6 +42,8 @@ class MixerConfig:
     mla makes of its latent vectors)."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
+    qk_norm: bool = True
+    """Whether an RMSNorm with learned scales is applied to each head of queries and keys (mla has none)."""
     backend: Backend = "auto"
     """Attention backend of dma, swa and nsa (mha, mla and a window that holds the whole sequence are PyTorch's
     own): auto (the fastest that can), triton (CUDA), flex (compiled FlexAttention; trains on CUDA only), torch (any
@@ -78,6 +80,7 @@ class HeadShape(TypedDict):
     rope_scaling: float
     rms_norm_eps: float
     bias: bool
+    qk_norm: bool
 
 
 class TokenMixer(nn.Module, ABC, Generic[Cache]):
@@ -192,6 +195,7 @@ class GroupedQueryMixer(TokenMixer[Cache]):
         rope_scaling: positions are divided by it before the rotary embedding.
         rms_norm_eps: epsilon of the RMSNorm on queries and keys.
         bias: whether the projections have a bias.
+        qk_norm: whether queries and keys are normalised.
 
     Raises:
         ValueError: if the sizes do not belong together.
@@ -207,6 +211,7 @@ class GroupedQueryMixer(TokenMixer[Cache]):
         rope_scaling: float = 1.0,
         rms_norm_eps: float = 1e-6,
         bias: bool = False,
+        qk_norm: bool = True,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -229,8 +234,8 @@ class GroupedQueryMixer(TokenMixer[Cache]):
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
-        self.q_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps)
-        self.k_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps)
+        self.q_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps) if qk_norm else None
 
     @staticmethod
     def shape_of(config: MixerConfig) -> HeadShape:
@@ -244,6 +249,7 @@ class GroupedQueryMixer(TokenMixer[Cache]):
             "rope_scaling": config.rope_scaling,
             "rms_norm_eps": config.rms_norm_eps,
             "bias": config.attention_bias,
+            "qk_norm": config.qk_norm,
         }
 
     def heads(self, x: Tensor, projection: nn.Module, norm: nn.RMSNorm | None = None) -> Tensor:
@@ -252,7 +258,7 @@ class GroupedQueryMixer(TokenMixer[Cache]):
         return (y if norm is None else normalised(y, norm)).transpose(1, 2)
 
     def queries_keys_values(self, x: Tensor, cache: MixerCache | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised, rotated queries `[B, H, N, D]` and keys `[B, G, N, D]`, and values; checks x."""
+        """Queries `[B, H, N, D]` and keys `[B, G, N, D]` after QK-norm, if any, and rotation, and values; checks x."""
         check_mixer_input(x, self.q_proj.weight)
         positions = positions_of(x, cache)
         q = self.rotated(self.heads(x, self.q_proj, self.q_norm), positions)

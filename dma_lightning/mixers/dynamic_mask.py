@@ -83,6 +83,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
             (Hopper GPUs), else `flex`, else `torch` (on a CPU, in float64, for head dims above 256).
         drifting: a drift of the ranks and biases; by default none.
         retention_weight: of the retention loss.
+        qk_norm: whether queries and keys are normalised.
 
     Raises:
         ValueError: if the sizes do not belong together, for an unknown backend or score form, for `exp` where all
@@ -110,9 +111,10 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         backend: Backend = "auto",
         drifting: DriftingRanks | None = None,
         retention_weight: float = 0.0,
+        qk_norm: bool = True,
     ) -> None:
         super().__init__(
-            hidden_size, num_heads, num_kv_heads, head_dim, rope_theta, rope_scaling, rms_norm_eps, bias
+            hidden_size, num_heads, num_kv_heads, head_dim, rope_theta, rope_scaling, rms_norm_eps, bias, qk_norm
         )  # fmt: skip
         check_backend(backend)
         self.keep = KeepRule(keep_window_size, keep_last, sinks)

@@ -4,7 +4,7 @@ B batch, N length, C hidden size, H query heads, G KV heads, D head dim, Nc comp
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,13 +103,14 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
             )
         self.grid = BlockGrid(nsa_compress_block, nsa_compress_stride, nsa_select_block, nsa_select_count)
         self.window, self.backend = nsa_window, backend
-        kv_bias, eps = self.k_proj.bias is not None, self.k_norm.eps
+        kv_bias = self.k_proj.bias is not None
         kinds = ("compress", "window") if nsa_separate_kv else ()
         self.extra_k_proj, self.extra_v_proj, self.extra_k_norm = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for kind in kinds:
             for projections in (self.extra_k_proj, self.extra_v_proj):
                 projections[kind] = nn.Linear(self.hidden_size, self.num_kv_heads * self.head_dim, bias=kv_bias)
-            self.extra_k_norm[kind] = nn.RMSNorm(self.head_dim, eps=eps)
+            if self.k_norm is not None:
+                self.extra_k_norm[kind] = nn.RMSNorm(self.head_dim, eps=self.k_norm.eps)
         sizes = (self.grid, self.head_dim, nsa_compress_hidden, initializer_range)
         self.compress_k, self.compress_v = BlockCompression(*sizes), BlockCompression(*sizes)
         self.gate_proj = nn.Linear(self.hidden_size, 3 * self.num_heads, bias=False)
@@ -191,10 +192,8 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
     def _keys(self, x: Tensor) -> dict[str, Tensor]:
         """Keys of each branch before the rotary embedding, `[B, G, N, D]`."""
         k = self.heads(x, self.k_proj, self.k_norm)
-        extra = {
-            kind: self.heads(x, proj, self.extra_k_norm[kind])  # type: ignore[arg-type]  # to torch, just a module
-            for kind, proj in self.extra_k_proj.items()
-        }
+        norms = cast("dict[str, nn.RMSNorm]", dict(self.extra_k_norm.items()))  # none without QK-norm
+        extra = {kind: self.heads(x, proj, norms.get(kind)) for kind, proj in self.extra_k_proj.items()}
         return dict.fromkeys(("compress", "select", "window"), k) | extra
 
     def _values(self, x: Tensor) -> dict[str, Tensor]:

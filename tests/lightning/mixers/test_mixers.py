@@ -28,7 +28,8 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 VARIANTS = {name: replace(CONFIG, attention=name) for name in MIXERS}
 VARIANTS["nsa, shared"] = replace(CONFIG, attention="nsa", nsa_separate_kv=False)
-VARIANTS["nsa, apart"] = replace(CONFIG, attention="nsa", nsa_compress_stride=8, nsa_select_block=16)
+APART = {"nsa_compress_stride": 8, "nsa_select_block": 16}
+VARIANTS["nsa, apart, no QK-norm"] = replace(CONFIG, attention="nsa", **APART, qk_norm=False)
 
 each = pytest.mark.parametrize("name", VARIANTS)
 
