@@ -94,12 +94,14 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
             (`dma_lightning.auxiliary_losses`). Their gradients are clipped by a norm of their own, so that such a loss
             does not shorten the step of the others.
         undecayed_parameters: names of matrices, within the mixer, that weight decay leaves alone, as it does vectors.
+        selection_parameters: names of the parameters, within the mixer, that decide which keys are kept.
         drawn_apart: names of linear maps, within the mixer, that other mixers lack. Their initial weights come from
             random numbers of their own, so that all other weights of a model start alike whatever its mixer.
     """
 
     auxiliary_parameters: Sequence[str] = ()
     undecayed_parameters: Sequence[str] = ()
+    selection_parameters: Sequence[str] = ()
     drawn_apart: Sequence[str] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -132,6 +132,8 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         if drifting is not None and drifting.weight is not None:
             self.undecayed_parameters = ("drifting.weight",)
             self.auxiliary_parameters = () if drifting.content_in_bias else self.undecayed_parameters
+        own = ("A", "dt_proj", "drifting")
+        self.selection_parameters = [name for name, _ in self.named_parameters() if name.split(".")[0] in own]
         self.retention_weight, self.num_layers = retention_weight, 1
         self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
         self.step: Tensor
