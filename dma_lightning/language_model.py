@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
 import torch
@@ -34,7 +34,7 @@ from dma_lightning.metrics import EvaluationMetrics, bits_per_byte
 from dma_lightning.model import DogeForCausalLM
 from dma_lightning.plain_values import PlainHyperparameters, plain
 from dma_lightning.saved_run import SavedRun
-from dma_lightning.schedules import Schedule, lr_factor, total_steps
+from dma_lightning.schedules import Schedule, check_schedule, lr_factor, total_steps
 from dma_lightning.step_means import StepTotals, scale_gradients
 from dma_lightning.step_memory import least_step_bytes, too_large
 from dma_lightning.trainer_state import accumulates, has_trainer, is_logging_step, let_clip_gradients, saved_device
@@ -112,13 +112,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             raise ValueError(f"expected lr > 0 and weight_decay >= 0, got {lr} and {weight_decay}")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas: expected two numbers, each at least 0 and below 1, got {betas}")
-        if schedule not in get_args(Schedule):
-            raise ValueError(f"schedule: expected one of {list(get_args(Schedule))}, got {schedule!r}")
-        if min(warmup_fraction, decay_fraction) < 0 or warmup_fraction + decay_fraction > 1:
-            raise ValueError(
-                "warmup_fraction and decay_fraction: expected two shares of at most 1 in all, "
-                f"got {warmup_fraction} and {decay_fraction}"
-            )
+        check_schedule(schedule, warmup_fraction, decay_fraction)
         if cuda_graphs and (activation_checkpointing or not compile_layers):
             raise ValueError(
                 "cuda_graphs: expected compile_layers and no activation_checkpointing, got "
@@ -126,8 +120,8 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             )
         config = plain(config, type(self).__name__)
         self.save_hyperparameters(ignore=["init_from"])  # a checkpoint has weights of its own
-        config["vocab_size"] = max(padded_vocab_size or 0, config.get("vocab_size", ModelConfig.vocab_size))
-        self.model = DogeForCausalLM(ModelConfig(**config))
+        shape = ModelConfig(**config)
+        self.model = DogeForCausalLM(replace(shape, vocab_size=max(padded_vocab_size or 0, shape.vocab_size)))
         self.model.activation_checkpointing = activation_checkpointing
         self._token_losses = token_losses
         self._batches: list[StepTotals] = []  # of the step that is being made
