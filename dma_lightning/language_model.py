@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
 import torch
@@ -34,7 +34,7 @@ from dma_lightning.metrics import EvaluationMetrics, bits_per_byte
 from dma_lightning.model import DogeForCausalLM
 from dma_lightning.plain_values import PlainHyperparameters, plain
 from dma_lightning.saved_run import SavedRun
-from dma_lightning.schedules import Schedule, lr_factor, total_steps
+from dma_lightning.schedules import Schedule, check_schedule, lr_factor, total_steps
 from dma_lightning.step_means import StepTotals, scale_gradients
 from dma_lightning.step_memory import least_step_bytes, too_large
 from dma_lightning.trained_parts import TrainedPart, freeze_others
@@ -112,11 +112,20 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         **config: Any,
     ) -> None:
         super().__init__()
+        if lr <= 0 or weight_decay < 0:
+            raise ValueError(f"expected lr > 0 and weight_decay >= 0, got {lr} and {weight_decay}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas: expected two numbers, each at least 0 and below 1, got {betas}")
+        check_schedule(schedule, warmup_fraction, decay_fraction)
+        if cuda_graphs and (activation_checkpointing or not compile_layers):
+            raise ValueError(
+                "cuda_graphs: expected compile_layers and no activation_checkpointing, got "
+                f"{compile_layers} and {activation_checkpointing}; change these, or leave cuda_graphs out"
+            )
         config = plain(config, type(self).__name__)
         self.save_hyperparameters(ignore=["init_from"])  # a checkpoint has weights of its own
-        self._check_arguments()
-        config["vocab_size"] = max(padded_vocab_size or 0, config.get("vocab_size", ModelConfig.vocab_size))
-        self.model = DogeForCausalLM(ModelConfig(**config))
+        shape = ModelConfig(**config)
+        self.model = DogeForCausalLM(replace(shape, vocab_size=max(padded_vocab_size or 0, shape.vocab_size)))
         self.model.activation_checkpointing = activation_checkpointing
         freeze_others(self.model, train_only)
         self._token_losses = token_losses
@@ -130,26 +139,6 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         """Mean loss of the last step over all of its labels, set after its backward; 0 for a step without labels."""
         self.val_metrics = EvaluationMetrics(self.model.config.vocab_size)
         self.test_metrics = EvaluationMetrics(self.model.config.vocab_size)
-
-    def _check_arguments(self) -> None:
-        """Raise `ValueError` unless the arguments, but for those of `ModelConfig`, belong together."""
-        hp = self.hparams
-        if hp.lr <= 0 or hp.weight_decay < 0:
-            raise ValueError(f"expected lr > 0 and weight_decay >= 0, got {hp.lr} and {hp.weight_decay}")
-        if not all(0 <= beta < 1 for beta in hp.betas):
-            raise ValueError(f"betas: expected two numbers, each at least 0 and below 1, got {hp.betas}")
-        if hp.schedule not in get_args(Schedule):
-            raise ValueError(f"schedule: expected one of {list(get_args(Schedule))}, got {hp.schedule!r}")
-        if min(hp.warmup_fraction, hp.decay_fraction) < 0 or hp.warmup_fraction + hp.decay_fraction > 1:
-            raise ValueError(
-                "warmup_fraction and decay_fraction: expected two shares of at most 1 in all, "
-                f"got {hp.warmup_fraction} and {hp.decay_fraction}"
-            )
-        if hp.cuda_graphs and (hp.activation_checkpointing or not hp.compile_layers):
-            raise ValueError(
-                "cuda_graphs: expected compile_layers and no activation_checkpointing, got "
-                f"{hp.compile_layers} and {hp.activation_checkpointing}; change these, or leave cuda_graphs out"
-            )
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # Lightning's would read hparams_file, too

@@ -1,11 +1,26 @@
 """Learning-rate schedules, per optimizer step."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import lightning.pytorch as pl
 
 Schedule = Literal["wsd", "cosine", "constant"]
+
+
+def check_schedule(schedule: Schedule, warmup_fraction: float, decay_fraction: float) -> None:
+    """Compare what describes a schedule with what there is.
+
+    Raises:
+        ValueError: for an unknown schedule, or shares that do not belong together.
+    """
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"schedule: expected one of {list(get_args(Schedule))}, got {schedule!r}")
+    if min(warmup_fraction, decay_fraction) < 0 or warmup_fraction + decay_fraction > 1:
+        raise ValueError(
+            "warmup_fraction and decay_fraction: expected two shares of at most 1 in all, "
+            f"got {warmup_fraction} and {decay_fraction}"
+        )
 
 
 def lr_factor(schedule: Schedule, step: int, max_steps: int, warmup_fraction: float, decay_fraction: float) -> float:

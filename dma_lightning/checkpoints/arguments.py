@@ -26,6 +26,7 @@ def model_arguments(saved: Mapping[str, Any], path: Path, kind: type[pl.Lightnin
         ValueError: if one is unknown or has another type.
     """
     arguments = saved.get(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    arguments = {name: x for name, x in arguments.items() if name != "init_from"}  # it has weights of its own
     return checked_arguments(arguments, kind, f"{path}: hyper_parameters", **get_type_hints(ModelConfig))
 
 

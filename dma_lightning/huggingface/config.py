@@ -154,7 +154,7 @@ def config_fields(file: ConfigFile, families: Collection[str] = FAMILIES.keys())
         found = f"{file.model_type!r}{f' with {experts} experts, which are not supported' * bool(experts)}"
         raise ValueError(f"expected model_type {known}, got {found}")
     _check_features(file)
-    family = FAMILIES[file.model_type]
+    family = FAMILIES[file.model_type or ""]
     names = (*_SHARED, "head_dim")
     given = {name: getattr(file, name) for name in names if getattr(file, name) is not None}
     fields = {**family.defaults, **given, **family.fixed}

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DogeConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from dma_lightning import ByteTokenizer, FileTokenizer, LanguageModel
+from dma_lightning.checkpoints.arguments import model_arguments
 from dma_lightning.initial_weights import InitialWeights
 
 LENGTH = 48
@@ -138,6 +139,12 @@ def test_tokens_are_compared_with_those_of_the_weights(tmp_path: Path) -> None:
         initial.check({"vocab_size": 62})
 
 
+def test_no_checkpoint_names_weights_to_begin_from() -> None:
+    saved = {"hyper_parameters": {"init_from": "elsewhere", "lr": 0.1}}
+    assert model_arguments(saved, Path("a.ckpt"), LanguageModel) == {"lr": 0.1}
+    assert "init_from" not in LanguageModel(init_from="elsewhere").hparams
+
+
 @pytest.fixture
 def source(_small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint of a run elsewhere, in a working folder with its text."""
@@ -169,7 +176,6 @@ def test_a_run_begins_from_weights_once(source: Path, capsys: pytest.CaptureFixt
     assert (config.max_position_embeddings, cli.trainer.global_step) == (24, 1)
     for name, x in before.items():
         torch.testing.assert_close(cli.model.state_dict()[name], x, rtol=0, atol=1e-7)
-    assert "init_from" not in cli.model.hparams
 
     source.unlink()
     cli.model.setup("validate")  # does not take them again
