@@ -89,7 +89,7 @@ class InitialWeights:
         tokenizer = path / "tokenizer.json"
         if has_tokenizer := tokenizer.exists():
             check_regular(tokenizer, "a tokenizer of the library tokenizers")
-        text = tokenizer.read_text(encoding="utf-8") if has_tokenizer else None
+        text = tokenizer.read_text(encoding="utf-8", errors="replace") if has_tokenizer else None
         # Tables of many models have more rows than their tokenizers have tokens.
         return cls(path, config, config.vocab_size, folder.tensors, folder, text)
 
@@ -146,13 +146,13 @@ class InitialWeights:
             check_sums(self.path)
             self.folder.check_tied()
         own = model.state_dict()
-        for name in own.keys() & self.tensors.keys():
+        taken = own.keys() & self.tensors.keys()
+        for name in sorted(taken):
             if (expected := tuple(own[name].shape)) != (got := self.tensors[name].shape):
                 raise ValueError(
                     f"init_from {self.path}: expected {name} of shape {expected}, as the model has it with attention "
                     f"{model.config.attention!r}, got {got}; choose another attention"
                 )
-        taken = own.keys() & self.tensors.keys()
         for name in taken - ({"lm_head.weight"} if model.config.tie_word_embeddings else set()):
             tensor = self.tensors[name].read()
             if not tensor.is_floating_point():

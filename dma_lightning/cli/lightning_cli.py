@@ -122,12 +122,27 @@ class DMACLI(LightningCLI):
         self._set_defaults(defaults)
         super().parse_arguments(parser, args)
         check_data(self._subcommand_config().get("data"), self.saved)
-        attention = self._subcommand_config().model.attention
-        if self.resuming and attention != defaults.get("model.attention", attention):
+        if self.resuming:
+            self._check_last(defaults)
+
+    def _check_last(self, defaults: dict[str, Any]) -> None:
+        """Compare the run that shall go on with the last one of its folder.
+
+        Raises:
+            ValueError: if they are different experiments.
+        """
+        assert self.checkpoint is not None
+        attention, init_from = (self._subcommand_config().model.get(name) for name in ("attention", "init_from"))
+        if attention != defaults.get("model.attention", attention):
             raise ValueError(
                 f"ckpt_path last: expected attention {defaults['model.attention']!r} as in {self.checkpoint}, got "
                 f"{attention!r}; give each experiment a folder of its own by --trainer.logger.init_args.name, or "
                 "name the checkpoint to go on from"
+            )
+        if init_from and Path(init_from).resolve().parent == self.checkpoint.resolve().parent:
+            raise ValueError(
+                f"ckpt_path last: expected a run that begins from {init_from} to have a folder of its own, got the one "
+                "of these weights; name it by --trainer.logger.init_args.name, or leave init_from out to go on"
             )
 
     def _take_sizes(self, init_from: str | None) -> bool:
