@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -8,6 +9,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU
+    with contextlib.suppress(ModuleNotFoundError):  # where Triton is not installed, tests of kernels are skipped
+        import interpreter
+
+        interpreter.patch_once()
 torch.set_float32_matmul_precision("highest")  # no TF32 where products in float32 are compared
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # processes whose threads wait for each other take ten times as long

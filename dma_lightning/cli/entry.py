@@ -56,10 +56,10 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
         args: a list of arguments, or a nested dictionary.
         run: with False, `args` name no subcommand and nothing is run.
     """
-    about = sys.argv[1:] if args is None else args
-    is_about = run and isinstance(about, list) and bool(about) and about[0].partition("=")[0] in _ABOUT
-    set_up_parsing(completion=is_about)
-    return (_AllCommands if is_about else DMACLI)(
+    given = sys.argv[1:] if args is None else args
+    name = given[0].partition("=")[0] if run and isinstance(given, list) and given else ""
+    set_up_parsing(completion=name in _ABOUT)
+    return (_AllCommands if name in _ABOUT else _with_parser_of(name))(
         LanguageModel,
         SequenceDataModule,
         subclass_mode_data=True,
@@ -75,6 +75,18 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
         args=args,
         run=run,
     )
+
+
+def _with_parser_of(name: str) -> type[DMACLI]:
+    """The command line of one subcommand, since a parser takes long to make; of all, if it names none."""
+    named = {key: value for key, value in DMACLI.subcommands().items() if key == name}
+
+    class OneCommand(DMACLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return named
+
+    return OneCommand if named else DMACLI
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import masks
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import covering
 from torch import Tensor
 
 from dma_kernels import (
@@ -49,10 +50,9 @@ def run(inputs: list[Tensor], window: int, arguments: dict, backend: str, weight
     return [out, lse, *torch.autograd.grad(loss, inputs, materialize_grads=True)]
 
 
-@pytest.mark.parametrize("case", masks.CASES, ids=str)
-@pytest.mark.parametrize("ties", [False, True], ids=["random", "ties"])
-@pytest.mark.parametrize("group", [1, 2, 4])
-@pytest.mark.parametrize("length", masks.LENGTHS)
+@pytest.mark.parametrize(
+    ("length", "group", "ties", "case"), covering(masks.LENGTHS, [1, 2, 4], [False, True], masks.CASES), ids=str
+)
 def test_equals_the_definition(length: int, group: int, ties: bool, case: masks.Case) -> None:
     inputs, arguments = make_inputs(length, group, ties), case.arguments(2, length)
     weight = torch.randn_like(inputs[0])

@@ -18,6 +18,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 BATCH, KV_HEADS = 2, 2
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]
+STEPS = 12 if ON_GPU else 5  # the interpreter takes a tenth of a second for one
 
 
 def make_inputs(length: int, group: int, head_dim: int, ties: bool, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -92,7 +93,7 @@ def test_equals_the_plain_step(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    length = prefill + 12
+    length = prefill + STEPS
     inputs = make_inputs(length, group, 16, ties, torch.float32)
     inputs["documents"] = masks.make_documents(BATCH, length).to(DEVICE) if documents else None
     pads = masks.make_padding(padding, BATCH, length)
@@ -104,15 +105,15 @@ def test_equals_the_plain_step(
 @pytest.mark.parametrize("head_dim", [2, 20, 128, 256] if ON_GPU else [2, 20])
 @pytest.mark.parametrize("group", [1, 7, 17])
 def test_head_dims_groups_and_dtypes(group: int, head_dim: int, dtype: torch.dtype) -> None:
-    inputs = make_inputs(140, group, head_dim, False, dtype)
+    inputs = make_inputs(130 + STEPS, group, head_dim, False, dtype)
     check_steps(inputs, 130, (100, 1, 1), max(1e-5, 4 * torch.finfo(dtype).eps))
 
 
-@pytest.mark.parametrize("window", [1023, 1024, 2100])
+@pytest.mark.parametrize("window", [1023, 1024, 2100] if ON_GPU else [1023, 2100])
 def test_more_slots_than_are_looked_at_at_once(window: int) -> None:
-    inputs = make_inputs(window + 40, 2, 16, True, torch.float32)
-    check_steps(inputs, window + 36, (window, 2, 1))
-    check_steps(at(inputs, 0, 40), 36, (window, 2, 1))  # nearly empty
+    inputs, steps = make_inputs(window + 40, 2, 16, True, torch.float32), 4 if ON_GPU else 2
+    check_steps(inputs, window + 40 - steps, (window, 2, 1))
+    check_steps(at(inputs, 0, 40), 40 - steps, (window, 2, 1))  # nearly empty
 
 
 @pytest.mark.parametrize("config", [(16, 16, 1, 1), (16, 48, 4, 2), (32, 4096, 8, 3)])
@@ -147,10 +148,11 @@ def test_a_nan_is_kept_and_ends_with_its_document() -> None:
 
 @pytest.mark.parametrize("sizes", [(4, 2, 0), (8, 8, 0), (4, 0, 2), (3, 2, 2)])
 def test_an_infinity_that_has_died_is_not_seen(sizes: tuple[int, int, int]) -> None:
-    inputs = make_inputs(60, 2, 16, False, torch.float32)
+    length = 60 if ON_GPU else 30
+    inputs = make_inputs(length, 2, 16, False, torch.float32)
     inputs["v"][:, :, 5, 0], inputs["ranks"][:, :, 5] = torch.inf, -9.0
     plain, fused = caches(16, sizes, torch.float32)
-    for t in range(60):
+    for t in range(length):
         outs = [attend(cache, **at(inputs, t)) for cache in (plain, fused)]
         if t > 5 + sizes[1] + sizes[0]:
             torch.testing.assert_close(*outs)
