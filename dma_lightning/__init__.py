@@ -6,7 +6,7 @@ What a model is, from the inside out:
 - `backends`: what computes attention over lifetimes, by name; `rotary`: the rotary embedding
 - `config`: `ModelConfig`; `model`: the decoder around a mixer
 - `generation`, `sampling`: what a decoder goes on with; `tokenizers`: text and tokens; `vocabularies`: which it knows
-- `huggingface`: models of the Hugging Face Hub
+- `huggingface`: models of the Hugging Face Hub; `transformers`: dynamic masks in models of Transformers, an extra
 
 How it is trained:
 
