@@ -194,7 +194,20 @@ def test_rows_and_guesses_of_the_cache() -> None:
     one, cache = tokens[:1].repeat(1, 2), DynamicMasksCache(model)
     guessed = model.generate(one, past_key_values=cache, prompt_lookup_num_tokens=4, **options)
     assert torch.equal(guessed, recomputed(model, one, torch.ones_like(one), 20)[0])
-    with pytest.raises(ValueError, match="expected to take back at most"):
+
+
+@torch.no_grad()
+def test_wrong_guesses_are_taken_back() -> None:
+    model, (tokens, _) = masked_model(sinks=1), batch()
+    cache = DynamicMasksCache(model)
+    model(tokens[:, :20], past_key_values=cache)
+    cache.activate_past_recording()
+    model(torch.cat([tokens[:, 20:23], tokens[:, :4]], dim=1), past_key_values=cache)
+    cache.crop(-4)
+    assert cache.get_seq_length() == 23
+    logits = [model(x, past_key_values=cache).logits for x in tokens[:, 23:].split(10, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(tokens).logits[:, 23:], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="expected to take back at most the 7 tokens"):
         cache.crop(-9)
 
 
