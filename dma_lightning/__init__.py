@@ -32,7 +32,7 @@ from dma_lightning.data import (
     TextNeedleDataModule,
 )
 from dma_lightning.generation import generate, pad_prompts, stream_text, stream_tokens
-from dma_lightning.huggingface import load_doge, save_doge
+from dma_lightning.huggingface import load_doge, save_doge, save_for_transformers
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.mixers import (
     MIXERS,
@@ -76,6 +76,7 @@ __all__ = [
     "load_doge",
     "pad_prompts",
     "save_doge",
+    "save_for_transformers",
     "stream_text",
     "stream_tokens",
 ]

@@ -106,8 +106,8 @@ def load_with_dynamic_masks(folder: Path | str, *, backend: Backend = "auto", **
 
     # Transformers asks by name how weights are renamed, and in the module whether the attention can be chosen.
     WithMasks.__name__, WithMasks.__module__ = kind.__name__, kind.__module__
-    options |= {"output_loading_info": True}
-    model, told = WithMasks.from_pretrained(folder, config=config, use_safetensors=True, **options)
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    model, told = WithMasks.from_pretrained(folder, config=config, **options)
     if missing := sorted(name for name in told["missing_keys"] if "dynamic_mask" in name):
         raise ValueError(f"{folder}: expected weights of dynamic masks, got none of {missing}")
     model.__class__ = kind  # so that it is saved and copied as what it was
