@@ -28,7 +28,7 @@ class DynamicMasksCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        layers = attention_layers(model)
+        layers: list[Any] = [*attention_layers(model)]  # torch types no attributes of modules
         if not all(hasattr(layer, "dynamic_mask") for layer in layers):
             raise ValueError(
                 f"{type(model).__name__}: expected a model with dynamic masks; call add_dynamic_masks first"

@@ -89,7 +89,7 @@ def load_with_dynamic_masks(folder: Path | str, *, backend: Backend = "auto", **
     Raises:
         ValueError: if the folder holds another model, or not all of it.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     try:
         settings = msgspec.convert(getattr(config, "dynamic_masks", None), MaskSettings)
     except msgspec.ValidationError as error:

@@ -101,7 +101,8 @@ class DmaLightningForCausalLM(PreTrainedModel, GenerationMixin):
         """
         tells = options.pop("output_loading_info", False)
         options.pop("use_safetensors", None)  # nothing else is read
-        model, told = super().from_pretrained(*args, use_safetensors=True, output_loading_info=True, **options)
+        loaded: Any = super().from_pretrained(*args, use_safetensors=True, output_loading_info=True, **options)
+        model, told = loaded
         if missing := sorted(told["missing_keys"]):
             raise ValueError(f"expected all weights of the model, got none of {missing[:5]}")
         model._set_constants()
