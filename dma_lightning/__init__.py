@@ -7,7 +7,7 @@ What a model is, from the inside out:
   `rotary`: the rotary embedding
 - `config`: `ModelConfig`; `model`: the decoder around a mixer
 - `generation`, `sampling`: what a decoder goes on with; `tokenizers`: text and tokens; `vocabularies`: which it knows
-- `huggingface`: models of the Hugging Face Hub
+- `huggingface`: models of the Hugging Face Hub; `transformers`: dynamic masks in models of Transformers, an extra
 
 How it is trained:
 
@@ -35,7 +35,7 @@ from dma_lightning.data import (
 )
 from dma_lightning.functional import dynamic_mask_attention
 from dma_lightning.generation import generate, pad_prompts, stream_text, stream_tokens
-from dma_lightning.huggingface import load_doge, save_doge
+from dma_lightning.huggingface import load_doge, save_doge, save_for_transformers
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.mixers import (
     MIXERS,
@@ -80,6 +80,7 @@ __all__ = [
     "load_doge",
     "pad_prompts",
     "save_doge",
+    "save_for_transformers",
     "stream_text",
     "stream_tokens",
 ]

@@ -89,7 +89,7 @@ def saved_tokenizer(saved: SavedRun, module: LanguageModel, special_tokens: Spec
     """
     vocabulary, file = module.model.config.vocab_size, saved.path.resolve().parent / "tokenizer.json"
     carried = saved.tokenizer
-    if carried is None and vocabulary == ByteTokenizer.vocab_size and module.hparams["bytes_per_token"] is not None:
+    if reads_bytes(saved, module):
         return ByteTokenizer()
     if carried is None and not file.exists():
         raise ValueError(
@@ -106,3 +106,9 @@ def saved_tokenizer(saved: SavedRun, module: LanguageModel, special_tokens: Spec
             f"{tokenizer.vocab_size}; put the tokenizer.json that the model was trained with beside the checkpoint"
         )
     return tokenizer
+
+
+def reads_bytes(saved: SavedRun, module: LanguageModel) -> bool:
+    """Whether the tokens of an opened checkpoint's model are bytes."""
+    fits = module.model.config.vocab_size == ByteTokenizer.vocab_size and module.hparams["bytes_per_token"] is not None
+    return fits and saved.tokenizer is None

@@ -215,7 +215,7 @@ def doge_config(config: ModelConfig) -> dict[str, Any]:
         if getattr(config, name) != value:
             raise ValueError(
                 f"{name} = {getattr(config, name)!r}: the Doge model of Transformers knows only {value!r}, "
-                "so it would compute something else; such a model cannot be exported"
+                "so it would compute something else; save_for_transformers writes such a model in a class of its own"
             )
     fields = {name: getattr(config, name) for name in _SHARED}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}

@@ -14,19 +14,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from dma_lightning.files.atomic import sync_folder, write_error
-from dma_lightning.files.reading import check_regular
 from dma_lightning.files.sha256_sums import check_sums, write_sums
 from dma_lightning.huggingface.config import doge_config
 from dma_lightning.huggingface.folders import PretrainedFolder
+from dma_lightning.huggingface.tokenizer_files import copy_tokenizer, describe_tokens
 from dma_lightning.huggingface.weight_files import WEIGHTS
 from dma_lightning.model import DogeForCausalLM
-
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 
 
 def load_doge(folder: Path | str, **changed: Any) -> DogeForCausalLM:
@@ -79,16 +75,31 @@ def save_doge(
         OSError: if it cannot be written.
     """
     config = doge_config(model.config)
-    weight = model.embed_tokens.weight
-    config["dtype"] = str(weight.dtype).removeprefix("torch.")
+    named = {name if name.startswith("lm_head.") else f"model.{name}": x for name, x in saved_weights(model).items()}
+    write_model(folder, config, named, tokenizer_folder, tokenizer_json)
+
+
+def saved_weights(model: DogeForCausalLM) -> dict[str, Tensor]:
+    """Weights of a model by name, on the CPU; tied ones once."""
     weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
+    return weights
+
+
+def write_model(
+    folder: Path | str,
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    tokenizer_folder: Path | str | None,
+    tokenizer_json: str | None,
+) -> None:
+    """Write `config.json` and weights by name; the other arguments, and errors, are those of `save_doge`."""
+    config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     with new_folder(folder) as unfinished:
         (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        named = {name if name.startswith("lm_head.") else f"model.{name}": x for name, x in weights.items()}
         try:
-            save_file(named, unfinished / WEIGHTS, metadata={"format": "pt"})
+            save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:  # on a full disk
             raise write_error(unfinished / WEIGHTS, error) from error
         shutil.copymode(unfinished / "config.json", unfinished / WEIGHTS)  # the library's is for the owner alone
@@ -96,6 +107,7 @@ def save_doge(
             copy_tokenizer(Path(tokenizer_folder), unfinished)
         if tokenizer_json is not None:
             (unfinished / "tokenizer.json").write_text(tokenizer_json)
+        describe_tokens(unfinished, config)
         write_sums(unfinished)
 
 
@@ -122,26 +134,3 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer files that there are.
-
-    Links are followed within the folder alone, and to the files of the Hugging Face cache if the folder is one of its
-    snapshots: a folder from elsewhere could otherwise have any file of this machine copied and passed on.
-
-    Raises:
-        ValueError: if one is no regular file, or a link to one elsewhere.
-    """
-    inside = source.resolve()
-    roots = [inside, inside.parents[1] / "blobs"] if inside.parent.name == "snapshots" else [inside]
-    for path in (source / name for name in _TOKENIZER_FILES):
-        if not path.exists() and not path.is_symlink():
-            continue
-        check_regular(path, "a tokenizer file")
-        if not any(path.resolve().is_relative_to(root) for root in roots):
-            raise ValueError(
-                f"{path}: expected a file of this folder, got a link to {path.resolve()}; copy the file there if it "
-                "is meant"
-            )
-        shutil.copyfile(path, target / path.name)

@@ -432,7 +432,12 @@ def test_hashes_of_an_export_are_checked(tmp_path: Path, monkeypatch: pytest.Mon
     if shutil.which("sha256sum"):
         assert subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=folder, check=False).returncode == 0
     lines = sums.read_text().splitlines(keepends=True)
-    assert [line[66:-1] for line in lines] == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert [line[66:-1] for line in lines] == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     (folder / "README.md").write_text("not listed")
     load_doge(folder)
 

@@ -1,0 +1,47 @@
+"""Any model of ours for `AutoModelForCausalLM` of Transformers: as Doge if that can express it, else as it is.
+
+What Doge cannot express has a class of its own, which `import dma_lightning.transformers` makes known.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from dma_lightning.huggingface.config import doge_config
+from dma_lightning.huggingface.doge import save_doge, saved_weights, write_model
+from dma_lightning.model import DogeForCausalLM
+
+MODEL_TYPE, CLASS_NAME = "dma_lightning", "DmaLightningForCausalLM"
+
+
+def save_for_transformers(
+    model: DogeForCausalLM,
+    folder: Path | str,
+    tokenizer_folder: Path | str | None = None,
+    tokenizer_json: str | None = None,
+) -> str:
+    """Write a model that `AutoModelForCausalLM.from_pretrained` of Transformers reads; arguments as `save_doge`.
+
+    Returns:
+        The model type in `config.json`: `doge`, or `dma_lightning`, which `import dma_lightning.transformers` makes
+        known to Transformers.
+
+    Raises:
+        ValueError: if the folder is not empty, or the tokenizer damaged.
+        OSError: if it cannot be written.
+    """
+    try:
+        doge_config(model.config)
+    except ValueError:
+        named = {f"decoder.{name}": x for name, x in saved_weights(model).items()}
+        write_model(folder, own_config(model), named, tokenizer_folder, tokenizer_json)
+        return MODEL_TYPE
+    save_doge(model, folder, tokenizer_folder, tokenizer_json)
+    return "doge"
+
+
+def own_config(model: DogeForCausalLM) -> dict[str, Any]:
+    """`config.json` of a model in its own class; the backend is left to the machine."""
+    shape = dataclasses.asdict(dataclasses.replace(model.config, backend="auto"))
+    config = {name: shape[name] for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id")}
+    return {"architectures": [CLASS_NAME], "model_type": MODEL_TYPE, "shape": shape, **config}
