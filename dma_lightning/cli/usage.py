@@ -20,6 +20,7 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
 from dma_lightning.cli.errors import CLASS_PROBLEM, shortened, shows_traceback
+from dma_lightning.cli.shipped_configs import find_config, what_was_meant
 from dma_lightning.closest import closest, did_you_mean
 from dma_lightning.data import SequenceDataModule
 
@@ -94,13 +95,17 @@ def _missing(names: str, parser: ArgumentParser) -> str:
     """About arguments that must be given."""
     parts = [name.strip().rpartition(".")[2] for name in names.split(",")]
     if parts == ["data"]:
-        return (
-            "data: expected a class of data, got none; give a config such as -c configs/data/text.yaml, or "
-            "--data TextDataModule"
-        )
+        return f"data: expected a class of data, got none; {_how_to_give_data(_arguments(parser))}"
     known = set(_options(parser))
     shown = ", ".join(f"--{name}" if f"--{name}" in known else name for name in parts)
     return f"{shown}: must be given"
+
+
+def _how_to_give_data(args: list[str]) -> str:
+    """What to type where only the data are missing, which alone have no default."""
+    if len(args) == 1 and args != ["fit"]:
+        return f"`dma-lightning {args[0]} --ckpt_path FILE` takes those of a checkpoint"
+    return "give a config such as -c data/text, or --data TextDataModule"
 
 
 def _no_yaml(message: str, parser: ArgumentParser) -> str:
@@ -124,10 +129,7 @@ def _unknown_key(key: str, parser: ArgumentParser) -> str:
 def _wrong_value(key: str, reason: str, parser: ArgumentParser) -> str:
     """About a value that an option cannot take; `reason` says it with all types that were tried."""
     if found := re.search(r"File does not exist: '([^']+)'", reason):
-        path = Path(found[1])
-        beside = (_short(x) for x in path.parent.iterdir()) if path.parent.is_dir() else ()
-        meant = did_you_mean(_short(path), beside)
-        return f"{'-c' if key == 'config' else f'--{key}'}: expected a file, got {_short(path)!r}, where none is{meant}"
+        return _no_file(key, Path(found[1]))
     if found := CLASS_PROBLEM.search(reason):
         return _class_problem(key, found[1], found[2].strip(), parser)
     if (found := _NO_CLASS.search(reason)) and (key in _CLASSES or "list[" in reason):
@@ -141,6 +143,15 @@ def _wrong_value(key: str, reason: str, parser: ArgumentParser) -> str:
     choices = [str(x) for x in _choices(expected)]
     meant = did_you_mean(given, choices)
     return f"{_where(key, given, parser)}: expected {_type_names(expected)}, got {given!r}{meant}"
+
+
+def _no_file(key: str, path: Path) -> str:
+    """About a file that is not there."""
+    beside = [_short(x) for x in path.parent.iterdir()] if path.parent.is_dir() else []
+    if key == "config":
+        meant = what_was_meant(_short(path), beside)
+        return f"-c: expected a file or the name of a shipped config, got {_short(path)!r}{meant}"
+    return f"--{key}: expected a file, got {_short(path)!r}, where none is{did_you_mean(_short(path), beside)}"
 
 
 def _class_problem(key: str, name: str, reason: str, parser: ArgumentParser) -> str:
@@ -219,7 +230,8 @@ def _configs(args: list[str]) -> list[str]:
     """The config files that a command line names."""
     pairs = zip(["", *args], args, strict=False)
     names = [arg for before, arg in pairs if before in ("-c", "--config")]
-    return names + [arg.partition("=")[2] for arg in args if arg.startswith(("-c=", "--config="))]
+    names += [arg.partition("=")[2] for arg in args if arg.startswith(("-c=", "--config="))]
+    return [_short(Path(find_config(name))) for name in names]
 
 
 def _arguments(parser: ArgumentParser) -> list[str]:
