@@ -56,15 +56,17 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
         args: a list of arguments, or a nested dictionary.
         run: with False, `args` name no subcommand and nothing is run.
     """
-    about = sys.argv[1:] if args is None else args
-    is_about = run and isinstance(about, list) and bool(about) and about[0].partition("=")[0] in _ABOUT
+    given = sys.argv[1:] if args is None else args
+    first = given[0] if run and isinstance(given, list) and given else ""
+    is_about = first.partition("=")[0] in _ABOUT
     set_up_parsing(completion=is_about)
-    return (_AllCommands if is_about else DMACLI)(
+    return (_AllCommands if is_about else _with_subcommand(first))(
         LanguageModel,
         SequenceDataModule,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_callback=ConfigOfRun,
+        trainer_defaults={"enable_model_summary": False},  # RunSummary tells more
         seed_everything_default=0,
         parser_class=Parser,
         parser_kwargs={
@@ -75,6 +77,15 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
         args=args,
         run=run,
     )
+
+
+def _with_subcommand(name: str) -> type[DMACLI]:
+    """The command line with one subcommand, since the parsers of all take longer than to build a small model."""
+    all_of_them = DMACLI.subcommands()
+    if name not in all_of_them:
+        return DMACLI
+    one = {name: all_of_them[name]}
+    return type(DMACLI.__name__, (DMACLI,), {"subcommands": staticmethod(lambda: one)})
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ an empty value or `null` is nothing.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import isclass, isfunction, signature
 from pathlib import Path
 from types import NoneType, UnionType
@@ -104,6 +104,15 @@ class Parser(BriefParser, LightningArgumentParser):
 
     def add_function_arguments(self, function: Callable, *args: Any, **kwargs: Any) -> list[str]:
         return self._mind_types(function, super().add_function_arguments(function, *args, **kwargs))
+
+    def add_objects(self, kinds: Mapping[str, type], title: str) -> None:
+        """Add an option for an object of each class, which is made of its defaults unless the option is null."""
+        group = self.add_argument_group(title)
+        self.objects = {**self.objects, **kinds}
+        for name, kind in kinds.items():
+            about = (kind.__doc__ or "").strip().partition("\n")[0]
+            group.add_argument(f"--{name}", type=kind | None, default={}, help=about)
+            self._mind_types(kind, [name])
 
     def parse_object(self, obj: Any, *args: Any, **kwargs: Any) -> Namespace:
         for name, value in obj.items():

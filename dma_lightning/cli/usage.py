@@ -7,7 +7,7 @@ of them says. A `BriefParser` prints the one thing that a user needs, and ends w
 import ast
 import re
 from argparse import ArgumentError
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pydoc import locate
 from typing import Any, NoReturn
@@ -40,7 +40,13 @@ _UNRECOGNIZED = "unrecognized arguments: "
 
 
 class BriefParser(ArgumentParser):
-    """Tells mistakes in one line."""
+    """Tells mistakes in one line.
+
+    Attributes:
+        objects: classes of objects whose arguments are options, by the names that these begin with.
+    """
+
+    objects: Mapping[str, type] = {}  # never changed
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and end with status 2; raise what jsonargparse would if that is asked for."""
@@ -181,12 +187,14 @@ def _meant(given: str, known: Iterable[str]) -> str:
 
 
 def _options(parser: ArgumentParser) -> Iterator[str]:
-    """All options of a parser, and those of the data modules that there are."""
+    """All options of a parser, those of its objects, and those of the data modules that there are."""
     found = dict.fromkeys(re.findall(r"(?<![\w.-])--?[\w.-]+", parser.format_usage()))
     yield from found
+    objects = list(getattr(parser, "objects", {}).items())
     if "--data" in found:
-        for data in _subclasses(SequenceDataModule):
-            yield from (f"--data.{name}" for name in ArgumentParser().add_class_arguments(data, fail_untyped=False))
+        objects += [("data", data) for data in _subclasses(SequenceDataModule)]
+    for name, kind in objects:
+        yield from (f"--{name}.{x}" for x in ArgumentParser().add_class_arguments(kind, fail_untyped=False))
 
 
 def _class_names(key: str) -> list[str]:
