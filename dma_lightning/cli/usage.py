@@ -109,7 +109,12 @@ def _missing(names: str, parser: ArgumentParser) -> str:
 
 def _how_to_give_data(args: list[str]) -> str:
     """What to type where only the data are missing, which alone have no default."""
-    if len(args) == 1 and args != ["fit"]:
+    if args == ["fit"]:
+        return (
+            "`dma-lightning fit -c tiny -c pydoc -c cpu` trains a small model on a CPU in minutes, and `dma-lightning "
+            "init FOLDER` writes a config to start from"
+        )
+    if len(args) == 1:
         return f"`dma-lightning {args[0]} --ckpt_path FILE` takes those of a checkpoint"
     return "give a config such as -c data/text, or --data TextDataModule"
 

@@ -205,7 +205,7 @@ def test_an_unknown_command_is_told_all(
         main()
     assert stop.value.code == 2
     told = capsys.readouterr().err
-    assert "expected a command of fit, validate, test, predict, generate, prepare, " in told
+    assert "expected a command of fit, validate, test, predict, init, generate, prepare, " in told
     assert ("did you mean 'fit'?" in told) == (args == ["fti"])
 
 

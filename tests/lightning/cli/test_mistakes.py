@@ -117,6 +117,7 @@ def test_wrong_usage(args: str, parts: list[str], capsys: pytest.CaptureFixture[
         ("generate --promt a", "--promt: no such option; did you mean --prompt?"),
         ("generate --prompt a", "--ckpt_path: must be given"),
         ("sizes tiny.yaml --sequence_length long", "--sequence_length: expected int, got 'long'"),
+        ("fit", "data: expected a class of data, got none; `dma-lightning fit -c tiny -c pydoc -c cpu` trains a small"),
         ("fit -c tiny", "data: expected a class of data, got none; give a config such as -c data/text, or --data Text"),
         ("validate", "data: expected a class of data, got none; `dma-lightning validate --ckpt_path FILE` takes those"),
         ("validate --ckpt_pth a", "--ckpt_pth: no such option; did you mean --ckpt_path?"),
