@@ -36,6 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dma_lightning.cli import build_cli
+from dma_lightning.cli.default_callbacks import DEFAULT_CALLBACKS
 from dma_lightning.cli.prepare import prepare
 
 MODEL = [
@@ -61,10 +62,8 @@ OPTIONS = [
     "--trainer.check_val_every_n_epoch=null",
     "--trainer.gradient_clip_val=1.0",
     "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
-    "--trainer.callbacks+=dma_lightning.callbacks.GradientGuard",
-    "--trainer.callbacks+=dma_lightning.checkpoints.ResumableCheckpoint",
-    "--trainer.callbacks.every_n_train_steps=3",
+    *(f"--{name}=null" for name in DEFAULT_CALLBACKS if name not in ("guard", "checkpoint")),
+    "--checkpoint.every_n_train_steps=3",
     "--trainer.callbacks+=kill_runs.Recorder",
 ]
 LOGGER = [
@@ -99,10 +98,8 @@ def _text_options(folder: Path) -> list[str]:
     config = yaml.safe_load(TRAINER.read_text())
     often = {"log_every_n_steps": 2, "val_check_interval": 5, "accumulate_grad_batches": 2, "num_sanity_val_steps": 1}
     config["trainer"] |= often
-    callbacks = {callback["class_path"].rsplit(".", 1)[-1]: callback for callback in config["trainer"]["callbacks"]}
-    callbacks["ResumableCheckpoint"]["init_args"]["every_n_train_steps"] = 3
-    callbacks["DynamicMaskMonitor"]["init_args"] = {"every_n_steps": 8}
-    config["trainer"]["callbacks"].append({"class_path": "kill_runs.Recorder"})
+    config |= {"checkpoint": {"every_n_train_steps": 3}, "mask_monitor": {"every_n_steps": 8}}
+    config["trainer"]["callbacks"] = [{"class_path": "kill_runs.Recorder"}]
     (folder / "trainer.yaml").write_text(yaml.safe_dump(config))
     data = [f"--data.path={folder / 'prepared'}", "--data.sequence_length=64", "--data.val_fraction=0.1"]
     data = ["--data=dma_lightning.PreparedDataModule", *data, "--data.batch_size=4", "--data.num_workers=2"]

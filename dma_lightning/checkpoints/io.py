@@ -63,7 +63,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if path.is_dir():
             raise ValueError(
                 f"ckpt_path: expected a checkpoint of one file, got {path}, with a file of each process; FSDP2 reads "
-                "it (configs/trainer/fsdp.yaml), and writes one file without save_distributed_checkpoint"
+                "it (-c trainer/fsdp), and writes one file without save_distributed_checkpoint"
             )
         return read_checkpoint(path, map_location, mmap=False)
 

@@ -3,7 +3,8 @@
 - `entry`: the console script, and which commands there are
 - `lightning_cli`: `fit`, `validate`, `test` and `predict`, which are Lightning's
 - `ckpt_path`: which checkpoint that option stands for, and what it says about model and data
-- `generate`, `prepare`, `train_tokenizer`, `sizes`, `huggingface`: commands of our own
+- `shipped_configs`: those that `-c` finds by name; `default_callbacks`: monitors, guard and checkpoints
+- `init`, `generate`, `prepare`, `train_tokenizer`, `sizes`, `huggingface`: commands of our own
 - `needle`, `extrapolation`, `positions`: those that evaluate a checkpoint
 - `parsing`: how arguments are read
 - `usage`: what is wrong with a command line; `trainer_options`: with accelerator and strategy

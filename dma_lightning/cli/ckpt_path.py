@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType
 from lightning.pytorch.loggers import WandbLogger
 
+from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.checkpoints.weights import (
     EMBEDDING,
     Weights,
@@ -86,12 +87,16 @@ def open_ckpt_path(path: str | None) -> SavedRun | None:
         raise ValueError(f"ckpt_path {error}; `last` takes the newest whole one") from error
 
 
-def run_folders(trainer: Namespace) -> list[Path]:
-    """Where a trainer puts its checkpoints: the folders that its callbacks name, and its logger's if one names none."""
+def run_folders(config: Namespace) -> list[Path]:
+    """Where a run puts its checkpoints: the folders that its callbacks name, and its logger's if one names none."""
+    trainer = config.trainer
     callbacks = trainer.get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     # jsonargparse has found these classes before.
-    checkpoints = [x for x in callbacks if issubclass(cast("type", locate(x.class_path)), Checkpoint)]
+    kinds = [cast("type", locate(x.class_path)) for x in callbacks]
+    checkpoints = [x for x, kind in zip(callbacks, kinds, strict=True) if issubclass(kind, Checkpoint)]
+    if config.get("checkpoint") is not None and not any(issubclass(kind, ResumableCheckpoint) for kind in kinds):
+        checkpoints.append(config.checkpoint)
     chosen = {x.get("init_args", {}).get("dirpath") for x in checkpoints} or {None}
     folders = [Path(folder).expanduser() for folder in sorted(chosen - {None})]
     return folders + [_logger_folder(trainer)] * (None in chosen)

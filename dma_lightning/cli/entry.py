@@ -12,6 +12,7 @@ from dma_lightning.cli.errors import told_errors
 from dma_lightning.cli.extrapolation import extrapolation
 from dma_lightning.cli.generate import generate
 from dma_lightning.cli.huggingface import export_hf, import_hf
+from dma_lightning.cli.init import init
 from dma_lightning.cli.lightning_cli import DMACLI, ConfigOfRun
 from dma_lightning.cli.needle import needle
 from dma_lightning.cli.parsing import Parser, set_up_parsing
@@ -24,6 +25,7 @@ from dma_lightning.data import SequenceDataModule
 from dma_lightning.language_model import LanguageModel
 
 _COMMANDS: dict[str, Callable[..., None]] = {
+    "init": init,
     "generate": generate,
     "prepare": prepare,
     "train-tokenizer": train_tokenizer,
@@ -65,6 +67,7 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_callback=ConfigOfRun,
+        trainer_defaults={"enable_model_summary": False},  # RunSummary tells more
         seed_everything_default=0,
         parser_class=Parser,
         parser_kwargs={

@@ -1,6 +1,8 @@
 """LightningCLI as this project needs it: what data, model, trainer and checkpoint say to each other."""
 
+import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,7 @@ import lightning.pytorch as pl
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, LearningRateMonitor
-from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -27,19 +28,17 @@ from dma_lightning.cli.ckpt_path import (
     run_folders,
     saved_defaults,
 )
+from dma_lightning.cli.default_callbacks import DEFAULT_CALLBACKS, add_default_callbacks, check_flags, set_callbacks
 from dma_lightning.cli.errors import error_of_ours
+from dma_lightning.cli.parsing import Parser
 from dma_lightning.cli.trainer_options import check_trainer_options
 from dma_lightning.cli.unstarted_runs import UnstartedRuns
 from dma_lightning.distributed import SameCheckpoint, end_with_first_process
 from dma_lightning.initial_weights import InitialWeights
 from dma_lightning.language_model import LanguageModel
-from dma_lightning.monitoring import ProgressBar
 from dma_lightning.run_folder import claim_folder, keep_off_other_runs
 from dma_lightning.saved_run import SavedRun
 from dma_lightning.trainer_state import is_of_restoring, log_into_version
-
-# Callbacks of our configs that Lightning refuses where an option of the trainer is false.
-_CALLBACKS_OF = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint, "logger": LearningRateMonitor}
 
 
 class ConfigOfRun(SaveConfigCallback):
@@ -95,6 +94,7 @@ class DMACLI(LightningCLI):
     initial: InitialWeights | None = None  # of `model.init_from`, likewise, where a run begins
     saved: SavedRun | None = None  # that checkpoint, opened, until trainer, model and data are made
     step = 0  # which that checkpoint was made at
+    flags: Sequence[str] = ()  # the arguments of the command line
     resuming = False  # whether that is the last of the run that `fit` was asked to go on with
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -104,8 +104,12 @@ class DMACLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for source, target in LINKS.items():
             parser.link_arguments(f"data.{source}", f"model.{target}", apply_on="instantiate")
+        assert isinstance(parser, Parser)
+        add_default_callbacks(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        given = sys.argv[1:] if args is None else args
+        self.flags = given if isinstance(given, list) else []
         self.saved = open_argument(args)
         if self.saved is None:  # then a config may name one, or `last` stands for one of this run
             self._take_sizes(printed_init_from(args))  # since parsing ends the process then
@@ -173,7 +177,7 @@ class DMACLI(LightningCLI):
         path = config.get("ckpt_path")
         if path != "last":
             return open_ckpt_path(path)
-        folders = run_folders(config.trainer)
+        folders = run_folders(config)
         found = SavedRun.newest(folders)
         where = " or ".join(str(folder) for folder in folders)
         if found is None and self.config.subcommand != "fit":
@@ -252,10 +256,9 @@ class DMACLI(LightningCLI):
         check_trainer_options(options)
         if self.subcommand not in (None, "fit") and options.logger is None:
             options.logger = False  # Lightning's default would make lightning_logs for a few figures that are printed
-        if isinstance(options.callbacks, list):
-            refused = tuple(kind for option, kind in _CALLBACKS_OF.items() if options[option] is False)
-            options.callbacks = [x for x in options.callbacks if not isinstance(x, refused)]
-        self._show_progress(options)
+        defaults = {name: self._get(self.config_init, name) for name in DEFAULT_CALLBACKS}
+        check_flags(self.flags, defaults, options)
+        set_callbacks(options, defaults, fits=self.subcommand in (None, "fit"))
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -267,15 +270,6 @@ class DMACLI(LightningCLI):
         if self.subcommand == "predict" and not writes:
             callbacks.append(ContinuationWriter())
         return trainer
-
-    @staticmethod
-    def _show_progress(options: Namespace) -> None:
-        """Show it our way, where it is not shown in another; Lightning's bar fills files with all of its states."""
-        given = options.callbacks or []
-        given = given if isinstance(given, list) else [given]
-        if options.enable_progress_bar is not False and not options.barebones:
-            shown = any(isinstance(x, LightningProgressBar) for x in given)
-            options.callbacks = given if shown else [*given, ProgressBar()]
 
     def _loggers(self) -> list[Any]:
         """As the configuration has them: objects, or whether there shall be the trainer's own."""

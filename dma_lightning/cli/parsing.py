@@ -6,14 +6,21 @@ an empty value or `null` is nothing.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import isclass, isfunction, signature
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentParser,
+    Namespace,
+    get_loader,
+    set_loader,
+    set_parsing_settings,
+)
 
 # jsonargparse has no public name for these. tests/lightning/cli/test_strings.py holds what they are used for.
 from jsonargparse._loaders_dumpers import get_yaml_default_loader
@@ -22,6 +29,7 @@ from jsonargparse._util import NestedArg
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dma_lightning.cli.errors import PACKAGES
+from dma_lightning.cli.shipped_configs import find_config
 from dma_lightning.cli.usage import BriefParser
 
 _load_yaml = get_loader("yaml")
@@ -71,8 +79,21 @@ class _Option(ActionTypeHint):
         return takes_objects and name.partition(".")[0] not in _SPECIFICATION
 
 
+class _ConfigFile(ActionConfigFile):
+    """The option `-c`, which also takes the name of a shipped config."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, cfg, find_config(values), option_string)
+
+
 class Parser(BriefParser, LightningArgumentParser):
     """A parser in which string options of our functions and classes mean their characters."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("action") is ActionConfigFile:
+            help_text = "File of options in YAML, or the name of a config that comes with the package, such as tiny."
+            kwargs |= {"action": _ConfigFile, "help": help_text}
+        return super().add_argument(*args, **kwargs)
 
     def add_class_arguments(self, class_type: type, *args: Any, **kwargs: Any) -> list[str]:
         return self._mind_types(class_type, super().add_class_arguments(class_type, *args, **kwargs))
@@ -83,6 +104,15 @@ class Parser(BriefParser, LightningArgumentParser):
 
     def add_function_arguments(self, function: Callable, *args: Any, **kwargs: Any) -> list[str]:
         return self._mind_types(function, super().add_function_arguments(function, *args, **kwargs))
+
+    def add_objects(self, kinds: Mapping[str, type], title: str) -> None:
+        """Add an option for an object of each class, which is made of its defaults unless the option is null."""
+        group = self.add_argument_group(title)
+        self.objects = {**self.objects, **kinds}
+        for name, kind in kinds.items():
+            about = (kind.__doc__ or "").strip().partition("\n")[0]
+            group.add_argument(f"--{name}", type=kind | None, default={}, help=about)
+            self._mind_types(kind, [name])
 
     def parse_object(self, obj: Any, *args: Any, **kwargs: Any) -> Namespace:
         for name, value in obj.items():

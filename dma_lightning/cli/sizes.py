@@ -7,6 +7,7 @@ import torch
 from jsonargparse import ArgumentError
 
 from dma_lightning.cli.parsing import Parser, set_up_parsing
+from dma_lightning.cli.shipped_configs import find_config, what_was_meant
 from dma_lightning.config import ModelConfig
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.mixers import MIXERS
@@ -20,7 +21,7 @@ def sizes(path: Path, sequence_length: int = 4096) -> None:
     those of a forward pass per token, mean over the sequence, embeddings and output head left out.
 
     Args:
-        path: a YAML file with `model:`, such as configs/model/80m.yaml.
+        path: a YAML file with `model:`, or the name of a shipped config, such as 80m.
         sequence_length: tokens of the sequence.
     """
     print("\n".join(size_lines(path, sequence_length)))
@@ -30,8 +31,11 @@ def size_lines(path: Path, sequence_length: int) -> list[str]:
     """The lines of the table.
 
     Raises:
-        ValueError: if the file is no configuration of a model, or the length is below 1.
+        ValueError: if the file is missing or no configuration of a model, or the length is below 1.
     """
+    path = Path(find_config(given := str(path)))
+    if not path.exists():
+        raise ValueError(f"path: expected a file or the name of a shipped config, got {given!r}{what_was_meant(given)}")
     if sequence_length < 1:
         raise ValueError(f"sequence_length: expected at least 1, got {sequence_length}")
     lines = [
@@ -66,5 +70,5 @@ def read_config(path: Path) -> ModelConfig:
     try:
         options = parser.parse_path(str(path)).model
     except (ArgumentError, TypeError) as error:
-        raise ValueError(f"{path}: expected a YAML file with model: as in configs/model: {error}") from error
+        raise ValueError(f"{path}: expected a YAML file with model:, as 80m has, which is shipped: {error}") from error
     return ModelConfig(**{field.name: options[field.name] for field in fields(ModelConfig)})

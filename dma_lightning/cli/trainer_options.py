@@ -17,7 +17,7 @@ def check_trainer_options(options: Namespace) -> None:
     strategy, known = options.strategy, ["auto", *StrategyRegistry.available_strategies()]
     if isinstance(strategy, str) and strategy not in known:
         raise ValueError(
-            f"trainer.strategy: expected one such as auto, ddp or fsdp, or a class as in configs/trainer/fsdp.yaml, "
+            f"trainer.strategy: expected one such as auto, ddp or fsdp, or a class as -c trainer/fsdp has, "
             f"got {strategy!r}{did_you_mean(strategy, known)}"
         )
     accelerator = options.accelerator
@@ -38,5 +38,5 @@ def _check_accelerator(name: str) -> None:
     build = f" (torch {torch.__version__} is a build without GPUs)" if only_cpu else ""
     raise ValueError(
         f"trainer.accelerator: expected what this machine has, {' or '.join(sorted(here))}, got {name!r}{build}; give "
-        "--trainer.accelerator auto, or -c configs/trainer/cpu.yaml in place of a config for GPUs"
+        "--trainer.accelerator auto, or -c trainer/cpu in place of a config for GPUs"
     )

@@ -7,7 +7,7 @@ of them says. A `BriefParser` prints the one thing that a user needs, and ends w
 import ast
 import re
 from argparse import ArgumentError
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pydoc import locate
 from typing import Any, NoReturn
@@ -20,6 +20,7 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
 from dma_lightning.cli.errors import CLASS_PROBLEM, shortened, shows_traceback
+from dma_lightning.cli.shipped_configs import find_config, what_was_meant
 from dma_lightning.closest import closest, did_you_mean
 from dma_lightning.data import SequenceDataModule
 
@@ -39,7 +40,13 @@ _UNRECOGNIZED = "unrecognized arguments: "
 
 
 class BriefParser(ArgumentParser):
-    """Tells mistakes in one line."""
+    """Tells mistakes in one line.
+
+    Attributes:
+        objects: classes of objects whose arguments are options, by the names that these begin with.
+    """
+
+    objects: Mapping[str, type] = {}  # never changed
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and end with status 2; raise what jsonargparse would if that is asked for."""
@@ -94,13 +101,22 @@ def _missing(names: str, parser: ArgumentParser) -> str:
     """About arguments that must be given."""
     parts = [name.strip().rpartition(".")[2] for name in names.split(",")]
     if parts == ["data"]:
-        return (
-            "data: expected a class of data, got none; give a config such as -c configs/data/text.yaml, or "
-            "--data TextDataModule"
-        )
+        return f"data: expected a class of data, got none; {_how_to_give_data(_arguments(parser))}"
     known = set(_options(parser))
     shown = ", ".join(f"--{name}" if f"--{name}" in known else name for name in parts)
     return f"{shown}: must be given"
+
+
+def _how_to_give_data(args: list[str]) -> str:
+    """What to type where only the data are missing, which alone have no default."""
+    if args == ["fit"]:
+        return (
+            "`dma-lightning fit -c tiny -c pydoc -c cpu` trains a small model on a CPU in minutes, and `dma-lightning "
+            "init FOLDER` writes a config to start from"
+        )
+    if len(args) == 1:
+        return f"`dma-lightning {args[0]} --ckpt_path FILE` takes those of a checkpoint"
+    return "give a config such as -c data/text, or --data TextDataModule"
 
 
 def _no_yaml(message: str, parser: ArgumentParser) -> str:
@@ -124,10 +140,7 @@ def _unknown_key(key: str, parser: ArgumentParser) -> str:
 def _wrong_value(key: str, reason: str, parser: ArgumentParser) -> str:
     """About a value that an option cannot take; `reason` says it with all types that were tried."""
     if found := re.search(r"File does not exist: '([^']+)'", reason):
-        path = Path(found[1])
-        beside = (_short(x) for x in path.parent.iterdir()) if path.parent.is_dir() else ()
-        meant = did_you_mean(_short(path), beside)
-        return f"{'-c' if key == 'config' else f'--{key}'}: expected a file, got {_short(path)!r}, where none is{meant}"
+        return _no_file(key, Path(found[1]))
     if found := CLASS_PROBLEM.search(reason):
         return _class_problem(key, found[1], found[2].strip(), parser)
     if (found := _NO_CLASS.search(reason)) and (key in _CLASSES or "list[" in reason):
@@ -141,6 +154,15 @@ def _wrong_value(key: str, reason: str, parser: ArgumentParser) -> str:
     choices = [str(x) for x in _choices(expected)]
     meant = did_you_mean(given, choices)
     return f"{_where(key, given, parser)}: expected {_type_names(expected)}, got {given!r}{meant}"
+
+
+def _no_file(key: str, path: Path) -> str:
+    """About a file that is not there."""
+    beside = [_short(x) for x in path.parent.iterdir()] if path.parent.is_dir() else []
+    if key == "config":
+        meant = what_was_meant(_short(path), beside)
+        return f"-c: expected a file or the name of a shipped config, got {_short(path)!r}{meant}"
+    return f"--{key}: expected a file, got {_short(path)!r}, where none is{did_you_mean(_short(path), beside)}"
 
 
 def _class_problem(key: str, name: str, reason: str, parser: ArgumentParser) -> str:
@@ -170,12 +192,14 @@ def _meant(given: str, known: Iterable[str]) -> str:
 
 
 def _options(parser: ArgumentParser) -> Iterator[str]:
-    """All options of a parser, and those of the data modules that there are."""
+    """All options of a parser, those of its objects, and those of the data modules that there are."""
     found = dict.fromkeys(re.findall(r"(?<![\w.-])--?[\w.-]+", parser.format_usage()))
     yield from found
+    objects = list(getattr(parser, "objects", {}).items())
     if "--data" in found:
-        for data in _subclasses(SequenceDataModule):
-            yield from (f"--data.{name}" for name in ArgumentParser().add_class_arguments(data, fail_untyped=False))
+        objects += [("data", data) for data in _subclasses(SequenceDataModule)]
+    for name, kind in objects:
+        yield from (f"--{name}.{x}" for x in ArgumentParser().add_class_arguments(kind, fail_untyped=False))
 
 
 def _class_names(key: str) -> list[str]:
@@ -219,7 +243,8 @@ def _configs(args: list[str]) -> list[str]:
     """The config files that a command line names."""
     pairs = zip(["", *args], args, strict=False)
     names = [arg for before, arg in pairs if before in ("-c", "--config")]
-    return names + [arg.partition("=")[2] for arg in args if arg.startswith(("-c=", "--config="))]
+    names += [arg.partition("=")[2] for arg in args if arg.startswith(("-c=", "--config="))]
+    return [_short(Path(find_config(name))) for name in names]
 
 
 def _arguments(parser: ArgumentParser) -> list[str]:

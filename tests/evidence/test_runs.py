@@ -121,7 +121,7 @@ def test_processes_end_with_a_killed_runner(tmp_path: Path) -> None:
 
 
 def test_a_deadline_ends_runs_that_go_on_with_the_next_call(tmp_path: Path) -> None:
-    steps = {"trainer.max_steps": 400, "trainer.val_check_interval": 200, "trainer.callbacks.every_n_train_steps": 20}
+    steps = {"trainer.max_steps": 400, "trainer.val_check_interval": 200, "checkpoint.every_n_train_steps": 20}
     study = small_study(tmp_path, **steps)
     begun = time.monotonic()
     process = start(tmp_path, study, "--deadline=45", "--parallel=1")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dma_lightning.cli.default_callbacks import DEFAULT_CALLBACKS
 from dma_lightning.cli.entry import DMACLI, build_cli
 
 CHECKPOINTS = "runs/small/version_0/checkpoints"
@@ -13,11 +14,11 @@ SIZES = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 1, "keep_window_size": 8,
 }  # fmt: skip
+PLAIN = [f"--{name}=null" for name in DEFAULT_CALLBACKS if name != "checkpoint"]  # nothing is watched
 TRAINER = [
     "--trainer.accelerator=cpu", "--trainer.limit_val_batches=1", "--trainer.num_sanity_val_steps=0",
     "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.log_every_n_steps=1",
-    "--trainer.callbacks=dma_lightning.checkpoints.ResumableCheckpoint",
-    "--trainer.callbacks.init_args.every_n_train_steps=1",
+    *PLAIN, "--checkpoint.every_n_train_steps=1",
     "--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger",
     "--trainer.logger.save_dir=runs", "--trainer.logger.name=small",
 ]  # fmt: skip

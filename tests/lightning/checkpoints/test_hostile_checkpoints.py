@@ -474,6 +474,7 @@ def test_lightnings_own_callback_removes_nothing_that_a_checkpoint_names(run: Pa
     state |= {"best_model_path": "checkpoints/../important", "best_k_models": {"checkpoints/../important": 1}}
     evil = changed(lambda content: content["callbacks"].update({ModelCheckpoint().state_key: state}))
     quiet = ["--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
+    quiet += ["--checkpoint=null", "--trainer.enable_checkpointing=true"]
     small_run.cli("fit", "--trainer.accelerator=cpu", "--trainer.max_steps=6", *quiet, f"--ckpt_path={evil}", *DATA)
     assert list(run.glob("checkpoints/*.ckpt"))
     assert (run / "important/a.txt").read_text() == "keep"

@@ -446,7 +446,7 @@ def test_loading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def cli(*args: str) -> DMACLI:
     """`fit` of the small model of the kill script."""
-    return build_cli(["fit", *SMALL, "--trainer.callbacks.init_args.every_n_train_steps=2", *args])
+    return build_cli(["fit", *SMALL, "--checkpoint.every_n_train_steps=2", *args])
 
 
 @pytest.fixture(scope="module")
@@ -603,7 +603,7 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_interrupted_run_is_one_run_in_tensorboard(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = curves(logged("whole", "--trainer.max_steps=10"))
-    folder = logged("parts", "--trainer.max_steps=6", "--trainer.callbacks.init_args.save_top_k=-1")
+    folder = logged("parts", "--trainer.max_steps=6", "--checkpoint.save_top_k=-1")
     for lost in (5, 6):  # so that what was logged of these steps is computed again
         (folder / f"checkpoints/step={lost}.ckpt").unlink()
     with monkeypatch.context() as patch:

@@ -7,12 +7,15 @@ import sys
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dma_lightning.cli import main
+from dma_lightning.cli.init import STARTING_CONFIG
+from dma_lightning.cli.shipped_configs import find_config
 
 ROOT = Path(__file__).parents[3]
 SMALL = shlex.split(
@@ -89,6 +92,12 @@ def test_commands_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
             assert "nothing to do" not in output
 
 
+def read(config: str) -> dict[str, Any]:
+    """A config of an example: a shipped one, by path or name, or the one that `init` writes."""
+    file = Path(find_config(config))
+    return yaml.safe_load((STARTING_CONFIG if file.name == "config.yaml" else ROOT / file).read_text())
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
 def test_documented_training_exercises_the_selection(page: str) -> None:
     """Sequences are longer than the window."""
@@ -98,7 +107,7 @@ def test_documented_training_exercises_the_selection(page: str) -> None:
     assert len(lines) > 2
     for line in lines:
         options = dict(pairwise(line))
-        files = [yaml.safe_load((ROOT / file).read_text()) for flag, file in pairwise(line) if flag == "-c"]
+        files = [read(file) for flag, file in pairwise(line) if flag == "-c"]
         configured = next(file["data"]["init_args"]["sequence_length"] for file in files if "data" in file)
         window = next(file["model"]["keep_window_size"] for file in files if "model" in file)
         assert window < int(options.get("--data.sequence_length", configured)), line

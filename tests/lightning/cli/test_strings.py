@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 
 from dma_lightning.callbacks import ContinuationWriter, FitReport, GradientGuard, MixedWindows
 from dma_lightning.checkpoints import ResumableCheckpoint
+from dma_lightning.cli.default_callbacks import add_default_callbacks
 from dma_lightning.cli.entry import _COMMANDS, main
 from dma_lightning.cli.parsing import Parser, set_up_parsing
 from dma_lightning.config import ModelConfig
@@ -76,13 +77,14 @@ def test_a_configuration_of_a_command_says_the_same(
 
 @functools.cache
 def training_parser() -> Parser:
-    """A parser of what `fit` has: trainer, model and data."""
+    """A parser of what `fit` has: trainer, model, data and default callbacks."""
     set_up_parsing()
     parser = Parser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_lightning_class_args(pl.Trainer, "trainer")
     parser.add_lightning_class_args(LanguageModel, "model")
     parser.add_lightning_class_args(SequenceDataModule, "data", subclass_mode=True, required=False)
+    add_default_callbacks(parser)
     return parser
 
 
@@ -95,9 +97,10 @@ def arguments(config: Namespace, option: str) -> Namespace:
 DATA = (TextDataModule, TextNeedleDataModule, PreparedDataModule)
 CALLBACKS = (ContinuationWriter, FitReport, ResumableCheckpoint)
 OPTIONS = [(option, x) for option, classes in (("data", DATA), ("trainer.callbacks", CALLBACKS)) for x in classes]
+OPTIONS += [("checkpoint", ResumableCheckpoint), ("trainer.strategy", FullyShardedStrategy)]
 
 
-@pytest.mark.parametrize(("option", "owner"), [*OPTIONS, ("trainer.strategy", FullyShardedStrategy)])
+@pytest.mark.parametrize(("option", "owner"), OPTIONS)
 def test_flags_of_training_mean_their_characters(option: str, owner: type, tmp_path: Path) -> None:
     parser, names = training_parser(), list(text_options(owner))
     assert names

@@ -70,7 +70,7 @@ def test_trains(attention: str, task: str, tmp_path: Path, monkeypatch: pytest.M
         ]
     )  # fmt: skip
     assert not missing
-    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    (checkpoint,) = tmp_path.rglob("step=*.ckpt")
     if task == "tiny":
         monkeypatch.setattr(
             "sys.argv", ["", "generate", f"--ckpt_path={checkpoint}", "--prompt=a", "--max_new_tokens=3"]

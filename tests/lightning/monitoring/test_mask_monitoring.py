@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+from small_run import PLAIN
 from tensorboard.plugin_util import markdown_to_safe_html
 from test_monitoring import ROOT, events, fit, values
 from torch import Tensor, nn
@@ -125,7 +126,7 @@ def test_the_run_is_the_same_with_and_without(tmp_path: Path) -> None:
     weights = []
     for name, options in (
         ("with", []),
-        ("without", ["--trainer.callbacks=lightning.pytorch.callbacks.TQDMProgressBar"]),
+        ("without", PLAIN),
     ):
         (tmp_path / name).mkdir()
         cli = fit(tmp_path / name, "--trainer.max_steps=4", "--model.hidden_dropout=0.1", *options)
@@ -135,12 +136,12 @@ def test_the_run_is_the_same_with_and_without(tmp_path: Path) -> None:
 
 def test_monitors_keep_their_intervals(tmp_path: Path) -> None:
     monitors = [
-        "--trainer.callbacks=dma_lightning.monitoring.DynamicMaskMonitor",
-        "--trainer.callbacks.every_n_steps=4",
-        "--trainer.callbacks+=dma_lightning.monitoring.SampleMonitor",
-        "--trainer.callbacks.every_n_validations=3",
-        "--trainer.callbacks.layers=1",
-        "--trainer.callbacks.max_new_tokens=0",
+        *PLAIN,
+        "--fit_report={}",
+        "--mask_monitor.every_n_steps=4",
+        "--sample_monitor.every_n_validations=3",
+        "--sample_monitor.layers=1",
+        "--sample_monitor.max_new_tokens=0",
     ]
     intervals = ["--trainer.val_check_interval=2", "--trainer.log_every_n_steps=3", "--trainer.max_steps=16"]
     fit(tmp_path, *monitors, *intervals)

@@ -139,8 +139,7 @@ def test_speed_is_exact_and_leaves_validation_out(tmp_path: Path, monkeypatch: p
         pl.LightningModule, "on_validation_batch_end", lambda *_: setattr(clock, "now", clock.now + 100)
     )
     limits = ["--trainer.val_check_interval=1", "--trainer.accumulate_grad_batches=2"]
-    monitor = ["--trainer.callbacks=dma_lightning.monitoring.SpeedMonitor", "--trainer.callbacks.peak_flops=1e9"]
-    cli = fit(tmp_path, *limits, *monitor)
+    cli = fit(tmp_path, *limits, "--sample_monitor=null", "--speed_monitor.peak_flops=1e9")
     read = events(tmp_path)
     flops = cli.model.model.training_flops(64)
     assert values(read, "speed/tokens_per_s") == pytest.approx([TOKENS / 0.5] * STEPS)
@@ -268,7 +267,7 @@ def test_in_a_terminal_there_is_a_bar(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    fit(tmp_path, "--trainer.callbacks=[]")  # which Lightning would give a bar of its own
+    fit(tmp_path, "--run_summary=null")
     out = capsys.readouterr().out
     assert re.search(r"Epoch 0: .*\| 3/3 \[", out)
     assert "step " not in out
@@ -301,8 +300,7 @@ def test_tensorboard_has_a_page_with_the_curves_that_matter_first(
     assert all(run.values())
     # They have 64 positions and w = 16, so that each layer has all of its figures.
     assert layers == {name: {f"dma/layer_{i}/{name}" for i in (0, 1)} for name in layers}
-    overview = "--trainer.callbacks=dma_lightning.monitoring.CurveOverview"
-    fit(tmp_path, overview, "--model.attention=mha", "--trainer.max_steps=1")
+    fit(tmp_path, "--model.attention=mha", "--trainer.max_steps=1")
     assert list(page(events(tmp_path))) == ["Run"]
     assert f"tensorboard --logdir {tmp_path}/cpu/version_0, then http://localhost:6006/#" in capsys.readouterr().out
 

@@ -1,0 +1,109 @@
+"""Callbacks that every run of `fit` has unless it is told otherwise, each of them an option of its own."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
+from lightning.pytorch.utilities import rank_zero_warn
+
+from dma_lightning.callbacks import FitReport, GradientGuard
+from dma_lightning.checkpoints import ResumableCheckpoint
+from dma_lightning.cli.parsing import Parser
+from dma_lightning.monitoring import (
+    CurveOverview,
+    DynamicMaskMonitor,
+    FinalMetrics,
+    ProgressBar,
+    RunSummary,
+    SampleMonitor,
+    SpeedMonitor,
+)
+
+# In the order in which they are called; those that write checkpoints come last anyway.
+DEFAULT_CALLBACKS: dict[str, type[pl.Callback]] = {
+    "lr_monitor": LearningRateMonitor,
+    "speed_monitor": SpeedMonitor,
+    "mask_monitor": DynamicMaskMonitor,
+    "sample_monitor": SampleMonitor,
+    "final_metrics": FinalMetrics,
+    "curve_overview": CurveOverview,
+    "run_summary": RunSummary,
+    "progress_bar": ProgressBar,
+    "guard": GradientGuard,
+    "checkpoint": ResumableCheckpoint,
+    "fit_report": FitReport,
+}
+
+# Options of the trainer that make Lightning have one of its own where ours is off and none of the kind is listed.
+_OF_LIGHTNING = {
+    "progress_bar": ("enable_progress_bar", LightningProgressBar),
+    "checkpoint": ("enable_checkpointing", Checkpoint),
+}
+
+# Callbacks that Lightning refuses where an option of the trainer is false.
+_REFUSED = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint, "logger": LearningRateMonitor}
+
+
+def add_default_callbacks(parser: Parser) -> None:
+    """Give a parser the option of each."""
+    title = "Callbacks of fit, which are there unless trainer.callbacks has one of the class, or the option is null"
+    parser.add_objects(DEFAULT_CALLBACKS, title)
+
+
+def set_callbacks(options: Namespace, defaults: Mapping[str, pl.Callback | None], fits: bool) -> None:
+    """Let the options of a trainer have all callbacks of a run, the default ones before those that are listed.
+
+    A listed one replaces the default of its class, and any progress bar that of ours. Those that the trainer is told to
+    do without are left out, also if they are listed.
+
+    Args:
+        options: of the trainer, which change.
+        defaults: by name, None where one is off.
+        fits: whether there is training; else the progress bar alone is of use.
+    """
+    listed = _listed(options)
+    names = [x for x in DEFAULT_CALLBACKS if fits or x == "progress_bar"] if not options.barebones else []
+    for name, (option, kind) in _OF_LIGHTNING.items():
+        if name in names and defaults[name] is None and not any(isinstance(x, kind) for x in listed):
+            options[option] = bool(options[option])
+    if "guard" in names and f"{options.precision}" in ("16", "16-mixed") and defaults["guard"] is not None:
+        rank_zero_warn("guard: left out, since precision 16-mixed leaves out steps by itself; --guard null says so")
+        names.remove("guard")
+    chosen = [defaults[name] for name in names if not _replaces(name, listed)]
+    refused = tuple(kind for option, kind in _REFUSED.items() if options[option] in (False, []))
+    options.callbacks = [x for x in [*chosen, *listed] if x is not None and not isinstance(x, refused)]
+
+
+def check_flags(flags: Sequence[str], defaults: Mapping[str, pl.Callback | None], options: Namespace) -> None:
+    """Make sure that no flag is about a default callback that a listed one replaces.
+
+    Args:
+        flags: the arguments of the command line.
+        defaults: by name, None where one is off.
+        options: of the trainer.
+
+    Raises:
+        ValueError: if one is.
+    """
+    for flag in (x.partition("=")[0] for x in flags):
+        name = flag.removeprefix("--").partition(".")[0]
+        if flag.startswith("--") and defaults.get(name) is not None and _replaces(name, _listed(options)):
+            raise ValueError(
+                f"{flag}: expected no {DEFAULT_CALLBACKS[name].__name__} in trainer.callbacks, got one, which is taken "
+                "instead; set the option there, or take it out of the list"
+            )
+
+
+def _listed(options: Namespace) -> list[pl.Callback]:
+    """The callbacks that a trainer's options list."""
+    listed = options.callbacks or []
+    return listed if isinstance(listed, list) else [listed]
+
+
+def _replaces(name: str, listed: Sequence[Any]) -> bool:
+    """Whether a listed callback takes the place of a default."""
+    kind = LightningProgressBar if name == "progress_bar" else DEFAULT_CALLBACKS[name]
+    return any(isinstance(x, kind) for x in listed)

@@ -1,0 +1,61 @@
+"""Configs that come with the package: `-c tiny` finds `configs/model/tiny.yaml`, with a clone and without one."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+
+from dma_lightning.closest import closest
+
+_PACKAGE = Path(__file__).parents[1]
+_MOST = 3  # names that a message lists
+
+
+@cache
+def shipped_configs() -> dict[str, Path]:
+    """Files by names such as `model/tiny`: those of the clone, or those that the wheel has put into the package."""
+    folders = [_PACKAGE / "configs", _PACKAGE.parent / "configs"]
+    folder = next(x for x in folders if x.is_dir())
+    return {str(x.relative_to(folder).with_suffix("").as_posix()): x for x in sorted(folder.glob("*/*.yaml"))}
+
+
+def find_config(given: str) -> str:
+    """The shipped config that a name stands for, unless a file is there or the name stands for none or several.
+
+    Args:
+        given: `tiny`, `model/tiny` or `configs/model/tiny.yaml`; what else it is comes back as it is.
+    """
+    found = _named(given)
+    if len(found) != 1 or (Path(given).exists() and not Path(given).is_dir()):
+        return given
+    return str(shipped_configs()[found[0]])
+
+
+def what_was_meant(given: str, beside: Iterable[str] = ()) -> str:
+    """The end of a message about a config that there is not: the names that are most like it, else all.
+
+    Args:
+        given: what stands for no config, or for several.
+        beside: files in the folder that it names, of which one that is like it is meant.
+    """
+    near = _named(given) or [x for x in [closest(given, beside)] if x is not None] or _nearest(given)
+    return f"; did you mean {_listed(near)}?" if near else f"; there are {', '.join(shipped_configs())}"
+
+
+def _nearest(given: str) -> list[str]:
+    """The shipped configs whose names are most like a given one."""
+    names = {name: [name] for name in shipped_configs()}
+    for name in shipped_configs():
+        names.setdefault(name.partition("/")[2], []).append(name)
+    found = get_close_matches(given.removesuffix(".yaml").lower(), names, n=_MOST)
+    return list(dict.fromkeys(name for key in found for name in names[key]))[:_MOST]
+
+
+def _named(given: str) -> list[str]:
+    """The shipped configs of a name."""
+    return [x for x in shipped_configs() if given in (x, x.partition("/")[2], f"configs/{x}.yaml")]
+
+
+def _listed(names: list[str]) -> str:
+    quoted = [repr(x) for x in names]
+    return " or ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
