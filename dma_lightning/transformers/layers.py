@@ -32,8 +32,8 @@ class MaskSettings:
     score_form: ScoreForm = "exp"
 
     def __post_init__(self) -> None:
-        rank_bias(torch.zeros(1), self.score_form)
-        assert self.keep.capacity  # sizes are checked where the rule is made
+        rank_bias(torch.zeros(1), self.score_form)  # an unknown form is an error now, not in the first step
+        KeepRule(self.keep_window_size, self.keep_last, self.sinks)  # and so is a size
 
     @property
     def keep(self) -> KeepRule:
