@@ -16,9 +16,8 @@ def peak_mb(backend: str, length: int) -> float:
 
 
 def test_memory_is_linear_in_the_length() -> None:
-    one, two, four = (peak_mb("torch", length) for length in (4096, 8192, 16384))
-    assert two < 2.6 * one  # quadratic memory would need 4 and 16 times as much
-    assert four < 5 * one
+    one, four = (peak_mb("torch", length) for length in (4096, 16384))
+    assert four < 5 * one  # quadratic memory would need 16 times as much
 
 
 def test_the_measurement_sees_quadratic_memory() -> None:
