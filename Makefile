@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train mqar test test-long lint format bench clean
+.PHONY: train mqar test test-wheel test-long lint format bench clean
 
 train: .venv/base.done  ## train the tiny language model on a CPU
 	$(BIN)/dma-lightning fit -c configs/model/tiny.yaml -c configs/data/pydoc.yaml -c configs/trainer/cpu.yaml
@@ -12,6 +12,9 @@ mqar: .venv/base.done  ## train associative recall on a CPU
 
 test: .venv/test.done  ## run the tests, in two processes
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-wheel: .venv/base.done  ## build the wheel, and use it outside of the clone; two minutes
+	$(BIN)/python tests/try_wheel.py
 
 test-long: .venv/test.done  ## half an hour of drawn cases against oracles, and of killed runs; results under runs/
 	$(BIN)/python benchmarks/fuzz.py --cases 3000 --processes 2 --out runs/fuzz.json

@@ -33,7 +33,8 @@ def size_lines(path: Path, sequence_length: int) -> list[str]:
     Raises:
         ValueError: if the file is missing or no configuration of a model, or the length is below 1.
     """
-    path = Path(find_config(given := str(path)))
+    given = str(path)
+    path = next((x for name in (given, f"model/{given}") if (x := Path(find_config(name))).exists()), path)
     if not path.exists():
         raise ValueError(f"path: expected a file or the name of a shipped config, got {given!r}{what_was_meant(given)}")
     if sequence_length < 1:

@@ -97,9 +97,12 @@ def test_sizes_command(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatc
     assert len(lines) == 2 + len(MIXERS)
     # 2 * 84.98M, and 4 * 768 channels * 512.5 keys in 12 layers; 2 * 3 * 128 numbers in each of these
     assert lines[3] == "| mha | 84.98M | 21.24M | 9,216 | 0.189G |"
+    monkeypatch.setattr("sys.argv", ["", "sizes", "mqar"])  # of three configs of that name, the one of a model
+    main()
+    assert capsys.readouterr().out.startswith("| `mqar`, 4,096 tokens |")
     for arguments, message in (
         ([str(ROOT / "configs/trainer/cpu.yaml")], "expected a YAML file with model:"),
-        ([str(tmp_path / "missing.yaml")], "expected a YAML file with model:"),
+        ([str(tmp_path / "missing.yaml")], "path: expected a file or the name of a shipped config, got"),
         ([str(typo)], "does not accept option 'keep_windw_size'"),
         ([str(ROOT / "configs/model/80m.yaml"), "--sequence_length", "0"], "sequence_length: expected at least 1"),
     ):
