@@ -408,7 +408,8 @@ def is_allowed(use: Use, module: ModuleType, defined: set[str]) -> bool:
     """Whether a name is our own, one of torch, or one of Lightning's that `OVERRIDDEN` has.
 
     Of torch are those below its module, and those of every `nn.Module`. (`os._exit` is documented.) Those of
-    jsonargparse stand in `parsing`, and `cli/test_strings.py` holds what they are used for.
+    jsonargparse stand in `parsing`, and `cli/test_strings.py` holds what they are used for. The one of Transformers
+    tells whether a model has taken another attention; `huggingface/test_dynamic_masks.py` tests that.
 
     Args:
         use: of the name.
@@ -417,6 +418,8 @@ def is_allowed(use: Use, module: ModuleType, defined: set[str]) -> bool:
     """
     if use.of.partition(".")[0] in ("torch", "os") or module is parsing:
         return True
+    if use.name == "_attn_implementation":
+        return module.__name__ == "dma_lightning.transformers.conversion"
     if use.of not in ("self", "cls", "super()"):
         return use.name in defined or hasattr(nn.Module, use.name)
     kind = getattr(module, use.kind)
