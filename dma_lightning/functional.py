@@ -55,8 +55,10 @@ def dynamic_mask_attention(
     Source: arXiv 2508.02124v6, section 3.
     """
     check_backend(backend)
-    if key_bias is None:
-        key_bias = rank_bias(ranks.to(torch.promote_types(q.dtype, torch.float32)), score_form)
+    if ranks.shape != k.shape[:3]:
+        raise ValueError(f"ranks: expected {list(k.shape[:3])}, as k has them, got {list(ranks.shape)}")
+    bias_of_ranks = rank_bias(ranks.to(torch.promote_types(q.dtype, torch.float32)), score_form)
+    key_bias = bias_of_ranks if key_bias is None else key_bias
     packing = Packing.of(documents, padding, batch=q.shape[0], like=ranks)
     backend_name = resolve_backend(backend, q.device.type, q.device.index, q.dtype, q.shape[-1])
     keep = KeepRule(keep_window_size, keep_last, sinks)

@@ -95,8 +95,8 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
             does not shorten the step of the others.
         undecayed_parameters: names of matrices, within the mixer, that weight decay leaves alone, as it does vectors.
         selection_parameters: names of the parameters, within the mixer, that decide which keys are kept.
-        drawn_apart: names of linear maps, within the mixer, that other mixers lack. Their initial weights come from
-            random numbers of their own, so that all other weights of a model start alike whatever its mixer.
+        drawn_apart: names of linear maps, within the mixer, whose initial weights come from random numbers of their
+            own. If no others are drawn besides those of another mixer, models of both start alike.
     """
 
     auxiliary_parameters: Sequence[str] = ()

@@ -4,7 +4,7 @@ B batch, N length, C hidden size, H query heads, G KV heads, D head dim.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -63,8 +63,8 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
     """Causal self-attention in which every query keeps the `keep_window_size` best-ranked keys of its past.
 
     The rank of a key comes from the values at its position. It selects the key, and a bias made of it is added to the
-    key's logits, so the selection is trained. With `A = 0`, as initialised, this is exactly sliding-window attention
-    (plus the sinks and last positions that are asked for).
+    key's logits, so the selection is trained. With `A = 0`, as initialised, this is exactly a sliding window of
+    `keep_window_size + keep_last` positions, plus the sinks.
 
     Args:
         hidden_size: C, width of input and output.
@@ -200,6 +200,20 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         mask, near = Lifetimes.selected(keys.rank, self.keep, packing), self.own_keep.last
         return attend_with_far_bias(ATTENTIONS[backend], q, k, v, keys.near_bias, keys.key_bias, mask, near, asked)
 
+    @property
+    def near_distance(self) -> int | None:
+        """How many last positions have a bias of their own, that of `near_bias`; None if all keys have one bias."""
+        far = self.drifting is not None and self.drifting.content_in_bias == "far"
+        return self.own_keep.last if far else None
+
+    def near_bias(self, x: Tensor, packing: Packing | None = None) -> Tensor | None:
+        """Bias of keys among the last `near_distance` positions, `[B, G, N]`; None if it is that of all."""
+        return self._ranked(x, self.heads(x, self.v_proj), packing).near_bias
+
+    def _change(self, **sizes: int) -> None:
+        super()._change(**sizes)
+        self.own_keep = replace(self.own_keep, **sizes)
+
     def _retention_loss(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, drifted: Tensor | None, packing: Packing | None
     ) -> Tensor:
@@ -252,10 +266,10 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         The small cache holds keys and values in the dtype of autocast, if it is on, or of the weights. It steps by a
         Triton kernel where the module's backend is `triton`, else by plain PyTorch.
         """
-        if self.drifting is not None and self.drifting.content_in_bias == "far":
+        if self.near_distance is not None:
             raise ValueError(
-                "content_in_bias: expected true or false to read by a cache, got far, which is for training alone; "
-                "call the module without a cache"
+                "content_in_bias: expected true or false to generate or to read by a cache, got far, which is for "
+                "training alone; call the model without a cache"
             )
         keys = self._new_key_cache(batch, full)
         if self.drifting is None:
@@ -276,7 +290,8 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         )
 
     def mixing_flops(self, length: int) -> float:
-        return 4 * self.num_heads * self.head_dim * mean_keys(length, self.keep.capacity)
+        flops = 4 * self.num_heads * self.head_dim * mean_keys(length, self.keep.capacity)
+        return flops if self.near_distance is None else 2 * flops  # `attend_with_far_bias`
 
     def cache_elements(self, length: int) -> int:
         """Keys, values and biases; besides these, the rank and position of each key are kept."""
@@ -286,9 +301,11 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         return explain_backend(self.backend, device.type, device.index, dtype, self.head_dim)
 
     def unused_at(self, length: int) -> str | None:
-        if self.keep.window < length:
+        kept = self.keep.window + self.keep.last
+        if kept < length:
             return None
+        sizes = f"keep_window_size {self.keep.window}" + f" + keep_last {self.keep.last}" * (self.keep.last > 0)
         return (
-            f"keep_window_size {self.keep.window} >= sequence length {length}: "
-            "no key is ever dropped, so the selection is never exercised; lower keep_window_size to train it"
+            f"{sizes} >= sequence length {length}: no key is ever dropped, so the selection is never exercised; lower "
+            "keep_window_size to train it"
         )

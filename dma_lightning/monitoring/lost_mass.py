@@ -96,7 +96,14 @@ def efficiency(model: Tensor, window: Tensor, best: Tensor) -> Tensor:
 
 
 def lost_mass(
-    q: Tensor, k: Tensor, key_bias: Tensor, lifetimes: Lifetimes, packing: Packing | None = None, queries: int = 64
+    q: Tensor,
+    k: Tensor,
+    key_bias: Tensor,
+    lifetimes: Lifetimes,
+    packing: Packing | None = None,
+    queries: int = 64,
+    near_bias: Tensor | None = None,
+    distance: int = 0,
 ) -> LostMass:
     """What a mask loses, for sampled queries alone, row by row: O(Q N) time, and memory of one row.
 
@@ -107,6 +114,8 @@ def lost_mass(
         lifetimes: the mask, whose capacity is w.
         packing: documents and padding.
         queries: Q.
+        near_bias: what it adds instead while a query is less than `distance` positions behind the key, `[B, G, N]`.
+        distance: of near keys.
 
     Returns:
         The shares, in float32 or in the dtype of q if that is wider. No query is sampled where none can see more than
@@ -122,7 +131,11 @@ def lost_mass(
     rows = []
     with torch.autocast(q.device.type, enabled=False):
         for b, t in enumerate(position):
-            attention = _attention(q[b, :, t].to(dtype), k[b].to(dtype), key_bias[b].to(dtype), _visible(causal, b, t))
+            bias = key_bias[b, :, None]  # [G, 1, N], or [G, Q, N] where near keys have another
+            if near_bias is not None:
+                is_near = t[:, None] - torch.arange(length, device=t.device) < distance
+                bias = torch.where(is_near, near_bias[b, :, None], bias)
+            attention = _attention(q[b, :, t].to(dtype), k[b].to(dtype), bias.to(dtype), _visible(causal, b, t))
             rows.append(_row(attention, _visible(causal, b, t), _visible(lifetimes, b, t), t, lifetimes.capacity))
     model, window, best, own_key = (torch.stack(x) for x in zip(*rows, strict=True))
     return LostMass(model, window, best, own_key, real)
@@ -135,8 +148,12 @@ def _visible(lifetimes: Lifetimes, row: int, position: Tensor) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, key_bias: Tensor, allowed: Tensor) -> Tensor:
-    """Softmax over allowed keys `[1, Q, N]`, `[G, H / G, Q, N]`, of q `[H, Q, D]`, k `[G, N, D]` and bias `[G, N]`."""
-    logits = q.unflatten(0, (len(k), -1)) @ k[:, None].mT / q.shape[-1] ** 0.5 + key_bias[:, None, None]
+    """Softmax over allowed keys `[1, Q, N]` of q `[H, Q, D]`, k `[G, N, D]` and bias `[G, 1 or Q, N]`.
+
+    Returns:
+        `[G, H / G, Q, N]`.
+    """
+    logits = q.unflatten(0, (len(k), -1)) @ k[:, None].mT / q.shape[-1] ** 0.5 + key_bias[:, None]
     return logits.masked_fill(~allowed, -torch.inf).softmax(-1)
 
 
@@ -192,7 +209,8 @@ class LostMassMonitor(FirstBatchMonitor):
     def _sums(self, mixer: DynamicMaskAttention, x: Tensor, packing: Packing | None) -> Tensor:
         q, k, _ = mixer.queries_keys_values(x, None)
         lifetimes, key_bias = mixer.lifetimes(x, packing)
-        return lost_mass(q, k, key_bias, lifetimes, packing, self.queries).sums()
+        near = mixer.near_bias(x, packing), mixer.near_distance or 0
+        return lost_mass(q, k, key_bias, lifetimes, packing, self.queries, *near).sums()
 
     def _tell_once(self, budget: int) -> None:
         if not self.told:

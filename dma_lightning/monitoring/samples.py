@@ -81,6 +81,15 @@ class SampleMonitor(ShowingMonitor):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.validations = state_dict["validations"]
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Raise `ValueError` for a model that cannot go on with a text."""
+        layers = dynamic_layers(decoder_of(pl_module)).values()
+        if stage == "fit" and self.max_new_tokens and any(mixer.near_distance is not None for mixer in layers):
+            raise ValueError(
+                "sample_monitor: expected max_new_tokens 0 with content_in_bias far, which cannot generate, got "
+                f"{self.max_new_tokens}; set --sample_monitor.max_new_tokens 0, or --sample_monitor null"
+            )
+
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:

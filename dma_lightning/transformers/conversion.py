@@ -36,13 +36,14 @@ def add_dynamic_masks(
 ) -> None:
     """Have a decoder of Transformers attend by dynamic masks; each attention layer gets `A` and `dt_proj`.
 
-    `A` is 0 at first, so each query sees its last `keep_window_size` keys: the model is what it was on sequences that
-    are no longer. Layers with a sliding window of the model's own keep it. `model.config` gets `dynamic_masks`.
+    `A` is 0 at first, so each query sees its last `keep_window_size + keep_last` keys: the model is what it was on
+    sequences that are no longer. Layers with a sliding window of the model's own keep it. `model.config` gets
+    `dynamic_masks`.
 
     Args:
         model: what to change.
         keep_window_size: best-ranked keys that a query keeps.
-        keep_last: last positions that stay visible besides, whatever their rank.
+        keep_last: last positions that are visible whatever their rank; the others are chosen from the keys before.
         sinks: first keys of each document that stay visible besides.
         score_form: what is added to the logits, `exp(rank)` or the rank itself (`linear`).
         backend: `triton`, `flex`, `torch` or `reference`, or `auto`; not saved.

@@ -18,7 +18,7 @@ class MaskSettings:
 
     Attributes:
         keep_window_size: best-ranked keys that a query keeps.
-        keep_last: last positions that stay visible besides, whatever their rank.
+        keep_last: last positions that are visible whatever their rank; the others are chosen from the keys before.
         sinks: first keys of each document that stay visible besides.
         score_form: what is added to the logits, `exp(rank)` or the rank itself (`linear`).
 

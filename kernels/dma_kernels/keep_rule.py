@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 class KeepRule:
     """A query keeps its last positions, the best-ranked keys before them, and the first keys of its document.
 
-    Keys compete once they are no longer among the last positions, so a query of a long past sees exactly w + r keys.
+    Keys compete once they are no longer among the last positions, so a query with that many real keys behind it sees
+    exactly w + r, whatever their ranks, unless some of its last positions are padding, and its sinks besides.
 
     Attributes:
         window: w, best-ranked keys of those that are at least r positions behind.

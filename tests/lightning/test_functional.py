@@ -58,7 +58,11 @@ def test_mistakes_are_told() -> None:
     with pytest.raises(ValueError, match="ranks: expected floating"):
         dynamic_mask_attention(q, k, v, ranks.long(), 4, key_bias=ranks)
     with pytest.raises(ValueError, match="k: expected"):
-        dynamic_mask_attention(q, k[:, :, :-1], v, ranks, 4)
+        dynamic_mask_attention(q, k[:, :, :-1], v, ranks[..., :-1], 4)
+    with pytest.raises(ValueError, match=r"ranks: expected \[2, 2, 8\], as k has them, got \[1, 2, 8\]"):
+        dynamic_mask_attention(q, k, v, ranks[:1], 4)
+    with pytest.raises(ValueError, match="score_form: expected one of"):
+        dynamic_mask_attention(q, k, v, ranks, 4, score_form="square", key_bias=ranks)
 
 
 @pytest.mark.parametrize("page", ["attention.md", "evaluation.md"])

@@ -46,7 +46,10 @@ def test_other_weights_stay(part: str, options: dict[str, object], tmp_path: Pat
 
 
 def test_a_run_goes_on_with_another_part(tmp_path: Path) -> None:
+    pl.seed_everything(0)
+    start = LanguageModel(**SIZES).model.state_dict()
     first = trained(tmp_path, 2, train_only="selection")
+    assert first["layers.0.mlp.up_proj.weight"].equal(start["layers.0.mlp.up_proj.weight"])
     again = trained(tmp_path, 4, train_only="all")
     assert not first["layers.0.mlp.up_proj.weight"].equal(again["layers.0.mlp.up_proj.weight"])
 

@@ -260,6 +260,9 @@ class DynamicMaskCache(HasKeepRule):
             own[name].copy_(state[name])
         self.state.lengths.copy_(state["length"][:, None])
         self.state.seen.copy_(state["seen"][:, None])
+        # Earlier versions did not count all of the last positions as ranked.
+        recent = self.state.position > (self.length - 1 - self.keep.last)[:, None, None]
+        self.state.ranked |= recent & (self.state.position != EMPTY)
         self._started, self._pending = True, None
 
     def visible(self) -> Tensor:
@@ -296,7 +299,7 @@ class DynamicMaskCache(HasKeepRule):
         end: int | Tensor = keys if runs is None else document_ends(runs)
         # Unranked keys stand in front with the lowest rank, and so count for nothing.
         top = deaths_by_rank(slots.rank.masked_fill(~slots.ranked, -torch.inf), runs, padding, self.keep.window)
-        if self.keep.last:  # a key competes when the query is so far behind it
+        if self.keep.last:  # a key dies so many positions after the one that beats it has arrived
             late = slots.position.gather(2, top.clamp(max=keys - 1).long()) + self.keep.last
             top = torch.where(top < keys, late + (past - self.length)[:, None, None], keys)
         ranked_death = torch.where(slots.ranked & filled, top.clamp(max=end), birth)

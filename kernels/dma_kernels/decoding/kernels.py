@@ -215,9 +215,9 @@ def _decode_step_kernel(
         place = tl.where(lower < lowest, i + lower_place, place)
         lowest = tl.minimum(lower, lowest)
         count += tl.sum(m_competes.to(tl.int32)) if BESIDES else 0
-    # Without last positions, the new key competes at once. One key at most is one too many.
+    # Without last positions, the new key competes at once. At most one key has to go.
     new_competes = real & (keep_last == 0)
-    # All real keys of the document compete, until there are w.
+    # If nothing else is kept, all real keys of the document compete until there are w, and need not be counted.
     over = count + new_competes.to(tl.int32) > window if BESIDES else real & (seen >= window)
     new_is_lowest = new_competes & ((ordered_bits(new_rank).to(tl.int64) << 32) + now < lowest)
     wins = real & ~(over & new_is_lowest)

@@ -330,3 +330,15 @@ def test_equal_scores_are_no_preference_however_large(cut: list[int]) -> None:
             outs.append(attend(cache, **part(inputs, start, start + count)))
             start += count
         torch.testing.assert_close(torch.cat(outs, dim=2), expected.repeat_interleave(HEADS // KV_HEADS, dim=1))
+
+
+def test_states_of_before_are_read() -> None:
+    """In which last positions that were not among the best were not ranked."""
+    inputs = make_inputs(12, ties=False)
+    caches = [DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(2, 3), dtype=torch.float64) for _ in range(2)]
+    attend(caches[0], **part(inputs, 0, 8))
+    state = {name: x.clone() for name, x in caches[0].state_dict().items()}
+    state["ranked"] &= state["position"] <= 4
+    caches[1].load_state_dict(state)
+    expected, found = (attend(cache, **part(inputs, 8, 12)) for cache in caches)
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)

@@ -223,3 +223,14 @@ def test_backends_take_a_query_bias(backend: str, device: str) -> None:
         (found,) = torch.autograd.grad(out.square().sum(), query_bias)
         assert torch.equal(out, expected)
         assert 0 < found.abs().max() < 1e-4  # rounding
+
+
+@pytest.mark.parametrize(("last", "length", "dropped"), [(0, 7, False), (0, 8, True), (6, 13, False), (6, 14, True)])
+def test_says_where_no_key_is_dropped(last: int, length: int, dropped: bool) -> None:
+    module = DynamicMaskAttention(16, 2, keep_window_size=7, keep_last=last)
+    lifetimes, _ = module.lifetimes(torch.randn(1, length, 16))
+    assert (lifetimes.death < length).any() == dropped
+    reason = module.unused_at(length)
+    assert reason is None if dropped else f"keep_window_size 7{' + keep_last 6' * (last > 0)} >= sequence" in reason
+    module.keep_last = 3
+    assert module.own_keep == module.keep

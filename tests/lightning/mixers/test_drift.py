@@ -2,7 +2,7 @@
 
 import math
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from dma_kernels import KeepRule, Packing, key_ranks, reference_mask
 from dma_lightning.config import ModelConfig
+from dma_lightning.language_model import LanguageModel
 from dma_lightning.mixers import MIXERS
 from dma_lightning.mixers.base import merge_heads
 from dma_lightning.mixers.drift import Drift, DriftingCache
 from dma_lightning.mixers.retention import RetentionQueries, retention_loss
 from dma_lightning.model import DogeForCausalLM
+from dma_lightning.monitoring import SampleMonitor
 
 WINDOW = 7
 
@@ -298,7 +300,15 @@ def test_far_content_asks_for_last_positions_and_has_no_cache() -> None:
     options = {"drift": "gate", "score_form": "linear", "content": "input", "content_in_bias": "far"}
     with pytest.raises(ValueError, match="keep_last: expected at least 1 with content_in_bias far, got 0"):
         DogeForCausalLM(ModelConfig(**options))
-    with pytest.raises(ValueError, match="expected true or false to read by a cache, got far"):
+    with pytest.raises(ValueError, match="expected true or false to generate or to read by a cache, got far"):
         DogeForCausalLM(ModelConfig(keep_last=2, **options)).new_cache(1)
     with pytest.raises(ValueError, match="content_in_bias: expected true, false or far, got 'near'"):
         DogeForCausalLM(ModelConfig(keep_last=2, **options | {"content_in_bias": "near"}))
+
+
+def test_texts_are_not_asked_of_far_content() -> None:
+    model = {"drift": "gate", "score_form": "linear", "content": "input", "content_in_bias": "far", "keep_last": 2}
+    module = LanguageModel(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1, **model)
+    with pytest.raises(ValueError, match=r"max_new_tokens 0 with content_in_bias far.* --sample_monitor null"):
+        SampleMonitor().setup(Mock(), module, "fit")
+    SampleMonitor(max_new_tokens=0).setup(Mock(), module, "fit")

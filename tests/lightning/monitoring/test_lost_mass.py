@@ -187,6 +187,29 @@ def test_masses_explain_the_output_of_a_layer() -> None:
         torch.testing.assert_close(full[:, :, t] - kept, dropped[:, :, t] - m * kept)
 
 
+def test_contents_of_far_keys_are_not_added_to_near_ones() -> None:
+    shape = {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "keep_window_size": 5,
+        "keep_last": 3,
+    }
+    drift = {"drift": "gate", "score_form": "linear", "content": "input", "content_in_bias": "far"}
+    mixer = DynamicMaskAttention.from_config(ModelConfig(**shape, **drift))
+    nn.init.normal_(mixer.drifting.weight)
+    x, place = torch.randn(1, 50, 32), torch.arange(50)
+    q, k, _ = mixer.queries_keys_values(x, None)
+    lifetimes, far = mixer.lifetimes(x)
+    near = mixer.near_bias(x)
+    bias = torch.where(place[:, None] - place < 3, near[:, :, None], far[:, :, None]).repeat_interleave(2, 1)
+    logits = q @ k.repeat_interleave(2, 1).mT / mixer.head_dim**0.5 + bias
+    full = logits.masked_fill(place > place[:, None], -torch.inf).softmax(-1)
+    dropped = (full * ~lifetimes.to_dense().repeat_interleave(2, 1)).sum(-1)
+    found = lost_mass(q, k, far, lifetimes, near_bias=near, distance=mixer.near_distance)
+    torch.testing.assert_close(found.model[..., :34], dropped[..., 16:])
+
+
 def test_documented_figures_and_no_other(tmp_path: Path) -> None:
     (tmp_path / "with").mkdir()
     cli = fit(tmp_path / "with", MONITOR)
