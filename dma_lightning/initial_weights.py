@@ -22,7 +22,7 @@ from dma_lightning.model import DogeForCausalLM
 from dma_lightning.saved_run import SavedRun
 from dma_lightning.tokenizers import FileTokenizer, Tokenizer
 
-# Fields of a configuration that weights decide.
+# Fields of a configuration that the weights fix.
 _OF_WEIGHTS = (
     "vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "qk_norm", "attention_bias", "mlp_bias", "tie_word_embeddings",
@@ -30,7 +30,7 @@ _OF_WEIGHTS = (
 
 _OF_DATA = ("vocab_size", "max_position_embeddings")  # what data says of a model
 
-# Of a drift that the weights do not have: small enough not to change logits by more than 1e-4.
+# Range of a drift that the weights lack: too small to change logits by more than 1e-4.
 _NO_DRIFT = (1e-4, 1e-4)
 
 _LISTED = 8  # names in a line
@@ -47,7 +47,7 @@ class Differences(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class InitialWeights:
-    """Weights in a file or folder; they stay on the disk until they are used."""
+    """Weights in a file or folder. They stay on disk until they are used."""
 
     path: Path
     config: ModelConfig
@@ -58,7 +58,7 @@ class InitialWeights:
     """By the names that the decoder has for them."""
     folder: PretrainedFolder | None = field(default=None, repr=False)
     tokenizer: str | None = field(default=None, repr=False)
-    """The `tokenizer.json` of the text that they were trained on, if it is known."""
+    """The `tokenizer.json` of their training text, if it is known."""
 
     @classmethod
     def open(cls, path: Path | str, kind: type[pl.LightningModule]) -> Self:
@@ -111,7 +111,7 @@ class InitialWeights:
     def arguments(self) -> dict[str, Any]:
         """Those of a `LanguageModel` whose model is the one that the weights were saved from.
 
-        Without what the data says. A drift, which only the user can add, has next to no effect at first.
+        What the data says is left out. A drift, which only the user can add, has almost no effect at first.
         """
         known = {name: x for name, x in asdict(self.config).items() if name not in _OF_DATA}
         known["padded_vocab_size"] = self.padded_vocab_size

@@ -1,4 +1,4 @@
-"""Callbacks that every run of `fit` has unless it is told otherwise, each of them an option of its own."""
+"""Callbacks that every run of `fit` has by default. Each is an option of its own."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,7 +37,7 @@ DEFAULT_CALLBACKS: dict[str, type[pl.Callback]] = {
     "fit_report": FitReport,
 }
 
-# Options of the trainer that make Lightning have one of its own where ours is off and none of the kind is listed.
+# Options of the trainer by which Lightning adds a callback of its own if ours is off and none of the kind is listed.
 _OF_LIGHTNING = {
     "progress_bar": ("enable_progress_bar", LightningProgressBar),
     "checkpoint": ("enable_checkpointing", Checkpoint),
@@ -56,8 +56,8 @@ def add_default_callbacks(parser: Parser) -> None:
 def set_callbacks(options: Namespace, defaults: Mapping[str, pl.Callback | None], fits: bool) -> None:
     """Let the options of a trainer have all callbacks of a run, the default ones before those that are listed.
 
-    A listed one replaces the default of its class, and any progress bar that of ours. Those that the trainer is told to
-    do without are left out, also if they are listed.
+    A listed callback replaces the default of its class, and any progress bar replaces ours. Callbacks that an option of
+    the trainer turns off are left out, even if they are listed.
 
     Args:
         options: of the trainer, which change.

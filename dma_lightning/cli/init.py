@@ -16,10 +16,10 @@ def init(folder: Path) -> None:
     It trains a small model on a CPU in a few minutes, on text that needs no download.
 
     Args:
-        folder: where config.yaml is written; it may be there, but not the file.
+        folder: where config.yaml is written. It may exist, but must not hold a config.yaml.
 
     Raises:
-        ValueError: if the file is there, or the folder is a file.
+        ValueError: if it holds one, or is a file.
     """
     folder = user_path(folder)
     path = folder / _NAME

@@ -85,7 +85,7 @@ class DMACLI(LightningCLI):
     """LightningCLI whose model takes from the data what the data dictates, and whose checkpoints know both.
 
     With `ckpt_path`, what the checkpoint saved of model and data are the defaults; configs and flags win over them.
-    With `model.init_from`, what the weights say of the model are; they are not looked at where there is a checkpoint.
+    With `model.init_from`, the defaults of the model are what the weights say of it; a checkpoint wins over them.
     `last` is the newest whole checkpoint of all versions of the run's folder; `fit` begins anew where there is none,
     and else goes on in the folder of that version, if TensorBoard's logger made it. No run writes over another's files.
     """
@@ -130,7 +130,7 @@ class DMACLI(LightningCLI):
             self._check_last(defaults)
 
     def _check_last(self, defaults: dict[str, Any]) -> None:
-        """Compare the run that shall go on with the last one of its folder.
+        """Compare a run that is to go on with the last run of its folder.
 
         Raises:
             ValueError: if they are different experiments.
@@ -150,10 +150,10 @@ class DMACLI(LightningCLI):
             )
 
     def _take_sizes(self, init_from: str | None) -> bool:
-        """Let the weights that a run begins from say what the defaults of its model are; whether there are some.
+        """Take the defaults of the model from the weights that a run begins from; whether there are any.
 
         Raises:
-            ValueError: if there are none where they shall be.
+            ValueError: if there are no such weights.
         """
         if init_from is not None:
             self.initial = InitialWeights.open(init_from, LanguageModel)
@@ -211,7 +211,7 @@ class DMACLI(LightningCLI):
             elif config.ckpt_path is None and self.subcommand != "fit" and self.model.init_from is None:
                 rank_zero_warn(f"{self.subcommand}: no --ckpt_path is given, so the weights are random")
             if config.ckpt_path is not None:
-                self.model.init_from = None  # of which the checkpoint has what has become
+                self.model.init_from = None  # the checkpoint has its own weights
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it, unless all steps are made; a run that ends before it has trained leaves no files.

@@ -20,10 +20,10 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(given: str) -> str:
-    """The shipped config that a name stands for, unless a file is there or the name stands for none or several.
+    """The shipped config that a name stands for, unless a file has that name, or no config or several do.
 
     Args:
-        given: `tiny`, `model/tiny` or `configs/model/tiny.yaml`; what else it is comes back as it is.
+        given: `tiny`, `model/tiny` or `configs/model/tiny.yaml`. Anything else comes back unchanged.
     """
     found = _named(given)
     if len(found) != 1 or (Path(given).exists() and not Path(given).is_dir()):
@@ -32,11 +32,11 @@ def find_config(given: str) -> str:
 
 
 def what_was_meant(given: str, beside: Iterable[str] = ()) -> str:
-    """The end of a message about a config that there is not: the names that are most like it, else all.
+    """The end of a message about a name of no config, or of several: the nearest names, or else all.
 
     Args:
-        given: what stands for no config, or for several.
-        beside: files in the folder that it names, of which one that is like it is meant.
+        given: the name.
+        beside: files in the folder that it names, one of which may be meant.
     """
     near = _named(given) or [x for x in [closest(given, beside)] if x is not None] or _nearest(given)
     return f"; did you mean {_listed(near)}?" if near else f"; there are {', '.join(shipped_configs())}"

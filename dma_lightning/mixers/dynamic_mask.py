@@ -207,7 +207,9 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         return self.own_keep.last if far else None
 
     def near_bias(self, x: Tensor, packing: Packing | None = None) -> Tensor | None:
-        """Bias of keys among the last `near_distance` positions, `[B, G, N]`; None if it is that of all."""
+        """Bias of keys among the last `near_distance` positions, `[B, G, N]`; None if all keys have one bias."""
+        if self.near_distance is None:
+            return None
         return self._ranked(x, self.heads(x, self.v_proj), packing).near_bias
 
     def _change(self, **sizes: int) -> None:
