@@ -210,7 +210,10 @@ def doge_config(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ValueError: if Doge cannot express the model.
     """
-    known = {"attention": "dma", "score_form": "exp", "keep_last": 0, "sinks": 0, "drift": "none", "qk_norm": True}
+    known = {
+        "attention": "dma", "score_form": "exp", "keep_last": 0, "sinks": 0, "wide_keep_window_size": 0,
+        "drift": "none", "qk_norm": True,
+    }  # fmt: skip
     for name, value in known.items():
         if getattr(config, name) != value:
             raise ValueError(

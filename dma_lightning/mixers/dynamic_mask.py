@@ -23,7 +23,7 @@ from dma_kernels import (
     rank_bias,
 )
 from dma_kernels.decoding.dynamic_cache import StepBackend
-from dma_kernels.keep_rule import HasKeepRule
+from dma_kernels.keep_rule import HasKeepRule, check_at_least
 from dma_lightning.auxiliary_losses import with_auxiliary_loss
 from dma_lightning.backends import (
     ATTENTIONS,
@@ -51,12 +51,60 @@ class DynamicMaskConfig(DriftingRanksConfig):
     before them."""
     sinks: int = 0
     """dma: number of first keys of each document that stay visible besides."""
+    wide_layers: tuple[int, ...] = ()
+    """dma: layers, counted from 0, that keep another number of best-ranked keys, `wide_keep_window_size`."""
+    wide_keep_window_size: int = 0
+    """dma: how many keys these keep instead of `keep_window_size`."""
     score_form: ScoreForm = "exp"
     """dma: bias that a key's rank adds to its logits: exp(rank), or the rank itself (linear). exp overflows above a
     rank of 88.7, which shows as a loss of NaN. Heads with a drift are always linear."""
     retention_weight: float = 0.0
     """dma: weight of a loss that trains ranks, without their drift, to foresee attention to keys far behind, such as
     0.1; 0 for none. Such keys need to be seen: callbacks.MixedWindows."""
+
+
+@dataclass(frozen=True)
+class WideLayers:
+    """Layers that keep more keys, or fewer, than the others.
+
+    Attributes:
+        layers: their numbers, from 0.
+        keep_window_size: best-ranked keys that each of their queries keeps.
+
+    Raises:
+        ValueError: without layers, for a number below 0, or a size below 1.
+    """
+
+    layers: tuple[int, ...]
+    keep_window_size: int
+
+    def __post_init__(self) -> None:
+        if not self.layers or min(self.layers) < 0:
+            raise ValueError(
+                f"wide_layers: expected numbers of layers, from 0, with wide_keep_window_size "
+                f"{self.keep_window_size}, got {list(self.layers)}; name them, or set both back"
+            )
+        check_at_least("wide_keep_window_size", self.keep_window_size, 1)
+
+    @classmethod
+    def from_config(cls, config: DynamicMaskConfig) -> Self | None:
+        """Those of a configuration, or None."""
+        if not config.wide_layers and not config.wide_keep_window_size:
+            return None
+        return cls(tuple(config.wide_layers), config.wide_keep_window_size)
+
+    def has(self, layer: int, num_layers: int) -> bool:
+        """Whether a layer is one of them.
+
+        Raises:
+            ValueError: if they are not all among the model's layers.
+        """
+        if max(self.layers) >= num_layers:
+            raise ValueError(
+                f"wide_layers: expected numbers from 0 to {num_layers - 1}, of the model's {num_layers} layers, got "
+                f"{list(self.layers)}"
+            )
+        return layer in self.layers
 
 
 class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCache]):
@@ -84,6 +132,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         drifting: a drift of the ranks and biases; by default none.
         retention_weight: of the retention loss.
         qk_norm: whether queries and keys are normalised.
+        wide: layers of a model that keep another number of keys.
 
     Raises:
         ValueError: if the sizes do not belong together, for an unknown backend or score form, for `exp` where all
@@ -112,6 +161,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         drifting: DriftingRanks | None = None,
         retention_weight: float = 0.0,
         qk_norm: bool = True,
+        wide: WideLayers | None = None,
     ) -> None:
         super().__init__(
             hidden_size, num_heads, num_kv_heads, head_dim, rope_theta, rope_scaling, rms_norm_eps, bias, qk_norm
@@ -119,6 +169,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         check_backend(backend)
         self.keep = KeepRule(keep_window_size, keep_last, sinks)
         self.own_keep = self.keep  # also in steps in which `MixedWindows` keeps every key
+        self.wide = wide
         self.score_form, self.backend = score_form, backend
         self.A = nn.Parameter(torch.zeros(self.num_kv_heads))
         with torch.random.fork_rng(devices=[]):  # other weights start as they do beside other mixers
@@ -162,10 +213,13 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
             backend=config.backend,
             drifting=DriftingRanks.from_config(config, config.keep_window_size + config.keep_last),
             retention_weight=config.retention_weight,
+            wide=WideLayers.from_config(config),
         )
 
     def place(self, layer: int, num_layers: int) -> None:
         self.num_layers = num_layers
+        if self.wide is not None and self.wide.has(layer, num_layers):
+            self.keep_window_size = self.wide.keep_window_size
         if self.drifting is not None:
             self.drifting.place(layer, num_layers)
 
