@@ -171,10 +171,10 @@ def _seeds(records: Sequence[Record], figures: Spread | None) -> str:
 
 
 def _keys(record: Record) -> str:
-    """Keys that a query sees at most, compressed ones beside."""
+    """Keys that a query sees at most, mean over layers, compressed ones beside."""
     model, length = record.model, record.data["sequence_length"]
     seen = {
-        "dma": lambda: model["keep_window_size"] + model["keep_last"] + model["sinks"],
+        "dma": lambda: _mean_window(model) + model["keep_last"] + model["sinks"],
         "swa": lambda: model["sliding_window"],
         "nsa": lambda: model["nsa_window"] + model["nsa_select_count"] * model["nsa_select_block"],
     }
@@ -183,6 +183,13 @@ def _keys(record: Record) -> str:
         blocks = (length - model["nsa_compress_block"]) // model["nsa_compress_stride"] + 1
         keys += f" and {blocks:,} compressed"
     return keys
+
+
+def _mean_window(model: Mapping[str, Any]) -> int:
+    """Best-ranked keys that a query keeps, mean over layers."""
+    wide, layers = len(model.get("wide_layers", [])), model["num_hidden_layers"]
+    more = wide * (model.get("wide_keep_window_size", 0) - model["keep_window_size"])
+    return round(model["keep_window_size"] + more / layers)
 
 
 def _number(mean: float, deviation: float | None) -> str:

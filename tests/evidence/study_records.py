@@ -5,7 +5,7 @@ from benchmarks.evidence.results import Record
 ENVIRONMENT: dict[str, str | int] = {"cpu": "none", "cores": 1, "python": "3", "torch": "2", "commit": "0"}
 
 
-MODEL = {"keep_window_size": 6, "keep_last": 2, "sinks": 0, "sliding_window": 64}
+MODEL = {"keep_window_size": 6, "keep_last": 2, "sinks": 0, "sliding_window": 64, "num_hidden_layers": 3}
 DIGEST = "4f53cda18c2baa0c"  # of no configurations
 
 

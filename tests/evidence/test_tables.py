@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 import pytest
-from study_records import record
+from study_records import MODEL, record
 
 from benchmarks.evidence.masks import mask_figures
 from benchmarks.evidence.results import Record
@@ -55,6 +55,14 @@ def test_several_p_values_are_corrected() -> None:
     assert "p (Holm)" not in found["dma"]
     _, found = forms({"dma": BEST["dma"]})
     assert "difference" not in found["dma"]
+
+
+def test_keys_of_a_query_are_the_mean_over_layers() -> None:
+    wide = MODEL | {"attention": "dma", "wide_layers": [1], "wide_keep_window_size": 12}
+    _, found = forms({"swa": BEST["swa"], "dma": trained("dma", 0.4, model=wide)}, STUDY)
+    assert found["dma"]["keys per query"] == "10"  # of 6 + 2, 12 + 2 and 6 + 2
+    _, found = forms(BEST)
+    assert [found[form]["keys per query"] for form in BEST] == ["16", "16", "8"]
 
 
 def test_share_of_the_gap_stands_where_it_can_be_said() -> None:
