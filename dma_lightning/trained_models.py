@@ -109,6 +109,7 @@ def saved_tokenizer(saved: SavedRun, module: LanguageModel, special_tokens: Spec
 
 
 def reads_bytes(saved: SavedRun, module: LanguageModel) -> bool:
-    """Whether the tokens of an opened checkpoint's model are bytes."""
-    fits = module.model.config.vocab_size == ByteTokenizer.vocab_size and module.hparams["bytes_per_token"] is not None
+    """Whether the tokens of an opened checkpoint's model are bytes, special ones beside them if need be."""
+    tokens, size = module.model.config.vocab_size, module.hparams["bytes_per_token"]
+    fits = size is not None if tokens == ByteTokenizer.vocab_size else size == 1 and tokens > ByteTokenizer.vocab_size
     return fits and saved.tokenizer is None

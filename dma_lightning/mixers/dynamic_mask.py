@@ -3,7 +3,6 @@
 B batch, N length, C hidden size, H query heads, G KV heads, D head dim.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -37,7 +36,7 @@ from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys, merge_heads,
 from dma_lightning.mixers.drift import DriftingCache, query_bias
 from dma_lightning.mixers.drifting_ranks import DriftedKeys, DriftingRanks, DriftingRanksConfig
 from dma_lightning.mixers.far_content import attend_with_far_bias
-from dma_lightning.mixers.retention import RetentionQueries, retention_loss
+from dma_lightning.mixers.retention import RetentionQueries, RetentionTarget, check_retention, retention_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +60,9 @@ class DynamicMaskConfig(DriftingRanksConfig):
     retention_weight: float = 0.0
     """dma: weight of a loss that trains ranks, without their drift, to foresee attention to keys far behind, such as
     0.1; 0 for none. Such keys need to be seen: callbacks.MixedWindows."""
+    retention_target: RetentionTarget = "attention"
+    """dma: what ranks shall foresee: the attention that a key gets, or its effect on the output, in which keys count
+    little that say what others say."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
             (Hopper GPUs), else `flex`, else `torch` (on a CPU, in float64, for head dims above 256).
         drifting: a drift of the ranks and biases; by default none.
         retention_weight: of the retention loss.
+        retention_target: what it makes ranks foresee, `attention` or `output`.
         qk_norm: whether queries and keys are normalised.
         wide: layers of a model that keep another number of keys.
 
@@ -160,6 +163,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         backend: Backend = "auto",
         drifting: DriftingRanks | None = None,
         retention_weight: float = 0.0,
+        retention_target: RetentionTarget = "attention",
         qk_norm: bool = True,
         wide: WideLayers | None = None,
     ) -> None:
@@ -178,14 +182,13 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         self.drifting = drifting
         if drifting is not None:
             self._check_drifting(drifting)
-        if not 0 <= retention_weight < math.inf:
-            raise ValueError(f"retention_weight: expected at least 0, got {retention_weight}")
+        check_retention(retention_weight, retention_target)
         if drifting is not None and drifting.weight is not None:
             self.undecayed_parameters = ("drifting.weight",)
             self.auxiliary_parameters = () if drifting.content_in_bias else self.undecayed_parameters
         own = ("A", "dt_proj", "drifting")
         self.selection_parameters = [name for name, _ in self.named_parameters() if name.split(".")[0] in own]
-        self.retention_weight, self.num_layers = retention_weight, 1
+        self.retention_weight, self.retention_target, self.num_layers = retention_weight, retention_target, 1
         self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
         self.step: Tensor
 
@@ -213,6 +216,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
             backend=config.backend,
             drifting=DriftingRanks.from_config(config, config.keep_window_size + config.keep_last),
             retention_weight=config.retention_weight,
+            retention_target=config.retention_target,
             wide=WideLayers.from_config(config),
         )
 
@@ -276,7 +280,8 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         """That of this layer, with its weight; it trains what contents are made of, and nothing before."""
         content = self._content(x.detach(), v.detach())
         positions = RetentionQueries(self.own_keep.capacity).at(self.step, x.shape[1], x.device)
-        loss = retention_loss(q, k, content, drifted, positions, self.own_keep, packing)
+        values = v if self.retention_target == "output" else None
+        loss = retention_loss(q, k, content, drifted, positions, self.own_keep, packing, values)
         return self.retention_weight / self.num_layers * loss
 
     def _ranked(

@@ -24,7 +24,9 @@ How a mixer calls it, in its forward, with an `x` that its result depends on (su
 B batch, H query heads, G KV heads, R = H / G group, N length, M sampled queries, D head dim.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -34,6 +36,8 @@ from dma_kernels.keep_rule import KeepRule, check_at_least
 from dma_kernels.lifetime_masks import is_sink
 from dma_kernels.packing import Packing
 from dma_kernels.precision import without_autocast
+
+RetentionTarget = Literal["attention", "output"]
 
 FLOOR = 0.01  # mass that is added for each query, so that heads which attend to nothing far do not fit noise
 _FRACTION_BITS = 24  # of u: integers, so that all devices draw the same positions
@@ -79,6 +83,14 @@ class RetentionQueries:
         return self.window + place * beyond // (max(count, 1) << _FRACTION_BITS)
 
 
+def check_retention(weight: float, target: str) -> None:
+    """Raise `ValueError` for a weight that is negative or not finite, or an unknown target."""
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"retention_weight: expected at least 0, got {weight}")
+    if target not in get_args(RetentionTarget):
+        raise ValueError(f"retention_target: expected one of {list(get_args(RetentionTarget))}, got {target!r}")
+
+
 def retention_loss(
     q: Tensor,
     k: Tensor,
@@ -87,7 +99,7 @@ def retention_loss(
     positions: Tensor,
     keep: KeepRule,
     packing: Packing | None = None,
-    scale: float | None = None,
+    values: Tensor | None = None,
 ) -> Tensor:
     """Cross entropy of the attention that sampled queries pay to far keys, and of what content and drift foresee.
 
@@ -109,7 +121,9 @@ def retention_loss(
         positions: of the sampled queries, int64 `[M]`; see `RetentionQueries`.
         keep: which keys are sinks, and how far is far.
         packing: documents and padding.
-        scale: factor of q·k, by default `1 / sqrt(D)`.
+        values: `[B, G, N, D]`. If given, the target is not the attention a alone but `a_j |v_j - m|`, where m is the
+            mean value of all keys that the query may attend to, divided by its sum over these keys. A key that gets
+            attention but says what all say, as an attention sink may, counts little.
 
     Returns:
         The mean over groups, `[]` in float32 (float64 if q is). Memory is `[B, H, M, N]`.
@@ -123,6 +137,11 @@ def retention_loss(
             f"drift: expected {list(content.shape)} on {content.device} as content, got {list(drift.shape)} on "
             f"{drift.device}"
         )
+    if values is not None and (values.shape[:-1] != content.shape or values.device != content.device):
+        raise ValueError(
+            f"values: expected {list(content.shape)} on {content.device} as content, with a further dimension, got "
+            f"{list(values.shape)} on {values.device}"
+        )
     if positions.ndim != 1 or positions.dtype != torch.int64 or positions.device != q.device:
         raise ValueError(
             f"positions: expected int64 [M] on {q.device} as q, got {positions.dtype} {list(positions.shape)} on "
@@ -130,11 +149,10 @@ def retention_loss(
         )
     packing, content = packing or Packing(), content.to(torch.promote_types(q.dtype, torch.float32))
     packing.check_fits(len(q), content)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     with without_autocast(q.device):
         seen, far = _seen_and_far(content, positions, keep, packing)  # [B or 1, 1, M, N]
         decay = _decay(content, drift, positions)  # [B, G, M, N]
-        target = _target(q[:, :, positions], k, decay, seen, scale).where(far, 0)  # [B, G, M, N]
+        target = _target(q[:, :, positions], k, decay, seen, values).where(far, 0)  # [B, G, M, N]
         has_far = far.any(-1)  # [B or 1, 1, M]
         foreseen = (content[:, :, None] + decay).where(far, -torch.inf)
         log_p = foreseen.where(has_far[..., None], 0).log_softmax(-1).where(far, 0)  # [B, G, M, N]
@@ -171,12 +189,19 @@ def _decay(content: Tensor, drift: Tensor | None, positions: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _target(q: Tensor, k: Tensor, decay: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """Attention of queries `[B, H, M, D]` over the keys they see, the mean over a group's heads, `[B, G, M, N]`.
+def _target(q: Tensor, k: Tensor, decay: Tensor, seen: Tensor, values: Tensor | None) -> Tensor:
+    """What queries `[B, H, M, D]` have of the keys they see, the mean over a group's heads, `[B, G, M, N]`.
 
-    NaN for a query that sees no key.
+    That is their attention, or with values its effect on the output. NaN for a query that sees no key.
     """
     grouped = q.to(decay.dtype).unflatten(1, (k.shape[1], -1))  # [B, G, R, M, D]
-    logits = grouped @ k.to(decay.dtype)[:, :, None].transpose(-1, -2) * scale  # [B, G, R, M, N]
-    logits = (logits + decay[:, :, None]).where(seen[:, :, None], -torch.inf)
-    return logits.softmax(-1).mean(2)
+    logits = grouped @ k.to(decay.dtype)[:, :, None].transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, G, R, M, N]
+    attention = (logits + decay[:, :, None]).where(seen[:, :, None], -torch.inf).softmax(-1)
+    if values is None:
+        return attention.mean(2)
+    v, shared = values.to(decay.dtype), seen.to(decay.dtype)
+    mean = shared / shared.sum(-1, keepdim=True) @ v  # [B, G, M, D]
+    square = v.square().sum(-1)[:, :, None] - 2 * mean @ v.mT + mean.square().sum(-1, keepdim=True)
+    effect = attention * square.clamp(min=0).sqrt()[:, :, None]  # [B, G, R, M, N]
+    total = effect.sum(-1, keepdim=True)
+    return (effect / total.where(total != 0, 1)).mean(2)

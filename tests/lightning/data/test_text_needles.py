@@ -11,6 +11,8 @@ from torch.utils.data import default_collate
 
 from dma_lightning import NeedleDataModule, TextNeedleDataModule
 from dma_lightning.cli import build_cli
+from dma_lightning.cli.generate import generate
+from dma_lightning.cli.positions import positions
 from dma_lightning.data import IGNORE_INDEX, HaystackDataModule, InductionDataModule, SequenceDataModule
 from dma_lightning.data.needles import DEPTHS
 from dma_lightning.data.text_needles import (
@@ -275,7 +277,7 @@ def test_needles_of_a_form_and_a_text_make_a_task(data: TextNeedleDataModule) ->
     assert 290 < max(lengths) <= 300
 
 
-def test_a_model_trains_on_them(tmp_path: Path) -> None:
+def test_a_model_trains_on_them_and_reads_other_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layers = [f"--config={Path(__file__).parents[3] / 'configs' / x}.yaml" for x in ("model/mqar", "data/text-needles")]
     small = ["--data.sequence_length=256", "--data.batch_size=4", "--data.val_examples=33", "--trainer.max_steps=2"]
     trainer = [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu", "--trainer.logger=false"]
@@ -288,3 +290,8 @@ def test_a_model_trains_on_them(tmp_path: Path) -> None:
     for group in ("length_64", "length_128", "length_256", "depth_0", "depth_100"):
         assert 0 <= figures[f"val/answers/{group}"] < 1
     assert "val/bits_per_byte" not in figures
+    checkpoint, text = str(next(tmp_path.rglob("*.ckpt"))), tmp_path / "text.txt"
+    text.write_text("alpha beta gamma delta\n" * 20)
+    positions(Path(checkpoint), str(text), length=128, device="cpu")
+    generate(Path(checkpoint), prompt=["The "], max_new_tokens=2, device="cpu")
+    assert re.search(r"bits per byte(.|\n)*\bThe ", capsys.readouterr().out)

@@ -223,7 +223,9 @@ def test_steps_are_bounded_and_padding_takes_none() -> None:
     assert math.isclose(Drift("gate", 4, 1, 8, (1.0, 1.0))(torch.ones(1, 1, 4)).item(), 1 / 8, rel_tol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"memory_heads": 1}, {"content_in_bias": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"memory_heads": 1}, {"content_in_bias": False}, {"retention_target": "output"}]
+)
 def test_a_retention_loss_trains_contents_alone(options: dict[str, Any]) -> None:
     """Its gradient is added to that of the main loss, for what contents are made of, and nothing else changes."""
     plain, trained = (
@@ -238,7 +240,8 @@ def test_a_retention_loss_trains_contents_alone(options: dict[str, Any]) -> None
     content = plain.drifting.content(x, published)
     drifted = plain.drifting.drift(x, padding).cumsum(-1)
     positions = RetentionQueries(WINDOW).at(5, 63)
-    loss = retention_loss(q, k, content, drifted, positions, plain.keep, Packing.of(documents, padding))
+    values = v.detach() if "retention_target" in options else None
+    loss = retention_loss(q, k, content, drifted, positions, plain.keep, Packing.of(documents, padding), values)
     assert loss > 0
     (0.3 / 3 * loss).backward()  # of three layers
     gradients = [{name: p.grad for name, p in layer.named_parameters()} for layer in (plain, trained)]
@@ -274,6 +277,7 @@ def test_a_retention_loss_is_for_training_alone() -> None:
     ("options", "message"),
     [
         ({"retention_weight": -0.1}, "retention_weight: expected at least 0, got -0.1"),
+        ({"retention_target": "loss"}, r"retention_target: expected one of \['attention', 'output'\], got 'loss'"),
         ({"drift": "gate"}, "score_form: expected linear with a drift, .*got 'exp'"),
         (
             {"drift": "fast", "score_form": "linear"},

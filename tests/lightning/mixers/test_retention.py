@@ -15,6 +15,11 @@ from dma_lightning.mixers.retention import FLOOR, RetentionQueries, retention_lo
 CASES = [*masks.CASES, masks.Case(documents=True, padding="right", keep_last=5, sinks=2)]
 
 
+def values_like(k: Tensor) -> Tensor:
+    """Values that differ more between keys than their widths tell."""
+    return torch.randn_like(k) * torch.rand_like(k[..., :1]).exp()
+
+
 def inputs(length: int, kv_heads: int = 2, batch: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Queries of four heads, keys, content and drift."""
     q, k = torch.randn(batch, 4, length, 8), torch.randn(batch, kv_heads, length, 8)
@@ -24,8 +29,9 @@ def inputs(length: int, kv_heads: int = 2, batch: int = 2, dtype: torch.dtype = 
 
 
 def defined(
-    q: Tensor, k: Tensor, content: Tensor, drift: Tensor, positions: Tensor, keep: KeepRule, packing: Packing | None
-) -> Tensor:
+    q: Tensor, k: Tensor, content: Tensor, drift: Tensor, positions: Tensor, keep: KeepRule, packing: Packing | None,
+    values: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The loss by its formula, query after query and key after key."""
     (batch, kv_heads, length), group = content.shape, q.shape[1] // k.shape[1]
     runs = torch.zeros(batch, length) if packing is None or packing.runs is None else packing.runs
@@ -42,7 +48,12 @@ def defined(
                 attended = torch.zeros(length, dtype=q.dtype)
                 for h in range(g * group, (g + 1) * group):
                     logits = q[b, h, t] @ k[b, g, past].T * 8**-0.5 + drift[b, g, past] - drift[b, g, t]
-                    attended[past] += logits.softmax(-1) / group
+                    share = logits.softmax(-1)
+                    if values is not None:
+                        v = values[b, g, past]
+                        share = share * torch.stack([(x - v.mean(0)).norm() for x in v])
+                        share = share / share.sum() if share.sum() else share  # a key alone changes nothing
+                    attended[past] += share / group
                 log_p = (content[b, g, far] + drift[b, g, far]).log_softmax(-1)
                 loss = loss - (attended[far] * log_p).sum()
                 mass += attended[far].sum() + FLOOR
@@ -50,18 +61,20 @@ def defined(
     return torch.stack(of_groups).mean()
 
 
+@pytest.mark.parametrize("target", ["attention", "output"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(("length", "window", "kv_heads"), [(63, 7, 2), (111, 24, 4), (111, 1, 1), (257, 60, 2)])
-def test_equals_its_definition(case: masks.Case, length: int, window: int, kv_heads: int) -> None:
+def test_equals_its_definition(case: masks.Case, length: int, window: int, kv_heads: int, target: str) -> None:
     sizes = case.arguments(2, length)
     packing = Packing.of(sizes["documents"], sizes["padding"])
     keep = KeepRule(window, case.keep_last, case.sinks)
     q, k, content, drift = inputs(length, kv_heads)
+    values = values_like(k) if target == "output" else None
     positions = RetentionQueries(window, 16).at(3, length)
     results = []
     for loss_of in (retention_loss, defined):
         leaf = content.clone().requires_grad_()
-        loss = loss_of(q, k, leaf, drift, positions, keep, packing)
+        loss = loss_of(q, k, leaf, drift, positions, keep, packing, values)
         results.append([loss, torch.autograd.grad(loss, leaf)[0] if loss.requires_grad else torch.zeros_like(leaf)])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
@@ -102,6 +115,24 @@ def test_content_does_not_feed_itself() -> None:
     content = (q[:, :, 62:] @ k.transpose(-1, -2) * 8**-0.5)[:, :, 0].requires_grad_()
     (grad,) = torch.autograd.grad(retention_loss(q, k, content, None, positions, keep), content)
     assert grad.abs().max() < 1e-12
+
+
+def test_keys_that_say_what_all_say_do_not_count() -> None:
+    """Such as an attention sink with the mean value; nothing is foreseen where all values are alike."""
+    q, k, content, _ = inputs(63, kv_heads=4, batch=1)
+    positions, keep = torch.tensor([62]), KeepRule(1)
+    k[:, :, 0] = q[:, :, 62] / 4  # gets most of the attention
+    values = values_like(k)
+    values[:, :, 0] = values[:, :, 1:].mean(2)
+    content.requires_grad_()
+
+    def pull(v: Tensor | None) -> Tensor:
+        loss = retention_loss(q, k, content, None, positions, keep, None, v)
+        return -torch.autograd.grad(loss, content)[0]
+
+    assert (pull(None)[..., 0] > 0).all()
+    assert (pull(values)[..., 0] < 0).all()
+    assert (pull(torch.ones_like(values)) == 0).all()
 
 
 def test_other_documents_and_padding_change_nothing() -> None:
@@ -206,6 +237,7 @@ def test_a_compiled_layer_goes_on_from_step_to_step() -> None:
     [
         ({"drift": torch.zeros(2, 2, 62)}, r"drift: expected \[2, 2, 63\]"),
         ({"positions": torch.tensor([8.0])}, "positions: expected int64"),
+        ({"values": torch.zeros(2, 2, 62, 8)}, r"values: expected \[2, 2, 63\] .* with a further dimension"),
         ({"content": torch.zeros(2, 1, 63)}, r"key_bias: expected|content: expected"),
         ({"packing": Packing(padding=torch.zeros(2, 62, dtype=torch.bool))}, "padding: expected shape"),
     ],
