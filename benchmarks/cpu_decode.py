@@ -1,22 +1,20 @@
 """Time per token and memory of decoding on a CPU by the length of the text, small cache and full.
 
-    python benchmarks/cpu_decode.py      a JSON file under benchmarks/results/
-
 The tiny model of `make train` with w = 64 and untrained weights that spread the ranks; batch 1, float32. The prompt is
 read in chunks, then tokens are made one by one; median [min - max] of them.
 """
 
-import argparse
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
-from environment import describe, write_tables
 
 from dma_kernels import DynamicMaskCache, KeyCache
 from dma_lightning import DogeForCausalLM, ModelConfig
+from harness.command_line import CommandLine
+from harness.environment import describe
+from harness.results import Row, record
+from harness.timing import spread
 
 LENGTHS = [1 << 10, 1 << 12, 1 << 14, 1 << 16]
 TOKENS = {"small": 100, "full": 10}
@@ -39,9 +37,9 @@ def cache_bytes(cache: KeyCache) -> int:
 
 
 @torch.no_grad()
-def measure(model: DogeForCausalLM) -> Iterator[dict[str, Any]]:
+def measure(model: DogeForCausalLM, lengths: Sequence[int]) -> Iterator[Row]:
     """One row by length and cache."""
-    for length in LENGTHS:
+    for length in lengths:
         tokens = torch.randint(256, (1, length))
         for name, count in TOKENS.items():
             cache, seconds = model.new_cache(1, full=name == "full"), []
@@ -52,17 +50,16 @@ def measure(model: DogeForCausalLM) -> Iterator[dict[str, Any]]:
                 start = time.perf_counter()
                 logits = model(token, cache=cache, last_only=True)
                 seconds.append(time.perf_counter() - start)
-            ms = sorted(1e3 * x for x in seconds[2:])
-            row = {"length": length, "cache": name, "ms": [ms[0], ms[len(ms) // 2], ms[-1]]}
+            row = {"length": length, "cache": name, "ms": spread(1e3 * x for x in seconds[2:])}
             yield row | {"mb": sum(map(cache_bytes, cache)) / 1e6}
 
 
 def main() -> None:
     """Measure, print, and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_decode.json")
-    args = parser.parse_args()
-    write_tables(args.out, {"environment": describe()}, {"decode": measure(make_model())})
+    line = CommandLine(__doc__, "cpu_decode", duration="about three minutes on two cores")
+    line.add_lengths(LENGTHS)
+    args = line.parse_args()
+    record(args.out, {"environment": describe()}, {"decode": measure(make_model(), args.lengths)})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Training on all GPUs of a machine beside training on one of them: tokens/s of each, by DDP and by FSDP2.
 
-    python benchmarks/gpu_scaling.py      seven minutes with two GPUs; a JSON file under benchmarks/results/
-
 The runs of gpu_fit.py at 4k with `dma`, 32,768 random tokens a step for each GPU, started by torchrun. CUDA graphs
 are for 80m on one GPU and with DDP; FSDP2 has none. A figure is what `SpeedMonitor` logs in the first process at each
 logging step after the second: minimum, median and maximum.
@@ -16,11 +14,13 @@ import tempfile
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
-from environment import describe, write_tables
-from gpu_fit import COMPILING, FIGURES, INTERVAL, RECOMPUTED, fit, spreads, write_corpus
+
+from harness.command_line import CommandLine
+from harness.environment import describe
+from harness.results import Row, record
+from harness.training import COMPILING, FIGURES, INTERVAL, RECOMPUTED, Case, LoggedFigures, fit, write_corpus
 
 STRATEGIES = {"one": "auto", "ddp": "ddp", "fsdp": "{class_path: dma_lightning.strategies.FullyShardedStrategy}"}
 LENGTH, ATTENTION = 4096, "dma"
@@ -30,20 +30,20 @@ def train(shape: str, strategy: str, corpus: Path, row: Path) -> None:
     """What each process does; the first writes the row."""
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     every = INTERVAL[shape]
-    processes = {"strategy": STRATEGIES[strategy], "devices": int(os.environ["WORLD_SIZE"])}
+    options = {"strategy": STRATEGIES[strategy], "devices": int(os.environ["WORLD_SIZE"])}
+    options |= {"max_steps": every * (COMPILING + FIGURES) + 1, "log_every_n_steps": every}
     graphs = shape != RECOMPUTED and strategy != "fsdp"
-    steps = every * (COMPILING + FIGURES)
-    found = fit(corpus, shape, LENGTH, ATTENTION, steps, every, graphs, profiled=0, processes=processes)
+    found = LoggedFigures()
+    fit(corpus, Case(shape, LENGTH, ATTENTION), found, options, graphs=graphs)
     if os.environ["RANK"] == "0":
         peak = torch.cuda.max_memory_allocated() / 2**30
-        row.write_text(json.dumps(spreads(found.figures) | {"peak_gib": peak}))
+        row.write_text(json.dumps(found.spreads() | {"peak_gib": peak}))
 
 
-def measure(gpus: int) -> Iterator[dict[str, Any]]:
+def measure(gpus: int) -> Iterator[Row]:
     """One row by shape and strategy."""
     with tempfile.TemporaryDirectory() as folder:
         corpus, row = Path(folder) / "corpus", Path(folder) / "row.json"
-        corpus.mkdir()
         write_corpus(corpus)
         for strategy, shape in product(STRATEGIES, INTERVAL):
             processes = 1 if strategy == "one" else gpus
@@ -55,16 +55,14 @@ def measure(gpus: int) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Measure, print, and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_scaling.json")
-    parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    sys.argv = sys.argv[:1]  # LightningCLI warns of arguments that are not its own
+    line = CommandLine(__doc__, "gpu_scaling", gpus=2, duration="seven minutes on two H200")
+    line.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
+    args = line.parse_args()
     if args.case:
         shape, strategy, *paths = args.case
         train(shape, strategy, *map(Path, paths))
         return
-    write_tables(args.out, {"environment": describe()}, {"runs": measure(torch.cuda.device_count())})
+    record(args.out, {"environment": describe()}, {"runs": measure(torch.cuda.device_count())})
 
 
 if __name__ == "__main__":

@@ -4,11 +4,9 @@
     python benchmarks/train_seeds.py text --seeds 0
 
 Prints the validation figure before training and at each validation, and the seconds that `fit` took in all (start of
-the interpreter included), and writes a JSON file under benchmarks/results/. Further arguments go to `fit`.
+the interpreter included). Further arguments go to `fit`.
 """
 
-import argparse
-import json
 import re
 import subprocess
 import sys
@@ -16,20 +14,22 @@ import tempfile
 import time
 from pathlib import Path
 
-from environment import describe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).parents[1]
+from harness.command_line import CommandLine
+from harness.environment import describe
+from harness.results import CONFIGS, Row, record
+
 TASKS = {
     "text": (["model/tiny", "data/pydoc", "trainer/cpu"], "val/bits_per_byte"),
     "mqar": (["model/mqar", "data/mqar", "trainer/mqar"], "val/accuracy"),
 }
 
 
-def train(task: str, seed: int, extra: list[str]) -> dict[str, object]:
+def train(task: str, seed: int, extra: list[str]) -> Row:
     """One run: the curve of the validation figure, and seconds."""
     configs, metric = TASKS[task]
-    args = [arg for name in configs for arg in ("-c", str(ROOT / "configs" / f"{name}.yaml"))]
+    args = [arg for name in configs for arg in ("-c", str(CONFIGS / f"{name}.yaml"))]
     with tempfile.TemporaryDirectory() as folder:
         args += [f"--seed_everything={seed}", f"--trainer.logger.init_args.save_dir={folder}", *extra]
         start = time.perf_counter()
@@ -46,19 +46,12 @@ def train(task: str, seed: int, extra: list[str]) -> dict[str, object]:
 
 def main() -> None:
     """Train with every seed, print a line each and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/train_TASK.json")
-    args, extra = parser.parse_known_args()
-    runs = []
-    for seed in args.seeds:
-        runs.append(train(args.task, seed, extra))
-        print(json.dumps(runs[-1]), flush=True)
-    out = args.out or Path(__file__).parent / "results" / f"train_{args.task}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"environment": describe(), "arguments": extra, "runs": runs}, indent=1) + "\n")
-    print(f"written to {out}")
+    line = CommandLine(__doc__, "train_{task}", duration="about two minutes a seed on two cores")
+    line.add_argument("task", choices=TASKS)
+    line.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="(default: 0 1 2 3 4)")
+    args, extra = line.parse_known_args()
+    runs = (train(args.task, seed, extra) for seed in args.seeds)
+    record(args.out, {"environment": describe(), "arguments": extra}, {"runs": runs})
 
 
 if __name__ == "__main__":

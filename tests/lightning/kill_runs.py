@@ -34,7 +34,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.environment import describe
+from benchmarks.harness.environment import describe
 from dma_lightning.cli import build_cli
 from dma_lightning.cli.default_callbacks import DEFAULT_CALLBACKS
 from dma_lightning.cli.prepare import prepare
