@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 
 from dma_kernels import Lifetimes, reference_attention, reference_mask, segment_attention
-from harness.command_line import CommandLine
-from harness.environment import describe
+from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record, spread
 from harness.inputs import dense, make_inputs
-from harness.results import Row, record
-from harness.timing import spread
+from harness.tables import cpu_of, interval
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 4, 2, 64, 256
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -102,6 +100,26 @@ def measure_all(lengths: list[int], repeats: int) -> Iterator[Row]:
                 yield {"backend": backend, "length": length, **measure_apart(backend, length, repeats)}
 
 
+def tables(result: Result) -> list[Part]:
+    """What the pages show: time and memory by backend and length."""
+    shape = result["shape"]
+    return [
+        Table(
+            result["rows"],
+            f"**`make bench`**: `sdpa` is PyTorch's dense causal attention; float32, batch 1, {shape['heads']} query "
+            f"and {shape['kv_heads']} KV heads, head dim {shape['head_dim']}, w = {shape['window']}, selection "
+            f"included; median [min - max] of separate processes ({cpu_of(result)}).",
+            ["", "N", "forward ms", "backward ms", "peak MB"],
+            lambda row: [
+                f"`{row['backend']}`",
+                row["length"],
+                *(interval(row[name], 1e-3, ".0f") for name in ("forward_s", "backward_s")),
+                f"{row['peak_mb'][1]:.0f}",
+            ],
+        )
+    ]
+
+
 def main() -> None:
     """Check, measure, print, and write the JSON file after each row."""
     line = CommandLine(__doc__, "cpu_attention", duration="about ten minutes on two cores")
@@ -116,6 +134,7 @@ def main() -> None:
     shape = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "window": WINDOW, "dtype": "float32"}
     result = {"environment": describe(), "shape": shape}
     record(args.out, result, {"rows": measure_all(args.lengths, args.repeats)})
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

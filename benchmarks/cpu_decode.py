@@ -11,10 +11,8 @@ import torch
 
 from dma_kernels import DynamicMaskCache, KeyCache
 from dma_lightning import DogeForCausalLM, ModelConfig
-from harness.command_line import CommandLine
-from harness.environment import describe
-from harness.results import Row, record
-from harness.timing import spread
+from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record, spread
+from harness.tables import cpu_of, interval, length_of
 
 LENGTHS = [1 << 10, 1 << 12, 1 << 14, 1 << 16]
 TOKENS = {"small": 100, "full": 10}
@@ -54,12 +52,29 @@ def measure(model: DogeForCausalLM, lengths: Sequence[int]) -> Iterator[Row]:
             yield row | {"mb": sum(map(cache_bytes, cache)) / 1e6}
 
 
+def tables(result: Result) -> list[Part]:
+    """What the pages show: both caches by length."""
+    rows = result["decode"]
+    return [
+        Table(
+            zip(rows[::2], rows[1::2], strict=True),
+            "**`python benchmarks/cpu_decode.py`**: decoding with the tiny model, w = 64, batch 1, float32; the full "
+            "cache is for comparison, and selects anew at every token; median [min - max] "
+            f"({cpu_of(result)}).",
+            ["tokens read", "small cache, ms per token", "MB", "full cache, ms per token", "MB"],
+            lambda pair: [length_of(pair[0]), *(x for row in pair for x in (interval(row["ms"]), f"{row['mb']:.2f}"))],
+            labels=0,
+        )
+    ]
+
+
 def main() -> None:
     """Measure, print, and write the JSON file."""
     line = CommandLine(__doc__, "cpu_decode", duration="about three minutes on two cores")
     line.add_lengths(LENGTHS)
     args = line.parse_args()
-    record(args.out, {"environment": describe()}, {"decode": measure(make_model(), args.lengths)})
+    result = record(args.out, {"environment": describe()}, {"decode": measure(make_model(), args.lengths)})
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,10 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from dma_lightning import PreparedDataModule
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.data import IGNORE_INDEX
-from harness.command_line import CommandLine
-from harness.environment import describe
-from harness.results import Row, record
-from harness.timing import spread
+from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record, spread
+from harness.tables import interval
 
 LENGTH, BATCH, TEXT_BYTES, REPEATS = 4096, 8, 64 << 20, 3
 
@@ -113,24 +110,24 @@ def preparing(folder: Path) -> Iterator[Row]:
             yield {"tokenizer": kind, "processes": processes, "bytes_per_second": rounded(rates)}
 
 
-def table(result: dict[str, Any]) -> list[str]:
-    """The lines of the tables in docs/data.md."""
+def tables(result: Result) -> list[Part]:
+    """What the pages show: the loader by workers, and `prepare` by processes."""
 
-    def cells(name: str, **wanted: object) -> str:
-        rows = (row for row in result[name] if wanted.items() <= row.items())
-        unit = {"loading": "tokens_per_second", "preparing": "bytes_per_second"}[name]
-        rates = (tuple(f"{rate / 1e6:.3g}" for rate in row[unit]) for row in rows)
-        return " | ".join(f"{median} [{least} - {greatest}]" for least, median, greatest in rates)
+    def rates(name: str, unit: str, **wanted: object) -> list[str]:
+        return [interval(row[unit], 1e6) for row in result[name] if wanted.items() <= row.items()]
 
+    loaders = {"with document borders": True, "plain": False}
     return [
-        "| million tokens per second | in the training process | 1 worker | 2 workers |",
-        "| --- | ---: | ---: | ---: |",
-        f"| with document borders | {cells('loading', separate_documents=True)} |",
-        f"| plain | {cells('loading', separate_documents=False)} |",
-        "",
-        "| `prepare`, million bytes per second | 1 process | 2 processes |",
-        "| --- | ---: | ---: |",
-        *(f"| {kind} | {cells('preparing', tokenizer=kind)} |" for kind in ("bytes", "BPE, 8000 tokens")),
+        Table(
+            [[x, *rates("loading", "tokens_per_second", separate_documents=own)] for x, own in loaders.items()],
+            "",
+            ["million tokens per second", "in the training process", "1 worker", "2 workers"],
+        ),
+        Table(
+            [[x, *rates("preparing", "bytes_per_second", tokenizer=x)] for x in ("bytes", "BPE, 8000 tokens")],
+            "",
+            ["`prepare`, million bytes per second", "1 process", "2 processes"],
+        ),
     ]
 
 
@@ -146,6 +143,7 @@ def main() -> None:
         prepare(str(folder / "text"), folder / "tokens", shard_tokens=8_000_000)
         result = describe() | {"text_bytes": args.text_bytes, "sequence_length": LENGTH, "batch_size": BATCH}
         record(args.out, result, {"loading": loading(folder / "tokens"), "preparing": preparing(folder)})
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,7 @@ from dma_lightning import PreparedDataModule
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.files.sha256_sums import check_sums, write_sums
 from dma_lightning.files.zip_checksums import check_records
-from harness.command_line import CommandLine
-from harness.environment import describe
-from harness.results import Result, Row, record
-from harness.timing import spread
+from harness import CommandLine, Result, Row, describe, record, spread
 
 PARTS, PART_BYTES, REPEATS = 4, 128 << 20, 5
 

@@ -14,9 +14,8 @@ from torch import Tensor
 from dma_kernels import Lifetimes
 from dma_lightning import DogeForCausalLM, LanguageModel
 from dma_lightning.mixers import dynamic_mask
-from harness.command_line import CommandLine
-from harness.environment import describe
-from harness.results import write
+from harness import CommandLine, Part, Result, describe, markdown, write
+from harness.tables import cpu_of
 
 
 @torch.no_grad()
@@ -54,6 +53,16 @@ def text_tokens(length: int) -> Tensor:
     return torch.tensor([list("\n".join(topics.values()).encode()[:length])])
 
 
+def tables(result: Result) -> list[Part]:
+    """What the pages say: how many queries see other keys."""
+    return [
+        f"**`python benchmarks/decode_live_sets.py`**: of {sum(result['queries']):,} queries (layers, KV heads and "
+        f"{result['length']:,} bytes of text; the model of `make train`, w = {result['window']}), "
+        f"{sum(result['different'])} see other keys when decoded token by token than in one forward pass "
+        f"({cpu_of(result)})."
+    ]
+
+
 def main() -> None:
     """Count, print, and write the JSON file."""
     line = CommandLine(__doc__, "decode_live_sets", duration="about a minute on two cores")
@@ -66,8 +75,8 @@ def main() -> None:
     different, queries = different_live_sets(model, tokens)
     result = {"environment": describe(), "length": tokens.shape[1], "window": model.config.keep_window_size}
     result |= {"queries": queries.tolist(), "different": different.tolist()}
-    print(result)
     write(args.out, result)
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

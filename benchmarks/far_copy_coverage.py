@@ -15,9 +15,7 @@ from torch import Tensor
 from dma_kernels import KeepRule, Lifetimes
 from dma_lightning.data.prepared import PreparedDataModule
 from dma_lightning.monitoring.far_copies import far_copies
-from harness.command_line import CommandLine
-from harness.environment import describe
-from harness.results import record
+from harness import CommandLine, describe, record
 
 ORDER = 4  # tokens that must have stood before
 

@@ -124,13 +124,15 @@ def run(areas: dict[str, int], first: int, processes: int) -> dict[str, Tally]:
     return tallies
 
 
-def table(result: dict[str, Any]) -> list[str]:
-    """The lines of docs/reliability.md that tell of a result file."""
+def tables(result: dict[str, Any]) -> list[Any]:
+    """What the pages show of a result: a row for each area."""
+    from harness import Table
+
     rows = [
-        f"| `{name}` | {row['cases']:,} | {row['seconds']:,.0f} | {row['failed']} |"
-        for name, row in result["areas"].items()
+        [f"`{area}`", f"{row['cases']:,}", f"{row['seconds']:,.0f}", row["failed"]]
+        for area, row in result["areas"].items()
     ]
-    return ["| area | cases | seconds of a core | failed |", "| --- | ---: | ---: | ---: |", *rows]
+    return [Table(rows, "", ["area", "cases", "seconds of a core", "failed"])]
 
 
 def _check_seeds(area: str, seeds: list[int], connection: Connection) -> None:
@@ -158,9 +160,7 @@ def main() -> None:
     sys.path[:0] = [str(ROOT / "tests" / "fuzz")]
     from fuzz_areas import AREAS
 
-    from harness.command_line import CommandLine
-    from harness.environment import describe
-    from harness.results import write
+    from harness import CommandLine, describe, write
 
     line = CommandLine(__doc__, "fuzz", duration="about five minutes on one core")
     line.add_argument("areas", nargs="*", metavar="area", help=f"by default all: {', '.join(AREAS)}")

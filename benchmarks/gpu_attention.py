@@ -7,6 +7,7 @@ is the median [min - max] of several measurements by Triton's `do_bench`, each i
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -23,10 +24,9 @@ from dma_flex import (
 )
 from dma_kernels import segment_attention
 from dma_kernels.attention.key_gradients import key_gradients
-from harness.command_line import CommandLine
-from harness.environment import describe
+from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record
 from harness.inputs import DENSE, SHAPES, dense, make_inputs
-from harness.results import Row, record
+from harness.tables import gpu_of, interval, length_of, shape_of
 from harness.timing import REPEATS, check_equal, forward_and_backward_ms, peak_gib, time_ms
 
 HEAD_DIM = 128
@@ -144,6 +144,61 @@ def measure_bias_gradients() -> Iterator[Row]:
     yield {"way": "key-major kernel: dk, dv and dbias together", "backward": time_ms(kernel)}
 
 
+def attention_rows(row: Row) -> Iterator[list[str | None]]:
+    """Lines of a shape: forward, backward, both, and how much faster than cuDNN with selection and plan."""
+    shape, names = shape_of(row), ("flex", *DENSE, "flex, natural order")
+    times = {name: {part: row[name][part][1] for part in ("forward", "backward")} for name in ("flex", "cuDNN")}
+    for part in ("forward", "backward"):
+        ratio = times["cuDNN"][part] / times["flex"][part]
+        yield [shape, part, *(interval(row[name][part]) for name in names), f"{ratio:.1f}x"]
+    ours, dense_ = (sum(times[name].values()) for name in ("flex", "cuDNN"))
+    yield [shape, "both", f"{ours:.3g}", f"{dense_:.3g}", None, None, f"{dense_ / ours:.1f}x"]
+    beside = [row[name]["forward"] for name in ("selection", "plan")]
+    ratio = dense_ / (ours + beside[0][1] + beside[1][1])
+    yield [shape, "selection; plan", "; ".join(map(interval, beside)), None, None, None, f"{ratio:.1f}x"]
+
+
+def tables(result: Result) -> list[Part]:
+    """What the pages show: attention, block masks, gradients of key biases, and memory."""
+    setting = f"bfloat16, batch {result['shape']['batch']}, head dim {result['shape']['head_dim']}"
+    mask_names = ("block_mask, eager", "block_mask, compiled", "create_block_mask, compiled")
+    memory = result["memory"]
+
+    def mask_ratio(row: Row) -> str:
+        return f"{row[mask_names[2]][1] / row[mask_names[1]][1]:.1f}x"
+
+    return [
+        Table(
+            chain.from_iterable(map(attention_rows, result["attention"])),
+            "**`python benchmarks/gpu_attention.py`**: milliseconds of forward and backward given selection and plan, "
+            "gathers and the gradient of the scores included, and of these two beside (the last line of each shape "
+            f"counts them in); cuDNN and FlashAttention-2 are PyTorch's dense causal attention; {setting}, random "
+            f"scores; median [min - max] of {result['shape']['repeats']} ({gpu_of(result)}).",
+            ["heads, N, w", "", "`flex`", *DENSE, "FlexAttention, natural order", "`flex` against cuDNN"],
+            labels=2,
+        ),
+        Table(
+            result["masks"],
+            "Milliseconds to build a block mask of 16 query and 4 KV heads, lifetimes given:",
+            ["N", *(f"`{name.replace(',', '`,')}" for name in mask_names), ""],
+            lambda row: [length_of(row), *(interval(row[name]) for name in mask_names), mask_ratio(row)],
+        ),
+        Table(
+            result["bias_gradients"],
+            "Ways to the gradient of the key biases, milliseconds at 32k, w = 1024, over segments; the `flex` backend "
+            "takes the last, with FlexAttention computing dq alone:",
+            ["", "forward", "backward"],
+            lambda row: [row["way"], *(interval(row[x]) if x in row else "" for x in ("forward", "backward"))],
+        ),
+        Table(
+            [["GiB", *(f"{row.get('train_gib', row.get('forward_gib')):.2f}" for row in memory)]],
+            "Peak GPU memory of selection, plan, forward and backward at 16 query and 4 KV heads, w = 1024 (the same "
+            "bytes in every run):",
+            ["N", *("1M, forward only" if "forward_gib" in row else length_of(row) for row in memory)],
+        ),
+    ]
+
+
 def main() -> None:
     """Check, measure, print, and write the JSON file after each row."""
     args = CommandLine(__doc__, "gpu_attention", gpus=1, duration="less than ten minutes on an H200").parse_args()
@@ -157,7 +212,8 @@ def main() -> None:
         "bias_gradients": measure_bias_gradients(),
         "memory": (measure_memory(length) for length in LENGTHS),
     }
-    record(args.out, {"environment": describe(), "shape": shape}, rows)
+    result = record(args.out, {"environment": describe(), "shape": shape}, rows)
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

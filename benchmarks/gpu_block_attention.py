@@ -21,10 +21,9 @@ from torch.nn.attention import sdpa_kernel
 from dma_kernels.selected_blocks.attention import block_attention
 from dma_lightning.mixers.native_sparse_blocks import BlockGrid
 from dma_lightning.mixers.position_cache import PositionCache
-from harness.command_line import CommandLine
-from harness.environment import describe
+from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record
 from harness.inputs import DENSE, dense, make_inputs
-from harness.results import Row, record
+from harness.tables import gpu_of, interval, shape_of
 from harness.timing import check_equal, forward_and_backward_ms
 
 SHAPES = [(6, 3, 16384), (16, 8, 4096), (16, 8, 16384), (16, 8, 32768), (64, 4, 16384)]  # query and KV heads, N
@@ -66,6 +65,13 @@ def measure(peers: dict[str, Callable[..., Tensor]]) -> Iterator[Row]:
         yield row
 
 
+def time_of(figure: dict[str, list[float]] | str | None, part: str) -> str:
+    """A cell of a kernel that was not asked, could not, or did."""
+    if isinstance(figure, dict):
+        return interval(figure[part])
+    return "refuses" if figure else ""
+
+
 def load_xl(checkout: Path) -> Callable[..., Tensor]:
     """The selected branch of native-sparse-attention-triton, without its package, which needs flash-attn."""
     for name in ("native_sparse_attention", "native_sparse_attention.ops", "native_sparse_attention.ops.triton"):
@@ -96,6 +102,27 @@ def load_fla(checkout: Path) -> Callable[..., Tensor]:
     return fla
 
 
+def tables(result: Result) -> list[Part]:
+    """What the pages show: forward and backward by shape and kernels."""
+    names = ("ours", "XL", "fla", *DENSE)
+    rows = []
+    for row in result["selected"]:
+        for part in ("forward", "backward"):
+            rows.append([shape_of(row), part, *(time_of(row.get(name), part) for name in names)])
+    return [
+        Table(
+            rows,
+            "**`python benchmarks/gpu_block_attention.py`**: milliseconds of NSA's selected branch, given the blocks "
+            "of each query (16 of 64 tokens, by random keys), bfloat16, batch 1, head dim 128, beside the Triton "
+            "kernels of XunhaoLai (9bea856) and of flash-linear-attention (bc3b101d, which takes groups of 16 heads or "
+            "more) and dense attention; ours makes its tiles in that time; median [min - max] of 3 "
+            f"({gpu_of(result)}).",
+            ["heads, N", "", "ours", "native-sparse-attention-triton", "fla", *(f"{name}, dense" for name in DENSE)],
+            labels=2,
+        )
+    ]
+
+
 def main() -> None:
     """Measure, print, and write the JSON file."""
     line = CommandLine(__doc__, "gpu_block_attention", gpus=1, duration="less than ten minutes on an H200")
@@ -104,7 +131,8 @@ def main() -> None:
     args = line.parse_args()
     peers = {"XL": load_xl(args.xl)} if args.xl else {}
     peers |= {"fla": load_fla(args.fla)} if args.fla else {}
-    record(args.out, {"environment": describe()}, {"selected": measure(peers)})
+    result = record(args.out, {"environment": describe()}, {"selected": measure(peers)})
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

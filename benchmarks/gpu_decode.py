@@ -19,10 +19,9 @@ from dma_kernels import DynamicMaskCache, KeyCache, NewKeys, fused_attention
 from dma_kernels.decoding.dynamic_cache import StepBackend
 from dma_lightning import DogeForCausalLM
 from dma_lightning.cli.sizes import read_config
-from harness.command_line import CommandLine
-from harness.environment import describe
+from harness import CONFIGS, CommandLine, Part, Picture, Result, Row, Table, describe, markdown, record
 from harness.inputs import DENSE
-from harness.results import CONFIGS, Row, record
+from harness.tables import gpu_of, interval, length_of
 from harness.timing import captured, time_ms
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 32, 8, 128, 1024
@@ -147,6 +146,46 @@ def measure_model(path: Path) -> Iterator[Row]:
         yield row | {"mib": sum(x.nbytes for x in state) / 2**20}
 
 
+def tables(result: Result) -> list[Part]:
+    """What the pages show: steps by batch, and by the length of what has been read."""
+    dense = {(row["batch"], row["length"]): row["cuDNN"][1] for row in result["dense"]}
+    lengths = sorted({length for _, length in dense})
+    names = ("triton", "torch", "FlashAttention-2, w keys")
+
+    def beside_dense(row: Row, length: int) -> str:
+        time = dense.get((row["batch"], length))
+        return "" if time is None else f"{time:.0f} ({time / row['triton'][1]:.0f}x)"
+
+    return [
+        Table(
+            result["steps"],
+            "**`python benchmarks/gpu_decode.py`**: microseconds of a decoding step of one layer, replayed as a CUDA "
+            "graph: the new key enters the cache and its query attends. 32 query and 8 KV heads, head dim 128, "
+            "w = 1024, bfloat16. Beside it FlashAttention-2 over as many keys, without a cache to keep, and cuDNN's "
+            "dense attention over a full cache (how many times slower); both are PyTorch's. Median [min - max] of 3 "
+            f"({gpu_of(result)}).",
+            ["batch", "`triton`", "plain PyTorch", names[2], *(f"cuDNN, {x // 1024}k keys" for x in lengths)],
+            lambda row: [row["batch"], *(interval(row[x]) for x in names), *(beside_dense(row, x) for x in lengths)],
+            labels=0,
+        ),
+        Table(
+            [
+                [
+                    *(length_of(layer), interval(layer["us"]), f"{layer['mib']:.2f}"),
+                    *(interval(model["eager"]), interval(model["CUDA graph"]), f"{model['mib']:.0f}"),
+                ]
+                for layer, model in zip(result["contexts"], result["model"], strict=True)
+            ],
+            "Batch 1 by the length of what has been read: that step, and a token of a whole model "
+            f"({result['model'][0]['parameters'] / 1e9:.2f}B parameters, random weights, `configs/model/1.7b.yaml`: 28 "
+            "layers, w = 2048), with the memory of all its caches:",
+            ["tokens read", "a layer's step, us", "MiB", "a token, eagerly, ms", "as a CUDA graph, ms", "MiB"],
+            labels=0,
+        ),
+        Picture("Time of a decoding step by context", "decode.png"),
+    ]
+
+
 def main() -> None:
     """Check, measure, print, and write the JSON file."""
     line = CommandLine(__doc__, "gpu_decode", gpus=1, duration="less than ten minutes on an H200")
@@ -160,7 +199,8 @@ def main() -> None:
         "contexts": measure_contexts(),
         "model": measure_model(args.model),
     }
-    record(args.out, {"environment": describe(), "shape": shape}, rows)
+    result = record(args.out, {"environment": describe(), "shape": shape}, rows)
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

@@ -36,24 +36,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from dma_lightning.cli.sizes import read_config
 from dma_lightning.config import ModelConfig
 from dma_lightning.mixers import MIXERS
-from harness.command_line import CommandLine
-from harness.environment import describe
-from harness.results import CONFIGS, Row, record
-from harness.timing import spread
-from harness.training import (
-    COMPILING,
-    FIGURES,
-    INTERVAL,
-    LENGTHS,
-    RECOMPUTED,
-    TOKENS,
-    VOCABULARY,
-    Case,
-    LoggedFigures,
-    compile_ahead,
-    fit,
-    write_corpus,
-)
+from harness import CONFIGS, CommandLine, Part, Result, Row, Table, describe, record, spread, training
+from harness.tables import gpu_of, interval, length_of
+from harness.training import Case, LoggedFigures, compile_ahead, fit, write_corpus
 
 PROFILED, KERNELS = 3, 40  # steps; kernels that are listed by name
 STATE = {
@@ -123,8 +108,10 @@ def logging_ms(begun: list[torch.cuda.Event], log_every: int) -> list[float]:
     """Milliseconds that a logging step costs; the GPU waits in the step behind it, the first of the next interval."""
     torch.cuda.synchronize()
     steps = [a.elapsed_time(b) for a, b in pairwise(begun)]
-    intervals = [steps[i : i + log_every] for i in range(0, log_every * (COMPILING + FIGURES), log_every)]
-    return [first + last - 2 * statistics.median(others) for first, *others, last in intervals[COMPILING:]]
+    intervals = [
+        steps[i : i + log_every] for i in range(0, log_every * (training.COMPILING + training.FIGURES), log_every)
+    ]
+    return [first + last - 2 * statistics.median(others) for first, *others, last in intervals[training.COMPILING :]]
 
 
 def gpu_state() -> dict[str, float]:
@@ -136,7 +123,7 @@ def gpu_state() -> dict[str, float]:
 
 def compile_case(corpus: Path, case: Case) -> None:
     """Compile what a measurement does, with one layer, since the layers of a model share it."""
-    for graphs in {False, case.shape != RECOMPUTED}:
+    for graphs in {False, case.shape != training.RECOMPUTED}:
         fit(corpus, case, pl.Callback(), {"max_steps": 4, "log_every_n_steps": 3}, graphs=graphs, layers=1)
 
 
@@ -150,11 +137,14 @@ def profiled_fit(corpus: Path, case: Case, steps: int, log_every: int, graphs: b
 def measure(corpus: Path, cases: list[Case]) -> Iterator[Row]:
     """One row by case."""
     for case in cases:
-        every, graphs = INTERVAL[case.shape], case.shape != RECOMPUTED
-        found = profiled_fit(corpus, case, every * (COMPILING + FIGURES), every, graphs)
+        every, graphs = training.INTERVAL[case.shape], case.shape != training.RECOMPUTED
+        found = profiled_fit(corpus, case, every * (training.COMPILING + training.FIGURES), every, graphs)
         row = {**case._asdict(), **found.spreads()}
         row["logging_ms"] = spread(logging_ms(found.begun, every))
-        row |= {"step_ms": 1e3 * TOKENS / row["tokens_per_s"][1], "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+        row |= {
+            "step_ms": 1e3 * training.TOKENS / row["tokens_per_s"][1],
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        }
         row |= found.state | busy_and_waiting(found.profile)
         if graphs:
             forget()
@@ -236,10 +226,10 @@ def purpose_of(event: FunctionEvent, kernel: str, config: ModelConfig) -> str:
     shapes = [shape for shape in event.input_shapes or [] if len(shape) == 2]
     if event.name in ("aten::mm", "aten::addmm") and len(shapes) >= 2:
         sizes = Counter([*shapes[-2], shapes[-1][1]])
-        sizes[TOKENS] -= 1
+        sizes[training.TOKENS] -= 1
         sizes = +sizes
         by_size = {
-            VOCABULARY: "logits and loss",
+            training.VOCABULARY: "logits and loss",
             config.intermediate_size: "MLP",
             config.num_key_value_heads: "selection",
         }
@@ -254,11 +244,70 @@ def purpose_of(event: FunctionEvent, kernel: str, config: ModelConfig) -> str:
     return next((purpose for part, purpose in by_name.items() if part in kernel), "other")
 
 
+RESULTS = ("gpu_fit_80m", "gpu_fit_1.7b")
+GPU_PARTS = ("attention", "selection", "projections", "MLP", "norms and rotary", "logits and loss", "optimizer")
+GPU_PARTS += ("other",)
+BESIDE = ("data", "callbacks")
+
+
+def tables(small: Result, large: Result) -> list[Part]:
+    """What the pages show: speed by attention, and where the time of a step goes."""
+    rows = [*small["steps"], *large["steps"]]
+    return [
+        Table(
+            zip(*([row for row in rows if row["attention"] == name] for name in ("dma", "mha")), strict=True),
+            "**`python benchmarks/gpu_fit.py 80m`** and **`1.7b`**: the same through `dma-lightning fit` with "
+            "`configs/trainer/gpu.yaml`, layers compiled, those of 80m as CUDA graphs, those of 1.7b computed again "
+            "for the backward; thousand tokens per second and utilisation, as `SpeedMonitor` logs them, median "
+            f"[min - max] of 3 intervals (80m: {gpu_of(small)}; 1.7b: {gpu_of(large)}):",
+            ["model, N", "`dma`", "`mha`", "speed of `dma` / `mha`"],
+            speed_cells,
+        ),
+        Table(
+            rows,
+            "Milliseconds of such a step by what the GPU's kernels are for, from PyTorch's profiler, how long the GPU "
+            "waits between them, and what the processor spends on data and in callbacks in a step that does not log "
+            "(launches that wait for a busy GPU included); the last column says how much longer a step takes that "
+            "logs, which is each 25th with that config, median of 3. A GPU waits longer in steps that are profiled "
+            "than in those that are measured, by much at 1.7b, 4k, `dma`, whose parts are more than the step. Kernels "
+            "of 80m are those of a short run without CUDA graphs, in which the GPU is cooler and they are faster than "
+            f"in the measured one: {in_words(next(row for row in rows if row['attention'] == 'dma'))}:",
+            ["", "step", *GPU_PARTS, "waiting", *(f"processor: {x}" for x in BESIDE), "logging, once in 25 steps"],
+            time_cells,
+        ),
+    ]
+
+
+def speed_cells(pair: tuple[Row, Row]) -> list[str]:
+    """Thousand tokens per second and utilization of two attentions, and how much faster the first is."""
+    speeds = [f"{interval(row['tokens_per_s'], 1e3)}, {row['mfu'][1]:.1%}" for row in pair]
+    first, second = (row["tokens_per_s"][1] for row in pair)
+    return [f"{pair[0]['shape']}, {length_of(pair[0])}", *speeds, f"{first / second:.2f}x"]
+
+
+def time_cells(row: Row) -> list[str]:
+    """Milliseconds of a step and its parts."""
+    gpu = Counter(row["gpu_ms"])
+    gpu["other"] += gpu["data"]
+    times = [row["step_ms"], *(gpu[part] for part in GPU_PARTS), row["waiting_ms"]]
+    times += [*(row["processor_ms"][part] for part in BESIDE), row["logging_ms"][1]]
+    return [f"{row['shape']}, {length_of(row)}, `{row['attention']}`", *(f"{time:.1f}" for time in times)]
+
+
+def in_words(row: Row) -> str:
+    """What the GPU does in the measured run."""
+    return (
+        f"in that, `dma` at 4k computes for {row['busy_ms']:.1f} ms of a step and waits for {row['waiting_ms']:.1f}, "
+        f"at {row['watts']:.0f} of {row['most_watts']:.0f} W "
+        f"and {row['clock_mhz']:.0f} of {row['largest_clock_mhz']:.0f} MHz"
+    )
+
+
 def main() -> None:
     """Measure, print, and write the JSON file."""
     line = CommandLine(__doc__, "gpu_fit_{shape}", gpus=1, duration="less than ten minutes on an H200")
-    line.add_argument("shape", choices=list(INTERVAL))
-    line.add_lengths(LENGTHS)
+    line.add_argument("shape", choices=list(training.INTERVAL))
+    line.add_lengths(training.LENGTHS)
     names = ["dma", "mha"]
     line.add_argument("--attentions", nargs="+", default=names, choices=list(MIXERS), help="default: dma mha")
     args = line.parse_args()

@@ -20,10 +20,9 @@ from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
 from dma_kernels.attention.kernels.query_gradients import launch_query_gradients
 from dma_kernels.attention.ops import attend_slots
 from dma_kernels.segments.gather_kernels import launch_gather_rows, launch_sum_copies
-from harness.command_line import CommandLine
-from harness.environment import describe
+from harness import CommandLine, Part, Picture, Result, Row, Table, describe, markdown, record
 from harness.inputs import DENSE, SHAPES, dense, dynamic, make_inputs, ranks_by_kind, step
-from harness.results import Row, record
+from harness.tables import gpu_of, interval, length_of, shape_of
 from harness.timing import REPEATS, captured, check_equal, peak_gib, time_ms
 
 LENGTHS = [2**i for i in range(14, 21)]
@@ -119,6 +118,50 @@ def measure_processes() -> Iterator[Row]:
         yield {"ranks": name, "ms": time_ms(partial(step, partial(dynamic, fused_attention, 1024), inputs, grad))}
 
 
+def tables(result: Result) -> list[Part]:
+    """What the pages show: all backends, the parts, kinds of ranks, and lengths."""
+    names = ("triton", "triton, CUDA graph", "flex", *DENSE)
+    beside, graph = ("ms", "selection", "selection, CUDA graph", "plan", "plan, CUDA graph"), "as a CUDA graph"
+    parts = result["parts"]
+    part_rows = [[name, *(interval(row["parts"][name]) for row in parts)] for name in parts[0]["parts"]]
+    for rate in ("forward TFLOP/s", "backward TFLOP/s"):
+        part_rows.append([f"{rate}, live pairs only", *(f"{row[rate]:.0f}" for row in parts)])
+    return [
+        Table(
+            result["attention"],
+            "**`python benchmarks/gpu_kernels.py`**: milliseconds of forward and backward together, selection, plan, "
+            "gathers and the gradient of the scores included, scores given; bfloat16, batch 1, head dim 128, random "
+            f"ranks; median [min - max] of 3 ({gpu_of(result)}).",
+            ["heads, N, w", "`triton`", "as a CUDA graph", "`flex`", *DENSE, "`triton` against cuDNN"],
+            lambda row: [shape_of(row), *(interval(row[name]) for name in names), against_dense(row)],
+        ),
+        Table(
+            part_rows,
+            "The parts by themselves (one gather or sum of three):",
+            ["16/4 heads, 32k", *(f"w = {row['window']}, head dim {row['head_dim']}" for row in parts)],
+        ),
+        Table(
+            [[interval(row["ms"]) for row in result["processes"]]],
+            "Forward and backward at 32k, w = 1024, by the kind of ranks, milliseconds:",
+            [row["ranks"] for row in result["processes"]],
+            labels=0,
+        ),
+        Table(
+            result["lengths"],
+            "By length, w = 1024, 16/4 heads:",
+            ["N", "forward + backward ms", "selection ms", graph, "plan ms", graph, "peak GiB"],
+            lambda row: [length_of(row), *(interval(row[name]) for name in beside), f"{row['train_gib']:.2f}"],
+        ),
+        Picture("Time by length", "speed.png"),
+    ]
+
+
+def against_dense(row: Row) -> str:
+    """How much faster than cuDNN."""
+    eager, graph = (row["cuDNN"][1] / row[name][1] for name in ("triton", "triton, CUDA graph"))
+    return f"{eager:.1f}x, graph {graph:.1f}x"
+
+
 def main() -> None:
     """Check, measure, print, and write the JSON file after each row."""
     args = CommandLine(__doc__, "gpu_kernels", gpus=1, duration="less than ten minutes on an H200").parse_args()
@@ -133,6 +176,7 @@ def main() -> None:
         "lengths": (measure_length(length) for length in LENGTHS),
     }
     record(args.out, result, rows)
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,9 @@ from torch.nn.attention import sdpa_kernel
 from dma_lightning import DogeForCausalLM
 from dma_lightning.cli.sizes import read_config
 from dma_lightning.mixers import MIXERS
-from harness.command_line import CommandLine
-from harness.environment import describe
-from harness.results import CONFIGS, Row, record
-from harness.timing import event_ms, spread
+from harness import CONFIGS, CommandLine, Part, Result, Row, Table, describe, markdown, record, spread
+from harness.tables import gpu_of, interval, length_of
+from harness.timing import event_ms
 from harness.training import COMPILED, LENGTHS, RECOMPUTED, SDPA, TOKENS, VOCABULARY, Case, compile_ahead
 
 STEPS = {COMPILED: 5, RECOMPUTED: 3}
@@ -79,6 +78,25 @@ def measure_step(case: Case, **changes: int) -> Row:
     return {"ms": spread(times), "teraflops": flops / 1e12, "peak_gib": peak}
 
 
+def tables(result: Result) -> list[Part]:
+    """What the pages show: a row for each shape and length, a column for each attention."""
+    rows: dict[str, list[str]] = {}
+    for row in result["steps"]:
+        cell = f"{interval(row['ms'], style=',.0f')}, {row['peak_gib']:.0f} GiB" if "ms" in row else "failed"
+        rows.setdefault(f"{row['shape']}, {length_of(row)}", []).append(cell)
+    return [
+        Table(
+            [[case, *own] for case, own in rows.items()],
+            "**`python benchmarks/gpu_mixers.py`**: milliseconds of a training step of a whole model on 32,768 random "
+            "tokens in sequences of N, and its peak memory, with each attention; bf16-mixed, fused AdamW; layers of "
+            "80m compiled, those of 1.7b not compiled and computed again for the backward; median [min - max] of 5 and "
+            f"3 ({gpu_of(result)}). Compiled steps of `dma` and `swa` at 80m wait for the processor, which CUDA graphs "
+            "spare, below:",
+            ["model, N", *dict.fromkeys(f"`{row['attention']}`" for row in result["steps"])],
+        )
+    ]
+
+
 def main() -> None:
     """Measure, print, and write the JSON file."""
     line = CommandLine(__doc__, "gpu_mixers", gpus=1, duration="less than ten minutes for each shape on an H200")
@@ -87,7 +105,8 @@ def main() -> None:
     line.add_argument("--attentions", nargs="+", default=list(MIXERS), choices=list(MIXERS), help="default: all")
     args = line.parse_args()
     cases = list(starmap(Case, product(args.shapes, args.lengths, args.attentions)))
-    record(args.out, {"environment": describe()}, {"steps": measure(cases)})
+    result = record(args.out, {"environment": describe()}, {"steps": measure(cases)})
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from dma_kernels import fused_attention
-from harness.command_line import CommandLine
-from harness.environment import describe
+from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record
 from harness.inputs import dynamic, make_inputs, step
-from harness.results import Row, record
+from harness.tables import gpu_of, interval, length_of
 from harness.timing import time_ms
 
 SHAPES = [(8192, 1024), (32768, 1024), (32768, 2048), (131072, 2048)]
@@ -55,12 +54,33 @@ def measure(attend: Callable[..., Tensor]) -> Iterator[Row]:
         yield row
 
 
+def tables(result: Result) -> list[Part]:
+    """What the pages show: both kernels by shape."""
+    rows = []
+    for row in result["peer"]:
+        for part, end in (("forward", ", forward"), ("forward + backward", "")):
+            ours, theirs = row[f"triton{end}"], row[f"compact{end}"]
+            ratio = f"{theirs[1] / ours[1]:.1f}x"
+            rows.append([f"{length_of(row)}, {row['window']}", part, interval(ours), interval(theirs), ratio])
+    return [
+        Table(
+            rows,
+            "**`python benchmarks/gpu_peer.py`**: beside the compact Triton kernel of flash-sparse-attn 1.2.3, which "
+            "takes one set of w keys per head for the whole sequence (and so looks into the future, and is another "
+            f"model); 16/4 heads, selection included on both sides, milliseconds ({gpu_of(result)}).",
+            ["N, w", "", "`triton`", "flash-sparse-attn, compact", ""],
+            labels=2,
+        )
+    ]
+
+
 def main() -> None:
     """Measure, print, and write the JSON file."""
     line = CommandLine(__doc__, "gpu_peer", gpus=1, duration="less than ten minutes on an H200")
     line.add_argument("checkout", type=Path, help="of flash-sparse-attention at v1.2.3")
     args = line.parse_args()
-    record(args.out, {"environment": describe()}, {"peer": measure(load_peer(args.checkout))})
+    result = record(args.out, {"environment": describe()}, {"peer": measure(load_peer(args.checkout))})
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 
-from harness.command_line import CommandLine
-from harness.environment import describe
-from harness.results import Row, record
+from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record
+from harness.tables import gpu_of, interval
 from harness.training import COMPILING, FIGURES, INTERVAL, RECOMPUTED, Case, LoggedFigures, fit, write_corpus
 
 STRATEGIES = {"one": "auto", "ddp": "ddp", "fsdp": "{class_path: dma_lightning.strategies.FullyShardedStrategy}"}
@@ -53,6 +52,27 @@ def measure(gpus: int) -> Iterator[Row]:
             yield {"shape": shape, "strategy": strategy, "gpus": processes} | json.loads(row.read_text())
 
 
+def tables(result: Result) -> list[Part]:
+    """What the pages show: a row for each model, a column for each strategy."""
+    runs = {(row["shape"], row["strategy"]): row for row in result["runs"]}
+
+    def cell(shape: str, strategy: str) -> str:
+        row, alone = runs[shape, strategy], runs[shape, "one"]
+        share = "" if row is alone else f", {row['tokens_per_s'][1] / alone['tokens_per_s'][1]:.1%}"
+        return f"{interval(row['tokens_per_s'], 1e3)}{share}, {row['peak_gib']:.0f} GiB"
+
+    return [
+        Table(
+            [[shape, *(cell(shape, strategy) for strategy in STRATEGIES)] for shape in INTERVAL],
+            "**`python benchmarks/gpu_scaling.py`**: thousand tokens per second of each GPU, and its peak memory, "
+            f"where one and where {max(row['gpus'] for row in result['runs'])} train; these runs at 4k with `dma`, as "
+            "many tokens for each GPU, FSDP2 without CUDA graphs; median [min - max] of 3 intervals, and the share of "
+            f"the speed of one ({gpu_of(result)}):",
+            ["model", "one GPU", "DDP", "FSDP2"],
+        )
+    ]
+
+
 def main() -> None:
     """Measure, print, and write the JSON file."""
     line = CommandLine(__doc__, "gpu_scaling", gpus=2, duration="seven minutes on two H200")
@@ -62,7 +82,8 @@ def main() -> None:
         shape, strategy, *paths = args.case
         train(shape, strategy, *map(Path, paths))
         return
-    record(args.out, {"environment": describe()}, {"runs": measure(torch.cuda.device_count())})
+    result = record(args.out, {"environment": describe()}, {"runs": measure(torch.cuda.device_count())})
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

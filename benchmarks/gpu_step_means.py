@@ -13,9 +13,7 @@ import torch
 from dma_lightning.cli.sizes import read_config
 from dma_lightning.model import DogeForCausalLM
 from dma_lightning.step_means import scale_gradients
-from harness.command_line import CommandLine
-from harness.environment import describe
-from harness.results import CONFIGS, Row, record
+from harness import CONFIGS, CommandLine, Row, describe, record
 from harness.timing import time_ms
 
 SHAPES = ["80m", "1.7b"]

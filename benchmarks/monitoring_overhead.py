@@ -19,9 +19,7 @@ import torch
 
 from dma_lightning.cli.entry import DMACLI, build_cli
 from dma_lightning.monitoring import SampleMonitor
-from harness.command_line import CommandLine
-from harness.environment import describe
-from harness.results import CONFIGS, Result, Row, record
+from harness import CONFIGS, CommandLine, Result, Row, describe, record
 
 TURN, WARM_UP = 10, 10  # steps
 STEPS_BETWEEN_SAMPLES = 400  # every second validation of configs/trainer/cpu.yaml

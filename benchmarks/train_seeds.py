@@ -16,9 +16,8 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harness.command_line import CommandLine
-from harness.environment import describe
-from harness.results import CONFIGS, Row, record
+from harness import CONFIGS, CommandLine, Part, Result, Row, Table, describe, record
+from harness.tables import cpu_of
 
 TASKS = {
     "text": (["model/tiny", "data/pydoc", "trainer/cpu"], "val/bits_per_byte"),
@@ -42,6 +41,36 @@ def train(task: str, seed: int, extra: list[str]) -> Row:
         curve = [(event.step + 1, round(event.value, 4)) for event in reader.Scalars(metric)]
     start_figure = float(re.search(rf"{metric}: ([\d.]+) at start", done.stdout).group(1))
     return {"seed": seed, "seconds": round(seconds, 1), "metric": metric, "start": start_figure, "curve": curve}
+
+
+RESULTS = ("train_mqar", "train_text_3.11", "train_text_3.12", "train_text_3.13")
+
+
+def tables(mqar: Result, *texts: Result) -> list[Part]:
+    """What the pages show: text by Python version and seed, recall by seed and step."""
+    runs = mqar["runs"]
+    solved, seconds = sum(run["curve"][-1][1] >= 0.98 for run in runs), [run["seconds"] for run in runs]
+    return [
+        Table(
+            [(x, run) for x, text in zip(("3.11", "3.12", "3.13"), texts, strict=True) for run in text["runs"]],
+            f"**`make train`**: validation on the last tenth of the text ({cpu_of(texts[0])}; the corpora of the other "
+            "Python versions were trained on with the same interpreter). A seed ends elsewhere on another processor, "
+            "or when sums are taken in another order; how far, the seeds show.",
+            ["corpus: help topics of", "seed", "bits per byte at start", "at end", "seconds in all"],
+            lambda row: [f"Python {row[0]}", *text_cells(row[1])],
+        ),
+        Table(
+            [[run["seed"], *(f"{100 * value:.2f} %" for _, value in run["curve"])] for run in runs],
+            f"**`make mqar`**: accuracy on 1,000 unseen examples; {solved} of {len(runs)} seeds end at 98 % or more, "
+            f"in {min(seconds):.0f} - {max(seconds):.0f} s each, some of them beside other work ({cpu_of(mqar)}).",
+            ["seed", *(f"step {step}" for step, _ in runs[0]["curve"])],
+        ),
+    ]
+
+
+def text_cells(run: Row) -> list[str]:
+    """Seed, first and last figure, and seconds of a run."""
+    return [f"{run['seed']}", f"{run['start']:.2f}", f"{run['curve'][-1][1]:.3f}", f"{run['seconds']:.0f}"]
 
 
 def main() -> None:

@@ -27,13 +27,16 @@ def write(path: Path, result: Result) -> None:
         file.write(f"{json.dumps(result, indent=1)}\n".encode())
 
 
-def record(path: Path, result: Result, rows: Mapping[str, Iterable[Row]]) -> None:
+def record(path: Path, result: Result, rows: Mapping[str, Iterable[Row]]) -> Result:
     """Measure, print and add rows to a result, and write the file after each, so that an interruption loses one.
 
     Args:
         path: of the file.
         result: what else stands in it; extended by the rows.
         rows: by their name in the file; a generator measures a row when it is asked for it.
+
+    Returns:
+        The result.
     """
     for name, measured in rows.items():
         result[name] = []
@@ -42,3 +45,4 @@ def record(path: Path, result: Result, rows: Mapping[str, Iterable[Row]]) -> Non
             print(name, row, flush=True)
             write(path, result)
     print(f"written to {path}")
+    return result
