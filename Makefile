@@ -18,7 +18,7 @@ test-wheel: .venv/base.done  ## build the wheel, and use it outside of the clone
 
 test-long: .venv/test.done  ## half an hour of drawn cases against oracles, and of killed runs; results under runs/
 	$(BIN)/python benchmarks/fuzz.py --cases 3000 --processes 2 --out runs/fuzz.json
-	$(BIN)/python benchmarks/kill_runs.py --kills 20 --out runs/kill_runs.json
+	$(BIN)/python tests/lightning/kill_runs.py --kills 20 --out runs/kill_runs.json
 
 lint: .venv/lint.done  ## check style, format and types
 	$(BIN)/ruff check .

@@ -1,22 +1,18 @@
 """Time per token and memory of decoding on a CPU by the length of the text, small cache and full.
 
-    python benchmarks/cpu_decode.py      a JSON file under benchmarks/results/
-
 The tiny model of `make train` with w = 64 and untrained weights that spread the ranks; batch 1, float32. The prompt is
 read in chunks, then tokens are made one by one; median [min - max] of them.
 """
 
-import argparse
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
-from environment import describe, write_tables
 
 from dma_kernels import DynamicMaskCache, KeyCache
 from dma_lightning import DogeForCausalLM, ModelConfig
+from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record, spread
+from harness.tables import cpu_of, interval, length_of
 
 LENGTHS = [1 << 10, 1 << 12, 1 << 14, 1 << 16]
 TOKENS = {"small": 100, "full": 10}
@@ -39,9 +35,9 @@ def cache_bytes(cache: KeyCache) -> int:
 
 
 @torch.no_grad()
-def measure(model: DogeForCausalLM) -> Iterator[dict[str, Any]]:
+def measure(model: DogeForCausalLM, lengths: Sequence[int]) -> Iterator[Row]:
     """One row by length and cache."""
-    for length in LENGTHS:
+    for length in lengths:
         tokens = torch.randint(256, (1, length))
         for name, count in TOKENS.items():
             cache, seconds = model.new_cache(1, full=name == "full"), []
@@ -52,17 +48,33 @@ def measure(model: DogeForCausalLM) -> Iterator[dict[str, Any]]:
                 start = time.perf_counter()
                 logits = model(token, cache=cache, last_only=True)
                 seconds.append(time.perf_counter() - start)
-            ms = sorted(1e3 * x for x in seconds[2:])
-            row = {"length": length, "cache": name, "ms": [ms[0], ms[len(ms) // 2], ms[-1]]}
+            row = {"length": length, "cache": name, "ms": spread(1e3 * x for x in seconds[2:])}
             yield row | {"mb": sum(map(cache_bytes, cache)) / 1e6}
+
+
+def tables(result: Result) -> list[Part]:
+    """What the pages show: both caches by length."""
+    rows = result["decode"]
+    return [
+        Table(
+            zip(rows[::2], rows[1::2], strict=True),
+            "**`python benchmarks/cpu_decode.py`**: decoding with the tiny model, w = 64, batch 1, float32; the full "
+            "cache is for comparison, and selects anew at every token; median [min - max] "
+            f"({cpu_of(result)}).",
+            ["tokens read", "small cache, ms per token", "MB", "full cache, ms per token", "MB"],
+            lambda pair: [length_of(pair[0]), *(x for row in pair for x in (interval(row["ms"]), f"{row['mb']:.2f}"))],
+            labels=0,
+        )
+    ]
 
 
 def main() -> None:
     """Measure, print, and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_decode.json")
-    args = parser.parse_args()
-    write_tables(args.out, {"environment": describe()}, {"decode": measure(make_model())})
+    line = CommandLine(__doc__, "cpu_decode", duration="about three minutes on two cores")
+    line.add_lengths(LENGTHS)
+    args = line.parse_args()
+    result = record(args.out, {"environment": describe()}, {"decode": measure(make_model(), args.lengths)})
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
 """Tokens per second that the data loader gives, and that `dma-lightning prepare` makes, on a CPU.
 
-    python benchmarks/cpu_loader.py      a JSON file under benchmarks/results/
-
 The text: 64 MB of random words in documents of 50 to 5,000 bytes, as JSONL. The loader draws sequences of 4,096 bytes
 in batches of 8 and random order from shards of 8 million tokens, in the page cache; it is checked first, against the
 text with its borders. `prepare` tokenises a quarter of the text. Median [min - max] of 3 passes.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -15,15 +12,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from environment import describe, write_tables
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dma_lightning import PreparedDataModule
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.data import IGNORE_INDEX
+from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record, spread
+from harness.tables import interval
 
 LENGTH, BATCH, TEXT_BYTES, REPEATS = 4096, 8, 64 << 20, 3
 
@@ -44,10 +41,9 @@ def write_text(folder: Path, size: int) -> None:
         part += 1
 
 
-def spread(rates: list[float]) -> list[int]:
-    """Least, median and greatest."""
-    rates = sorted(rates)
-    return [round(rates[0]), round(rates[len(rates) // 2]), round(rates[-1])]
+def rounded(rates: list[float]) -> list[int]:
+    """Minimum, median and maximum, in whole numbers."""
+    return [round(rate) for rate in spread(rates)]
 
 
 def check(data: PreparedDataModule) -> None:
@@ -66,7 +62,7 @@ def check(data: PreparedDataModule) -> None:
         raise RuntimeError("the loader gives other tokens than were written")
 
 
-def loading(folder: Path) -> Iterator[dict[str, Any]]:
+def loading(folder: Path) -> Iterator[Row]:
     """One row by packing and number of workers."""
     for separate in (True, False):
         for workers in (0, 1, 2):
@@ -79,7 +75,7 @@ def loading(folder: Path) -> Iterator[dict[str, Any]]:
                 for batch in loader:
                     tokens += batch["input_ids"].numel()
                 rates.append(tokens / (time.perf_counter() - start))
-            yield {"separate_documents": separate, "workers": workers, "tokens_per_second": spread(rates[1:])}
+            yield {"separate_documents": separate, "workers": workers, "tokens_per_second": rounded(rates[1:])}
 
 
 def train_tokenizer(text: Path, path: Path) -> None:
@@ -93,7 +89,7 @@ def train_tokenizer(text: Path, path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def preparing(folder: Path) -> Iterator[dict[str, Any]]:
+def preparing(folder: Path) -> Iterator[Row]:
     """One row by tokenizer and number of processes, on the first quarter of the text."""
     files = sorted((folder / "text").iterdir())
     part = folder / "part"
@@ -111,43 +107,43 @@ def preparing(folder: Path) -> Iterator[dict[str, Any]]:
                 manifest = json.loads((output / str(repeat) / "manifest.json").read_text())
                 rates.append(manifest["bytes"] / (time.perf_counter() - start))
             kind = "bytes" if tokenizer is None else "BPE, 8000 tokens"
-            yield {"tokenizer": kind, "processes": processes, "bytes_per_second": spread(rates)}
+            yield {"tokenizer": kind, "processes": processes, "bytes_per_second": rounded(rates)}
 
 
-def table(result: dict[str, Any]) -> list[str]:
-    """The lines of the tables in docs/data.md."""
+def tables(result: Result) -> list[Part]:
+    """What the pages show: the loader by workers, and `prepare` by processes."""
 
-    def cells(name: str, **wanted: object) -> str:
-        rows = (row for row in result[name] if wanted.items() <= row.items())
-        unit = {"loading": "tokens_per_second", "preparing": "bytes_per_second"}[name]
-        rates = (tuple(f"{rate / 1e6:.3g}" for rate in row[unit]) for row in rows)
-        return " | ".join(f"{median} [{least} - {greatest}]" for least, median, greatest in rates)
+    def rates(name: str, unit: str, **wanted: object) -> list[str]:
+        return [interval(row[unit], 1e6) for row in result[name] if wanted.items() <= row.items()]
 
+    loaders = {"with document borders": True, "plain": False}
     return [
-        "| million tokens per second | in the training process | 1 worker | 2 workers |",
-        "| --- | ---: | ---: | ---: |",
-        f"| with document borders | {cells('loading', separate_documents=True)} |",
-        f"| plain | {cells('loading', separate_documents=False)} |",
-        "",
-        "| `prepare`, million bytes per second | 1 process | 2 processes |",
-        "| --- | ---: | ---: |",
-        *(f"| {kind} | {cells('preparing', tokenizer=kind)} |" for kind in ("bytes", "BPE, 8000 tokens")),
+        Table(
+            [[x, *rates("loading", "tokens_per_second", separate_documents=own)] for x, own in loaders.items()],
+            "",
+            ["million tokens per second", "in the training process", "1 worker", "2 workers"],
+        ),
+        Table(
+            [[x, *rates("preparing", "bytes_per_second", tokenizer=x)] for x in ("bytes", "BPE, 8000 tokens")],
+            "",
+            ["`prepare`, million bytes per second", "1 process", "2 processes"],
+        ),
     ]
 
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/cpu_loader.json")
-    parser.add_argument("--text_bytes", type=int, default=TEXT_BYTES)
-    args = parser.parse_args()
+    line = CommandLine(__doc__, "cpu_loader", duration="about five minutes on two cores")
+    line.add_argument("--text_bytes", type=int, default=TEXT_BYTES, help="size of the text (default: 64 MiB)")
+    args = line.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "text").mkdir()
         write_text(folder / "text", args.text_bytes)
         prepare(str(folder / "text"), folder / "tokens", shard_tokens=8_000_000)
         result = describe() | {"text_bytes": args.text_bytes, "sequence_length": LENGTH, "batch_size": BATCH}
-        write_tables(args.out, result, {"loading": loading(folder / "tokens"), "preparing": preparing(folder)})
+        record(args.out, result, {"loading": loading(folder / "tokens"), "preparing": preparing(folder)})
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,24 @@
 """How fast the content of files is checked when they are read, on a CPU: prepared shards, a checkpoint, an export.
 
-    python benchmarks/cpu_verify.py      a JSON file under benchmarks/results/
-
 Each kind has about 512 MB, in the page cache: four shards of random digits (SHA-256, before a run), a checkpoint (the
 CRC-32 of each record, once per process) and an export with its `SHA256SUMS`. A flipped bit is found first. Bytes per
 second of processor time, which threads divide among cores and other work does not change. Median [min - max] of 5.
 """
 
-import argparse
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from cpu_loader import spread
-from environment import describe, write_tables
 from safetensors.torch import save_file
 
 from dma_lightning import PreparedDataModule
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.files.sha256_sums import check_sums, write_sums
 from dma_lightning.files.zip_checksums import check_records
+from harness import CommandLine, Result, Row, describe, record, spread
 
 PARTS, PART_BYTES, REPEATS = 4, 128 << 20, 5
 
@@ -83,7 +78,7 @@ def finds_damage(file: Path, check: Check) -> bool:
     return False
 
 
-def rates(file: Path, check: Check) -> list[float]:
+def rates(file: Path, check: Check) -> list[int]:
     """Bytes per second of processor time."""
     found = []
     for turn in range(REPEATS):
@@ -91,10 +86,10 @@ def rates(file: Path, check: Check) -> list[float]:
         start = time.process_time()
         check()
         found.append(PARTS * PART_BYTES / (time.process_time() - start))
-    return spread(found)
+    return [round(rate) for rate in spread(found)]
 
 
-def measure() -> Iterator[dict[str, Any]]:
+def measure() -> Iterator[Row]:
     """One row by kind."""
     for kind, write in KINDS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +99,7 @@ def measure() -> Iterator[dict[str, Any]]:
             yield {"kind": kind, "bytes": PARTS * PART_BYTES, "bytes_per_second": rates(file, check)}
 
 
-def sentence(result: dict[str, Any], kind: str) -> str:
+def sentence(result: Result, kind: str) -> str:
     """What the documents say about a kind."""
     row = next(row for row in result["checking"] if row["kind"] == kind)
     least, median, greatest = (f"{rate / 1e9:.3g}" for rate in row["bytes_per_second"])
@@ -113,10 +108,8 @@ def sentence(result: dict[str, Any], kind: str) -> str:
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/cpu_verify.json")
-    args = parser.parse_args()
-    write_tables(args.out, describe(), {"checking": measure()})
+    args = CommandLine(__doc__, "cpu_verify", duration="about two minutes on two cores").parse_args()
+    record(args.out, describe(), {"checking": measure()})
 
 
 if __name__ == "__main__":

@@ -6,17 +6,16 @@ Ranks of one token tie exactly in the first layer, and matrix products of other 
 compared in 16 mantissa bits, so that this does not show. The text is the beginning of Python's help topics.
 """
 
-import argparse
-import json
 from pathlib import Path
 
 import torch
-from environment import describe
 from torch import Tensor
 
 from dma_kernels import Lifetimes
 from dma_lightning import DogeForCausalLM, LanguageModel
 from dma_lightning.mixers import dynamic_mask
+from harness import CommandLine, Part, Result, describe, markdown, write
+from harness.tables import cpu_of
 
 
 @torch.no_grad()
@@ -54,21 +53,30 @@ def text_tokens(length: int) -> Tensor:
     return torch.tensor([list("\n".join(topics.values()).encode()[:length])])
 
 
+def tables(result: Result) -> list[Part]:
+    """What the pages say: how many queries see other keys."""
+    return [
+        f"**`python benchmarks/decode_live_sets.py`**: of {sum(result['queries']):,} queries (layers, KV heads and "
+        f"{result['length']:,} bytes of text; the model of `make train`, w = {result['window']}), "
+        f"{sum(result['different'])} see other keys when decoded token by token than in one forward pass "
+        f"({cpu_of(result)})."
+    ]
+
+
 def main() -> None:
     """Count, print, and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--length", type=int, default=2000)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "decode_live_sets.json")
-    args = parser.parse_args()
+    line = CommandLine(__doc__, "decode_live_sets", duration="about a minute on two cores")
+    line.add_argument("checkpoint", type=Path)
+    line.add_argument("--length", type=int, default=2000, help="bytes of text (default: 2000)")
+    args = line.parse_args()
     changed = {"max_position_embeddings": args.length}
     model = LanguageModel.load_from_checkpoint(args.checkpoint, map_location="cpu", weights_only=True, **changed)
     model, tokens = model.model.eval(), text_tokens(args.length)
     different, queries = different_live_sets(model, tokens)
     result = {"environment": describe(), "length": tokens.shape[1], "window": model.config.keep_window_size}
     result |= {"queries": queries.tolist(), "different": different.tolist()}
-    print(result)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(args.out, result)
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from typing import Any
 
 from matplotlib.figure import Figure
-from readme_figures import ROOT, load
+
+from harness import ROOT, load
 
 COLORS = {"triton": "#1b7837", "cuDNN": "#5e3c99", "FlashAttention-2": "#e08214"}
 Points = dict[str, list[tuple[int, float]]]

@@ -7,17 +7,15 @@ any head still keeps a token that followed them there. The rules rank keys by wh
 `foreseen`, which knows the text to come. All keep as many keys as the window, the last quarter of them by position.
 """
 
-import argparse
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import torch
-from environment import describe, write_tables
 from torch import Tensor
 
 from dma_kernels import KeepRule, Lifetimes
 from dma_lightning.data.prepared import PreparedDataModule
 from dma_lightning.monitoring.far_copies import far_copies
+from harness import CommandLine, describe, record
 
 ORDER = 4  # tokens that must have stood before
 
@@ -86,14 +84,13 @@ def coverage(rows: list[Tensor], window: int, rarity: Tensor, heads: int) -> lis
 
 def main() -> None:
     """Measure, print, and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="of prepared text")
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/far_copy_coverage.json"))
-    args = parser.parse_args()
+    line = CommandLine(__doc__, "far_copy_coverage", duration="about a minute on two cores")
+    line.add_argument("folder", help="of prepared text")
+    line.add_argument("--length", type=int, default=4096, help="tokens of a row (default: 4096)")
+    line.add_argument("--window", type=int, default=512, help="keys that are kept (default: 512)")
+    line.add_argument("--heads", type=int, default=6, help="KV heads (default: 6)")
+    line.add_argument("--rows", type=int, default=64, help="of the text, evenly spaced (default: 64)")
+    args = line.parse_args()
     torch.manual_seed(0)
     data = PreparedDataModule(args.folder, args.length, separate_documents=False, batch_size=1)
     data.setup("fit")
@@ -101,7 +98,7 @@ def main() -> None:
     rows = [data.train_set[i * step]["input_ids"] for i in range(args.rows)]
     frequency = torch.bincount(torch.cat(rows), minlength=data.vocab_size) + 1.0
     result = {"environment": describe(), "length": args.length, "window": args.window, "rows": len(rows)}
-    write_tables(args.out, result, {"rules": coverage(rows, args.window, -frequency.log(), args.heads)})
+    record(args.out, result, {"rules": coverage(rows, args.window, -frequency.log(), args.heads)})
 
 
 if __name__ == "__main__":

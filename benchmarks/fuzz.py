@@ -26,8 +26,6 @@ hardware, versions and commit; the exit status is 1 if there were failures. File
 ones. An audit hook refuses what a reader must not do, so code that is at fault does no harm.
 """
 
-import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -126,13 +124,15 @@ def run(areas: dict[str, int], first: int, processes: int) -> dict[str, Tally]:
     return tallies
 
 
-def table(result: dict[str, Any]) -> list[str]:
-    """The lines of docs/reliability.md that tell of a result file."""
+def tables(result: dict[str, Any]) -> list[Any]:
+    """What the pages show of a result: a row for each area."""
+    from harness import Table
+
     rows = [
-        f"| `{name}` | {row['cases']:,} | {row['seconds']:,.0f} | {row['failed']} |"
-        for name, row in result["areas"].items()
+        [f"`{area}`", f"{row['cases']:,}", f"{row['seconds']:,.0f}", row["failed"]]
+        for area, row in result["areas"].items()
     ]
-    return ["| area | cases | seconds of a core | failed |", "| --- | ---: | ---: | ---: |", *rows]
+    return [Table(rows, "", ["area", "cases", "seconds of a core", "failed"])]
 
 
 def _check_seeds(area: str, seeds: list[int], connection: Connection) -> None:
@@ -158,18 +158,18 @@ def main() -> None:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # for the processes, before they import Triton
     sys.path[:0] = [str(ROOT / "tests" / "fuzz")]
-    from environment import describe
     from fuzz_areas import AREAS
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("areas", nargs="*", metavar="area", help=f"by default all: {', '.join(AREAS)}")
-    parser.add_argument("--cases", type=int, default=1000, help="of each area, or a share of it")
-    parser.add_argument("--first", type=int, default=0, help="seed of the first case")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "fuzz.json")
-    options = parser.parse_args()
+    from harness import CommandLine, describe, write
+
+    line = CommandLine(__doc__, "fuzz", duration="about five minutes on one core")
+    line.add_argument("areas", nargs="*", metavar="area", help=f"by default all: {', '.join(AREAS)}")
+    line.add_argument("--cases", type=int, default=1000, help="of each area, or a share of it (default: 1000)")
+    line.add_argument("--first", type=int, default=0, help="seed of the first case (default: 0)")
+    line.add_argument("--processes", type=int, default=1, help="(default: 1)")
+    options = line.parse_args()
     if unknown := [name for name in options.areas if name not in AREAS]:
-        parser.error(f"expected areas of {', '.join(AREAS)}, got {', '.join(unknown)}")
+        line.error(f"expected areas of {', '.join(AREAS)}, got {', '.join(unknown)}")
     counts = {name: -(-options.cases * AREAS[name].share // 1000) for name in options.areas or AREAS}
 
     begin = time.monotonic()
@@ -180,10 +180,7 @@ def main() -> None:
         "cases": sum(x.cases for x in tallies.values()),
         "failed": sum(len(x.failures) for x in tallies.values()),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(
-        json.dumps(result | {"wall_s": round(time.monotonic() - begin), "areas": rows}, indent=1) + "\n"
-    )
+    write(options.out, result | {"wall_s": round(time.monotonic() - begin), "areas": rows})
     for name, tally in tallies.items():
         for failure in tally.failures[:5]:
             print(f"{name}: {failure['failure']}")

@@ -1,25 +1,17 @@
 """Speed and memory of the `flex` backend and of the mask builder on a GPU, beside the strongest dense baselines.
 
-    python benchmarks/gpu_attention.py      checks, then all tables, and a JSON file under benchmarks/results/
-
 Four tables: forward and backward given the plan (with selection and plan timed beside), building block masks, ways to
 the gradient of the key biases, and peak memory by length. bfloat16, batch 1, head dim 128, random scores. Each figure
 is the median [min - max] of several measurements by Triton's `do_bench`, each itself a median.
 """
 
-import argparse
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
+from itertools import chain
 
 import torch
-import torch.nn.functional as F
-import triton
-from environment import describe, write_tables
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from dma_flex import (
@@ -32,41 +24,17 @@ from dma_flex import (
 )
 from dma_kernels import segment_attention
 from dma_kernels.attention.key_gradients import key_gradients
+from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record
+from harness.inputs import DENSE, SHAPES, dense, make_inputs
+from harness.tables import gpu_of, interval, length_of, shape_of
+from harness.timing import REPEATS, check_equal, forward_and_backward_ms, peak_gib, time_ms
 
-HEAD_DIM, REPEATS = 128, 3
-# Query heads, KV heads, N, w: ours, and the paper's.
-SHAPES = [(16, 4, 32768, 1024), (16, 4, 131072, 2048)]
-SHAPES += [(32, 8, length, 1024) for length in (8192, 16384, 32768)]
+HEAD_DIM = 128
 LENGTHS = [*(2**i for i in range(13, 19)), 2**20]
 
 compiled_flex = torch.compile(flex_attention, fullgraph=True, dynamic=False)
 compiled_block_mask = torch.compile(block_mask, fullgraph=True, dynamic=False)
 compiled_create_block_mask = torch.compile(create_block_mask, dynamic=False)
-
-
-def time_ms(function: Callable[[], Any]) -> list[float]:
-    """Minimum, median and maximum of repeated measurements, in milliseconds."""
-    function()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    for _ in range(REPEATS):
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    if min(times) < 30:  # a single run tells enough only if it is long
-        times = [triton.testing.do_bench(function, warmup=10, rep=40, return_mode="median") for _ in range(REPEATS)]
-    return [min(times), statistics.median(times), max(times)]
-
-
-def make_inputs(heads: int, kv_heads: int, length: int) -> list[Tensor]:
-    """q, k, v in bfloat16 and ranks in float32, that require grad."""
-    torch.manual_seed(0)
-    q = torch.randn(1, heads, length, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    k, v = torch.randn(2, 1, kv_heads, length, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    ranks = torch.randn(1, kv_heads, length, device="cuda")
-    return [x.requires_grad_() for x in (q, k, v, ranks)]
 
 
 def check() -> None:
@@ -77,16 +45,14 @@ def check() -> None:
     for function in (flex_segment_attention, segment_attention):
         out = function(*inputs, mask)
         results.append([out, *torch.autograd.grad(out.float().sin().sum(), inputs)])
-    for x, y in zip(*results, strict=True):
-        error = ((x - y).float().norm() / y.float().norm()).item()
-        assert error < 0.02, error
+    check_equal(*results, "flex")
     found, mask_mod = compiled_block_mask(mask, 5000, 128, 16), lifetime_mask_mod(mask.birth, mask.death, 16)
     expected = create_block_mask(mask_mod, 1, 16, 5000, 5000, "cuda")
     for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
-def measure_masks(length: int) -> dict[str, Any]:
+def measure_masks(length: int) -> Row:
     """Building a block mask of 16 query and 4 KV heads from its lifetimes."""
     torch._dynamo.reset()  # a program has one length; guards of others would be checked before each call
     mask = Lifetimes.top_w(torch.randn(1, 4, length, device="cuda"), 1024)
@@ -101,15 +67,7 @@ def measure_masks(length: int) -> dict[str, Any]:
     }
 
 
-def forward_and_backward(function: Callable[[], Tensor], inputs: list[Tensor]) -> dict[str, list[float]]:
-    """Time of the forward, as in training, and of the backward."""
-    out = function()
-    grad = torch.randn_like(out)
-    backward = time_ms(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
-    return {"forward": time_ms(function), "backward": backward}
-
-
-def measure_attention(heads: int, kv_heads: int, length: int, window: int) -> dict[str, Any]:
+def measure_attention(heads: int, kv_heads: int, length: int, window: int) -> Row:
     """Dense causal attention, and dynamic mask attention given its plan; selection and plan beside."""
     *qkv, ranks = make_inputs(heads, kv_heads, length)
     scores = ranks.detach().exp().requires_grad_()
@@ -122,30 +80,18 @@ def measure_attention(heads: int, kv_heads: int, length: int, window: int) -> di
     def natural_order() -> Tensor:
         return compiled_flex(*qkv, key_bias_score_mod(scores, heads), naive, enable_gqa=True)
 
-    def dense() -> Tensor:
-        return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
-
-    row: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "length": length, "window": window}
+    row: Row = {"heads": heads, "kv_heads": kv_heads, "length": length, "window": window}
     row["selection"] = {"forward": time_ms(lambda: Lifetimes.top_w(ranks, window))}
     row["plan"] = {"forward": time_ms(lambda: FlexPlan.of(mask, 1, heads, kv_heads))}
-    row["flex"] = forward_and_backward(flex, [*qkv, scores])
-    row["flex, natural order"] = forward_and_backward(natural_order, [*qkv, scores])
-    for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("FlashAttention-2", SDPBackend.FLASH_ATTENTION)):
+    row["flex"] = forward_and_backward_ms(flex, [*qkv, scores])
+    row["flex, natural order"] = forward_and_backward_ms(natural_order, [*qkv, scores])
+    for name, backend in DENSE.items():
         with sdpa_kernel(backend):
-            row[name] = forward_and_backward(dense, qkv)
+            row[name] = forward_and_backward_ms(partial(dense, *qkv), qkv)
     return row
 
 
-def peak_gib(function: Callable[[], Any]) -> float:
-    """Peak GPU memory above what is there before, in GiB."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
-
-
-def measure_memory(length: int) -> dict[str, Any]:
+def measure_memory(length: int) -> Row:
     """Peak memory of selection, plan and attention at 16 query and 4 KV heads, w = 1024; 1M tokens forward only."""
     *qkv, ranks = make_inputs(16, 4, length)
 
@@ -162,7 +108,7 @@ def measure_memory(length: int) -> dict[str, Any]:
         return {"length": length, "forward_gib": peak_gib(attend)}
 
 
-def measure_bias_gradients() -> Iterator[dict[str, Any]]:
+def measure_bias_gradients() -> Iterator[Row]:
     """Ways to the gradient of the key biases, over the segments of 32k keys: forward, and backward of q, k, v, bias."""
     heads, kv_heads, length, window = SHAPES[0]
     q, k, v, ranks = (x.detach() for x in make_inputs(heads, kv_heads, length))
@@ -189,7 +135,7 @@ def measure_bias_gradients() -> Iterator[dict[str, Any]]:
         inputs = [x.detach().clone().requires_grad_() for x in qkv]
         captured = captured if captured is None else captured.clone().requires_grad_(trained)
         function = partial(run, captured, *inputs)
-        yield {"way": name, **forward_and_backward(function, [*inputs, captured] if trained else inputs)}
+        yield {"way": name, **forward_and_backward_ms(function, [*inputs, captured] if trained else inputs)}
     lse = torch.full(q.shape[:3], 8.0, device="cuda")  # the time does not depend on the numbers
 
     def kernel() -> tuple[Tensor, ...]:
@@ -198,23 +144,76 @@ def measure_bias_gradients() -> Iterator[dict[str, Any]]:
     yield {"way": "key-major kernel: dk, dv and dbias together", "backward": time_ms(kernel)}
 
 
+def attention_rows(row: Row) -> Iterator[list[str | None]]:
+    """Lines of a shape: forward, backward, both, and how much faster than cuDNN with selection and plan."""
+    shape, names = shape_of(row), ("flex", *DENSE, "flex, natural order")
+    times = {name: {part: row[name][part][1] for part in ("forward", "backward")} for name in ("flex", "cuDNN")}
+    for part in ("forward", "backward"):
+        ratio = times["cuDNN"][part] / times["flex"][part]
+        yield [shape, part, *(interval(row[name][part]) for name in names), f"{ratio:.1f}x"]
+    ours, dense_ = (sum(times[name].values()) for name in ("flex", "cuDNN"))
+    yield [shape, "both", f"{ours:.3g}", f"{dense_:.3g}", None, None, f"{dense_ / ours:.1f}x"]
+    beside = [row[name]["forward"] for name in ("selection", "plan")]
+    ratio = dense_ / (ours + beside[0][1] + beside[1][1])
+    yield [shape, "selection; plan", "; ".join(map(interval, beside)), None, None, None, f"{ratio:.1f}x"]
+
+
+def tables(result: Result) -> list[Part]:
+    """What the pages show: attention, block masks, gradients of key biases, and memory."""
+    setting = f"bfloat16, batch {result['shape']['batch']}, head dim {result['shape']['head_dim']}"
+    mask_names = ("block_mask, eager", "block_mask, compiled", "create_block_mask, compiled")
+    memory = result["memory"]
+
+    def mask_ratio(row: Row) -> str:
+        return f"{row[mask_names[2]][1] / row[mask_names[1]][1]:.1f}x"
+
+    return [
+        Table(
+            chain.from_iterable(map(attention_rows, result["attention"])),
+            "**`python benchmarks/gpu_attention.py`**: milliseconds of forward and backward given selection and plan, "
+            "gathers and the gradient of the scores included, and of these two beside (the last line of each shape "
+            f"counts them in); cuDNN and FlashAttention-2 are PyTorch's dense causal attention; {setting}, random "
+            f"scores; median [min - max] of {result['shape']['repeats']} ({gpu_of(result)}).",
+            ["heads, N, w", "", "`flex`", *DENSE, "FlexAttention, natural order", "`flex` against cuDNN"],
+            labels=2,
+        ),
+        Table(
+            result["masks"],
+            "Milliseconds to build a block mask of 16 query and 4 KV heads, lifetimes given:",
+            ["N", *(f"`{name.replace(',', '`,')}" for name in mask_names), ""],
+            lambda row: [length_of(row), *(interval(row[name]) for name in mask_names), mask_ratio(row)],
+        ),
+        Table(
+            result["bias_gradients"],
+            "Ways to the gradient of the key biases, milliseconds at 32k, w = 1024, over segments; the `flex` backend "
+            "takes the last, with FlexAttention computing dq alone:",
+            ["", "forward", "backward"],
+            lambda row: [row["way"], *(interval(row[x]) if x in row else "" for x in ("forward", "backward"))],
+        ),
+        Table(
+            [["GiB", *(f"{row.get('train_gib', row.get('forward_gib')):.2f}" for row in memory)]],
+            "Peak GPU memory of selection, plan, forward and backward at 16 query and 4 KV heads, w = 1024 (the same "
+            "bytes in every run):",
+            ["N", *("1M, forward only" if "forward_gib" in row else length_of(row) for row in memory)],
+        ),
+    ]
+
+
 def main() -> None:
     """Check, measure, print, and write the JSON file after each row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_attention.json")
-    args = parser.parse_args()
+    args = CommandLine(__doc__, "gpu_attention", gpus=1, duration="less than ten minutes on an H200").parse_args()
     torch._dynamo.config.recompile_limit = 64  # every shape below is one
     torch._functorch.config.donated_buffer = False  # a backward is timed again and again over one forward
     check()
     shape = {"head_dim": HEAD_DIM, "dtype": "bfloat16", "batch": 1, "repeats": REPEATS}
-    result: dict[str, Any] = {"environment": describe(), "shape": shape}
-    tables = {
+    rows = {
         "attention": (measure_attention(*shape) for shape in SHAPES),
         "masks": (measure_masks(length) for length in (8192, 32768, 131072)),
         "bias_gradients": measure_bias_gradients(),
         "memory": (measure_memory(length) for length in LENGTHS),
     }
-    write_tables(args.out, result, tables)
+    result = record(args.out, {"environment": describe(), "shape": shape}, rows)
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
 """Decoding on a GPU: a step of the small cache beside dense attention over a full one, and a whole model by context.
 
-    python benchmarks/gpu_decode.py      checks, then all tables, and a JSON file under benchmarks/results/
-
 The paper's shape: 32 query and 8 KV heads, head dim 128, w = 1024, bfloat16. All is replayed as CUDA graphs. A graph
 holds several layers, each with its own cache, so that none of them finds its keys in the L2 cache of the GPU. The new
 key always pushes another out. Each figure is minimum, median and maximum of several medians by Triton's `do_bench`.
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,8 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from environment import describe, write_tables
-from gpu_attention import time_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,33 +19,21 @@ from dma_kernels import DynamicMaskCache, KeyCache, NewKeys, fused_attention
 from dma_kernels.decoding.dynamic_cache import StepBackend
 from dma_lightning import DogeForCausalLM
 from dma_lightning.cli.sizes import read_config
+from harness import CONFIGS, CommandLine, Part, Picture, Result, Row, Table, describe, markdown, record
+from harness.inputs import DENSE
+from harness.tables import gpu_of, interval, length_of
+from harness.timing import captured, time_ms
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 32, 8, 128, 1024
-DENSE = {1: [1 << n for n in (16, 17, 18, 19)], 32: [1 << 16, 1 << 17]}  # lengths by batch
+DENSE_LENGTHS = {1: [1 << n for n in (16, 17, 18, 19)], 32: [1 << 16, 1 << 17]}  # lengths by batch
 BATCHES = [1, 4, 32]
 CONTEXTS = [1 << n for n in (10, 12, 14, 16, 17, 18, 19)]
-BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION}
 CHUNK = 1 << 15
-
-
-def capture(function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of what a function launches."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph
 
 
 def microseconds(function: Callable[[], Any], calls: int) -> list[float]:
     """Time per call of a function that makes several, as a CUDA graph."""
-    graph = capture(function)
-    return [1e3 * ms / calls for ms in time_ms(graph.replay)]
+    return [1e3 * ms / calls for ms in time_ms(captured(function))]
 
 
 def make_inputs(batch: int, length: int) -> dict[str, Tensor | NewKeys]:
@@ -95,36 +78,36 @@ def dense_all(q: Tensor, kv: Sequence[tuple[Tensor, Tensor]]) -> None:
         F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
-def measure_steps() -> Iterator[dict[str, Any]]:
+def measure_steps() -> Iterator[Row]:
     """A layer's step by batch, and dense attention to as many keys, which keeps nothing."""
     for batch in BATCHES:
         layers = 4 if batch > 4 else 16
         inputs = make_inputs(batch, 1)
         inputs["new"].rank.fill_(9.0)  # of equal ranks the new one wins
-        row: dict[str, Any] = {"batch": batch, "window": WINDOW}
+        row: Row = {"batch": batch, "window": WINDOW}
         for name in ("triton", "torch"):
             caches = [filled_cache(batch, 2 * WINDOW, name) for _ in range(layers)]
             row[name] = microseconds(partial(step_all, caches, inputs), layers)
-        kv = [(cache.key, cache.value) for cache in caches]
+        kv = [(cache.state.key, cache.state.value) for cache in caches]
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             row["FlashAttention-2, w keys"] = microseconds(partial(dense_all, inputs["q"], kv), layers)
         yield row
 
 
-def measure_dense() -> Iterator[dict[str, Any]]:
+def measure_dense() -> Iterator[Row]:
     """Dense attention of one query to a full cache, which is not extended."""
-    for batch, lengths in DENSE.items():
+    for batch, lengths in DENSE_LENGTHS.items():
         for length in lengths:
             q = torch.randn(batch, HEADS, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
             k, v = torch.randn(2, batch, KV_HEADS, length, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-            row: dict[str, Any] = {"batch": batch, "length": length, "gib": 2 * k.nbytes / 2**30}
-            for name, backend in BACKENDS.items():
+            row: Row = {"batch": batch, "length": length, "gib": 2 * k.nbytes / 2**30}
+            for name, backend in DENSE.items():
                 with sdpa_kernel(backend):
                     row[name] = microseconds(partial(dense_all, q, [(k, v)]), 1)
             yield row
 
 
-def measure_contexts() -> Iterator[dict[str, Any]]:
+def measure_contexts() -> Iterator[Row]:
     """A layer's step, and the memory of its cache, after so many positions."""
     for length in CONTEXTS:
         caches = [filled_cache(1, length) for _ in range(16)]
@@ -140,7 +123,7 @@ def next_token(model: DogeForCausalLM, token: Tensor, cache: Sequence[KeyCache])
 
 
 @torch.no_grad()
-def measure_model(path: Path) -> Iterator[dict[str, Any]]:
+def measure_model(path: Path) -> Iterator[Row]:
     """A token of a whole model with random weights: eagerly, as a CUDA graph, and the memory of all caches."""
     config = read_config(path)
     with torch.device("cuda"):
@@ -157,33 +140,67 @@ def measure_model(path: Path) -> Iterator[dict[str, Any]]:
         token = part[:, -1:].clone()
         step = partial(next_token, model, token, cache)
         eager = time_ms(step)
-        graph = time_ms(capture(step).replay)
+        graph = time_ms(captured(step))
         state = [x for layer in cache for x in layer.state_dict().values()]
-        row: dict[str, Any] = {
-            "parameters": model.num_parameters,
-            "length": length,
-            "eager": eager,
-            "CUDA graph": graph,
-        }
+        row = {"parameters": model.num_parameters, "length": length, "eager": eager, "CUDA graph": graph}
         yield row | {"mib": sum(x.nbytes for x in state) / 2**20}
+
+
+def tables(result: Result) -> list[Part]:
+    """What the pages show: steps by batch, and by the length of what has been read."""
+    dense = {(row["batch"], row["length"]): row["cuDNN"][1] for row in result["dense"]}
+    lengths = sorted({length for _, length in dense})
+    names = ("triton", "torch", "FlashAttention-2, w keys")
+
+    def beside_dense(row: Row, length: int) -> str:
+        time = dense.get((row["batch"], length))
+        return "" if time is None else f"{time:.0f} ({time / row['triton'][1]:.0f}x)"
+
+    return [
+        Table(
+            result["steps"],
+            "**`python benchmarks/gpu_decode.py`**: microseconds of a decoding step of one layer, replayed as a CUDA "
+            "graph: the new key enters the cache and its query attends. 32 query and 8 KV heads, head dim 128, "
+            "w = 1024, bfloat16. Beside it FlashAttention-2 over as many keys, without a cache to keep, and cuDNN's "
+            "dense attention over a full cache (how many times slower); both are PyTorch's. Median [min - max] of 3 "
+            f"({gpu_of(result)}).",
+            ["batch", "`triton`", "plain PyTorch", names[2], *(f"cuDNN, {x // 1024}k keys" for x in lengths)],
+            lambda row: [row["batch"], *(interval(row[x]) for x in names), *(beside_dense(row, x) for x in lengths)],
+            labels=0,
+        ),
+        Table(
+            [
+                [
+                    *(length_of(layer), interval(layer["us"]), f"{layer['mib']:.2f}"),
+                    *(interval(model["eager"]), interval(model["CUDA graph"]), f"{model['mib']:.0f}"),
+                ]
+                for layer, model in zip(result["contexts"], result["model"], strict=True)
+            ],
+            "Batch 1 by the length of what has been read: that step, and a token of a whole model "
+            f"({result['model'][0]['parameters'] / 1e9:.2f}B parameters, random weights, `configs/model/1.7b.yaml`: 28 "
+            "layers, w = 2048), with the memory of all its caches:",
+            ["tokens read", "a layer's step, us", "MiB", "a token, eagerly, ms", "as a CUDA graph, ms", "MiB"],
+            labels=0,
+        ),
+        Picture("Time of a decoding step by context", "decode.png"),
+    ]
 
 
 def main() -> None:
     """Check, measure, print, and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    results = Path(__file__).parent / "results"
-    parser.add_argument("--out", type=Path, default=results / "gpu_decode.json")
-    parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "configs" / "model" / "1.7b.yaml")
-    args = parser.parse_args()
+    line = CommandLine(__doc__, "gpu_decode", gpus=1, duration="less than ten minutes on an H200")
+    line.add_argument("--model", type=Path, default=CONFIGS / "model" / "1.7b.yaml", help="its config (default: 1.7b)")
+    args = line.parse_args()
     check()
     shape = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "window": WINDOW}
-    tables = {
+    rows = {
         "steps": measure_steps(),
         "dense": measure_dense(),
         "contexts": measure_contexts(),
         "model": measure_model(args.model),
     }
-    write_tables(args.out, {"environment": describe(), "shape": shape}, tables)
+    result = record(args.out, {"environment": describe(), "shape": shape}, rows)
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Training through `dma-lightning fit` on one GPU: tokens/s, utilisation, and where the time of a step goes.
 
-    python benchmarks/gpu_fit.py 80m      or 1.7b; a JSON file under benchmarks/results/
+    python benchmarks/gpu_fit.py 80m      or 1.7b
 
 The model config of that name with configs/trainer/gpu.yaml and configs/data/prepared.yaml, on 32,768 random tokens a
 step out of a vocabulary of 32,768, in sequences of one length without document borders. Layers are compiled; those of
@@ -15,52 +15,31 @@ those of the same steps where there are no CUDA graphs; else of a short run with
 tell what their kernels are for. Such a run ends before the GPU is warm, so its kernels are faster.
 """
 
-import argparse
-import contextlib
-import functools
 import gc
-import hashlib
-import io
-import multiprocessing
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
-from itertools import pairwise, product
+from functools import partial
+from itertools import pairwise, product, starmap
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
-from environment import describe, write_tables
-from gpu_mixers import SDPA
 from lightning.pytorch.profilers import Profiler
-from tokenizers import Tokenizer, models
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
-from torch.nn.attention import sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dma_lightning.callbacks import FitReport
-from dma_lightning.checkpoints import ResumableCheckpoint
-from dma_lightning.cli.entry import DMACLI, build_cli
 from dma_lightning.cli.sizes import read_config
 from dma_lightning.config import ModelConfig
-from dma_lightning.data.manifests import MANIFEST, TOKENIZER, VERSION, Manifest
-from dma_lightning.data.shards import ShardWriter, write_json, write_text
 from dma_lightning.mixers import MIXERS
+from harness import CONFIGS, CommandLine, Part, Result, Row, Table, describe, record, spread, training
+from harness.tables import gpu_of, interval, length_of
+from harness.training import Case, LoggedFigures, compile_ahead, fit, write_corpus
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-TOKENS, LENGTHS, VOCABULARY = 32768, [4096, 16384, 32768], 32768
-CORPUS = 16 << 20  # tokens, of four bytes each
-RECOMPUTED = "1.7b"
-INTERVAL = {"80m": 20, RECOMPUTED: 4}  # steps per figure
-COMPILING, FIGURES = 2, 3  # figures that do not count, since kernels are compiled, masks looked at; those that do
 PROFILED, KERNELS = 3, 40  # steps; kernels that are listed by name
 STATE = {
     "clocks.sm": "clock_mhz",
@@ -101,16 +80,11 @@ class Actions(Profiler):
             self.open.pop(action_name).__exit__(None, None, None)
 
 
-class Measurement(pl.Callback):
-    """Collects the logged figures, then profiles the last steps but one, none of which logs.
+class Measurement(LoggedFigures):
+    """Collects the logged figures, then profiles the last steps but one, none of which logs."""
 
-    Args:
-        profiled: how many.
-    """
-
-    def __init__(self, profiled: int) -> None:
-        self.profiled = profiled
-        self.figures: list[dict[str, float]] = []
+    def __init__(self) -> None:
+        super().__init__()
         self.begun: list[torch.cuda.Event] = []  # on the GPU, by step
         self.state: dict[str, float] = {}
         self.profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True)
@@ -118,92 +92,26 @@ class Measurement(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         self.begun.append(torch.cuda.Event(enable_timing=True))
         self.begun[-1].record()
-        if self.profiled and trainer.global_step == trainer.max_steps - self.profiled - 1:
+        if trainer.global_step == trainer.max_steps - PROFILED - 1:
             self.state = gpu_state()  # while it computes what is before
             torch.cuda.synchronize()
             self.profile.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:
-            names = ("tokens_per_s", "mfu")
-            self.figures.append({name: float(trainer.callback_metrics[f"speed/{name}"]) for name in names})
-        if self.profiled and trainer.global_step == trainer.max_steps - 1:
+        super().on_train_batch_end(trainer)
+        if trainer.global_step == trainer.max_steps - 1:
             torch.cuda.synchronize()
             self.profile.stop()
-
-
-def write_corpus(folder: Path) -> None:
-    """Random tokens, as `dma-lightning prepare` writes them."""
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0")).to_str()
-    write_text(folder / TOKENIZER, words)
-    tokens = np.random.default_rng(0).integers(VOCABULARY, size=CORPUS)
-    writer = ShardWriter(folder, 0, np.dtype("uint16"), with_lengths=True)
-    writer.add(tokens, 4 * CORPUS, np.full(CORPUS, 4, np.uint8))
-    writer.end_document(np.empty(0, np.uint16))
-    manifest = Manifest(
-        version=VERSION, tokenizer_sha256=hashlib.sha256(words.encode()).hexdigest(), vocab_size=VOCABULARY,
-        dtype="uint16", text_field="text", eos_token_id=None, shard_tokens=CORPUS, files=[], tokens=CORPUS,
-        documents=1, bytes=4 * CORPUS, shards=[writer.finish(0, 0)],
-    )  # fmt: skip
-    write_json(folder / MANIFEST, asdict(manifest))
-
-
-def build(
-    corpus: Path, shape: str, length: int, attention: str, trainer: dict[str, Any], model: dict[str, Any]
-) -> DMACLI:
-    """A run that has not begun, on one GPU unless the further options of trainer and model say otherwise."""
-    configs = [f"--config={CONFIGS / name}.yaml" for name in (f"model/{shape}", "data/prepared", "trainer/gpu")]
-    data = {"path": corpus, "sequence_length": length, "batch_size": TOKENS // length, "separate_documents": False}
-    model = {"attention": attention, "compile_layers": True} | model
-    options = {"data": data, "model": model, "trainer": {"devices": 1} | trainer}
-    flags = [
-        f"--{part}.{name}={str(x).lower() if isinstance(x, bool) else x}"
-        for part, values in options.items()
-        for name, x in values.items()
-    ]
-    with torch.device("cuda"):  # the 1.7 billion weights of the larger are drawn in no time
-        return build_cli([*configs, *flags], run=False)
-
-
-def fit(
-    corpus: Path,
-    shape: str,
-    length: int,
-    attention: str,
-    steps: int,
-    log_every: int,
-    graphs: bool,
-    profiled: int = PROFILED,
-    layers: int | None = None,
-    processes: dict[str, Any] | None = None,
-) -> Measurement:
-    """Train a new model for so many steps, and a few more of which some are profiled.
-
-    `processes` are options of the trainer for several of them.
-    """
-    model = {"cuda_graphs": graphs, "activation_checkpointing": shape == RECOMPUTED}
-    if layers is not None:
-        model["num_hidden_layers"] = layers
-    trainer = {"max_steps": steps + profiled + 1, "log_every_n_steps": log_every, "limit_val_batches": 0}
-    trainer |= processes or {}
-    with tempfile.TemporaryDirectory() as runs:
-        trainer["logger.init_args.save_dir"] = runs
-        cli = build(corpus, shape, length, attention, trainer, model)
-        measurement = Measurement(profiled)
-        cli.trainer.profiler = Actions()
-        kept = [x for x in cli.trainer.callbacks if not isinstance(x, ResumableCheckpoint | FitReport)]
-        cli.trainer.callbacks = [*kept, measurement]
-        with sdpa_kernel(SDPA, set_priority=True), contextlib.redirect_stdout(io.StringIO()):
-            cli.trainer.fit(cli.model, cli.datamodule)
-    return measurement
 
 
 def logging_ms(begun: list[torch.cuda.Event], log_every: int) -> list[float]:
     """Milliseconds that a logging step costs; the GPU waits in the step behind it, the first of the next interval."""
     torch.cuda.synchronize()
     steps = [a.elapsed_time(b) for a, b in pairwise(begun)]
-    intervals = [steps[i : i + log_every] for i in range(0, log_every * (COMPILING + FIGURES), log_every)]
-    return [first + last - 2 * statistics.median(others) for first, *others, last in intervals[COMPILING:]]
+    intervals = [
+        steps[i : i + log_every] for i in range(0, log_every * (training.COMPILING + training.FIGURES), log_every)
+    ]
+    return [first + last - 2 * statistics.median(others) for first, *others, last in intervals[training.COMPILING :]]
 
 
 def gpu_state() -> dict[str, float]:
@@ -213,29 +121,35 @@ def gpu_state() -> dict[str, float]:
     return dict(zip(STATE.values(), map(float, found.split(",")), strict=True))
 
 
-def compile_ahead(corpus: Path, case: tuple[str, int, str]) -> str | None:
-    """Compile what `fit` does, with one layer, since the layers of a model share it; an error as text."""
-    try:
-        for graphs in {False, case[0] != RECOMPUTED}:
-            fit(corpus, *case, steps=3, log_every=3, graphs=graphs, profiled=0, layers=1)
-    except Exception as error:
-        return str(error)[-300:]
-    return None
+def compile_case(corpus: Path, case: Case) -> None:
+    """Compile what a measurement does, with one layer, since the layers of a model share it."""
+    for graphs in {False, case.shape != training.RECOMPUTED}:
+        fit(corpus, case, pl.Callback(), {"max_steps": 4, "log_every_n_steps": 3}, graphs=graphs, layers=1)
 
 
-def measure(corpus: Path, cases: list[tuple[str, int, str]]) -> Iterator[dict[str, Any]]:
-    """One row by shape, length and attention."""
-    for shape, length, attention in cases:
-        every, graphs = INTERVAL[shape], shape != RECOMPUTED
-        found = fit(corpus, shape, length, attention, every * (COMPILING + FIGURES), every, graphs)
-        row = {"shape": shape, "length": length, "attention": attention, **spreads(found.figures)}
+def profiled_fit(corpus: Path, case: Case, steps: int, log_every: int, graphs: bool) -> Measurement:
+    """Train for so many steps, and a few more that are profiled."""
+    found, options = Measurement(), {"max_steps": steps + PROFILED + 1, "log_every_n_steps": log_every}
+    fit(corpus, case, found, options, graphs=graphs, profiler=Actions())
+    return found
+
+
+def measure(corpus: Path, cases: list[Case]) -> Iterator[Row]:
+    """One row by case."""
+    for case in cases:
+        every, graphs = training.INTERVAL[case.shape], case.shape != training.RECOMPUTED
+        found = profiled_fit(corpus, case, every * (training.COMPILING + training.FIGURES), every, graphs)
+        row = {**case._asdict(), **found.spreads()}
         row["logging_ms"] = spread(logging_ms(found.begun, every))
-        row |= {"step_ms": 1e3 * TOKENS / row["tokens_per_s"][1], "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+        row |= {
+            "step_ms": 1e3 * training.TOKENS / row["tokens_per_s"][1],
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        }
         row |= found.state | busy_and_waiting(found.profile)
         if graphs:
             forget()
-            found = fit(corpus, shape, length, attention, steps=3, log_every=100, graphs=False)
-        yield row | breakdown(found.profile, shape)
+            found = profiled_fit(corpus, case, steps=3, log_every=100, graphs=False)
+        yield row | breakdown(found.profile, case.shape)
         forget()
 
 
@@ -245,16 +159,6 @@ def forget() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-
-
-def spreads(figures: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Minimum, median and maximum of each figure that counts."""
-    return {name: spread([row[name] for row in figures[COMPILING:]]) for name in figures[0]}
-
-
-def spread(values: list[float]) -> list[float]:
-    """Minimum, median and maximum."""
-    return [min(values), statistics.median(values), max(values)]
 
 
 def busy_and_waiting(profiled: profile) -> dict[str, float]:
@@ -322,10 +226,10 @@ def purpose_of(event: FunctionEvent, kernel: str, config: ModelConfig) -> str:
     shapes = [shape for shape in event.input_shapes or [] if len(shape) == 2]
     if event.name in ("aten::mm", "aten::addmm") and len(shapes) >= 2:
         sizes = Counter([*shapes[-2], shapes[-1][1]])
-        sizes[TOKENS] -= 1
+        sizes[training.TOKENS] -= 1
         sizes = +sizes
         by_size = {
-            VOCABULARY: "logits and loss",
+            training.VOCABULARY: "logits and loss",
             config.intermediate_size: "MLP",
             config.num_key_value_heads: "selection",
         }
@@ -340,26 +244,79 @@ def purpose_of(event: FunctionEvent, kernel: str, config: ModelConfig) -> str:
     return next((purpose for part, purpose in by_name.items() if part in kernel), "other")
 
 
+RESULTS = ("gpu_fit_80m", "gpu_fit_1.7b")
+GPU_PARTS = ("attention", "selection", "projections", "MLP", "norms and rotary", "logits and loss", "optimizer")
+GPU_PARTS += ("other",)
+BESIDE = ("data", "callbacks")
+
+
+def tables(small: Result, large: Result) -> list[Part]:
+    """What the pages show: speed by attention, and where the time of a step goes."""
+    rows = [*small["steps"], *large["steps"]]
+    return [
+        Table(
+            zip(*([row for row in rows if row["attention"] == name] for name in ("dma", "mha")), strict=True),
+            "**`python benchmarks/gpu_fit.py 80m`** and **`1.7b`**: the same through `dma-lightning fit` with "
+            "`configs/trainer/gpu.yaml`, layers compiled, those of 80m as CUDA graphs, those of 1.7b computed again "
+            "for the backward; thousand tokens per second and utilisation, as `SpeedMonitor` logs them, median "
+            f"[min - max] of 3 intervals (80m: {gpu_of(small)}; 1.7b: {gpu_of(large)}):",
+            ["model, N", "`dma`", "`mha`", "speed of `dma` / `mha`"],
+            speed_cells,
+        ),
+        Table(
+            rows,
+            "Milliseconds of such a step by what the GPU's kernels are for, from PyTorch's profiler, how long the GPU "
+            "waits between them, and what the processor spends on data and in callbacks in a step that does not log "
+            "(launches that wait for a busy GPU included); the last column says how much longer a step takes that "
+            "logs, which is each 25th with that config, median of 3. A GPU waits longer in steps that are profiled "
+            "than in those that are measured, by much at 1.7b, 4k, `dma`, whose parts are more than the step. Kernels "
+            "of 80m are those of a short run without CUDA graphs, in which the GPU is cooler and they are faster than "
+            f"in the measured one: {in_words(next(row for row in rows if row['attention'] == 'dma'))}:",
+            ["", "step", *GPU_PARTS, "waiting", *(f"processor: {x}" for x in BESIDE), "logging, once in 25 steps"],
+            time_cells,
+        ),
+    ]
+
+
+def speed_cells(pair: tuple[Row, Row]) -> list[str]:
+    """Thousand tokens per second and utilization of two attentions, and how much faster the first is."""
+    speeds = [f"{interval(row['tokens_per_s'], 1e3)}, {row['mfu'][1]:.1%}" for row in pair]
+    first, second = (row["tokens_per_s"][1] for row in pair)
+    return [f"{pair[0]['shape']}, {length_of(pair[0])}", *speeds, f"{first / second:.2f}x"]
+
+
+def time_cells(row: Row) -> list[str]:
+    """Milliseconds of a step and its parts."""
+    gpu = Counter(row["gpu_ms"])
+    gpu["other"] += gpu["data"]
+    times = [row["step_ms"], *(gpu[part] for part in GPU_PARTS), row["waiting_ms"]]
+    times += [*(row["processor_ms"][part] for part in BESIDE), row["logging_ms"][1]]
+    return [f"{row['shape']}, {length_of(row)}, `{row['attention']}`", *(f"{time:.1f}" for time in times)]
+
+
+def in_words(row: Row) -> str:
+    """What the GPU does in the measured run."""
+    return (
+        f"in that, `dma` at 4k computes for {row['busy_ms']:.1f} ms of a step and waits for {row['waiting_ms']:.1f}, "
+        f"at {row['watts']:.0f} of {row['most_watts']:.0f} W "
+        f"and {row['clock_mhz']:.0f} of {row['largest_clock_mhz']:.0f} MHz"
+    )
+
+
 def main() -> None:
     """Measure, print, and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=list(INTERVAL))
-    parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS)
-    parser.add_argument("--attentions", nargs="*", default=["dma", "mha"], choices=list(MIXERS))
-    parser.add_argument("--out", type=Path, help="by default benchmarks/results/gpu_fit_SHAPE.json")
-    args = parser.parse_args()
-    out = args.out or Path(__file__).parent / "results" / f"gpu_fit_{args.shape}.json"
-    sys.argv = sys.argv[:1]  # LightningCLI warns of arguments that are not its own
-    cases = list(product([args.shape], args.lengths, args.attentions))
+    line = CommandLine(__doc__, "gpu_fit_{shape}", gpus=1, duration="less than ten minutes on an H200")
+    line.add_argument("shape", choices=list(training.INTERVAL))
+    line.add_lengths(training.LENGTHS)
+    names = ["dma", "mha"]
+    line.add_argument("--attentions", nargs="+", default=names, choices=list(MIXERS), help="default: dma mha")
+    args = line.parse_args()
+    cases = list(starmap(Case, product([args.shape], args.lengths, args.attentions)))
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder)
         write_corpus(corpus)
-        with ProcessPoolExecutor(len(cases), mp_context=multiprocessing.get_context("spawn")) as pool:
-            ahead = pool.map(functools.partial(compile_ahead, corpus), cases)  # into Inductor's cache
-            for case, error in zip(cases, ahead, strict=True):
-                if error:
-                    print(f"{case}: {error}", flush=True)
-        write_tables(out, {"environment": describe()}, {"steps": measure(corpus, cases)})
+        compile_ahead(partial(compile_case, corpus), cases)
+        record(args.out, {"environment": describe()}, {"steps": measure(corpus, cases)})
 
 
 if __name__ == "__main__":

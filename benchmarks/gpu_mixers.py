@@ -1,58 +1,41 @@
 """Training steps of whole models with each attention, in one run on one GPU.
 
-    python benchmarks/gpu_mixers.py
-
 A step is forward, loss, backward and fused AdamW on 32,768 random tokens in sequences of one length, in bfloat16 with
 float32 master weights. Layers of 80m are compiled; those of 1.7b are not, and are computed again for the backward,
 since their activations would not fit. `mha` and `mla` take cuDNN's attention where it can. Each figure is minimum,
 median and maximum of several steps; memory is the peak of a step.
 """
 
-import argparse
-import multiprocessing
-import statistics
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from itertools import product
-from pathlib import Path
-from typing import Any
+from functools import partial
+from itertools import product, starmap
 
 import torch
 import torch.nn.functional as F
-from environment import describe, write_tables
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from dma_lightning import DogeForCausalLM
 from dma_lightning.cli.sizes import read_config
 from dma_lightning.mixers import MIXERS
+from harness import CONFIGS, CommandLine, Part, Result, Row, Table, describe, markdown, record, spread
+from harness.tables import gpu_of, interval, length_of
+from harness.timing import event_ms
+from harness.training import COMPILED, LENGTHS, RECOMPUTED, SDPA, TOKENS, VOCABULARY, Case, compile_ahead
 
-ROOT = Path(__file__).parents[1]
-TOKENS, LENGTHS, VOCABULARY = 32768, [4096, 16384, 32768], 32768
-COMPILED, RECOMPUTED = "80m", "1.7b"
 STEPS = {COMPILED: 5, RECOMPUTED: 3}
-SDPA = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
-def measure(shapes: list[str], lengths: list[int], names: list[str]) -> Iterator[dict[str, Any]]:
-    """One row by shape, length and attention."""
-    cases = list(product(shapes, lengths, names))
-    ahead = [case for case in cases if case[0] == COMPILED]
-    if ahead:  # into Inductor's cache, which the measurement reads
-        with ProcessPoolExecutor(len(ahead), mp_context=multiprocessing.get_context("spawn")) as pool:
-            for case, error in zip(ahead, pool.map(compile_ahead, *zip(*ahead, strict=True)), strict=True):
-                if error:
-                    print(f"{case}: {error}", flush=True)
-    for shape, length, name in cases:
-        row = {"shape": shape, "length": length, "attention": name}
+def measure(cases: list[Case]) -> Iterator[Row]:
+    """One row by case."""
+    if compiled := [case for case in cases if case.shape == COMPILED]:
+        # One layer, since the layers of a model share what is compiled.
+        compile_ahead(partial(measure_step, num_hidden_layers=1, vocab_size=256), compiled)
+    for case in cases:
+        row = case._asdict()
         try:
-            row |= measure_step(shape, length, name)
+            row |= measure_step(case)
         except RuntimeError as error:  # out of memory, mostly
             row["error"] = str(error)[:200]
         torch.compiler.reset()
@@ -60,21 +43,13 @@ def measure(shapes: list[str], lengths: list[int], names: list[str]) -> Iterator
         yield row
 
 
-def compile_ahead(shape: str, length: int, name: str) -> str | None:
-    """Compile what `measure_step` does, with one layer, since the layers of a model share it; an error as text."""
-    try:
-        measure_step(shape, length, name, num_hidden_layers=1, vocab_size=256)
-    except Exception as error:
-        return str(error)[-300:]
-    return None
-
-
-def measure_step(shape: str, length: int, name: str, **changes: int) -> dict[str, Any]:
-    """Milliseconds of a step, its tokens per second and FLOPs, and its peak memory in GiB."""
+def measure_step(case: Case, **changes: int) -> Row:
+    """Milliseconds of a step, its FLOPs, and its peak memory in GiB."""
     torch.manual_seed(0)
-    config = read_config(ROOT / "configs" / "model" / f"{shape}.yaml")
+    shape, length, attention = case
+    config = read_config(CONFIGS / "model" / f"{shape}.yaml")
     changes = {"vocab_size": VOCABULARY, "max_position_embeddings": length} | changes
-    config = replace(config, attention=name, **changes)
+    config = replace(config, attention=attention, **changes)
     with torch.device("cuda"):
         model = DogeForCausalLM(config)
         tokens = torch.randint(config.vocab_size, (TOKENS // length, length + 1))
@@ -98,28 +73,40 @@ def measure_step(shape: str, length: int, name: str, **changes: int) -> dict[str
         if shape == COMPILED:
             step()
         torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(STEPS[shape]):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            step()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
+        times = event_ms(step, STEPS[shape])
     peak = torch.cuda.max_memory_allocated() / 2**30
-    return {"ms": [min(times), statistics.median(times), max(times)], "teraflops": flops / 1e12, "peak_gib": peak}
+    return {"ms": spread(times), "teraflops": flops / 1e12, "peak_gib": peak}
+
+
+def tables(result: Result) -> list[Part]:
+    """What the pages show: a row for each shape and length, a column for each attention."""
+    rows: dict[str, list[str]] = {}
+    for row in result["steps"]:
+        cell = f"{interval(row['ms'], style=',.0f')}, {row['peak_gib']:.0f} GiB" if "ms" in row else "failed"
+        rows.setdefault(f"{row['shape']}, {length_of(row)}", []).append(cell)
+    return [
+        Table(
+            [[case, *own] for case, own in rows.items()],
+            "**`python benchmarks/gpu_mixers.py`**: milliseconds of a training step of a whole model on 32,768 random "
+            "tokens in sequences of N, and its peak memory, with each attention; bf16-mixed, fused AdamW; layers of "
+            "80m compiled, those of 1.7b not compiled and computed again for the backward; median [min - max] of 5 and "
+            f"3 ({gpu_of(result)}). Compiled steps of `dma` and `swa` at 80m wait for the processor, which CUDA graphs "
+            "spare, below:",
+            ["model, N", *dict.fromkeys(f"`{row['attention']}`" for row in result["steps"])],
+        )
+    ]
 
 
 def main() -> None:
     """Measure, print, and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", default=list(STEPS), choices=list(STEPS))
-    parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS)
-    parser.add_argument("--attentions", nargs="*", default=list(MIXERS), choices=list(MIXERS))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_mixers.json")
-    args = parser.parse_args()
-    steps = measure(args.shapes, args.lengths, args.attentions)
-    write_tables(args.out, {"environment": describe()}, {"steps": steps})
+    line = CommandLine(__doc__, "gpu_mixers", gpus=1, duration="less than ten minutes for each shape on an H200")
+    line.add_argument("--shapes", nargs="+", default=list(STEPS), choices=list(STEPS), help="default: both")
+    line.add_lengths(LENGTHS)
+    line.add_argument("--attentions", nargs="+", default=list(MIXERS), choices=list(MIXERS), help="default: all")
+    args = line.parse_args()
+    cases = list(starmap(Case, product(args.shapes, args.lengths, args.attentions)))
+    result = record(args.out, {"environment": describe()}, {"steps": measure(cases)})
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """What everything that makes a run visible costs on a GPU, validations and samples included.
 
-    python benchmarks/gpu_monitoring.py      five minutes; a JSON file under benchmarks/results/
-
 The 80M model at 4k with configs/trainer/gpu.yaml, on random tokens as in gpu_fit.py, layers compiled and as CUDA
 graphs, and a learning rate that does not diverge on them. Two turns of 1,000 steps with all of its callbacks and its
 logger, checkpoints apart, have 80 logging steps, four looks at the masks, and four validations, one of which writes
@@ -9,24 +7,20 @@ pictures and a sample. In the two turns without them nothing is logged; gradient
 validated, as well. The first 520 steps compile kernels, write the first sample, and do not count.
 """
 
-import argparse
 import contextlib
 import io
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from environment import describe, write_tables
-from gpu_fit import TOKENS, build, write_corpus
 
-from dma_lightning.callbacks import FitReport
-from dma_lightning.checkpoints import ResumableCheckpoint
+from harness import CommandLine, Part, Result, Row, describe, markdown, record
+from harness.tables import gpu_of
+from harness.training import TOKENS, Case, build, write_corpus
 
 TURN, WARM_UP = 1000, 520  # steps; two validations of configs/trainer/gpu.yaml are one turn
 ORDER = (True, False, False, True)
@@ -36,7 +30,7 @@ class Turns(pl.Callback):
     """Takes all other callbacks and the loggers away and gives them back, and notes how long each turn takes."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
 
     def on_train_start(self, trainer: pl.Trainer, *_: object) -> None:
         self.all = {name: getattr(trainer, name) for name in ("callbacks", "loggers", "log_every_n_steps")}
@@ -57,35 +51,38 @@ class Turns(pl.Callback):
         self.started = now
 
 
-def measure() -> Iterator[dict[str, Any]]:
+def measure() -> Iterator[Row]:
     """Milliseconds of a step in each turn."""
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"
-        corpus.mkdir()
         write_corpus(corpus)
         trainer = {"max_steps": WARM_UP + TURN * len(ORDER) + 1, "limit_val_batches": 2, "num_sanity_val_steps": 0}
         trainer["logger.init_args.save_dir"] = folder
-        cli = build(corpus, "80m", 4096, "dma", trainer, {"cuda_graphs": True, "lr": 1e-5})
-        kept = [x for x in cli.trainer.callbacks if not isinstance(x, ResumableCheckpoint | FitReport)]
+        cli = build(corpus, Case("80m", 4096, "dma"), trainer, {"cuda_graphs": True, "lr": 1e-5})
         turns = Turns()
-        cli.trainer.callbacks = [turns, *kept]
+        cli.trainer.callbacks = [turns, *cli.trainer.callbacks]
         with contextlib.redirect_stdout(io.StringIO()):
             cli.trainer.fit(cli.model, cli.datamodule)
     yield from turns.rows
 
 
+def tables(result: Result) -> list[Part]:
+    """What the pages say: how much longer a step takes."""
+    on, off = ([row["step_ms"] for row in result["turns"] if row["visible"] is which] for which in (True, False))
+    with_, without = (" and ".join(f"{time:.2f}" for time in times) for times in (on, off))
+    return [
+        "**`python benchmarks/gpu_monitoring.py`**: with all callbacks of `configs/trainer/gpu.yaml` but checkpoints, "
+        f"validations and samples included, a step of 80m at 4k takes {sum(on) / sum(off) - 1:.1%} ({with_} ms with, "
+        f"{without} without) longer than with none of them, nor a logger; two turns of 1,000 steps each "
+        f"({gpu_of(result)})."
+    ]
+
+
 def main() -> None:
     """Measure, print, and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_monitoring.json")
-    args = parser.parse_args()
-    sys.argv = sys.argv[:1]  # LightningCLI warns of arguments that are not its own
-    result: dict[str, Any] = {"environment": describe() | {"tokens_per_step": TOKENS}}
-    write_tables(args.out, result, {"turns": measure()})
-    on, off = (
-        statistics.mean(x["step_ms"] for x in result["turns"] if x["visible"] is which) for which in (True, False)
-    )
-    print(f"{on:.2f} ms a step with all of it, {off:.2f} without: {on / off - 1:+.2%}")
+    args = CommandLine(__doc__, "gpu_monitoring", gpus=1, duration="five minutes on an H200").parse_args()
+    result = record(args.out, {"environment": describe() | {"tokens_per_step": TOKENS}}, {"turns": measure()})
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

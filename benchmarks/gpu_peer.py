@@ -7,20 +7,19 @@ the first queries see almost no key. It is here as a measure of speed: both visi
 (there `topk`) is included on both sides. bfloat16, batch 1, 16 query and 4 KV heads, head dim 128.
 """
 
-import argparse
 import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from environment import describe, write_tables
-from gpu_attention import time_ms
-from gpu_kernels import dynamic, make_inputs, step
 from torch import Tensor
 
 from dma_kernels import fused_attention
+from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record
+from harness.inputs import dynamic, make_inputs, step
+from harness.tables import gpu_of, interval, length_of
+from harness.timing import time_ms
 
 SHAPES = [(8192, 1024), (32768, 1024), (32768, 2048), (131072, 2048)]
 
@@ -42,26 +41,46 @@ def compact(attend: Callable[..., Tensor], window: int, q: Tensor, k: Tensor, v:
     return attend(q, k, v, ranks.to(q.dtype), kept, is_causal=True)
 
 
-def measure(attend: Callable[..., Tensor]) -> Iterator[dict[str, Any]]:
+def measure(attend: Callable[..., Tensor]) -> Iterator[Row]:
     """One row by shape."""
     for length, window in SHAPES:
-        inputs = make_inputs(16, 4, length)
+        inputs = make_inputs(16, 4, length, projected=True)
         grad = torch.randn_like(inputs[0])
         ways = {"triton": partial(dynamic, fused_attention, window), "compact": partial(compact, attend, window)}
-        row: dict[str, Any] = {"length": length, "window": window}
+        row: Row = {"length": length, "window": window}
         for name, way in ways.items():
             row[f"{name}, forward"] = time_ms(partial(way, *inputs))
             row[name] = time_ms(partial(step, way, inputs, grad))
         yield row
 
 
+def tables(result: Result) -> list[Part]:
+    """What the pages show: both kernels by shape."""
+    rows = []
+    for row in result["peer"]:
+        for part, end in (("forward", ", forward"), ("forward + backward", "")):
+            ours, theirs = row[f"triton{end}"], row[f"compact{end}"]
+            ratio = f"{theirs[1] / ours[1]:.1f}x"
+            rows.append([f"{length_of(row)}, {row['window']}", part, interval(ours), interval(theirs), ratio])
+    return [
+        Table(
+            rows,
+            "**`python benchmarks/gpu_peer.py`**: beside the compact Triton kernel of flash-sparse-attn 1.2.3, which "
+            "takes one set of w keys per head for the whole sequence (and so looks into the future, and is another "
+            f"model); 16/4 heads, selection included on both sides, milliseconds ({gpu_of(result)}).",
+            ["N, w", "", "`triton`", "flash-sparse-attn, compact", ""],
+            labels=2,
+        )
+    ]
+
+
 def main() -> None:
     """Measure, print, and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkout", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_peer.json")
-    args = parser.parse_args()
-    write_tables(args.out, {"environment": describe()}, {"peer": measure(load_peer(args.checkout))})
+    line = CommandLine(__doc__, "gpu_peer", gpus=1, duration="less than ten minutes on an H200")
+    line.add_argument("checkout", type=Path, help="of flash-sparse-attention at v1.2.3")
+    args = line.parse_args()
+    result = record(args.out, {"environment": describe()}, {"peer": measure(load_peer(args.checkout))})
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Training on all GPUs of a machine beside training on one of them: tokens/s of each, by DDP and by FSDP2.
 
-    python benchmarks/gpu_scaling.py      seven minutes with two GPUs; a JSON file under benchmarks/results/
-
 The runs of gpu_fit.py at 4k with `dma`, 32,768 random tokens a step for each GPU, started by torchrun. CUDA graphs
 are for 80m on one GPU and with DDP; FSDP2 has none. A figure is what `SpeedMonitor` logs in the first process at each
 logging step after the second: minimum, median and maximum.
@@ -16,11 +14,12 @@ import tempfile
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
-from environment import describe, write_tables
-from gpu_fit import COMPILING, FIGURES, INTERVAL, RECOMPUTED, fit, spreads, write_corpus
+
+from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record
+from harness.tables import gpu_of, interval
+from harness.training import COMPILING, FIGURES, INTERVAL, RECOMPUTED, Case, LoggedFigures, fit, write_corpus
 
 STRATEGIES = {"one": "auto", "ddp": "ddp", "fsdp": "{class_path: dma_lightning.strategies.FullyShardedStrategy}"}
 LENGTH, ATTENTION = 4096, "dma"
@@ -30,20 +29,20 @@ def train(shape: str, strategy: str, corpus: Path, row: Path) -> None:
     """What each process does; the first writes the row."""
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     every = INTERVAL[shape]
-    processes = {"strategy": STRATEGIES[strategy], "devices": int(os.environ["WORLD_SIZE"])}
+    options = {"strategy": STRATEGIES[strategy], "devices": int(os.environ["WORLD_SIZE"])}
+    options |= {"max_steps": every * (COMPILING + FIGURES) + 1, "log_every_n_steps": every}
     graphs = shape != RECOMPUTED and strategy != "fsdp"
-    steps = every * (COMPILING + FIGURES)
-    found = fit(corpus, shape, LENGTH, ATTENTION, steps, every, graphs, profiled=0, processes=processes)
+    found = LoggedFigures()
+    fit(corpus, Case(shape, LENGTH, ATTENTION), found, options, graphs=graphs)
     if os.environ["RANK"] == "0":
         peak = torch.cuda.max_memory_allocated() / 2**30
-        row.write_text(json.dumps(spreads(found.figures) | {"peak_gib": peak}))
+        row.write_text(json.dumps(found.spreads() | {"peak_gib": peak}))
 
 
-def measure(gpus: int) -> Iterator[dict[str, Any]]:
+def measure(gpus: int) -> Iterator[Row]:
     """One row by shape and strategy."""
     with tempfile.TemporaryDirectory() as folder:
         corpus, row = Path(folder) / "corpus", Path(folder) / "row.json"
-        corpus.mkdir()
         write_corpus(corpus)
         for strategy, shape in product(STRATEGIES, INTERVAL):
             processes = 1 if strategy == "one" else gpus
@@ -53,18 +52,38 @@ def measure(gpus: int) -> Iterator[dict[str, Any]]:
             yield {"shape": shape, "strategy": strategy, "gpus": processes} | json.loads(row.read_text())
 
 
+def tables(result: Result) -> list[Part]:
+    """What the pages show: a row for each model, a column for each strategy."""
+    runs = {(row["shape"], row["strategy"]): row for row in result["runs"]}
+
+    def cell(shape: str, strategy: str) -> str:
+        row, alone = runs[shape, strategy], runs[shape, "one"]
+        share = "" if row is alone else f", {row['tokens_per_s'][1] / alone['tokens_per_s'][1]:.1%}"
+        return f"{interval(row['tokens_per_s'], 1e3)}{share}, {row['peak_gib']:.0f} GiB"
+
+    return [
+        Table(
+            [[shape, *(cell(shape, strategy) for strategy in STRATEGIES)] for shape in INTERVAL],
+            "**`python benchmarks/gpu_scaling.py`**: thousand tokens per second of each GPU, and its peak memory, "
+            f"where one and where {max(row['gpus'] for row in result['runs'])} train; these runs at 4k with `dma`, as "
+            "many tokens for each GPU, FSDP2 without CUDA graphs; median [min - max] of 3 intervals, and the share of "
+            f"the speed of one ({gpu_of(result)}):",
+            ["model", "one GPU", "DDP", "FSDP2"],
+        )
+    ]
+
+
 def main() -> None:
     """Measure, print, and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_scaling.json")
-    parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    sys.argv = sys.argv[:1]  # LightningCLI warns of arguments that are not its own
+    line = CommandLine(__doc__, "gpu_scaling", gpus=2, duration="seven minutes on two H200")
+    line.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
+    args = line.parse_args()
     if args.case:
         shape, strategy, *paths = args.case
         train(shape, strategy, *map(Path, paths))
         return
-    write_tables(args.out, {"environment": describe()}, {"runs": measure(torch.cuda.device_count())})
+    result = record(args.out, {"environment": describe()}, {"runs": measure(torch.cuda.device_count())})
+    print(markdown(tables(result)))
 
 
 if __name__ == "__main__":

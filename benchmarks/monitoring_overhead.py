@@ -1,7 +1,5 @@
 """What the callbacks that make a run visible cost on a CPU.
 
-    python benchmarks/monitoring_overhead.py      a JSON file under benchmarks/results/
-
 The model and data of `make train` in one thread, without validation. The callbacks of `dma_lightning.monitoring` are on
 and off in turns of 10 steps (on, off, off, on, ...), each with one logging step at its end. The cost is told in seconds
 of the processor, since those of the clock depend on what else the machine does; once as the difference between the
@@ -10,23 +8,19 @@ both, so twice as often as in a run. Samples come after every second validation;
 steps between them.
 """
 
-import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from environment import describe, write_tables
 
 from dma_lightning.cli.entry import DMACLI, build_cli
 from dma_lightning.monitoring import SampleMonitor
+from harness import CONFIGS, CommandLine, Result, Row, describe, record
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 TURN, WARM_UP = 10, 10  # steps
 STEPS_BETWEEN_SAMPLES = 400  # every second validation of configs/trainer/cpu.yaml
 
@@ -39,7 +33,7 @@ class Turns(pl.Callback):
     """
 
     def __init__(self, callbacks: list[pl.Callback]) -> None:
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
         self.on, self.inside = True, 0.0
         for callback in callbacks:
             for hook in ("on_train_batch_start", "on_train_batch_end"):
@@ -82,7 +76,7 @@ def build(folder: str, *args: str) -> DMACLI:
     return build_cli([*layers, *quiet, "--trainer.num_sanity_val_steps=0", *args], run=False)
 
 
-def turns(count: int) -> Iterator[dict[str, Any]]:
+def turns(count: int) -> Iterator[Row]:
     """Milliseconds per step of every turn."""
     with tempfile.TemporaryDirectory() as folder:
         steps = f"--trainer.max_steps={WARM_UP + TURN * count + 1}"
@@ -94,7 +88,7 @@ def turns(count: int) -> Iterator[dict[str, Any]]:
     yield from switch.rows
 
 
-def samples(count: int) -> Iterator[dict[str, Any]]:
+def samples(count: int) -> Iterator[Row]:
     """Milliseconds of the processor for the pictures, texts and sample after one validation."""
     for _ in range(count):
         with tempfile.TemporaryDirectory() as folder:
@@ -107,14 +101,12 @@ def samples(count: int) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Measure, print, and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "monitoring_overhead.json")
-    parser.add_argument("--turns", type=int, default=40, help="a multiple of 4")
-    args = parser.parse_args()
-    sys.argv = sys.argv[:1]  # LightningCLI warns of arguments that are not its own
+    line = CommandLine(__doc__, "monitoring_overhead", duration="about five minutes on one core")
+    line.add_argument("--turns", type=int, default=40, help="a multiple of 4 (default: 40)")
+    args = line.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"environment": describe()}
-    write_tables(args.out, result, {"samples": samples(5), "turns": turns(args.turns)})
+    result: Result = {"environment": describe()}
+    record(args.out, result, {"samples": samples(5), "turns": turns(args.turns)})
     on, off = ([row for row in result["turns"] if row["on"] is which] for which in (True, False))
     for kind in (mean, median):
         with_, without = (kind(row["processor_ms"] for row in rows) for rows in (on, off))

@@ -5,22 +5,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from readme_figures import updated
-from size_tables import PAGE
-from size_tables import updated as with_sizes
 
 from dma_lightning import MIXERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-
-
-def test_figures_are_those_of_the_result_files() -> None:
-    assert updated(README) == README
-
-
-def test_sizes_are_those_of_the_configs() -> None:
-    assert with_sizes(PAGE.read_text()) == PAGE.read_text()
 
 
 def test_python_examples_run() -> None:

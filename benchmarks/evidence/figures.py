@@ -10,9 +10,9 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.environment import describe
 from benchmarks.evidence.results import Record
 from benchmarks.evidence.studies import Cell, Options
+from benchmarks.harness.environment import describe
 from dma_lightning.config import ModelConfig
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.model import DogeForCausalLM

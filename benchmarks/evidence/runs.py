@@ -19,11 +19,11 @@ from types import FrameType
 
 from filelock import FileLock, Timeout
 
-from benchmarks.environment import describe
 from benchmarks.evidence.child import LOG, share, start_child, visible_gpus
 from benchmarks.evidence.figures import record_of
 from benchmarks.evidence.results import Invocation, Results
 from benchmarks.evidence.studies import Cell, Options, Study, filled
+from benchmarks.harness.environment import describe
 from dma_lightning.files.atomic import atomic_write
 from dma_lightning.files.locks import locked_folder
 

@@ -1,6 +1,6 @@
 """Kill `fit` at random moments, go on with `ckpt_path: last`, and compare every loss with the uninterrupted run's.
 
-    python benchmarks/kill_runs.py --kills 100
+    python tests/lightning/kill_runs.py --kills 100
 
 There are three kinds of runs: `mqar`, a plain one; `text`, with all callbacks of `configs/trainer/cpu.yaml`, packed
 documents and workers that load them; and `processes`, two with DDP, of which one is killed and the other must end
@@ -31,10 +31,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 import yaml
-from environment import describe
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.harness.environment import describe
 from dma_lightning.cli import build_cli
 from dma_lightning.cli.default_callbacks import DEFAULT_CALLBACKS
 from dma_lightning.cli.prepare import prepare
@@ -71,7 +71,8 @@ LOGGER = [
     "--trainer.logger.save_dir=runs",
     "--trainer.logger.name=killed",
 ]
-TRAINER = Path(__file__).parents[1] / "configs" / "trainer" / "cpu.yaml"
+ROOT = Path(__file__).parents[2]
+TRAINER = ROOT / "configs" / "trainer" / "cpu.yaml"
 
 
 @dataclass(frozen=True)
@@ -301,7 +302,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=names, choices=names)
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of a run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kill_runs.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "kill_runs.json")
     args = parser.parse_args()
     sys.argv = sys.argv[:1]  # LightningCLI looks at them
     result = json.loads(args.out.read_text()) if args.out.exists() else {}  # of other kinds

@@ -1,21 +1,19 @@
-"""What every result file says about the machine, the versions and the commit it was measured with; writing them."""
+"""What every result file says about the machine, the versions and the commit it was measured with."""
 
-import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
+
+ROOT = Path(__file__).parents[2]
 
 
 def describe() -> dict[str, str | int]:
     """Hardware, versions and commit."""
-    root = Path(__file__).parents[1]
-    git = ["git", "-C", str(root)]
+    git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     code = ["--", ".", ":!benchmarks/results"]
     changed = subprocess.run([*git, "status", "--porcelain", *code], capture_output=True, text=True, check=False)
@@ -30,18 +28,6 @@ def describe() -> dict[str, str | int]:
         "lightning": version("lightning"),
         "commit": (commit.stdout.strip() or "unknown") + ("+changes" if changed.stdout else ""),
     }
-
-
-def write_tables(path: Path, result: dict[str, Any], tables: dict[str, Iterable[dict[str, Any]]]) -> None:
-    """Measure and print the rows of all tables, and write the file after each, so that an interruption loses one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for name, rows in tables.items():
-        result[name] = []
-        for row in rows:
-            result[name].append(row)
-            print(name, row, flush=True)
-            path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {path}")
 
 
 def _gpu() -> dict[str, str]:

@@ -1,0 +1,99 @@
+"""How pages show the rows of a result file: tables in Markdown, pictures, and sentences."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .environment import ROOT
+from .results import Result, Row
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a result file as a page shows them.
+
+    Attributes:
+        rows: of the file, or made of them.
+        caption: what was measured, and on what; empty if the page says so in other words.
+        columns: their heads.
+        cells: what stands in a row, None where a column says nothing of it. Default: the row itself.
+        labels: how many columns from the left hold words, not numbers.
+    """
+
+    rows: Iterable[Any]
+    caption: str
+    columns: Sequence[str]
+    cells: Callable[[Any], Iterable[object]] = iter
+    labels: int = 1
+
+    def markdown(self) -> str:
+        """The caption, and the table below it."""
+        numbers = len(self.columns) - self.labels
+        lines = [_line(head or None for head in self.columns), "|" + " --- |" * self.labels + " ---: |" * numbers]
+        lines += [_line(self.cells(row)) for row in self.rows]
+        return "\n\n".join(filter(None, (self.caption, "\n".join(lines))))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture among the tables.
+
+    Attributes:
+        caption: what it shows.
+        file: its name in benchmarks/figures.
+    """
+
+    caption: str
+    file: str
+
+
+Part = Table | Picture | str
+"""What a benchmark gives to a page; a string is a paragraph."""
+
+
+def markdown(parts: Iterable[Part], folder: Path = ROOT) -> str:
+    """Parts one below the other, in a page of a folder, from which pictures are found."""
+    return "\n\n".join(_markdown(part, folder) for part in parts)
+
+
+def _markdown(part: Part, folder: Path) -> str:
+    if isinstance(part, Table):
+        return part.markdown()
+    if isinstance(part, Picture):
+        return f"![{part.caption}]({os.path.relpath(ROOT / 'benchmarks/figures' / part.file, folder)})"
+    return part
+
+
+def _line(cells: Iterable[object]) -> str:
+    return "|" + "".join(" |" if cell is None else f" {cell} |" for cell in cells)
+
+
+def interval(values: Sequence[float], unit: float = 1, style: str = ".3g") -> str:
+    """Median [minimum - maximum] of these three, the smallest first, in a unit."""
+    low, middle, high = (f"{value / unit:{style}}" for value in values)
+    return f"{middle} [{low} - {high}]"
+
+
+def length_of(row: Row) -> str:
+    """The length of a row, in 1024 tokens."""
+    return f"{row['length'] // 1024}k"
+
+
+def shape_of(row: Row) -> str:
+    """Query and KV heads, length, and window if there is one."""
+    window = f", {row['window']}" if "window" in row else ""
+    return f"{row['heads']}/{row['kv_heads']}, {length_of(row)}{window}"
+
+
+def cpu_of(result: Result) -> str:
+    """CPU and versions of a result, in words."""
+    e = result["environment"]
+    return f"{e['cpu']}, {e['threads']} threads, Python {e['python']}, torch {e['torch']}, commit {e['commit']}"
+
+
+def gpu_of(result: Result) -> str:
+    """GPU and versions of a result, in words."""
+    e = result["environment"]
+    return f"{e['gpu']}, CUDA {e['cuda']}, torch {e['torch']}, Triton {e['triton']}, commit {e['commit']}"
