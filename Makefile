@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train mqar test test-wheel test-long lint format bench clean
+.PHONY: train mqar test test-wheel test-long lint docs format bench clean
 
 train: .venv/base.done  ## train the tiny language model on a CPU
 	$(BIN)/dma-lightning fit -c configs/model/tiny.yaml -c configs/data/pydoc.yaml -c configs/trainer/cpu.yaml
@@ -25,6 +25,10 @@ lint: .venv/lint.done  ## check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
 
+docs: .venv/docs.done  ## build the website, with an API reference, in build/site; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/site-cache . build/site
+	@echo open build/site/index.html
+
 format: .venv/lint.done  ## repair style and format where that is automatic
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -33,7 +37,7 @@ bench: .venv/base.done  ## measure the attention backends on this machine's CPU
 	$(BIN)/python benchmarks/cpu_attention.py
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs build
 
 # A CUDA build of torch pins its own Triton, which pip would hold to be in conflict with ours.
 .venv/constraints.txt: constraints.txt
@@ -47,6 +51,10 @@ clean:
 
 .venv/lint.done: .venv/base.done
 	$(BIN)/python -m pip install --quiet -c .venv/constraints.txt -e '.[lint]'
+	touch $@
+
+.venv/docs.done: .venv/base.done
+	$(BIN)/python -m pip install --quiet -c .venv/constraints.txt -e '.[docs]'
 	touch $@
 
 .venv/test.done: .venv/base.done

@@ -1,11 +1,34 @@
-"""Write the figures of README.md from the files in benchmarks/results: `python benchmarks/readme_figures.py`."""
+"""Write docs/benchmarks.md and the speed table of README.md from the files in benchmarks/results.
+
+Run `python benchmarks/readme_figures.py`.
+"""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- figures: benchmarks/readme_figures.py -->", "<!-- end of figures -->"
+BEGIN_SPEED, END_SPEED = "<!-- speed: benchmarks/readme_figures.py -->", "<!-- end of speed -->"
+SPEED_SHAPES = ((32, 8192, 1024), (32, 32_768, 1024), (16, 131_072, 2048))  # query heads, length, keys of a query
+HEADINGS = {
+    "python benchmarks/gpu_kernels.py": "The `triton` backend",
+    "python benchmarks/gpu_peer.py": "Beside flash-sparse-attn",
+    "python benchmarks/gpu_attention.py": "The `flex` backend and block masks",
+    "python benchmarks/gpu_mixers.py": "Training steps of whole models",
+    "python benchmarks/gpu_fit.py 80m": "Training through the command line",
+    "python benchmarks/gpu_scaling.py": "Several GPUs",
+    "python benchmarks/gpu_monitoring.py": "The cost of monitoring",
+    "python benchmarks/gpu_block_attention.py": "Native sparse attention",
+    "make train": "Language modeling on a CPU",
+    "make mqar": "Associative recall on a CPU",
+    "make bench": "Backends on a CPU",
+    "python benchmarks/gpu_decode.py": "Decoding on a GPU",
+    "python benchmarks/cpu_decode.py": "Decoding on a CPU",
+    "python benchmarks/decode_live_sets.py": "Decoding sees the same keys",
+}
 
 
 def load(name: str) -> dict[str, Any]:
@@ -340,7 +363,7 @@ def figures() -> str:
         "\n".join(process_lines()),
         "By length, w = 1024, 16/4 heads:",
         "\n".join(length_lines()),
-        "![Time by length](benchmarks/figures/speed.png)",
+        "![Time by length](../benchmarks/figures/speed.png)",
         "**`python benchmarks/gpu_peer.py`**: beside the compact Triton kernel of flash-sparse-attn 1.2.3, which takes "
         "one set of w keys per head for the whole sequence (and so looks into the future, and is another model); "
         f"16/4 heads, selection included on both sides, milliseconds ({gpu_machine(load('gpu_peer'))}).",
@@ -412,7 +435,7 @@ def figures() -> str:
         f"({load('gpu_decode')['model'][0]['parameters'] / 1e9:.2f}B parameters, random weights, "
         "`configs/model/1.7b.yaml`: 28 layers, w = 2048), with the memory of all its caches:",
         "\n".join(gpu_context_lines()),
-        "![Time of a decoding step by context](benchmarks/figures/decode.png)",
+        "![Time of a decoding step by context](../benchmarks/figures/decode.png)",
         "**`python benchmarks/cpu_decode.py`**: decoding with the tiny model, w = 64, batch 1, float32; the full cache "
         f"is for comparison, and selects anew at every token; median [min - max] ({machine(load('cpu_decode'))}).",
         "\n".join(decode_lines()),
@@ -423,12 +446,48 @@ def figures() -> str:
     return "\n\n".join(parts)
 
 
-def updated(readme: str) -> str:
-    """README with the figures of the result files."""
-    head, rest = readme.split(BEGIN)
-    return f"{head}{BEGIN}\n\n{figures()}\n\n{END}{rest.split(END)[1]}"
+def with_headings(text: str) -> str:
+    """The section with a heading before each paragraph that begins with its command in bold."""
+    return re.sub(r"^(?=\*\*`(.+?)`\*\*)", lambda command: f"## {HEADINGS[command[1]]}\n\n", text, flags=re.MULTILINE)
+
+
+def speed() -> str:
+    """Three lines for README: dynamic mask attention beside dense attention."""
+    result = load("gpu_kernels")
+    rows = {(row["heads"], row["length"], row["window"]): row for row in result["attention"]}
+    lines = [
+        "| sequence | keys per query | DMA | dense attention (cuDNN) | speedup |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for shape in SPEED_SHAPES:
+        ours, dense = (rows[shape][name][1] for name in ("triton", "cuDNN"))
+        lines.append(f"| {shape[1]:,} | {shape[2]:,} | {ours:.3g} ms | {dense:.3g} ms | {dense / ours:.1f}x |")
+    e = result["environment"]
+    lines += [
+        "",
+        f"*Forward and backward pass of one attention layer on an {e['gpu']}, selection included. bfloat16, head dim",
+        "128, 32 query and 8 KV heads (16 and 4 in the last row), `triton` backend. See",
+        "[all measurements](docs/benchmarks.md).*",
+    ]
+    return "\n".join(lines)
+
+
+def replaced(text: str, begin: str, end: str, section: str) -> str:
+    """The text with another section between two markers."""
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n\n{section}\n\n{end}{rest.split(end)[1]}"
+
+
+def updated_page(page: str) -> str:
+    """docs/benchmarks.md with the figures of the result files."""
+    return replaced(page, BEGIN, END, with_headings(figures()))
+
+
+def updated_readme(readme: str) -> str:
+    """README with the speed of the result files."""
+    return replaced(readme, BEGIN_SPEED, END_SPEED, speed())
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(updated(path.read_text()))
+    PAGE.write_text(updated_page(PAGE.read_text()))
+    README.write_text(updated_readme(README.read_text()))
