@@ -20,10 +20,13 @@ test-long: .venv/test.done  ## half an hour of drawn cases against oracles, and 
 	$(BIN)/python benchmarks/fuzz.py --cases 3000 --processes 2 --out runs/fuzz.json
 	$(BIN)/python benchmarks/kill_runs.py --kills 20 --out runs/kill_runs.json
 
-lint: .venv/lint.done  ## check style, format and types
+lint: .venv/lint.done  ## check style, format, types, and files that services read
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yaml
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.citation-file-format CITATION.cff
 
 docs: .venv/docs.done  ## build the website, with an API reference, in build/site; a warning is an error
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/site-cache . build/site
