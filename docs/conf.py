@@ -49,6 +49,7 @@ html_title = "dma-lightning"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
 html_copy_source = False
+html_show_copyright = False
 
 CONTENTS = Path(__file__).with_name("contents.md")
 
