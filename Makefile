@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train mqar test test-wheel test-long lint format bench clean
+.PHONY: train mqar test test-wheel test-long lint docs format bench clean
 
 train: .venv/base.done  ## train the tiny language model on a CPU
 	$(BIN)/dma-lightning fit -c configs/model/tiny.yaml -c configs/data/pydoc.yaml -c configs/trainer/cpu.yaml
@@ -20,10 +20,17 @@ test-long: .venv/test.done  ## half an hour of drawn cases against oracles, and 
 	$(BIN)/python benchmarks/fuzz.py --cases 3000 --processes 2 --out runs/fuzz.json
 	$(BIN)/python tests/lightning/kill_runs.py --kills 20 --out runs/kill_runs.json
 
-lint: .venv/lint.done  ## check style, format and types
+lint: .venv/lint.done  ## check style, format, types, and files that services read
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yaml
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.citation-file-format CITATION.cff
+
+docs: .venv/docs.done  ## build the website, with an API reference, in build/site; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/site-cache . build/site
+	@echo open build/site/index.html
 
 format: .venv/lint.done  ## repair style and format where that is automatic
 	$(BIN)/ruff check --fix .
@@ -33,7 +40,7 @@ bench: .venv/base.done  ## measure the attention backends on this machine's CPU
 	$(BIN)/python benchmarks/cpu_attention.py
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs build
 
 # A CUDA build of torch pins its own Triton, which pip would hold to be in conflict with ours.
 .venv/constraints.txt: constraints.txt
@@ -47,6 +54,10 @@ clean:
 
 .venv/lint.done: .venv/base.done
 	$(BIN)/python -m pip install --quiet -c .venv/constraints.txt -e '.[lint]'
+	touch $@
+
+.venv/docs.done: .venv/base.done
+	$(BIN)/python -m pip install --quiet -c .venv/constraints.txt -e '.[docs]'
 	touch $@
 
 .venv/test.done: .venv/base.done

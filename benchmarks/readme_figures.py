@@ -1,7 +1,7 @@
 """Write the figures of README.md and docs/ from the files in benchmarks/results: `python benchmarks/readme_figures.py`.
 
-They stand in any page between `<!-- figures: benchmarks/NAME.py -->` and `<!-- end of figures -->`. NAME is a
-benchmark, whose `tables` make them of its result files; or this file, which stands for all of `MEASURED`.
+They stand in any page between `<!-- figures: benchmarks/NAME.py -->` and `<!-- end of figures -->`. The function
+`tables` of that file makes them of its result files.
 """
 
 import re
@@ -10,9 +10,6 @@ from importlib import import_module
 from pathlib import Path
 
 from harness import ROOT, Part, load, markdown
-
-MEASURED = ("gpu_kernels", "gpu_peer", "gpu_attention", "gpu_mixers", "gpu_fit", "gpu_scaling", "gpu_monitoring")
-MEASURED += ("gpu_block_attention", "train_seeds", "cpu_attention", "gpu_decode", "cpu_decode", "decode_live_sets")
 
 BEGIN, END = r"<!-- figures: benchmarks/(\w+)\.py -->", "<!-- end of figures -->"
 SECTION = re.compile(rf"^({BEGIN}\n\n).*?(\n\n{END})$", re.DOTALL | re.MULTILINE)
@@ -25,9 +22,8 @@ def pages() -> list[Path]:
 
 def parts_of(name: str) -> Iterator[Part]:
     """What a marker stands for."""
-    for benchmark in MEASURED if name == Path(__file__).stem else (name,):
-        module = import_module(benchmark)
-        yield from module.tables(*map(load, getattr(module, "RESULTS", [benchmark])))
+    module = import_module(name)
+    yield from module.tables(*map(load, getattr(module, "RESULTS", [name])))
 
 
 def updated(page: Path) -> str:

@@ -28,6 +28,8 @@ _TABLE_NAMES = (
 def block_mask(lifetimes: Lifetimes, q_len: int, block_size: int = 128, num_heads: int | None = None) -> BlockMask:
     """The block mask of a mask, keys in their natural order, for any `flex_attention` call.
 
+    Use it like this::
+
         flex_attention(q, k, v, block_mask=block_mask(lifetimes, N, num_heads=H), enable_gqa=True)
 
     Runs without waiting for the device, inside `torch.compile` too, and equals `create_block_mask` on the same mask.

@@ -210,7 +210,7 @@ def test_an_unknown_command_is_told_all(
 
 
 def test_another_class_keeps_what_it_has_too() -> None:
-    """As README says; of the arguments of the class before, the others are dropped."""
+    """As docs/command-line.md says; of the arguments of the class before, the others are dropped."""
     data = ["--data.sequence_length=32", "--data.val_fraction=0.2", "--data=MQARDataModule"]
     cli = build(config("model/tiny"), config("data/pydoc"), *data, "--data.num_pairs=2")
     assert (cli.datamodule.sequence_length, type(cli.datamodule)) == (32, MQARDataModule)

@@ -1,4 +1,4 @@
-"""Commands that the README shows run as they are written, only shorter, on a CPU and with small models."""
+"""Commands that README and docs show run as they are written, only shorter, on a CPU and with small models."""
 
 import re
 import shlex
@@ -27,6 +27,7 @@ SHORT = shlex.split(
     "--trainer.precision 32-true --model.compile_layers false --model.cuda_graphs false"
 )
 SHOWS = {"--help", "--print_config"}
+PAGES = ("README.md", "docs/install.md", "docs/command-line.md", "docs/generation.md")
 
 
 def commands(page: str) -> list[list[str]]:
@@ -71,8 +72,8 @@ def _new_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_new_user")
 def test_commands_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    found = [command for command in commands("README.md") if not command[0].endswith("-hf")]  # see test_huggingface.py
-    assert len(found) > 10
+    found = [command for page in PAGES for command in commands(page)]
+    assert len(found) > 15
     found.sort(key=lambda command: any(argument.endswith(".ckpt") for argument in command))  # once there are some
     for command in found:
         arguments = shortened(command)
@@ -98,7 +99,7 @@ def read(config: str) -> dict[str, Any]:
     return yaml.safe_load((STARTING_CONFIG if file.name == "config.yaml" else ROOT / file).read_text())
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+@pytest.mark.parametrize("page", ["docs/command-line.md", "docs/training.md"])
 def test_documented_training_exercises_the_selection(page: str) -> None:
     """Sequences are longer than the window."""
     text = (ROOT / page).read_text().replace("\\\n", " ")

@@ -49,7 +49,7 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_it_is_the_shipped_configs_together(written: str) -> None:
-    """And so runs as `make train` does; the command itself is among those of the README."""
+    """And so runs as `make train` does; the command itself is among those of docs/install.md."""
     content, shipped = yaml.safe_load(written), {}
     for name in ("tiny", "pydoc", "trainer/cpu"):
         shipped = merged(shipped, yaml.safe_load(Path(find_config(name)).read_text()))
