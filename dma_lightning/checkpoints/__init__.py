@@ -1,14 +1,14 @@
-"""Checkpoints: when they are written, what may stand in them, and how they are read without running what they hold.
+"""Checkpoints: when they are saved, what they may contain, and how to read them without running code from them.
 
-- `resumable`: the callback that saves a run, so that it can go on exactly
-- `io`: checkpoints written whole or not at all, and read safely; the newest of a run
-- `sharded`: folders to which every process of FSDP2 has written its part
-- `content_types`: the types of all parts, whoever wrote them
-- `arguments`: the arguments of a model, as plain values of known fields
-- `weights`: weights compared with those of a model, before any memory is taken
-- `random_states`: of every process, so that a resumed run draws the same numbers
+- `resumable`: the callback that saves a run so that it can resume exactly
+- `io`: writes checkpoints whole or not at all, reads them safely, and finds the newest of a run
+- `sharded`: folders that hold one part from each FSDP2 process
+- `content_types`: the required types of a checkpoint's parts
+- `arguments`: a model's arguments, as plain values of known fields
+- `weights`: compares weights with a model's before allocating memory
+- `random_states`: random states of every process, so that a resumed run draws the same numbers
 
-Models for inference come out of checkpoints in `dma_lightning.trained_models`.
+`dma_lightning.trained_models` loads models for inference from checkpoints.
 """
 
 from dma_lightning.checkpoints.io import AtomicCheckpointIO

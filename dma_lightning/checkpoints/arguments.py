@@ -1,4 +1,4 @@
-"""Arguments that a checkpoint holds, as plain values of known fields: data from a stranger."""
+"""Arguments in a checkpoint, read as untrusted data: plain values of known fields."""
 
 from collections.abc import Iterator, Mapping
 from inspect import Parameter, signature
@@ -15,47 +15,47 @@ _VARIABLE = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 def model_arguments(saved: Mapping[str, Any], path: Path, kind: type[pl.LightningModule]) -> dict[str, Any]:
-    """Arguments of a model.
+    """Read a model's arguments from a checkpoint.
 
     Args:
-        saved: what the checkpoint holds.
-        path: of the checkpoint, for messages.
+        saved: content of the checkpoint.
+        path: path of the checkpoint, for messages.
         kind: class of the model, a `LanguageModel`.
 
     Raises:
-        ValueError: if one is unknown or has another type.
+        ValueError: if an argument is unknown or has the wrong type.
     """
     arguments = saved.get(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    arguments = {name: x for name, x in arguments.items() if name != "init_from"}  # it has weights of its own
+    arguments = {name: x for name, x in arguments.items() if name != "init_from"}  # the checkpoint has its own weights
     return checked_arguments(arguments, kind, f"{path}: hyper_parameters", **get_type_hints(ModelConfig))
 
 
 def checked_arguments(arguments: Mapping[str, Any], kind: type, what: str, **more: Any) -> dict[str, Any]:
-    """Arguments of their types that a class takes, without what Lightning adds.
+    """Check the types of a class's saved arguments, and drop those that Lightning adds or the class does not accept.
 
     Args:
-        arguments: what a checkpoint holds.
+        arguments: the arguments in a checkpoint.
         kind: the class.
-        what: where they stand, for messages.
-        **more: types of arguments that the class takes besides those of its `__init__`.
+        what: where the checkpoint stores them, for messages.
+        **more: types of arguments that the class accepts in addition to those of its `__init__`.
 
     Raises:
-        ValueError: if one is unknown or has another type.
+        ValueError: if an argument is unknown or has the wrong type.
     """
     classes = [(True, more), *_arguments(kind)]
     types = {name: x for _, own in reversed(classes) for name, x in own.items()}
     given = {name: value for name, value in arguments.items() if name not in ADDED_HPARAMS}
     if unknown := sorted(given.keys() - types.keys()):
         raise ValueError(
-            f"{what}: expected fields that this version knows, got {unknown}; the checkpoint is probably of a newer "
-            "version, so update dma-lightning"
+            f"{what}: expected fields that this version knows, got {unknown}; the checkpoint is probably from a "
+            "newer version, so update dma-lightning"
         )
     checked = {name: as_kind(value, types[name], f"{what}.{name}") for name, value in given.items()}
     return {name: value for name, value in checked.items() if any(taken and name in own for taken, own in classes)}
 
 
 def _arguments(kind: type) -> Iterator[tuple[bool, dict[str, Any]]]:
-    """Arguments of `__init__` with their types, of a class and those above it, each with whether the class takes it."""
+    """For a class and each base class: whether the class accepts its `__init__` arguments, and their types by name."""
     taken = True
     for base in kind.__mro__:
         if init := vars(base).get("__init__"):

@@ -1,4 +1,4 @@
-"""What the parts of a checkpoint must be, whoever wrote it."""
+"""Required types of a checkpoint's parts, whoever wrote it."""
 
 from collections.abc import Iterator
 from typing import Any, NotRequired, TypedDict
@@ -15,7 +15,7 @@ class _OptimizerState(TypedDict):
 
 
 class _SchedulerState(TypedDict):
-    """Of torch's `LambdaLR`, which takes any name that is here for one of its own."""
+    """State of torch's `LambdaLR`, which would set any key given here as an attribute of itself."""
 
     last_epoch: Count
     _step_count: Count
@@ -45,17 +45,18 @@ _Content = TypedDict(
     total=False,
 )
 
-_PATHS = {"best_k_models", "best_model_path", "kth_best_model_path", "last_model_path"}  # as Lightning saves them
+_PATHS = {"best_k_models", "best_model_path", "kth_best_model_path", "last_model_path"}  # names of Lightning's
 
-# Callbacks of ours that save counts and figures alone.
+# Our callbacks that save only counts and metrics.
 _COUNTERS = {"DynamicMaskMonitor", "GradientGuard", "SampleMonitor", "SpeedMonitor"}
 
 
 def check_content(content: Any) -> None:
-    """Check the types of all parts that Lightning or we rely on.
+    """Check the types of all parts that Lightning or this package relies on.
 
     Raises:
-        ValueError: if one is of another type, or a weight is not all in the file; without the path.
+        ValueError: if a part has the wrong type, or the file holds only some of a weight's numbers; the message omits
+            the path.
     """
     for scheduler in content.get("lr_schedulers", []) if isinstance(content, dict) else []:
         if isinstance(scheduler, dict) and (unknown := scheduler.keys() - _SchedulerState.__annotations__.keys()):
@@ -71,10 +72,10 @@ def check_content(content: Any) -> None:
 
 
 def _check_progress(value: Any, what: str) -> None:
-    """Check that Lightning's counts of what is done are numbers, at any depth.
+    """Check that Lightning's progress counts are numbers, at any depth.
 
     Raises:
-        ValueError: if one is not.
+        ValueError: if one is not a number.
     """
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, inner in items:
@@ -84,7 +85,7 @@ def _check_progress(value: Any, what: str) -> None:
 
 
 def _tensors(content: _Content) -> Iterator[tuple[str, Tensor]]:
-    """Weights and moments, with where they stand."""
+    """Weights and moments, each with its place in the checkpoint."""
     for name, weight in content.get("state_dict", {}).items():
         yield f"state_dict.{name}", weight
     for number, optimizer in enumerate(content.get("optimizer_states", [])):
@@ -95,9 +96,9 @@ def _tensors(content: _Content) -> Iterator[tuple[str, Tensor]]:
 
 
 def forget_paths(content: dict[str, Any]) -> None:
-    """Leave out which files callbacks have written, since a resumed one may remove them, wherever they are.
+    """Drop the paths of files that callbacks wrote: a resumed callback may delete these files, wherever they are.
 
-    `ResumableCheckpoint` keeps them, because it removes those of its own folder alone.
+    `ResumableCheckpoint` keeps its paths, because it deletes files only in its own folder.
     """
     for name, state in content.get("callbacks", {}).items():
         if name.partition("{")[0] != "ResumableCheckpoint":
@@ -105,7 +106,7 @@ def forget_paths(content: dict[str, Any]) -> None:
 
 
 def is_whole(weight: Tensor) -> bool:
-    """Whether every number has a place of its own; else a small file could ask for any amount of memory."""
+    """Whether every number is stored separately; otherwise a small file could request any amount of memory."""
     if weight.layout != torch.strided or weight.is_meta:
         return False
     return weight.numel() * weight.element_size() <= weight.untyped_storage().nbytes()

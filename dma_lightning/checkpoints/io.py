@@ -1,4 +1,4 @@
-"""Files of checkpoints: written whole or not at all, found again, and read without running code."""
+"""Checkpoint files: written whole or not at all, found again, and read without running code."""
 
 import os
 import pickle
@@ -19,18 +19,18 @@ from dma_lightning.files.zip_checksums import check_records
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, to the disk, and moves it there: a path holds a whole checkpoint or none.
+    """Writes a checkpoint to disk under a temporary name, then renames it: a path holds a whole checkpoint or none.
 
-    (Lightning's own writes to the folder for temporary files, and copies from there if that is another file system.)
-    Loading refuses whatever is no tensor, number, text or container of them, and saving does, too.
+    (Lightning's own plugin writes to the system's temporary folder, and copies from there if that is on another file
+    system.) Loading and saving both refuse everything but tensors, numbers, text and containers of these.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint; a URL as Lightning does.
+        """Write a checkpoint; to a URL, as Lightning does.
 
         Raises:
-            OSError: if it cannot be written; what was at `path` before is whole.
-            ValueError: if it holds what could not be read again; what was at `path` before is whole.
+            OSError: if the checkpoint cannot be written; an earlier file at `path` stays intact.
+            ValueError: if it contains values that loading would refuse; an earlier file at `path` stays intact.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -42,7 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 check_readable(Path(file.name))
-        except RuntimeError as error:  # of torch's writer, on a full disk
+        except RuntimeError as error:  # from torch's writer, on a full disk
             raise write_error(path, error) from error
 
     def load_checkpoint(
@@ -51,8 +51,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint.
 
         Raises:
-            ValueError: if asked to read arbitrary objects, which runs whatever code the file holds; for a folder; if it
-                is damaged, or could run code.
+            ValueError: if `weights_only` is False, which would run any code in the file; if `path` is a folder; if the
+                checkpoint is damaged or could run code.
         """
         if weights_only is not False and "://" in str(path):
             checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
@@ -62,41 +62,41 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = local_checkpoint(path, weights_only)
         if path.is_dir():
             raise ValueError(
-                f"ckpt_path: expected a checkpoint of one file, got {path}, with a file of each process; FSDP2 reads "
-                "it (-c trainer/fsdp), and writes one file without save_distributed_checkpoint"
+                f"ckpt_path: expected a checkpoint of one file, got {path}, with a file of each process; read it with "
+                "FSDP2 (-c trainer/fsdp), which writes one file if save_distributed_checkpoint is false"
             )
         return read_checkpoint(path, map_location, mmap=False)
 
 
 def local_checkpoint(path: Any, weights_only: bool | None) -> Path:
-    """Where a checkpoint is that somebody asks Lightning's interface for.
+    """Convert the arguments of Lightning's loading functions to a local path.
 
     Raises:
-        ValueError: if it is not on this machine, or shall be read in a way that runs what it holds.
+        ValueError: if the path is not on this machine, or `weights_only` is False, which could run code.
     """
     if weights_only is False:
-        raise ValueError("weights_only: expected true, since other checkpoints can run any code; got false")
+        raise ValueError("weights_only: expected true, since false lets a checkpoint run any code; got false")
     if not isinstance(path, str | os.PathLike) or "://" in str(path):
-        raise ValueError(f"checkpoint_path: expected a file of this machine, got {path!r}; download it first")
+        raise ValueError(f"checkpoint_path: expected a file on this machine, got {path!r}; download it first")
     return Path(path).expanduser()
 
 
 def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
-    """Path of the checkpoint that `read_newest` finds, as a trainer takes it."""
+    """Path of the checkpoint that `read_newest` finds; None if there is none."""
     found = read_newest(folders)
     return None if found is None else found[0]
 
 
 def read_newest(folders: Iterable[Path]) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint written last of those at any depth below some folders that training can go on from.
+    """Read the newest checkpoint, at any depth below some folders, that training can resume from.
 
-    Those that cannot be read are left out with a warning.
+    Unreadable checkpoints are skipped with a warning.
 
     Returns:
-        Its path and what `read_checkpoint` says that it holds; None if there is none.
+        Its path and its content, as from `read_checkpoint`; None if there is none.
 
     Raises:
-        ValueError: if there are some, and none can be read.
+        ValueError: if none can be resumed from, and at least one cannot be read.
     """
     damaged = []
     found = {file.resolve() for folder in folders for file in folder.rglob("*.ckpt") if file.exists()}
@@ -104,7 +104,7 @@ def read_newest(folders: Iterable[Path]) -> tuple[Path, dict[str, Any]] | None:
         try:
             saved = read_checkpoint(path)
         except ValueError as error:
-            rank_zero_warn(f"ckpt_path last leaves out {error}")
+            rank_zero_warn(f"ckpt_path last skips {error}")
             damaged.append(path)
             continue
         if "lr_schedulers" in saved:
@@ -112,24 +112,24 @@ def read_newest(folders: Iterable[Path]) -> tuple[Path, dict[str, Any]] | None:
     if damaged:
         raise ValueError(
             f"ckpt_path last: expected a whole checkpoint, got {len(damaged)} that cannot be read, the newest "
-            f"{damaged[0]}; bring back a copy, or move them away to begin anew"
+            f"{damaged[0]}; restore a copy, or move them away to start over"
         )
     return None
 
 
 def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = True) -> dict[str, Any]:
-    """What a checkpoint holds; of a folder, without weights. Its checksums are compared once per process.
+    """Read a checkpoint's content; a folder's without its weights. Checksums are checked once per process.
 
     Args:
-        path: of the file or folder.
+        path: path of the file or folder.
         map_location: where tensors go, as in `torch.load`.
-        mmap: leave tensors on the disk until they are used.
+        mmap: leave tensors on disk until they are used.
 
     Raises:
-        ValueError: if it is damaged, could run code, or a part has another type than it must have.
-        PermissionError: if it may not be read.
+        ValueError: if the checkpoint is damaged or could run code, or a part has the wrong type.
+        PermissionError: if you may not read it.
     """
-    verifies_content()  # raises if the switch is neither on nor off, which is no damage
+    verifies_content()  # here, so that a bad value of its variable is not reported as damage
     file = path / META if path.is_dir() else path
     check_regular(file, "a checkpoint")
     try:
@@ -141,36 +141,36 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = True) ->
         forget_paths(checkpoint)
     except PermissionError as error:
         raise PermissionError(f"{path}: expected a checkpoint that you may read, got {error}; ask its owner") from error
-    except pickle.UnpicklingError as error:  # torch advises to load what can run any code
+    except pickle.UnpicklingError as error:  # torch's message advises a load that can run any code
         raise ValueError(f"{path}: expected a whole checkpoint of plain values, got {_not_plain(file)}") from error
-    except Exception as error:  # torch raises whatever the damage leads to
+    except Exception as error:  # a damaged file can make torch raise anything
         reason, *_ = f"{error}\n".splitlines()
         raise ValueError(f"{path}: expected a whole checkpoint, got one that cannot be read ({reason})") from error
     return checkpoint
 
 
 def check_readable(file: Path) -> None:
-    """Make sure that a checkpoint that was just written can be read again.
+    """Check that a newly written checkpoint can be read again.
 
     Raises:
-        ValueError: if it holds what is no tensor, number, text or container.
+        ValueError: if it contains anything but tensors, numbers, text and containers.
     """
     try:
         torch.load(file, weights_only=True, map_location="cpu", mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"checkpoint: expected tensors, numbers, text and containers alone, got {_not_plain(file)}; let callbacks "
+            f"checkpoint: expected only tensors, numbers, text and containers, got {_not_plain(file)}; let callbacks "
             "and modules save plain values"
         ) from error
 
 
 def _not_plain(file: Path) -> str:
-    """What a checkpoint holds that must not be read."""
+    """Describe the content of a checkpoint that must not be read."""
     try:
         found = ", ".join(map(repr, sorted(get_unsafe_globals_in_checkpoint(file))))
-    except Exception:  # whatever the damage leads to
+    except Exception:  # a damaged file can raise anything
         found = ""
-    return f"{found[:200]}, which could run any code" if found else "a structure that is damaged"
+    return f"{found[:200]}, which could run any code" if found else "a damaged structure"
 
 
 def _time_written(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""States of random numbers, so that a resumed run draws what the uninterrupted one does."""
+"""Random states, so that a resumed run draws the same numbers as an uninterrupted one."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from dma_lightning.trainer_state import random_states, set_random_states
 
 
 def rng_states(trainer: pl.Trainer) -> dict[str, Any]:
-    """Of this process, without arrays, which a safe load refuses; of GPUs, its own alone."""
+    """Random states of this process and its own GPU, without arrays, because a safe load refuses arrays."""
     states, device = random_states(), trainer.strategy.root_device
     name, keys, *rest = states["numpy"]
     states["numpy"] = (name, keys.tolist(), *rest)
@@ -18,10 +18,16 @@ def rng_states(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def restore_rng_states(states: list[dict[str, Any]], trainer: pl.Trainer) -> None:
-    """Go on with those that a checkpoint has of all processes, in the order of their ranks; else with the seed's.
+    """Restore this process's random states from a checkpoint.
+
+    If the number of processes has changed, warn and continue from the seed.
+
+    Args:
+        states: one for each process, in the order of their ranks.
+        trainer: the resumed run's.
 
     Raises:
-        ValueError: if they are no states.
+        ValueError: if they are not random states.
     """
     if len(states) == trainer.world_size:
         own = states[trainer.global_rank]
@@ -31,10 +37,10 @@ def restore_rng_states(states: list[dict[str, Any]], trainer: pl.Trainer) -> Non
                 torch.cuda.set_rng_state(own["device"], trainer.strategy.root_device)
         except (TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"{trainer.ckpt_path}: rng_states: expected states of random numbers, got others ({error!r})"
+                f"{trainer.ckpt_path}: rng_states: expected random states, got others ({error!r})"
             ) from error
     else:
         rank_zero_warn(
-            f"the checkpoint is of {len(states)} processes and this run of {trainer.world_size}: "
-            "random numbers (of dropout) go on from the seed instead"
+            f"the checkpoint has {len(states)} processes and this run has {trainer.world_size}: "
+            "random numbers (for dropout) continue from the seed instead"
         )

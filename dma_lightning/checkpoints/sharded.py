@@ -1,4 +1,4 @@
-"""Checkpoints of which every process has written its part to a folder: reading them runs no code that they hold."""
+"""Sharded checkpoints: folders with one part from each process, read without running code from them."""
 
 import io
 import os
@@ -25,10 +25,10 @@ from dma_lightning.files.atomic import sync_folder
 from dma_lightning.files.reading import as_kind, check_regular
 from dma_lightning.files.zip_checksums import check_records
 
-_PLACE = tuple[str, Count, Count]  # of a tensor in a folder: name of the file, offset and length in bytes
-META = "meta.pt"  # a file of such a folder, with all but weights and optimizer states; written last
+_PLACE = tuple[str, Count, Count]  # where a folder stores a tensor: file name, offset and length in bytes
+META = "meta.pt"  # the folder's file for all but weights and optimizer states; written last
 
-# What an index may be made of besides plain containers, numbers and text, by module.
+# Types allowed in an index in addition to plain containers, numbers and text, by module.
 _INDEX_TYPES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -49,16 +49,16 @@ _INDEX_TYPES = {
 
 
 def load_sharded(path: Path, model: nn.Module, optimizers: list[Optimizer]) -> None:
-    """Read the weights and moments of this process out of a folder that any number of processes has written.
+    """Read this process's weights and moments from a folder that any number of processes wrote.
 
     Args:
         path: the folder.
-        model: whose weights are replaced.
-        optimizers: of it, whose states are replaced.
+        model: its weights are replaced.
+        optimizers: the model's optimizers; their states are replaced.
 
     Raises:
-        ValueError: if its index could run code, or files are not whole.
-        torch.distributed.checkpoint.api.CheckpointException: if another value is no tensor, number, text or container.
+        ValueError: if the index could run code, or a file is incomplete or damaged.
+        torch.distributed.checkpoint.api.CheckpointException: if a value is not a tensor, number, text or container.
     """
     check_shards(path)
     weights = get_model_state_dict(model)
@@ -72,11 +72,11 @@ def load_sharded(path: Path, model: nn.Module, optimizers: list[Optimizer]) -> N
 
 
 def check_shards(path: Path) -> None:
-    """Read the indices of a folder as if they were harmful, and compare sizes and checksums of its files with them.
+    """Read a folder's indices as untrusted data, and compare its files with the sizes and checksums in them.
 
     Raises:
-        ValueError: if there is none, one holds anything that an index does not or names a file outside the folder, or
-            a file is not whole.
+        ValueError: if there is no index, an index contains foreign types or names a file outside the folder, or a file
+            is incomplete or damaged.
     """
     for index in _indices(path):
         content = _read_index(index)
@@ -85,20 +85,20 @@ def check_shards(path: Path) -> None:
             name, offset, length = written
             file = path / name
             if Path(name).name != name or file.is_symlink():
-                raise ValueError(f"{index}: expected names of files in this folder, got {name!r}")
+                raise ValueError(f"{index}: expected the name of a file in this folder, got {name!r}")
             check_regular(file, "a part of a checkpoint")
             if (size := file.stat().st_size) < offset + length:
                 raise ValueError(f"{file}: expected at least {offset + length} bytes, got {size}")
             try:
                 check_records(file, offset, length)
                 if isinstance(content.state_dict_metadata.get(key.fqn), BytesStorageMetadata):
-                    _check_plain(file, offset, length)  # strategies of others read these with less care
+                    _check_plain(file, offset, length)  # other strategies read these without this check
             except ValueError as error:
                 raise ValueError(f"{file}, byte {offset}: {error}") from error
 
 
 def _check_plain(file: Path, offset: int, length: int) -> None:
-    """Read a value that is no tensor.
+    """Check a stored value that is not a tensor.
 
     Raises:
         ValueError: if it is not plain.
@@ -108,12 +108,12 @@ def _check_plain(file: Path, offset: int, length: int) -> None:
         part = io.BytesIO(stream.read(length))
     try:
         torch.load(part, weights_only=True)
-    except Exception as error:  # torch raises whatever the damage leads to, and advises to read with less care
-        raise ValueError("expected a plain value, got one that could run any code, or is damaged") from error
+    except Exception as error:  # a damaged file can make torch raise anything, and advise an unsafe load
+        raise ValueError("expected a plain value, got one that could run any code or is damaged") from error
 
 
 def sharded_weights(path: Path) -> dict[str, TensorStorageMetadata]:
-    """What the index of a folder says about the weights there."""
+    """Index entries of the weights in a folder, by name."""
     entries = [entry for index in _indices(path) for entry in _read_index(index).state_dict_metadata.items()]
     return {
         name.removeprefix("state_dict."): entry
@@ -130,7 +130,7 @@ def _indices(path: Path) -> list[Path]:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Give a folder its name; what had it before, a folder, a file or a link, stands until then."""
+    """Rename folder `new` to `path`; whatever `path` named before, a folder, file or link, stays until then."""
     with (new / META).open("rb") as file:
         os.fsync(file.fileno())
     sync_folder(new)
@@ -144,7 +144,7 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a folder, a file or a link, if it is there."""
+    """Delete a folder, file or link if it exists."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     else:
@@ -152,17 +152,17 @@ def remove(path: Path) -> None:
 
 
 def _fill(state: dict[str, Any], path: Path) -> None:
-    """Replace all values of a state by those of a folder."""
+    """Replace all values of a state with a folder's."""
     load(state, storage_reader=FileSystemReader(path), planner=_PlainPlanner())
 
 
 class _PlainPlanner(DefaultLoadPlanner):
-    """Torch's planner, for which what is no tensor must be a plain value."""
+    """Torch's planner, but values that are not tensors must be plain."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         try:
-            torch.load(value, weights_only=True)  # raises before the planner reads it with less care
-        except pickle.UnpicklingError:  # whose text advises to load what can run any code
+            torch.load(value, weights_only=True)  # raises before the planner's unsafe load
+        except pickle.UnpicklingError:  # torch's message advises a load that can run any code
             name = read_item.storage_index.fqn
             raise ValueError(f"{name}: expected a plain value, got one that could run any code") from None
         value.seek(0)
@@ -170,7 +170,7 @@ class _PlainPlanner(DefaultLoadPlanner):
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Knows what an index is made of, and nothing else."""
+    """Unpickles only the types that an index contains."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _INDEX_TYPES.get(module, ()):
@@ -179,10 +179,10 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def _read_index(file: Path) -> Metadata:
-    """An index, read as if it were harmful.
+    """Read an index as untrusted data.
 
     Raises:
-        ValueError: if it is damaged or holds anything that an index does not.
+        ValueError: if it is damaged or contains foreign types.
     """
     check_regular(file, "the index of a sharded checkpoint")
     with file.open("rb") as stream:
@@ -190,10 +190,10 @@ def _read_index(file: Path) -> Metadata:
             index = _IndexUnpickler(stream).load()
         except pickle.UnpicklingError as error:
             raise ValueError(
-                f"{file}: expected the index of a sharded checkpoint, got {error}, which could run any code; take "
-                "checkpoints from where you trust"
+                f"{file}: expected the index of a sharded checkpoint, got {error}, which could run any code; use "
+                "checkpoints only from sources you trust"
             ) from error
-        except Exception as error:  # pickle raises whatever the damage leads to
+        except Exception as error:  # a damaged file can make pickle raise anything
             raise ValueError(
                 f"{file}: expected the index of a sharded checkpoint, got a damaged one ({error})"
             ) from error

@@ -1,8 +1,8 @@
-"""Files of any kind: written whole, locked, checked, and read as if a stranger had written them.
+"""Files of any kind: written whole, locked, checked, and read as untrusted input.
 
-- `atomic`: written beside their place, and moved there when they are on the disk
-- `locks`: one process at a time in a folder
-- `reading`: JSON and values of given types; errors that name the file
-- `sha256_sums`: the checksums of a folder's files
-- `zip_checksums`: the checksums that a checkpoint's archive carries
+- `atomic`: writes to a temporary file and renames it once it is on disk
+- `locks`: allows one process at a time in a folder
+- `reading`: reads JSON and typed values; every error names the file
+- `sha256_sums`: writes and checks the hashes of a folder's files
+- `zip_checksums`: checks the checksums inside a checkpoint's archive
 """

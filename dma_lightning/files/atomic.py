@@ -1,4 +1,4 @@
-"""Atomic writes: a file is there whole or not at all, whatever ends the process that writes it."""
+"""Atomic writes: a file exists whole or not at all, however the writing process ends."""
 
 import errno
 import os
@@ -10,19 +10,21 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_write(path: Path, suffix: str = ".tmp", mode: int = 0o666) -> Iterator[BinaryIO]:
-    """A file to write that gets its name at the end, when it is on the disk; one that fails leaves nothing.
+    """Open a file for writing under a temporary name, and rename it to `path` once it is on disk.
+
+    A write that fails leaves no file behind.
 
     Args:
-        path: its name; a file that has it stands until then.
-        suffix: of its name until then, in the same folder; what writes from several hosts needs one for each.
-        mode: who may read and write it from the first byte on, before the umask.
+        path: final name of the file. An existing file with this name stays until the rename.
+        suffix: appended to `path` for the temporary name. If several hosts write, give each its own suffix.
+        mode: permissions of the file from the first byte on; the umask applies.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the file cannot be written.
     """
     unfinished = path.with_name(f"{path.name}{suffix}")
     try:
-        unfinished.unlink(missing_ok=True)  # of a killed process, or a link to a file elsewhere
+        unfinished.unlink(missing_ok=True)  # left by a killed process, or a link to a file elsewhere
         with open(unfinished, "w+b", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, mode)) as file:
             yield file
             file.flush()
@@ -31,23 +33,23 @@ def atomic_write(path: Path, suffix: str = ".tmp", mode: int = 0o666) -> Iterato
         sync_folder(path.parent)
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(unfinished)):  # not one that is read
+        if isinstance(error, OSError) and error.filename in (None, str(unfinished)):  # not an error about another file
             raise write_error(path, error) from error
         raise
 
 
 def write_error(path: Path, error: BaseException) -> OSError:
-    """What says that a file cannot be written, why, and what to do."""
-    cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch's writer has its own
+    """Make an error that says why a file cannot be written and what to do."""
+    cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch's writer wraps the cause
     full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    advice = "make room" if full else "see to the folder"
-    return OSError(f"{path}: cannot be written ({cause}); {advice}; what was there before is whole")
+    advice = "make room" if full else "check the folder"
+    return OSError(f"{path}: cannot be written ({cause}); {advice}; what was there before is intact")
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names in a folder last beyond a loss of power, where the system can."""
+    """Make the names in a folder survive a power loss, where the system supports it."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_DIRECTORY)
-        with suppress(OSError):  # which some network file systems refuse
+        with suppress(OSError):  # some network file systems refuse
             os.fsync(descriptor)
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Locks, so that one process at a time writes to a folder."""
+"""Locks: only one process at a time writes to a folder."""
 
 import os
 import socket
@@ -10,21 +10,21 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-LOCK, HOLDER = ".lock", ".lock-holder"  # files in a locked folder; the second says who holds the first
+LOCK, HOLDER = ".lock", ".lock-holder"  # files in a locked folder; the second names the holder of the first
 
 
 @contextmanager
 def locked_folder(folder: Path, advice: str) -> Iterator[None]:
-    """Be the only process that writes to a folder.
+    """Lock a folder so that no other process writes to it.
 
-    Where the file system has locks, the system ends this one with the process, however that ends.
+    On a file system with locks, the system releases the lock when the process ends, however it ends.
 
     Args:
         folder: an existing folder.
-        advice: what to do if another process has it, for the message.
+        advice: what to do if another process holds the lock, for the message.
 
     Raises:
-        ValueError: if another process has it; the message names that process.
+        ValueError: if another process holds the lock; the message names that process.
     """
     try:
         lock = FileLock(folder / LOCK, timeout=0).acquire()
@@ -35,12 +35,12 @@ def locked_folder(folder: Path, advice: str) -> Iterator[None]:
     with lock:
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
         now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        (folder / HOLDER).unlink(missing_ok=True)  # a link would lead elsewhere
+        (folder / HOLDER).unlink(missing_ok=True)  # writing through a link would change another file
         (folder / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()} ({command}), since {now}")
         try:
             yield
         finally:
-            with suppress(OSError):  # a folder that is gone has no holder
+            with suppress(OSError):  # the folder may be gone
                 (folder / HOLDER).unlink(missing_ok=True)
 
 
@@ -48,4 +48,4 @@ def _holder(folder: Path) -> str:
     try:
         return (folder / HOLDER).read_text()[:200]
     except OSError:
-        return "one that has just begun"
+        return "one that has just started"

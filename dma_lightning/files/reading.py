@@ -1,6 +1,6 @@
-"""Reading files that may be damaged or hostile: only regular files, only known fields, only content that was written.
+"""Reading files that may be damaged or hostile: only regular files, known fields and unaltered content.
 
-Every error is one line that names the file and, where there is one, the field.
+Every error is one line that names the file and the field, if any.
 """
 
 import hashlib
@@ -13,14 +13,14 @@ import msgspec
 T = TypeVar("T")
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
-VERIFY_VARIABLE = "DMA_VERIFY_FILES"  # environment variable: 0 skips the checks of content
+VERIFY_VARIABLE = "DMA_VERIFY_FILES"  # environment variable: 0 skips the content checks
 
 
 def verifies_content() -> bool:
-    """Whether the content of checkpoints, exports and prepared shards is checked when they are read.
+    """Whether reading checkpoints, exports and prepared shards checks their content.
 
     Raises:
-        ValueError: if the environment variable says neither yes nor no.
+        ValueError: if the environment variable is neither 0 nor 1.
     """
     value = os.environ.get(VERIFY_VARIABLE, "1")
     if value not in ("0", "1"):
@@ -29,14 +29,14 @@ def verifies_content() -> bool:
 
 
 def check_regular(path: Path, what: str) -> None:
-    """Refuse whatever is not a regular file: reading a pipe or a device may never end.
+    """Refuse anything but a regular file: reading a pipe or a device may never end.
 
     Args:
-        path: of the file; links are followed.
+        path: path of the file; links are followed.
         what: the kind of file, for the message.
 
     Raises:
-        ValueError: if there is no such file, or it is not a regular one.
+        ValueError: if the file is missing or not a regular file.
     """
     if not path.is_file():
         found = "something that is not a regular file" if path.exists() else "no such file"
@@ -47,12 +47,13 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
     """Read a JSON file into a validated value.
 
     Args:
-        path: of the file.
+        path: path of the file.
         kind: type of the content, such as a `msgspec.Struct` or a dataclass.
         what: the kind of file, for the message.
 
     Raises:
-        ValueError: if it is missing, no JSON, or a field is missing or of another type; with the field.
+        ValueError: if the file is missing or is not JSON, or a field is missing or has the wrong type; the message
+            names the field.
     """
     check_regular(path, what)
     try:
@@ -66,19 +67,19 @@ def as_kind(value: Any, kind: type[T], what: str) -> T: ...
 
 
 @overload
-def as_kind(value: Any, kind: Any, what: str) -> Any: ...  # of what is no class, such as a union
+def as_kind(value: Any, kind: Any, what: str) -> Any: ...  # for types that are not classes, such as unions
 
 
 def as_kind(value: Any, kind: Any, what: str) -> Any:
-    """Validate a plain value that a file held.
+    """Validate a plain value from a file.
 
     Args:
         value: containers, numbers and text.
-        kind: the type that it should have.
-        what: file and field that it is from, for the message.
+        kind: the expected type.
+        what: the file and field it comes from, for the message.
 
     Raises:
-        ValueError: if a field is missing or of another type; with the field.
+        ValueError: if a field is missing or has the wrong type; the message names the field.
     """
     try:
         return msgspec.convert(value, kind)
@@ -87,6 +88,6 @@ def as_kind(value: Any, kind: Any, what: str) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's content, in hexadecimal digits."""
+    """SHA-256 hash of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

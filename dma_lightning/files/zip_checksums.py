@@ -1,4 +1,4 @@
-"""Checksums in the zip files of `torch.save`, which torch writes but does not compare when it reads."""
+"""Checksums in the zip files of `torch.save`: torch writes them but does not check them when it reads."""
 
 import io
 import os
@@ -11,19 +11,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from dma_lightning.files.reading import verifies_content
 
-_verified: set[tuple] = set()  # files, or parts of them, that this process has found whole
+_verified: set[tuple] = set()  # files, or parts of files, that this process has checked
 
 
 def check_records(path: Path, offset: int = 0, length: int | None = None) -> None:
-    """Compare the records of a file of `torch.save` with their checksums, once per process and content.
+    """Check the records of a file written by `torch.save` against their checksums, once per process and content.
 
     Args:
-        path: of the file.
-        offset: byte at which the zip file begins.
-        length: bytes of the zip file. Default: the whole file.
+        path: path of the file.
+        offset: byte at which the zip file starts.
+        length: size of the zip file in bytes. Default: the whole file.
 
     Raises:
-        ValueError: if a record differs, or this is no such file; without the path.
+        ValueError: if a record differs, or `torch.save` did not write the file; the message omits the path.
     """
     if not verifies_content():
         return
@@ -41,14 +41,14 @@ def _check_zip(file: BinaryIO, size: int, path: Path) -> None:
     try:
         archive = zipfile.ZipFile(file)
         records = archive.infolist()
-        # Others could unpack to far more than the size of the file.
+        # Compressed or overlapping records could unpack to far more than the size of the file.
         if any(x.compress_type != zipfile.ZIP_STORED for x in records) or sum(x.file_size for x in records) > size:
-            raise ValueError("expected records that are not compressed and do not overlap")
+            raise ValueError("expected records that are not compressed and do not overlap, got other records")
         if not any(record.CRC for record in records):
-            rank_zero_warn(f"{path}: was written without checksums, so damage cannot be seen")
+            rank_zero_warn(f"{path}: was written without checksums, so damage cannot be detected")
             return
         damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, UnicodeError, struct.error) as error:
-        raise ValueError(f"expected a file of torch.save: {error}") from error
+        raise ValueError(f"expected a file written by torch.save: {error}") from error
     if damaged is not None:
         raise ValueError(f"record {damaged!r} differs from its checksum")

@@ -1,10 +1,11 @@
-"""Models of the Hugging Face Hub.
+"""Models in the format of the Hugging Face Hub.
 
-- `doge`: folders of `DogeForCausalLM`, read and written
-- `folders`: folders of all families that a decoder of ours can express, read
-- `own`: folders that any model of ours is written to
-- `config`: `config.json` and `ModelConfig`
-- `weight_files`: weights in one file or several; `tokenizer_files`: what lies beside them
+- `doge`: reads and writes folders of `DogeForCausalLM`
+- `folders`: reads folders of all model families that our decoder can express
+- `own`: writes any of our models to a folder
+- `config`: converts between `config.json` and `ModelConfig`
+- `weight_files`: reads weights from one or several files
+- `tokenizer_files`: copies and writes a model's tokenizer files
 """
 
 from dma_lightning.huggingface.doge import load_doge, save_doge

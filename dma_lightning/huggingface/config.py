@@ -1,4 +1,4 @@
-"""`config.json` of models of Transformers: what is read of one, and what stands in one of Doge.
+"""Reading `config.json` of Transformers models, and writing it for Doge.
 
 Source: Hugging Face Transformers, `models/doge`, `models/llama`, `models/qwen2`, `models/qwen3`.
 """
@@ -11,7 +11,7 @@ import msgspec
 
 from dma_lightning.config import ModelConfig
 
-# So that no product of sizes overflows.
+# Limits, so that no product of sizes overflows.
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)] | None
 _Heads = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] | None
 _Count = Annotated[int, msgspec.Meta(ge=1, le=(1 << 31) - 1)] | None
@@ -29,7 +29,7 @@ class RopeFile(msgspec.Struct):
 
 
 class ConfigFile(msgspec.Struct):
-    """What is read of a `config.json`; null is no value."""
+    """The fields that are read from a `config.json`; null means no value."""
 
     model_type: str | None = None
     is_moe: bool | None = None
@@ -77,10 +77,10 @@ class Family:
     """Models of one `model_type`.
 
     Attributes:
-        defaults: what Transformers takes a missing field for, where it is not what we take it for.
-        fixed: fields that are the same in all of them, whatever `config.json` says.
-        lacks: ends of the names of those tensors of ours that they do not have.
-        rope_types: rotary embeddings that can be expressed here.
+        defaults: defaults of Transformers for missing fields, where they differ from `ModelConfig`'s.
+        fixed: fields with the same value in all models of the family, whatever `config.json` says.
+        lacks: name endings of our tensors that these models do not have.
+        rope_types: types of rotary embedding that our decoder supports.
     """
 
     defaults: Mapping[str, Any]
@@ -128,25 +128,25 @@ FAMILIES = {
 }  # fmt: skip
 """Models that can be read, by their `model_type`."""
 
-_UNUSED_WINDOW = ("qwen2", "qwen3")  # they write down a window without use_sliding_window
+_UNUSED_WINDOW = ("qwen2", "qwen3")  # their config.json has a sliding_window even if use_sliding_window is false
 
 _MOE = (
-    "mixtures of experts are not supported, also because the router of the public implementation pairs halves of "
-    "different tokens and so lets a token see later ones"
+    "mixtures of experts are not supported, partly because the router of the public implementation pairs halves of "
+    "different tokens, which lets a token see later ones"
 )
 
 
 def config_fields(file: ConfigFile, families: Collection[str] = FAMILIES.keys()) -> dict[str, Any]:
-    """Fields of `ModelConfig` of a `config.json`.
+    """Convert a `config.json` to fields of `ModelConfig`.
 
-    Models that attend to all of their past have a `keep_window_size` of `max_position_embeddings`.
+    Models that attend to their whole past get a `keep_window_size` of `max_position_embeddings`.
 
     Args:
-        file: what stands there.
-        families: names of those that may be read.
+        file: content of the `config.json`.
+        families: names of the families that may be read.
 
     Raises:
-        ValueError: for a model that cannot be expressed here, with what we do not have.
+        ValueError: if our decoder cannot express the model; the message names the unsupported field.
     """
     if file.model_type not in families:
         known = " or ".join(map(repr, families))
@@ -165,10 +165,10 @@ def config_fields(file: ConfigFile, families: Collection[str] = FAMILIES.keys())
 
 
 def _check_features(file: ConfigFile) -> None:
-    """Refuse what a decoder of ours does not compute.
+    """Refuse features that our decoder does not have.
 
     Raises:
-        ValueError: with the field.
+        ValueError: if there is one; the message names its field.
     """
     if file.is_moe:
         raise ValueError(f"is_moe is set; {_MOE}")
@@ -189,9 +189,9 @@ def _check_features(file: ConfigFile) -> None:
 
 
 def _rope_fields(file: ConfigFile, known: Collection[str]) -> dict[str, float]:
-    """Base and scaling of the rotary embedding, of new and of old configurations."""
+    """Base and scaling of the rotary embedding, from new and old configurations."""
     rope = {"rope_theta": file.rope_theta or 10_000.0}
-    part = file.rope_scaling or file.rope_parameters or RopeFile()  # of the two names, in this order
+    part = file.rope_scaling or file.rope_parameters or RopeFile()  # if both are set, the first counts
     rope |= {name: x for name, x in msgspec.structs.asdict(part).items() if x is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in known:
@@ -205,7 +205,7 @@ def _rope_fields(file: ConfigFile, known: Collection[str]) -> dict[str, float]:
 
 
 def doge_config(config: ModelConfig) -> dict[str, Any]:
-    """`config.json` of a model.
+    """Content of a Doge model's `config.json`.
 
     Raises:
         ValueError: if Doge cannot express the model.
@@ -218,7 +218,7 @@ def doge_config(config: ModelConfig) -> dict[str, Any]:
         if getattr(config, name) != value:
             raise ValueError(
                 f"{name} = {getattr(config, name)!r}: the Doge model of Transformers knows only {value!r}, "
-                "so it would compute something else; save_for_transformers writes such a model in a class of its own"
+                "so it would compute something else; save_for_transformers writes such a model with its own class"
             )
     fields = {name: getattr(config, name) for name in _SHARED}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}

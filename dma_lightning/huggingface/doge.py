@@ -1,4 +1,4 @@
-"""Doge models of Hugging Face Transformers in and out: `config.json` and weights.
+"""Reading and writing Doge models of Hugging Face Transformers: `config.json` and weights.
 
 Source: Hugging Face Transformers, `models/doge`.
 """
@@ -26,18 +26,18 @@ from dma_lightning.model import DogeForCausalLM
 
 
 def load_doge(folder: Path | str, **changed: Any) -> DogeForCausalLM:
-    """A model that `DogeForCausalLM.save_pretrained` of Transformers wrote, in the dtype of its weights.
+    """Load a model that `DogeForCausalLM.save_pretrained` of Transformers wrote, in the dtype of its weights.
 
-    Dynamic scaling of the rotary embedding, which changes nothing up to `max_position_embeddings`, is left out. Nothing
-    is built before `config.json` is known to fit the weights. Files that a `SHA256SUMS` lists must have these hashes.
+    It ignores dynamic scaling of the rotary embedding, which has no effect up to `max_position_embeddings`. It builds
+    the model only if `config.json` fits the weights. Files listed in a `SHA256SUMS` must match their hashes.
 
     Args:
-        folder: holds `config.json` and `model.safetensors` or `pytorch_model.bin`, in one file or in several with an
+        folder: holds `config.json`, and `model.safetensors` or `pytorch_model.bin`, as one file or as several with an
             index.
-        changed: fields of `ModelConfig` to set otherwise, such as `backend`.
+        changed: fields of `ModelConfig` to override, such as `backend`.
 
     Raises:
-        ValueError: if a file is missing or damaged, or the model is one that cannot be expressed here.
+        ValueError: if a file is missing or damaged, or our decoder cannot express the model.
     """
     folder = Path(folder)
     check_sums(folder)
@@ -61,18 +61,18 @@ def save_doge(
 ) -> None:
     """Write a model that `DogeForCausalLM.from_pretrained` of Transformers reads.
 
-    All is written into a temporary folder beside and moved into place, so `folder` is whole or not there. `SHA256SUMS`
+    It writes all files to a temporary folder and then renames it, so `folder` is whole or does not exist. `SHA256SUMS`
     lists the hashes of all files.
 
     Args:
-        model: what to write.
-        folder: must not exist, or be empty.
-        tokenizer_folder: a folder whose tokenizer files are copied along.
-        tokenizer_json: what `tokenizer.json` shall say, if not what that of the folder does.
+        model: the model to write.
+        folder: must be empty or not exist.
+        tokenizer_folder: a folder to copy tokenizer files from.
+        tokenizer_json: content for `tokenizer.json`, instead of the file in `tokenizer_folder`.
 
     Raises:
-        ValueError: if Doge cannot express the model, or the folder is not empty.
-        OSError: if it cannot be written.
+        ValueError: if Doge cannot express the model, or `folder` is not empty.
+        OSError: if a file cannot be written.
     """
     config = doge_config(model.config)
     named = {name if name.startswith("lm_head.") else f"model.{name}": x for name, x in saved_weights(model).items()}
@@ -80,7 +80,7 @@ def save_doge(
 
 
 def saved_weights(model: DogeForCausalLM) -> dict[str, Tensor]:
-    """Weights of a model by name, on the CPU; tied ones once."""
+    """Weights of a model by name, on the CPU; tied weights appear once."""
     weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
@@ -94,7 +94,7 @@ def write_model(
     tokenizer_folder: Path | str | None,
     tokenizer_json: str | None,
 ) -> None:
-    """Write `config.json` and weights by name; the other arguments, and errors, are those of `save_doge`."""
+    """Write `config.json` and weights by name; other arguments and errors as in `save_doge`."""
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     with new_folder(folder) as unfinished:
         (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -102,7 +102,7 @@ def write_model(
             save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:  # on a full disk
             raise write_error(unfinished / WEIGHTS, error) from error
-        shutil.copymode(unfinished / "config.json", unfinished / WEIGHTS)  # the library's is for the owner alone
+        shutil.copymode(unfinished / "config.json", unfinished / WEIGHTS)  # the library lets only the owner read it
         if tokenizer_folder is not None:
             copy_tokenizer(Path(tokenizer_folder), unfinished)
         if tokenizer_json is not None:
@@ -113,10 +113,10 @@ def write_model(
 
 @contextmanager
 def new_folder(folder: Path | str) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` at the end, with its files on the disk; it is removed if anything fails.
+    """Open a temporary folder that is renamed to `folder` once its files are on disk, and deleted if anything fails.
 
     Raises:
-        ValueError: if `folder` is there and not empty.
+        ValueError: if `folder` exists and is not empty.
     """
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -1,4 +1,4 @@
-"""A folder that `save_pretrained` of Transformers wrote: `config.json` and weights, as those of a decoder of ours."""
+"""Folders that `save_pretrained` of Transformers wrote, read as a configuration and weights of our decoder."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -16,26 +16,26 @@ from dma_lightning.model import DogeForCausalLM
 
 @dataclass(frozen=True, eq=False)
 class PretrainedFolder:
-    """What a folder holds; its tensors stay on the disk until they are used."""
+    """Content of a folder; its tensors stay on disk until they are used."""
 
     path: Path
     model_type: str
     """Name of the family in `FAMILIES`."""
     fields: dict[str, Any] = field(repr=False)
-    """Those of `ModelConfig` that `config.json` says."""
+    """Fields of `ModelConfig`, from `config.json`."""
     tensors: dict[str, StoredTensor] = field(repr=False)
-    """By our names, the output head of tied embeddings included."""
+    """Tensors by our names, including the output head if it is tied to the embedding."""
 
     @classmethod
     def open(cls, path: Path, families: Collection[str] = FAMILIES.keys()) -> Self:
-        """Read `config.json`, and which weights there are.
+        """Read `config.json`, and the names and shapes of the weights.
 
         Args:
             path: the folder.
-            families: which models it may hold.
+            families: names of the model families that it may hold.
 
         Raises:
-            ValueError: if a file is missing or damaged, or the model is one that cannot be expressed here.
+            ValueError: if a file is missing or damaged, or our decoder cannot express the model.
         """
         config = path / "config.json"
         name = "a Doge model" if set(families) == {"doge"} else f"a model ({', '.join(families)})"
@@ -52,19 +52,19 @@ class PretrainedFolder:
         return cls(path, file.model_type, fields, tensors)
 
     def unfilled_model(self, changed: dict[str, Any], may_have_more: bool = False) -> DogeForCausalLM:
-        """The model on no device, if the folder has all of its weights that models of this family have.
+        """Build the model on the meta device, after checking that the folder has all weights of a model of its family.
 
         Args:
-            changed: fields of `ModelConfig` to set otherwise.
-            may_have_more: whether the folder may have other tensors, too.
+            changed: fields of `ModelConfig` to override.
+            may_have_more: whether the folder may have additional tensors.
 
         Raises:
-            ValueError: if names or shapes are not those of the model.
+            ValueError: if names or shapes of the weights do not match the model.
         """
         try:
             config = ModelConfig(**self.fields | changed)
             layers = len({name.split(".")[1] for name in self.tensors if name.startswith("layers.")})
-            if config.num_hidden_layers != layers:  # before so many are made
+            if config.num_hidden_layers != layers:  # checked first: building many layers takes long
                 raise ValueError(
                     f"num_hidden_layers: expected {layers}, as in the weights, got {config.num_hidden_layers}"
                 )
@@ -77,11 +77,11 @@ class PretrainedFolder:
         wanted = {name: list(x.shape) for name, x in expected.items() if name not in lacks}
         got = {name: list(x.shape) for name, x in found.items() if name in expected or not may_have_more}
         if wanted != got:
-            raise ValueError(f"{self.path}: weights do not belong to config.json: {_difference(wanted, got)}")
+            raise ValueError(f"{self.path}: weights do not match config.json: {_difference(wanted, got)}")
         return model
 
     def check_tied(self) -> None:
-        """Compare the output head with the embedding, if they shall be the same.
+        """Check that the output head equals the embedding if they are tied.
 
         Raises:
             ValueError: if they differ.
@@ -91,13 +91,13 @@ class PretrainedFolder:
         head, table = self.tensors["lm_head.weight"], self.tensors["embed_tokens.weight"]
         if head is not table and not torch.equal(head.read(), table.read()):
             raise ValueError(
-                f"{self.path}: tie_word_embeddings is set, but lm_head.weight is not the embedding; "
-                "set it to false in config.json if both are meant"
+                f"{self.path}: tie_word_embeddings is set, but lm_head.weight differs from the embedding; "
+                "set it to false in config.json to use both"
             )
 
 
 def _difference(expected: dict[str, list[int]], found: dict[str, list[int]]) -> str:
-    """The first few names and shapes in which two differ."""
+    """Describe the first few names and shapes that differ."""
     names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     lines = [f"{name} expected {expected.get(name, 'none')}, got {found.get(name, 'none')}" for name in names[:5]]
     return "; ".join(lines) + (f"; and {len(names) - 5} more" if len(names) > 5 else "")

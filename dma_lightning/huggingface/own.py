@@ -1,6 +1,6 @@
-"""Any model of ours for `AutoModelForCausalLM` of Transformers: as Doge if that can express it, else as it is.
+"""Writing any of our models for `AutoModelForCausalLM` of Transformers: as Doge if possible, else with its own class.
 
-What Doge cannot express has a class of its own, which `import dma_lightning.transformers` makes known.
+`import dma_lightning.transformers` registers this class.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ def save_for_transformers(
     tokenizer_folder: Path | str | None = None,
     tokenizer_json: str | None = None,
 ) -> str:
-    """Write a model that `AutoModelForCausalLM.from_pretrained` of Transformers reads; arguments as `save_doge`.
+    """Write a model that `AutoModelForCausalLM.from_pretrained` of Transformers reads; arguments as in `save_doge`.
 
     Returns:
-        The model type in `config.json`: `doge`, or `dma_lightning`, which `import dma_lightning.transformers` makes
-        known to Transformers.
+        The model type in `config.json`: `doge`, or `dma_lightning`, which `import dma_lightning.transformers` registers
+        with Transformers.
 
     Raises:
-        ValueError: if the folder is not empty, or the tokenizer damaged.
-        OSError: if it cannot be written.
+        ValueError: if the folder is not empty, or the tokenizer is damaged.
+        OSError: if a file cannot be written.
     """
     try:
         doge_config(model.config)
@@ -41,7 +41,7 @@ def save_for_transformers(
 
 
 def own_config(model: DogeForCausalLM) -> dict[str, Any]:
-    """`config.json` of a model in its own class; the backend is left to the machine."""
+    """Content of `config.json` for a model with its own class; the backend is `auto`."""
     shape = dataclasses.asdict(dataclasses.replace(model.config, backend="auto"))
     config = {name: shape[name] for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id")}
     return {"architectures": [CLASS_NAME], "model_type": MODEL_TYPE, "shape": shape, **config}

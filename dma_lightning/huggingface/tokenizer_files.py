@@ -1,4 +1,4 @@
-"""The files of a tokenizer beside a model."""
+"""A tokenizer's files in a model's folder."""
 
 import json
 import shutil
@@ -18,13 +18,13 @@ _TOKENIZER_FILES = (
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer files that there are.
+    """Copy the tokenizer files in a folder.
 
-    Links are followed within the folder alone, and to the files of the Hugging Face cache if the folder is one of its
-    snapshots: a folder from elsewhere could otherwise have any file of this machine copied and passed on.
+    It follows links only within the folder, and to the blobs of the Hugging Face cache if the folder is a snapshot
+    there. Otherwise a downloaded folder could make it copy, and you publish, any file of this machine.
 
     Raises:
-        ValueError: if one is no regular file, or a link to one elsewhere.
+        ValueError: if a tokenizer file is not a regular file, or is a link to a file elsewhere.
     """
     inside = source.resolve()
     roots = [inside, inside.parents[1] / "blobs"] if inside.parent.name == "snapshots" else [inside]
@@ -34,21 +34,21 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         check_regular(path, "a tokenizer file")
         if not any(path.resolve().is_relative_to(root) for root in roots):
             raise ValueError(
-                f"{path}: expected a file of this folder, got a link to {path.resolve()}; copy the file there if it "
-                "is meant"
+                f"{path}: expected a file in this folder, got a link to {path.resolve()}; to use that file, copy it "
+                "here"
             )
         shutil.copyfile(path, target / path.name)
 
 
 def describe_tokens(folder: Path, config: dict[str, Any]) -> None:
-    """Tell Transformers the tokens that begin, end and pad texts, in files that are not there.
+    """Write the tokens that start, end and pad texts to files for Transformers, unless the files exist.
 
-    `generation_config.json` is for its `generate`, and `tokenizer_config.json` beside a `tokenizer.json` for its
-    `AutoTokenizer`. The first token that ends texts pads them, too; attention masks tell both apart.
+    `generate` reads `generation_config.json`. `AutoTokenizer` reads `tokenizer_config.json`, which is written only
+    beside a `tokenizer.json`. The first token that ends texts also pads them; attention masks tell the two apart.
 
     Args:
-        folder: of the model.
-        config: of the model, with `bos_token_id` and `eos_token_id`.
+        folder: the model's folder.
+        config: the model's configuration, with `bos_token_id` and `eos_token_id`.
 
     Raises:
         ValueError: if the library cannot read the tokenizer.
@@ -72,9 +72,9 @@ def describe_tokens(folder: Path, config: dict[str, Any]) -> None:
 
 
 def byte_tokenizer_json() -> str:
-    """`tokenizer.json` whose tokens are the 256 bytes of a text in UTF-8.
+    """Content of a `tokenizer.json` whose tokens are the 256 byte values of UTF-8 text.
 
-    Byte-level tokenizers spell each byte as a character that can be seen, those that have none by others from 256 on.
+    Byte-level tokenizers spell each byte as a visible character; bytes without one get characters from 256 on.
     """
     seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
     unseen = [byte for byte in range(256) if byte not in seen]
@@ -86,7 +86,7 @@ def byte_tokenizer_json() -> str:
 
 
 def has_bytes(path: Path) -> bool:
-    """Whether a `tokenizer.json` has the tokens of `byte_tokenizer_json`, or is not there."""
+    """Whether a `tokenizer.json` has the tokens of `byte_tokenizer_json`, or does not exist."""
     if not path.exists():
         return True
     with suppress(ValueError), library_errors(str(path)):

@@ -1,6 +1,6 @@
-"""Files of weights, of which names and shapes are read first, before anything is built: safetensors, or pickles.
+"""Weight files, safetensors or pickles: names and shapes are known before any model is built.
 
-A pickle (`pytorch_model.bin`) is read by `torch.load` with `weights_only`, so it runs no code.
+`torch.load` reads pickles (`pytorch_model.bin`) with `weights_only`, so they run no code.
 """
 
 import pickle
@@ -25,31 +25,31 @@ PICKLE = "pytorch_model.bin"
 _INDEX = ".index.json"
 
 _EXPECTED = (
-    f"weights in {WEIGHTS}, or in several files that {WEIGHTS}{_INDEX} names, or tensors alone in {PICKLE}, or in "
+    f"weights in {WEIGHTS}, in several files that {WEIGHTS}{_INDEX} names, in {PICKLE} with only tensors, or in "
     f"several files that {PICKLE}{_INDEX} names"
 )
 
 
 class _Index(msgspec.Struct):
-    """What names the files of weights, by tensor; the files themselves say which tensors they hold."""
+    """An index: the file of each tensor. Only its file names are used; the files say which tensors they hold."""
 
     weight_map: dict[str, Annotated[str, msgspec.Meta(pattern=r"^[^/\\]+\.(safetensors|bin)$")]]
 
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor of a file that is open."""
+    """A tensor in an open file."""
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor] = field(repr=False)
-    """Gives the tensor; until then it may be on the disk alone."""
+    """Returns the tensor; until the call, it may be only on disk."""
 
 
 def open_weights(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a folder by their names; safetensors, if there are both.
+    """Open the tensors in a folder, by name; if it has both formats, the safetensors.
 
     Raises:
-        ValueError: if files are missing or damaged, or could run code.
+        ValueError: if a file is missing or damaged, or could run code.
     """
     found: dict[str, StoredTensor] = {}
     for name in _files(folder):
@@ -66,7 +66,7 @@ def _files(folder: Path) -> list[str]:
             return [whole]
         if index.exists():
             return sorted(set(read_json(index, _Index, _EXPECTED).weight_map.values()))
-    return [WEIGHTS]  # whose absence is told
+    return [WEIGHTS]  # the caller reports that it is missing
 
 
 def _of_safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -82,13 +82,13 @@ def _of_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 def _of_pickle(path: Path) -> dict[str, StoredTensor]:
     try:
-        is_zip = zipfile.is_zipfile(path)  # else of an old torch, which has neither checksums nor parts to map
+        is_zip = zipfile.is_zipfile(path)  # else of an old torch: no checksums, no mapping
         if is_zip:
             check_records(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:  # torch advises to load what can run any code
-        raise ValueError(f"{path}: expected {_EXPECTED}, got what could run any code, or is damaged") from error
-    except Exception as error:  # torch raises whatever the damage leads to
+    except pickle.UnpicklingError as error:  # torch's message advises a load that can run any code
+        raise ValueError(f"{path}: expected {_EXPECTED}, got a file that could run any code or is damaged") from error
+    except Exception as error:  # a damaged file can make torch raise anything
         reason, *_ = f"{error}\n".splitlines()
         raise ValueError(f"{path}: expected {_EXPECTED}, got a file that cannot be read ({reason})") from error
     tensors = content.items() if isinstance(content, dict) else [("", content)]

@@ -1,11 +1,14 @@
 """Dynamic mask attention in decoders of Hugging Face Transformers, which the extra `transformers` installs.
 
-Importing this registers the attention implementation `dma`, and the model type `dma_lightning` of exports;
-docs/transformers.md shows how both are used.
+Importing this package registers the attention implementation `dma`, and the model type `dma_lightning` of exports.
+docs/transformers.md shows how to use both.
 
-- `conversion`: masks for a model; `layers`: what its layers get
-- `attention`: what they compute; `masks`: what they are told of documents and padding; `cache`: what they keep
-- `own_model`: our decoder as a model of Transformers
+- `conversion`: adds dynamic masks to a model, and loads such models
+- `layers`: the modules that attention layers get
+- `attention`: the attention function
+- `masks`: finds documents and padding in the masks of Transformers
+- `cache`: a cache of constant size for `generate`
+- `own_model`: our decoder as a Transformers model
 """
 
 try:
@@ -16,8 +19,8 @@ except ImportError as error:
     if (error.name or "").split(".")[0] != "transformers":
         raise
     raise ValueError(
-        "dma_lightning.transformers: expected the package transformers, at least 5.18, got none or an older one; "
-        "install dma-lightning[transformers]"
+        "dma_lightning.transformers: expected the package transformers, version 5.18 or newer, got none or an older "
+        "one; install dma-lightning[transformers]"
     ) from error
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Dynamic mask attention as Transformers calls an attention.
+"""Dynamic mask attention as an attention function of Transformers.
 
 B batch, H query heads, G KV heads, n queries, N keys, D head dim.
 """
@@ -16,34 +16,34 @@ from dma_kernels.keep_rule import KeepRule
 from dma_lightning.backends import ATTENTIONS, attend, resolve_backend
 from dma_lightning.transformers.layers import DynamicMask, SlidingWindow
 
-# What models pass to their attention that changes its result.
+# Options that models pass to their attention and that would change its result.
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask", "output_attentions", "cache")
 
 
 def dynamic_mask_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Packing | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """The attention of a layer of `add_dynamic_masks`, as `AttentionInterface` wants it.
+    """Compute the attention of a layer prepared by `add_dynamic_masks`, with the signature of `AttentionInterface`.
 
     Args:
         module: the layer.
-        query: `[B, H, n, D]`, after the rotary embedding.
-        key: `[B, G, N, D]`, likewise; the queries are those of its last n positions.
-        value: same shape.
-        attention_mask: documents and padding of the N keys, as `packing_of` makes them.
-        options: `scaling`, `sliding_window` and `dynamic_masks_cache`, whose keys stand before these.
+        query: `[B, H, n, D]`, after the rotary embedding, at the last n of the keys' positions.
+        key: `[B, G, N, D]`, after the rotary embedding.
+        value: same shape as `key`.
+        attention_mask: documents and padding of the N keys, from `packing_of`.
+        options: `scaling`, `sliding_window` and `dynamic_masks_cache`, whose keys precede these.
 
     Returns:
-        `[B, n, H, D]`, and no weights.
+        The output `[B, n, H, D]`, and None instead of attention weights.
 
     Raises:
-        ValueError: for a layer without a dynamic mask, and for what this attention does not know.
+        ValueError: for a layer without a dynamic mask, and for unsupported options.
     """
     mask = getattr(module, "dynamic_mask", None)
     if not isinstance(mask, DynamicMask | SlidingWindow):
         raise ValueError(
-            f"expected a layer of a model that add_dynamic_masks was called with, got {type(module).__name__} without "
-            "a dynamic mask; call it, or choose another attn_implementation"
+            f"expected a layer of a model with dynamic masks, got {type(module).__name__} without "
+            "a dynamic mask; call add_dynamic_masks, or choose another attn_implementation"
         )
     _check_options(module, mask, options)
     packing = _checked_packing(attention_mask, key, options)
@@ -65,7 +65,7 @@ def dynamic_mask_attention(
 
 
 def _attend_from_last(backend: str, q: Tensor, keys: NewKeys, keep: KeepRule) -> Tensor:
-    """Attention `[B, H, n, D]` of the last n of N positions, for a cache of Transformers that keeps all keys."""
+    """Attention `[B, H, n, D]` of the last n of N positions, for a Transformers cache that keeps all keys."""
     lifetimes = Lifetimes.selected(keys.rank, keep, keys.packing)
     past = keys.rank.shape[-1] - q.shape[2]
     if past < 0:
@@ -74,16 +74,16 @@ def _attend_from_last(backend: str, q: Tensor, keys: NewKeys, keep: KeepRule) ->
         at = torch.arange(past, past + q.shape[2], device=q.device)[:, None]
         visible = (lifetimes.birth[..., None, :] <= at) & (at < lifetimes.death[..., None, :])  # [B, G, n, N]
         return decode_attention(q, keys.key, keys.value, keys.key_bias, visible)
-    q = F.pad(q, (0, 0, past, 0))  # nobody asks from the past
+    q = F.pad(q, (0, 0, past, 0))  # past positions have no queries
     return ATTENTIONS[backend](q, keys.key, keys.value, keys.key_bias, lifetimes)[:, :, past:]
 
 
 def _check_options(module: nn.Module, mask: DynamicMask | SlidingWindow, options: dict[str, Any]) -> None:
-    """Raise `ValueError` for an option that would change the result, but is not known here."""
+    """Raise `ValueError` for unsupported options that would change the result."""
     name = type(module).__name__
     for option in _UNKNOWN:
         if options.get(option) is not None and options[option] is not False:
-            raise ValueError(f"{name}: expected no {option}, which dynamic mask attention does not know; leave it out")
+            raise ValueError(f"{name}: expected no {option}, which dynamic masks do not support; leave it out")
     if options.get("dropout"):
         raise ValueError(f"{name}: expected no dropout of attention weights, got {options['dropout']}; set it to 0")
     if not options.get("is_causal", getattr(module, "is_causal", True)):
@@ -91,22 +91,22 @@ def _check_options(module: nn.Module, mask: DynamicMask | SlidingWindow, options
     window = options.get("sliding_window")
     if window is not None and window != mask.sliding_window:
         raise ValueError(
-            f"{name}: expected sliding_window {mask.sliding_window} as when add_dynamic_masks was called, got {window}"
+            f"{name}: expected sliding_window {mask.sliding_window}, as in the call of add_dynamic_masks, got {window}"
         )
 
 
 def _checked_packing(packing: Packing | None, key: Tensor, options: dict[str, Any]) -> Packing | None:
-    """Documents and padding on the device of the keys."""
+    """Check documents and padding, and move them to the device of the keys."""
     if packing is not None and not isinstance(packing, Packing):
         raise ValueError(
             f"attention_mask: expected None or 0/1 [B, N] in the call of the model, got {type(packing).__name__} "
-            f"{list(getattr(packing, 'shape', []))}; dynamic mask attention makes its own mask"
+            f"{list(getattr(packing, 'shape', []))}; dynamic mask attention creates its own mask"
         )
     lengths = options.get("cu_seq_lens_k")
     if lengths is not None and len(lengths) > 2 and (packing is None or packing.documents is None):
         raise ValueError(
-            "cu_seq_lens_k: expected position_ids that begin anew with each document, without attention_mask and with "
-            "use_cache=False, got none; documents are told by them"
+            "cu_seq_lens_k: expected position_ids that restart at each document, which mark the documents, without "
+            "attention_mask and with use_cache=False, got none"
         )
     if packing is None or all(x is None or x.device == key.device for x in (packing.documents, packing.padding)):
         return packing
@@ -115,7 +115,7 @@ def _checked_packing(packing: Packing | None, key: Tensor, options: dict[str, An
 
 
 def _in_dtype_of_autocast(*tensors: Tensor) -> list[Tensor]:
-    """All in one dtype, as scaled_dot_product_attention would have them: models rotate in float32, but for values."""
+    """All tensors in autocast's dtype, as in scaled_dot_product_attention: models rotate all but values in float32."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
         return list(tensors)

@@ -17,11 +17,11 @@ from dma_lightning.transformers.layers import DynamicMask, SlidingWindow, attent
 
 
 class DynamicMasksCache(Cache):
-    """What the layers of a model of `add_dynamic_masks` can still see: at most `w + r + s` keys each, and exact.
+    """An exact cache for models with dynamic masks: it holds at most `w + r + s` keys per layer, those still visible.
 
-    For `past_key_values`, in `generate` and in calls of the model. A model updates a cache before its attention, when
-    nobody knows yet which keys stay, so `update` gives the new keys back and the attention function reads the slots.
-    Rows may be reordered (beam search) and guessed tokens taken back (assisted generation).
+    Pass it as `past_key_values` to `generate` or to the model. A model updates its cache before its attention, when it
+    is not yet known which keys stay. So `update` returns only the new keys, and the attention function reads the slots.
+    The cache supports reordering rows (beam search) and removing guessed tokens (assisted generation).
 
     Raises:
         ValueError: if the model has no dynamic masks.
@@ -37,10 +37,10 @@ class DynamicMasksCache(Cache):
 
 
 class _CacheLayer(CacheLayerMixin):
-    """The slots of a layer, and how many positions it has read."""
+    """The slots of a layer, and the number of positions it has read."""
 
     is_sliding = False
-    supports_early_init = False  # only the first keys tell how many sequences there are
+    supports_early_init = False  # the number of sequences is known only from the first keys
 
     def __init__(self, mask: DynamicMask | SlidingWindow) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class _CacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.slots: DynamicMaskCache | None = None
         self.length, self.guessed = 0, 0
-        self.unread = False  # whether there are keys that no attention has read
+        self.unread = False  # whether the attention has yet to read some keys
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -67,7 +67,7 @@ class _CacheLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.unread:
             raise ValueError(
-                "expected that the attention of the last call had read its keys, but it had not; choose "
+                "expected the attention of the last call to have read its keys, but it has not; choose "
                 "attn_implementation 'dma' and make a new cache"
             )
         self.unread = True
@@ -75,7 +75,7 @@ class _CacheLayer(CacheLayerMixin):
         return key_states, value_states
 
     def attend(self, q: Tensor, new: NewKeys, attention: Attention) -> Tensor:
-        """Attend from new positions to the slots and themselves, `[B, H, n, D]`, and keep what later ones can see."""
+        """Attend from new positions to the slots and the new keys, `[B, H, n, D]`, and keep the keys still visible."""
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, new.key, new.value, new.key_bias)):
             raise ValueError("expected inference, since this cache has no gradients; train with use_cache=False")
         if self.slots is None:
@@ -90,32 +90,39 @@ class _CacheLayer(CacheLayerMixin):
         return out
 
     def activate_past_recording(self) -> None:
-        """From now on, keep the keys of a call apart until `crop` or the next call tells how many were right."""
+        """From now on, keep a call's keys separate until `crop` or the next call shows how many were right."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last so many tokens, told as a negative number as Transformers does, of the last call."""
+        """Remove the last tokens of the last call.
+
+        Args:
+            tokens_to_remove: how many, as a negative number, as in Transformers.
+
+        Raises:
+            ValueError: if these are more than the last call read, or past recording is off.
+        """
         wrong = -tokens_to_remove
         if not 0 <= wrong <= self.guessed:
             raise ValueError(
-                f"expected to take back at most the {self.guessed} tokens that were read since "
-                f"activate_past_recording and the last crop, as -{self.guessed}, got {tokens_to_remove}"
+                f"tokens_to_remove: expected -{self.guessed} to 0, since {self.guessed} tokens were read after "
+                f"activate_past_recording and the last crop, got {tokens_to_remove}"
             )
         self._commit(self.guessed - wrong)
         self.length -= wrong
 
     def _commit(self, count: int) -> None:
-        """Keep so many of the positions that `verify` has seen."""
+        """Keep the first `count` positions that `verify` has seen."""
         if self.guessed and self.slots is not None:
             self.slots.commit(torch.full_like(self.slots.length, count))
         self.guessed = 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and first position of the keys that `update` gives back: the new ones."""
+        """Number and first position of the keys that `update` returns: the new ones."""
         return query_length, self.length
 
     def get_seq_length(self) -> int:
-        """Positions read so far, padding included."""
+        """Positions read so far, including padding."""
         return self.length
 
     def get_max_length(self) -> int:
@@ -131,14 +138,14 @@ class _CacheLayer(CacheLayerMixin):
             self.slots.select(indices.to(self.slots.length.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Have each sequence so many times."""
+        """Repeat each sequence `repeats` times."""
         if self.slots is not None:
             rows = torch.arange(len(self.slots.length), device=self.slots.length.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
 
 def pass_cache_on(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Hook before a layer: have its attention function see the cache, which Transformers gives to the layer alone."""
+    """Hook before a layer: pass the cache on to the attention function; Transformers gives it only to the layer."""
     for x in (*args, *kwargs.values()):
         if isinstance(x, DynamicMasksCache):
             return args, kwargs | {"dynamic_masks_cache": x}

@@ -1,4 +1,4 @@
-"""Dynamic masks for a model of Transformers, and loading one that has them."""
+"""Adding dynamic masks to a Transformers model, and loading a model that has them."""
 
 import dataclasses
 from pathlib import Path
@@ -16,11 +16,11 @@ from dma_lightning.transformers.cache import pass_cache_on
 from dma_lightning.transformers.layers import DynamicMask, MaskSettings, SlidingWindow, attention_layers
 from dma_lightning.transformers.masks import packing_of
 
-NAME = "dma"  # of the attention implementation
+NAME = "dma"  # name of the attention implementation
 
 
 def register() -> None:
-    """Make the attention implementation known to Transformers by its name."""
+    """Register the attention implementation with Transformers under its name."""
     AttentionInterface.register(NAME, dynamic_mask_attention)
     AttentionMaskInterface.register(NAME, packing_of)
 
@@ -34,22 +34,22 @@ def add_dynamic_masks(
     score_form: ScoreForm = "exp",
     backend: Backend = "auto",
 ) -> None:
-    """Have a decoder of Transformers attend by dynamic masks; each attention layer gets `A` and `dt_proj`.
+    """Make a Transformers decoder attend with dynamic masks; each attention layer gets `A` and `dt_proj`.
 
-    `A` is 0 at first, so each query sees its last `keep_window_size + keep_last` keys: the model is what it was on
-    sequences that are no longer. Layers with a sliding window of the model's own keep it. `model.config` gets
-    `dynamic_masks`.
+    `A` starts at 0, so each query sees its last `keep_window_size + keep_last` keys: on sequences up to this length,
+    the model is unchanged. Layers with their own sliding window keep it. `model.config` gets `dynamic_masks`.
 
     Args:
-        model: what to change.
-        keep_window_size: best-ranked keys that a query keeps.
-        keep_last: last positions that are visible whatever their rank; the others are chosen from the keys before.
-        sinks: first keys of each document that stay visible besides.
-        score_form: what is added to the logits, `exp(rank)` or the rank itself (`linear`).
-        backend: `triton`, `flex`, `torch` or `reference`, or `auto`; not saved.
+        model: the model to change.
+        keep_window_size: number of best-ranked keys that a query keeps.
+        keep_last: number of last positions that are visible at any rank; the best-ranked keys are chosen from those
+            before.
+        sinks: number of first keys of each document that also stay visible.
+        score_form: what is added to the logits: `exp` of the rank, or the rank itself (`linear`).
+        backend: `triton`, `flex`, `torch`, `reference` or `auto`; not saved.
 
     Raises:
-        ValueError: for sizes out of range, and a model that is no such decoder or has dynamic masks.
+        ValueError: if a size is out of range, or the model is not such a decoder or already has dynamic masks.
     """
     settings = MaskSettings(
         keep_window_size=keep_window_size, keep_last=keep_last, sinks=sinks, score_form=score_form
@@ -57,15 +57,15 @@ def add_dynamic_masks(
     check_backend(backend)
     config, name = model.config, type(model).__name__
     if config.get_text_config(decoder=True) is not config:
-        raise ValueError(f"{name}: expected a model of text alone, got one of several parts; give its language model")
+        raise ValueError(f"{name}: expected a text-only model, got one with several parts; pass its language model")
     layers = attention_layers(model)
     if any(hasattr(layer, "dynamic_mask") for layer in layers):
-        raise ValueError(f"{name}: expected a model without dynamic masks, got one with them; load the model anew")
+        raise ValueError(f"{name}: expected a model without dynamic masks, got one with them; reload the model")
     windows = [_sliding_window(config, index) for index in range(len(layers))]
     if all(windows):
         raise ValueError(
-            f"{name}: expected a layer that sees all of its past, got sliding_window {windows[0]} in all; load the "
-            "model with sliding_window=None"
+            f"{name}: expected a layer that sees its whole past, got sliding_window {windows[0]} in all layers; load "
+            "the model with sliding_window=None"
         )
     model.set_attn_implementation(NAME)
     if config._attn_implementation != NAME:
@@ -80,38 +80,38 @@ def add_dynamic_masks(
 
 
 def load_with_dynamic_masks(folder: Path | str, *, backend: Backend = "auto", **options: Any) -> PreTrainedModel:
-    """A model with dynamic masks that its `save_pretrained` has written.
+    """Load a model with dynamic masks that its `save_pretrained` wrote.
 
     Args:
-        folder: what `save_pretrained` was given.
-        backend: as `add_dynamic_masks` takes it.
-        options: of `from_pretrained`, such as `dtype` or `device_map`.
+        folder: the folder that `save_pretrained` wrote.
+        backend: as in `add_dynamic_masks`.
+        options: options of `from_pretrained`, such as `dtype` or `device_map`.
 
     Raises:
-        ValueError: if the folder holds another model, or not all of it.
+        ValueError: if the folder holds a model without dynamic masks, or the weights of its masks are missing.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     try:
         settings = msgspec.convert(getattr(config, "dynamic_masks", None), MaskSettings)
     except msgspec.ValidationError as error:
         raise ValueError(
-            f"{folder}: expected dynamic_masks in config.json, as a model of add_dynamic_masks writes them: {error}; "
-            "load another model with from_pretrained and call add_dynamic_masks"
+            f"{folder}: expected dynamic_masks in config.json, as a model with dynamic masks writes them: {error}; "
+            "load other models with from_pretrained and call add_dynamic_masks"
         ) from error
     kind = _class_of(config, folder)
 
-    class WithMasks(kind):  # type: ignore[misc, valid-type]  # its parameters are there when weights are loaded
+    class WithMasks(kind):  # type: ignore[misc, valid-type]  # has all parameters before loading weights
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             add_dynamic_masks(self, backend=backend, **dataclasses.asdict(settings))
 
-    # Transformers asks by name how weights are renamed, and in the module whether the attention can be chosen.
+    # Transformers looks up weight renamings by class name, and attention support in the class's module.
     WithMasks.__name__, WithMasks.__module__ = kind.__name__, kind.__module__
     options |= {"use_safetensors": True, "output_loading_info": True}
     model, told = WithMasks.from_pretrained(folder, config=config, **options)
     if missing := sorted(name for name in told["missing_keys"] if "dynamic_mask" in name):
-        raise ValueError(f"{folder}: expected weights of dynamic masks, got none of {missing}")
-    model.__class__ = kind  # so that it is saved and copied as what it was
+        raise ValueError(f"{folder}: expected weights of dynamic masks, but {missing} are missing")
+    model.__class__ = kind  # so that it is saved and copied as its original class
     return model
 
 
@@ -125,7 +125,7 @@ def _class_of(config: PreTrainedConfig, folder: Path | str) -> type[PreTrainedMo
 
 
 def _sliding_window(config: PreTrainedConfig, layer: int) -> int | None:
-    """The model's own window in a layer, or None if it sees all of its past."""
+    """The model's own window in a layer, or None if the layer sees its whole past."""
     kinds = getattr(config, "layer_types", None)
     kind = "full_attention" if kinds is None else kinds[layer]
     if kind not in ("full_attention", "sliding_attention"):

@@ -1,4 +1,4 @@
-"""What attention layers of a Transformers model get, and which layers of a model get it.
+"""The modules that attention layers of a Transformers model get, and the search for these layers.
 
 B batch, G KV heads, N length, D head dim.
 """
@@ -17,10 +17,11 @@ class MaskSettings:
     """How the layers of a model select their keys; `config.json` holds it as `dynamic_masks`.
 
     Attributes:
-        keep_window_size: best-ranked keys that a query keeps.
-        keep_last: last positions that are visible whatever their rank; the others are chosen from the keys before.
-        sinks: first keys of each document that stay visible besides.
-        score_form: what is added to the logits, `exp(rank)` or the rank itself (`linear`).
+        keep_window_size: number of best-ranked keys that a query keeps.
+        keep_last: number of last positions that are visible at any rank; the best-ranked keys are chosen from those
+            before.
+        sinks: number of first keys of each document that also stay visible.
+        score_form: what is added to the logits: `exp` of the rank, or the rank itself (`linear`).
 
     Raises:
         ValueError: if a size is out of range or the form unknown.
@@ -32,25 +33,25 @@ class MaskSettings:
     score_form: ScoreForm = "exp"
 
     def __post_init__(self) -> None:
-        rank_bias(torch.zeros(1), self.score_form)  # an unknown form is an error now, not in the first step
-        KeepRule(self.keep_window_size, self.keep_last, self.sinks)  # and so is a size
+        rank_bias(torch.zeros(1), self.score_form)  # fails on an unknown form now, not in the first step
+        KeepRule(self.keep_window_size, self.keep_last, self.sinks)  # fails on a size out of range
 
     @property
     def keep(self) -> KeepRule:
-        """The rule of these sizes."""
+        """The keep rule with these sizes."""
         return KeepRule(self.keep_window_size, self.keep_last, self.sinks)
 
 
 class DynamicMask(nn.Module):
-    """Ranks and biases of a layer's keys, from its values. With `A = 0`, as initialised, a sliding window.
+    """Computes ranks and biases of a layer's keys from its values. Initially `A = 0`, which makes a sliding window.
 
     Args:
         num_kv_heads: G.
         head_dim: D.
         settings: how keys are selected.
-        backend: what computes the attention.
-        like: a parameter of the layer, whose device the new ones get.
-        dtype: of the new parameters.
+        backend: computes the attention.
+        like: a parameter of the layer; the new parameters go to its device.
+        dtype: dtype of the new parameters.
     """
 
     sliding_window: int | None = None
@@ -76,7 +77,7 @@ class DynamicMask(nn.Module):
 
 
 class SlidingWindow(nn.Module):
-    """A layer that the model itself gives a sliding window keeps it: all its keys rank equal, so the latest win."""
+    """For a layer with the model's own sliding window: all keys have equal ranks, so the latest win."""
 
     def __init__(self, sliding_window: int, backend: Backend) -> None:
         super().__init__()
@@ -84,22 +85,22 @@ class SlidingWindow(nn.Module):
         self.keep = KeepRule(sliding_window)
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Zeros `[B, G, N]`, twice."""
+        """Ranks and biases `[B, G, N]`, all zero."""
         dtype = torch.promote_types(values.dtype, torch.float32)
         zeros = torch.zeros(values.shape[:3], dtype=dtype, device=values.device)
         return zeros, zeros
 
 
 def attention_layers(model: nn.Module) -> list[nn.Module]:
-    """Attention layers of a model, from the first to the last, as Transformers names and numbers them.
+    """Attention layers of a model from first to last, found by their Transformers names and numbers.
 
     Raises:
-        ValueError: if there are none, or not one of each number.
+        ValueError: if there are none, or not exactly one for each number.
     """
     named = [x for x in model.modules() if "Attention" in type(x).__name__ and hasattr(x, "layer_idx")]
     if not named or [x.layer_idx for x in named] != list(range(len(named))):
         raise ValueError(
-            f"{type(model).__name__}: expected a decoder with one attention in each layer, named ...Attention and "
-            f"numbered by layer_idx, got {[getattr(x, 'layer_idx', None) for x in named]}"
+            f"{type(model).__name__}: expected a decoder with one attention module in each layer, named ...Attention "
+            f"and numbered by layer_idx, got {[getattr(x, 'layer_idx', None) for x in named]}"
         )
     return named

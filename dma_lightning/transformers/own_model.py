@@ -1,4 +1,4 @@
-"""Our decoder as a model of Transformers, for what Doge cannot express.
+"""Our decoder as a Transformers model, for models that Doge cannot express.
 
 B batch, N length, V vocabulary.
 """
@@ -38,10 +38,10 @@ class DmaLightningConfig(PreTrainedConfig):
         self.max_position_embeddings = config.max_position_embeddings
 
     def model_config(self) -> ModelConfig:
-        """The shape.
+        """Convert `shape` to a `ModelConfig`.
 
         Raises:
-            ValueError: if a field is unknown or has another type.
+            ValueError: if a field is unknown or has the wrong type.
         """
         shape, types = self.shape or {}, get_type_hints(ModelConfig)
         if unknown := sorted(shape.keys() - types.keys()):
@@ -52,7 +52,7 @@ class DmaLightningConfig(PreTrainedConfig):
 
 
 class DecoderCache(Cache):
-    """The caches of all layers of our decoder, whatever their token mixer."""
+    """The caches of all layers of our decoder, for any token mixer."""
 
     def __init__(self, layers: Sequence[MixerCache]) -> None:
         super().__init__(layers=[])
@@ -61,7 +61,7 @@ class DecoderCache(Cache):
     is_croppable = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions read so far, padding included."""
+        """Positions read so far, including padding."""
         return self.read
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -79,11 +79,11 @@ class DecoderCache(Cache):
 
 
 class DmaLightningForCausalLM(PreTrainedModel, GenerationMixin):
-    """Our decoder with any token mixer, as `AutoModelForCausalLM` gives it. It makes its caches itself."""
+    """Our decoder with any token mixer, for `AutoModelForCausalLM`. It creates its own caches."""
 
     config_class = DmaLightningConfig
     supports_gradient_checkpointing = True
-    _is_stateful = True  # no assistant, whose wrong guesses would have to be taken back
+    _is_stateful = True  # no assisted generation: wrong guesses cannot be removed
     _tied_weights_keys = {"decoder.lm_head.weight": "decoder.embed_tokens.weight"}  # noqa: RUF012  # Transformers'
 
     def __init__(self, config: DmaLightningConfig) -> None:
@@ -94,23 +94,23 @@ class DmaLightningForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        """The model of a folder; arguments are those of Transformers.
+        """Load a model from a folder, with the arguments of Transformers.
 
         Raises:
-            ValueError: if weights are missing, or `config.json` is of another version.
+            ValueError: if weights are missing, or `config.json` is from another version.
         """
         tells = options.pop("output_loading_info", False)
-        options.pop("use_safetensors", None)  # nothing else is read
+        options.pop("use_safetensors", None)  # it reads no other format
         loaded: Any = super().from_pretrained(*args, use_safetensors=True, output_loading_info=True, **options)
         model, told = loaded
         if missing := sorted(told["missing_keys"]):
-            raise ValueError(f"expected all weights of the model, got none of {missing[:5]}")
+            raise ValueError(f"expected all weights of the model, but {missing[:5]} are missing")
         model._set_constants()
         return (model, told) if tells else model
 
     @torch.no_grad()
     def _set_constants(self) -> None:
-        """Set the buffers that are not saved, of which Transformers has made room alone."""
+        """Set the unsaved buffers, which Transformers allocates but does not fill."""
         config = self.decoder.config
         for number, mixer in enumerate(self.decoder.mixers):
             fresh = MIXERS[config.attention].from_config(config, **config.attention_args)
@@ -133,12 +133,12 @@ class DmaLightningForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: `[B, N]`.
             attention_mask: `[B, positions read so far]`, 0 at padding.
-            position_ids: `[B, N]`; a document begins where they do not go on, if there is neither a mask nor a cache.
-                They do not change the rotation, which knows distances alone.
-            past_key_values: what has been read.
+            position_ids: `[B, N]`; without a mask or a cache, a document starts where they are not consecutive. They do
+                not change the rotation, which depends only on distances.
+            past_key_values: the cache of the tokens read so far.
             labels: `[B, N]`, -100 for none.
-            use_cache: whether to make a cache; by default not. Caches are for inference.
-            options: `logits_to_keep`, and what the loss takes.
+            use_cache: whether to create a cache, for inference. Default: no.
+            options: `logits_to_keep`, and options of the loss.
         """
         cache, (batch, length) = past_key_values, input_ids.shape
         if use_cache and cache is None:
@@ -164,7 +164,7 @@ class DmaLightningForCausalLM(PreTrainedModel, GenerationMixin):
         return False
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the decoder has its initial weights."""
+        """Do nothing: the decoder has initialized its weights."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.embed_tokens
@@ -174,6 +174,6 @@ class DmaLightningForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def register_own_model() -> None:
-    """Have the Auto classes of Transformers know our model."""
+    """Register our model with the Auto classes of Transformers."""
     AutoConfig.register(MODEL_TYPE, DmaLightningConfig, exist_ok=True)
     AutoModelForCausalLM.register(DmaLightningConfig, DmaLightningForCausalLM, exist_ok=True)

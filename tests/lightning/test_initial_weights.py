@@ -112,7 +112,7 @@ def test_weights_come_out_of_files_of_every_form(form: str, tmp_path: Path) -> N
         (CASES["qwen2"][0], {"use_sliding_window": True}, "use_sliding_window: expected False, got True"),
         (CASES["qwen3"][0], {"layer_types": ["sliding_attention"]}, "layer_types: .*got .'sliding_attention'"),
         (CASES["qwen3"][0], {"model_type": "qwen3_moe", "num_experts": 8}, "'qwen3_moe' with 8 experts, which are not"),
-        (CASES["qwen3"][0], {"attention_bias": True}, "weights do not belong to config.json: .*bias expected"),
+        (CASES["qwen3"][0], {"attention_bias": True}, "weights do not match config.json: .*bias expected"),
     ],
     ids=range(9),
 )

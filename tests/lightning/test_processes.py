@@ -168,10 +168,10 @@ def test_sharded_checkpoints(two: Outcome, tmp_path: Path) -> None:
     assert newest_checkpoint([tmp_path]) == tmp_path / "saved/step=20.ckpt"
     shard = next((tmp_path / "saved/step=20.ckpt").glob("__1_*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match=r"leaves out .*step=20\.ckpt: expected a whole .*distcp: expected at least"):
+    with pytest.warns(UserWarning, match=r"last skips .*step=20\.ckpt: expected a whole .*distcp: expected at least"):
         assert newest_checkpoint([tmp_path]) == tmp_path / "saved/step=13.ckpt"
     (tmp_path / "saved/step=13.ckpt/meta.pt").unlink()
-    with pytest.warns(UserWarning, match=r"leaves out .*step=13\.ckpt"):
+    with pytest.warns(UserWarning, match=r"last skips .*step=13\.ckpt"):
         assert newest_checkpoint([tmp_path]) == tmp_path / "saved/step=10.ckpt"
     with pytest.raises(ValueError, match=r"expected a checkpoint of one file, got .*step=10\.ckpt"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "saved/step=10.ckpt")
@@ -218,7 +218,9 @@ def test_sharded_checkpoints_run_no_code(
 
 @pytest.mark.parametrize("run", ["ddp-dma-1", "fsdp-dma-1"])
 def test_one_goes_on_from_two(run: str, two: Outcome, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"is of 2 processes and this run of 1: random numbers \(of dropout\) go on"):
+    with pytest.warns(
+        UserWarning, match=r"has 2 processes and this run has 1: random numbers \(for dropout\) continue"
+    ):
         train(tmp_path, ckpt_path=two.folder / run / "step=10.ckpt")
     assert_same(read(tmp_path / "step=20.ckpt"), load(two, "one-dma-1"))
 

@@ -81,7 +81,7 @@ def test_the_last_is_the_older_whole_one(saved: Path) -> None:
     saved.touch()
     flip(saved, first_bytes(saved)["data/0"] + 100, 4)
     with pytest.warns(
-        UserWarning, match=r"leaves out .*new\.ckpt: expected a whole .*\(record '.*data/0' differs from"
+        UserWarning, match=r"last skips .*new\.ckpt: expected a whole .*\(record '.*data/0' differs from"
     ):
         assert newest_checkpoint([saved.parent]) == older
     with pytest.raises(ValueError, match=r"differs from its checksum"):
@@ -114,7 +114,7 @@ def test_files_without_checksums_are_read_with_a_warning(tmp_path: Path) -> None
         torch.save(CONTENT, tmp_path / "a.ckpt")
     finally:
         set_crc32_options(True)
-    with pytest.warns(UserWarning, match=r"a\.ckpt: was written without checksums, so damage cannot be seen"):
+    with pytest.warns(UserWarning, match=r"a\.ckpt: was written without checksums, so damage cannot be detected"):
         assert read_checkpoint(tmp_path / "a.ckpt")["global_step"] == 5
 
 
@@ -179,7 +179,9 @@ def test_an_index_names_files_of_its_folder_alone(name: str, sharded: Path) -> N
     for place in index.storage_data.values():
         place.relative_path = name
     (sharded / ".metadata").write_bytes(pickle.dumps(index))
-    with pytest.raises(ValueError, match=r"expected names of files in this folder|not a regular file|Expected `str`"):
+    with pytest.raises(
+        ValueError, match=r"expected the name of a file in this folder|not a regular file|Expected `str`"
+    ):
         read_checkpoint(sharded)
 
 

@@ -205,7 +205,7 @@ def test_data_of_a_checkpoint_in_python(run: Path) -> None:
             "hyper_parameters",
             "of_tomorrow",
             1,
-            r"hyper_parameters: .*\['of_tomorrow'\]; .* probably of a newer version",
+            r"hyper_parameters: .*\['of_tomorrow'\]; .* probably from a newer version",
         ),
         ("datamodule_hyper_parameters", "of_tomorrow", 1, r"datamodule_hyper_parameters: .*newer version"),
         ("hyper_parameters", "hidden_size", "16", r"hyper_parameters\.hidden_size: Expected `int`, got `str`"),
@@ -238,7 +238,7 @@ def test_parts_of_another_type_are_named(part: str | None, name: str, value: obj
 )
 def test_states_that_cannot_be_restored_are_told(name: str, value: object, run: Path) -> None:
     evil = changed(lambda content: content.update({name: value}))
-    with pytest.raises(ValueError, match=r"strange\.ckpt: .*expected states .*, got others") as error:
+    with pytest.raises(ValueError, match=r"strange\.ckpt: .*expected (random )?states.*, got others") as error:
         fit("--trainer.max_steps=4", f"--ckpt_path={evil}", *DATA)
     assert "\n" not in str(error.value)
 
@@ -246,11 +246,11 @@ def test_states_that_cannot_be_restored_are_told(name: str, value: object, run: 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("num_hidden_layers", 10**7, r"num_hidden_layers: expected 1, which have weights there, got 10000000"),
+        ("num_hidden_layers", 10**7, r"num_hidden_layers: expected 1, the layers with weights, got 10000000"),
         (
             "hidden_size",
             2**40,
-            r"expected sizes of a model, got ones that are too large|embed_tokens\.weight: expected",
+            r"expected sizes of a model, got sizes that are too large|embed_tokens\.weight: expected",
         ),
         ("intermediate_size", 17, r"state_dict\.model\.layers\.0\.mlp\.down_proj\.weight: expected .*17\), .*, got"),
     ],
@@ -268,7 +268,7 @@ def test_sizes_are_compared_before_anything_is_made(name: str, value: int, messa
 
 def test_the_command_line_compares_sizes_first(run: Path) -> None:
     evil = changed(lambda content: content["hyper_parameters"].update(num_hidden_layers=10**7))
-    with pytest.raises(ValueError, match="num_hidden_layers: expected 1, which have weights there, got 10000000"):
+    with pytest.raises(ValueError, match="num_hidden_layers: expected 1, the layers with weights, got 10000000"):
         validate(evil, *DATA)
 
 
@@ -323,7 +323,7 @@ def test_positions_in_the_data_are_checked(position: object) -> None:
 @pytest.mark.parametrize("kind", [LanguageModel, TextDataModule])
 def test_only_files_of_this_machine_are_read(kind: type, run: Path) -> None:
     for path in ("http://127.0.0.1:9/e.ckpt", io.BytesIO(b"")):
-        with pytest.raises(ValueError, match=r"expected a file of this machine, got .*; download it first"):
+        with pytest.raises(ValueError, match=r"expected a file on this machine, got .*; download it first"):
             kind.load_from_checkpoint(path)
     with pytest.raises(ValueError, match="weights_only: expected true"):
         kind.load_from_checkpoint(LAST, weights_only=False)
@@ -413,7 +413,7 @@ def test_two_runs_do_not_share_a_folder(run: Path, monkeypatch: pytest.MonkeyPat
     again = ["--ckpt_path=last", "--trainer.max_steps=4", *DATA]
     with (
         locked_folder(Path(CHECKPOINTS), "x"),
-        pytest.raises(ValueError, match=rf"checkpoints: expected no other .*got process {os.getpid()} on .*; wait for"),
+        pytest.raises(ValueError, match=rf"checkpoints: expected no other .*got process {os.getpid()} on .*; wait"),
     ):
         fit(*again)
     with monkeypatch.context() as patch:
@@ -503,7 +503,7 @@ def test_pipes_are_not_opened(run: Path) -> None:
     pipe = Path(CHECKPOINTS, "step=9.ckpt")
     os.mkfifo(pipe)
     with pytest.warns(
-        UserWarning, match=r"leaves out .*step=9\.ckpt: expected a checkpoint, got something that is not"
+        UserWarning, match=r"last skips .*step=9\.ckpt: expected a checkpoint, got something that is not"
     ):
         assert newest_checkpoint([run]).name == "step=3.ckpt"
     for call in (read_checkpoint, LanguageModel.load_from_checkpoint, AtomicCheckpointIO().load_checkpoint):
@@ -537,7 +537,7 @@ def test_code_in_a_checkpoint_is_named_and_not_advised(run: Path) -> None:
 def test_nothing_is_saved_that_could_not_be_read(value: object, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     AtomicCheckpointIO().save_checkpoint({"x": torch.ones(5)}, path)
-    with pytest.raises(ValueError, match=r"expected tensors, numbers, text and containers alone, got '.*'"):
+    with pytest.raises(ValueError, match=r"expected only tensors, numbers, text and containers, got '.*'"):
         AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(5), "callbacks": {"mine": value}}, path)
     assert list(tmp_path.iterdir()) == [path]
     assert read_checkpoint(path)["x"].sum() == 5

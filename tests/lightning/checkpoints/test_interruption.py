@@ -201,7 +201,7 @@ def test_weights_that_were_changing_are_not_saved(
 
 @pytest.mark.parametrize("name", ["{step}-{val/loss:.2f}", "best/{step}"])
 def test_file_names_make_no_folders(name: str) -> None:
-    with pytest.raises(ValueError, match="filename: expected one without a folder"):
+    with pytest.raises(ValueError, match="filename: expected a name without a folder"):
         ResumableCheckpoint(filename=name)
     assert ResumableCheckpoint(filename="{step}-{val/loss:.2f}", auto_insert_metric_name=False)
 
@@ -224,7 +224,7 @@ def test_the_checkpoint_before_the_newest_is_kept(whole: tuple, tmp_path: Path) 
     train(tmp_path, max_steps=5, every=1)
     assert steps() == {"step=4.ckpt", "step=5.ckpt"}
     (tmp_path / "step=5.ckpt").write_bytes((tmp_path / "step=5.ckpt").read_bytes()[:5000])
-    with pytest.warns(UserWarning, match=r"leaves out .*step=5\.ckpt"):
+    with pytest.warns(UserWarning, match=r"last skips .*step=5\.ckpt"):
         path = newest_checkpoint([tmp_path])
     (tmp_path / "step=5.ckpt").unlink()
     assert path.name == "step=4.ckpt"
@@ -277,7 +277,7 @@ def test_options_that_are_refused(options: dict[str, int]) -> None:
 
 
 def test_options_that_would_lose_the_newest() -> None:
-    with pytest.raises(ValueError, match=r"filename: expected \{step\} in it, .*, got 'model'"):
+    with pytest.raises(ValueError, match=r"filename: expected \{step\} in it, .*; got 'model'"):
         ResumableCheckpoint(filename="model")
     for options in ({"monitor": "val/loss"}, {"save_top_k": 0}):
         with pytest.raises(ValueError, match=r"save_last: expected link or true, .* got None"):
@@ -285,7 +285,7 @@ def test_options_that_would_lose_the_newest() -> None:
 
 
 def test_monitored_figures_are_of_validation() -> None:
-    with pytest.raises(ValueError, match=r"expected a figure of validation, such as val/loss, got 'train/loss'"):
+    with pytest.raises(ValueError, match=r"expected a validation metric, such as val/loss, got 'train/loss'"):
         ResumableCheckpoint(monitor="train/loss")
 
 
@@ -351,7 +351,7 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pyt
             AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(5)}, path)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", disk_breaks)
-        with pytest.raises(OSError, match=r"a\.ckpt: cannot be written \(.*Input/output error\); see to the folder"):
+        with pytest.raises(OSError, match=r"a\.ckpt: cannot be written \(.*Input/output error\); check the folder"):
             AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(5)}, path)
     assert list(tmp_path.iterdir()) == [path]
     assert AtomicCheckpointIO().load_checkpoint(path)["x"].sum() == 5
@@ -435,8 +435,8 @@ def test_loading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="weights_only: expected true"):
         AtomicCheckpointIO().load_checkpoint("runs.ckpt", weights_only=False)
     with (
-        pytest.warns(UserWarning, match=r"leaves out .*runs\.ckpt"),
-        pytest.raises(ValueError, match=r"expected a whole checkpoint, got 1 that cannot be read, .*runs\.ckpt; bring"),
+        pytest.warns(UserWarning, match=r"last skips .*runs\.ckpt"),
+        pytest.raises(ValueError, match=r"a whole checkpoint, got 1 that cannot be read, .*runs\.ckpt; restore"),
     ):
         newest_checkpoint([tmp_path])
     with pytest.raises(ValueError, match="expected a whole checkpoint"):
@@ -515,7 +515,7 @@ def test_damaged_checkpoint_is_left_out(damage: str, copied: Path, capsys: pytes
     else:
         newest.write_bytes(content[: len(content) // 2 if damage == "truncated" else 0])
     if damage in ("truncated", "empty"):
-        with pytest.warns(UserWarning, match=r"leaves out .*step=6\.ckpt: expected a whole"):
+        with pytest.warns(UserWarning, match=r"last skips .*step=6\.ckpt: expected a whole"):
             done, _ = resolved(capsys, "--ckpt_path=last")
         with pytest.raises(ValueError, match=r"expected a whole checkpoint, got .*`last` takes the newest"):
             cli(f"--ckpt_path={newest}")
@@ -528,7 +528,7 @@ def test_no_run_begins_anew_beside_damaged_checkpoints(copied: Path) -> None:
     for file in copied.rglob("*.ckpt"):
         file.write_bytes(b"")
     with (
-        pytest.warns(UserWarning, match="leaves out"),
+        pytest.warns(UserWarning, match="last skips"),
         pytest.raises(ValueError, match=r"expected a whole checkpoint, got 4 that cannot be read, the newest .*\.ckpt"),
     ):
         cli("--ckpt_path=last")

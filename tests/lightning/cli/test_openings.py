@@ -86,7 +86,7 @@ def test_fit_from_the_last_whole_one(readings: Counter) -> None:
     content = bytearray(Path(NEWEST).read_bytes())
     content[len(content) // 2] ^= 1
     Path(NEWEST).write_bytes(content)
-    with pytest.warns(UserWarning, match=r"leaves out .*step=3\.ckpt"):
+    with pytest.warns(UserWarning, match=r"last skips .*step=3\.ckpt"):
         fit("--ckpt_path=last", "--trainer.max_steps=4", *MODEL, *DATA)
     assert readings == once("step=2.ckpt", restored=True) + Counter({("checksums", "step=3.ckpt"): 1})
 
