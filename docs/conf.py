@@ -27,7 +27,8 @@ exclude_patterns = [".*", "build", "runs", "docs/contents.md"]
 nitpicky = True  # a name of ours that is not in the API reference is an error
 nitpick_ignore_regex = [
     ("py:.*", r"(?!dma_).*"),  # names of other projects
-    ("py:.*", r"dma_.*\.(Cache|Copies|DecoderCache|Drift\w+|SavedRun|Shard)"),  # types that users do not make
+    # types that users do not make
+    ("py:.*", r"dma_.*\.(Cache|Copies|DecoderCache|Drift\w+|DynamicMaskConfig|SavedRun|Shard)"),
 ]
 
 myst_enable_extensions = ["html_image"]  # for the width of pictures
