@@ -1,34 +1,18 @@
-"""Write docs/benchmarks.md and the speed table of README.md from the files in benchmarks/results.
+"""Write the figures of README.md and docs/ from the files in benchmarks/results: `python benchmarks/readme_figures.py`.
 
-Run `python benchmarks/readme_figures.py`.
+They stand in any page between `<!-- figures: benchmarks/NAME.py -->` and `<!-- end of figures -->`.
 """
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- figures: benchmarks/readme_figures.py -->", "<!-- end of figures -->"
-BEGIN_SPEED, END_SPEED = "<!-- speed: benchmarks/readme_figures.py -->", "<!-- end of speed -->"
-SPEED_SHAPES = ((32, 8192, 1024), (32, 32_768, 1024), (16, 131_072, 2048))  # query heads, length, keys of a query
-HEADINGS = {
-    "python benchmarks/gpu_kernels.py": "The `triton` backend",
-    "python benchmarks/gpu_peer.py": "Beside flash-sparse-attn",
-    "python benchmarks/gpu_attention.py": "The `flex` backend and block masks",
-    "python benchmarks/gpu_mixers.py": "Training steps of whole models",
-    "python benchmarks/gpu_fit.py 80m": "Training through the command line",
-    "python benchmarks/gpu_scaling.py": "Several GPUs",
-    "python benchmarks/gpu_monitoring.py": "The cost of monitoring",
-    "python benchmarks/gpu_block_attention.py": "Native sparse attention",
-    "make train": "Language modeling on a CPU",
-    "make mqar": "Associative recall on a CPU",
-    "make bench": "Backends on a CPU",
-    "python benchmarks/gpu_decode.py": "Decoding on a GPU",
-    "python benchmarks/cpu_decode.py": "Decoding on a CPU",
-    "python benchmarks/decode_live_sets.py": "Decoding sees the same keys",
-}
+BEGIN, END = r"<!-- figures: benchmarks/(\w+)\.py -->", "<!-- end of figures -->"
+SECTION = re.compile(rf"^({BEGIN}\n\n).*?(\n\n{END})$", re.DOTALL | re.MULTILINE)
+MADE_BY = {"make train": "train_seeds", "make mqar": "train_seeds", "make bench": "cpu_attention"}
 
 
 def load(name: str) -> dict[str, Any]:
@@ -446,48 +430,34 @@ def figures() -> str:
     return "\n\n".join(parts)
 
 
-def with_headings(text: str) -> str:
-    """The section with a heading before each paragraph that begins with its command in bold."""
-    return re.sub(r"^(?=\*\*`(.+?)`\*\*)", lambda command: f"## {HEADINGS[command[1]]}\n\n", text, flags=re.MULTILINE)
+def sections() -> dict[str, str]:
+    """What each benchmark says of its results, by its name."""
+    found: dict[str, list[str]] = {}
+    for paragraphs in re.split(r"\n\n(?=\*\*`)", figures()):
+        command = paragraphs.split("`")[1]
+        name = MADE_BY.get(command) or re.findall(r"(\w+)\.py", command)[0]
+        found.setdefault(name, []).append(paragraphs)
+    return {name: "\n\n".join(parts) for name, parts in found.items()}
 
 
-def speed() -> str:
-    """Three lines for README: dynamic mask attention beside dense attention."""
-    result = load("gpu_kernels")
-    rows = {(row["heads"], row["length"], row["window"]): row for row in result["attention"]}
-    lines = [
-        "| sequence | keys per query | DMA | dense attention (cuDNN) | speedup |",
-        "| ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for shape in SPEED_SHAPES:
-        ours, dense = (rows[shape][name][1] for name in ("triton", "cuDNN"))
-        lines.append(f"| {shape[1]:,} | {shape[2]:,} | {ours:.3g} ms | {dense:.3g} ms | {dense / ours:.1f}x |")
-    e = result["environment"]
-    lines += [
-        "",
-        f"*Forward and backward pass of one attention layer on an {e['gpu']}, selection included. bfloat16, head dim",
-        "128, 32 query and 8 KV heads (16 and 4 in the last row), `triton` backend. See",
-        "[all measurements](docs/benchmarks.md).*",
-    ]
-    return "\n".join(lines)
+def section_of(name: str) -> str:
+    """What a marker stands for."""
+    if name in sections():
+        return sections()[name]
+    module = import_module(name)
+    return "\n\n".join(module.tables(*map(load, module.RESULTS)))
 
 
-def replaced(text: str, begin: str, end: str, section: str) -> str:
-    """The text with another section between two markers."""
-    head, rest = text.split(begin)
-    return f"{head}{begin}\n\n{section}\n\n{end}{rest.split(end)[1]}"
+def updated(page: Path) -> str:
+    """A page with the figures of the result files."""
+    return SECTION.sub(lambda found: found[1] + section_of(found[2]) + found[3], page.read_text())
 
 
-def updated_page(page: str) -> str:
-    """docs/benchmarks.md with the figures of the result files."""
-    return replaced(page, BEGIN, END, with_headings(figures()))
-
-
-def updated_readme(readme: str) -> str:
-    """README with the speed of the result files."""
-    return replaced(readme, BEGIN_SPEED, END_SPEED, speed())
+def pages() -> list[Path]:
+    """Where figures may stand."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 if __name__ == "__main__":
-    PAGE.write_text(updated_page(PAGE.read_text()))
-    README.write_text(updated_readme(README.read_text()))
+    for page in pages():
+        page.write_text(updated(page))
