@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dma_kernels import Lifetimes, reference_attention, reference_mask, segment_attention
-from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record, spread
+from harness import CommandLine, Part, Result, Row, Table, describe, record, spread
 from harness.inputs import dense, make_inputs
 from harness.tables import cpu_of, interval
 
@@ -133,8 +133,7 @@ def main() -> None:
     check()
     shape = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "window": WINDOW, "dtype": "float32"}
     result = {"environment": describe(), "shape": shape}
-    record(args.out, result, {"rows": measure_all(args.lengths, args.repeats)})
-    print(markdown(tables(result)))
+    record(args.out, result, {"rows": measure_all(args.lengths, args.repeats)}, tables)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 from dma_kernels import DynamicMaskCache, KeyCache
 from dma_lightning import DogeForCausalLM, ModelConfig
-from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record, spread
+from harness import CommandLine, Part, Result, Row, Table, describe, record, spread
 from harness.tables import cpu_of, interval, length_of
 
 LENGTHS = [1 << 10, 1 << 12, 1 << 14, 1 << 16]
@@ -73,8 +73,7 @@ def main() -> None:
     line = CommandLine(__doc__, "cpu_decode", duration="about three minutes on two cores")
     line.add_lengths(LENGTHS)
     args = line.parse_args()
-    result = record(args.out, {"environment": describe()}, {"decode": measure(make_model(), args.lengths)})
-    print(markdown(tables(result)))
+    record(args.out, {"environment": describe()}, {"decode": measure(make_model(), args.lengths)}, tables)
 
 
 if __name__ == "__main__":

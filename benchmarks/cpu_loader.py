@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from dma_lightning import PreparedDataModule
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.data import IGNORE_INDEX
-from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record, spread
+from harness import CommandLine, Part, Result, Row, Table, describe, record, spread
 from harness.tables import interval
 
 LENGTH, BATCH, TEXT_BYTES, REPEATS = 4096, 8, 64 << 20, 3
@@ -142,8 +142,7 @@ def main() -> None:
         write_text(folder / "text", args.text_bytes)
         prepare(str(folder / "text"), folder / "tokens", shard_tokens=8_000_000)
         result = describe() | {"text_bytes": args.text_bytes, "sequence_length": LENGTH, "batch_size": BATCH}
-        record(args.out, result, {"loading": loading(folder / "tokens"), "preparing": preparing(folder)})
-    print(markdown(tables(result)))
+        record(args.out, result, {"loading": loading(folder / "tokens"), "preparing": preparing(folder)}, tables)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,9 @@ import sys
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from harness import ROOT, CommandLine, Part, Result, Table, describe, write
+
 _PATIENCE = 300  # seconds that a case may take; the first of a process makes what the others change
 _AT_ONCE = 25  # cases that a process is given
 
@@ -124,10 +123,8 @@ def run(areas: dict[str, int], first: int, processes: int) -> dict[str, Tally]:
     return tallies
 
 
-def tables(result: dict[str, Any]) -> list[Any]:
+def tables(result: Result) -> list[Part]:
     """What the pages show of a result: a row for each area."""
-    from harness import Table
-
     rows = [
         [f"`{area}`", f"{row['cases']:,}", f"{row['seconds']:,.0f}", row["failed"]]
         for area, row in result["areas"].items()
@@ -159,8 +156,6 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # for the processes, before they import Triton
     sys.path[:0] = [str(ROOT / "tests" / "fuzz")]
     from fuzz_areas import AREAS
-
-    from harness import CommandLine, describe, write
 
     line = CommandLine(__doc__, "fuzz", duration="about five minutes on one core")
     line.add_argument("areas", nargs="*", metavar="area", help=f"by default all: {', '.join(AREAS)}")

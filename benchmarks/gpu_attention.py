@@ -24,7 +24,7 @@ from dma_flex import (
 )
 from dma_kernels import segment_attention
 from dma_kernels.attention.key_gradients import key_gradients
-from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record
+from harness import CommandLine, Part, Result, Row, Table, describe, record
 from harness.inputs import DENSE, SHAPES, dense, make_inputs
 from harness.tables import gpu_of, interval, length_of, shape_of
 from harness.timing import REPEATS, check_equal, forward_and_backward_ms, peak_gib, time_ms
@@ -212,8 +212,7 @@ def main() -> None:
         "bias_gradients": measure_bias_gradients(),
         "memory": (measure_memory(length) for length in LENGTHS),
     }
-    result = record(args.out, {"environment": describe(), "shape": shape}, rows)
-    print(markdown(tables(result)))
+    record(args.out, {"environment": describe(), "shape": shape}, rows, tables)
 
 
 if __name__ == "__main__":

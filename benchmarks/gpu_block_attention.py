@@ -21,7 +21,7 @@ from torch.nn.attention import sdpa_kernel
 from dma_kernels.selected_blocks.attention import block_attention
 from dma_lightning.mixers.native_sparse_blocks import BlockGrid
 from dma_lightning.mixers.position_cache import PositionCache
-from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record
+from harness import CommandLine, Part, Result, Row, Table, describe, record
 from harness.inputs import DENSE, dense, make_inputs
 from harness.tables import gpu_of, interval, shape_of
 from harness.timing import check_equal, forward_and_backward_ms
@@ -131,8 +131,7 @@ def main() -> None:
     args = line.parse_args()
     peers = {"XL": load_xl(args.xl)} if args.xl else {}
     peers |= {"fla": load_fla(args.fla)} if args.fla else {}
-    result = record(args.out, {"environment": describe()}, {"selected": measure(peers)})
-    print(markdown(tables(result)))
+    record(args.out, {"environment": describe()}, {"selected": measure(peers)}, tables)
 
 
 if __name__ == "__main__":

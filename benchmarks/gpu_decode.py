@@ -19,7 +19,7 @@ from dma_kernels import DynamicMaskCache, KeyCache, NewKeys, fused_attention
 from dma_kernels.decoding.dynamic_cache import StepBackend
 from dma_lightning import DogeForCausalLM
 from dma_lightning.cli.sizes import read_config
-from harness import CONFIGS, CommandLine, Part, Picture, Result, Row, Table, describe, markdown, record
+from harness import CONFIGS, CommandLine, Part, Picture, Result, Row, Table, describe, record
 from harness.inputs import DENSE
 from harness.tables import gpu_of, interval, length_of
 from harness.timing import captured, time_ms
@@ -199,8 +199,7 @@ def main() -> None:
         "contexts": measure_contexts(),
         "model": measure_model(args.model),
     }
-    result = record(args.out, {"environment": describe(), "shape": shape}, rows)
-    print(markdown(tables(result)))
+    record(args.out, {"environment": describe(), "shape": shape}, rows, tables)
 
 
 if __name__ == "__main__":

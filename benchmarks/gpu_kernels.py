@@ -20,7 +20,7 @@ from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
 from dma_kernels.attention.kernels.query_gradients import launch_query_gradients
 from dma_kernels.attention.ops import attend_slots
 from dma_kernels.segments.gather_kernels import launch_gather_rows, launch_sum_copies
-from harness import CommandLine, Part, Picture, Result, Row, Table, describe, markdown, record
+from harness import CommandLine, Part, Picture, Result, Row, Table, describe, record
 from harness.inputs import DENSE, SHAPES, dense, dynamic, make_inputs, ranks_by_kind, step
 from harness.tables import gpu_of, interval, length_of, shape_of
 from harness.timing import REPEATS, captured, check_equal, peak_gib, time_ms
@@ -175,8 +175,7 @@ def main() -> None:
         "processes": measure_processes(),
         "lengths": (measure_length(length) for length in LENGTHS),
     }
-    record(args.out, result, rows)
-    print(markdown(tables(result)))
+    record(args.out, result, rows, tables)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.nn.attention import sdpa_kernel
 from dma_lightning import DogeForCausalLM
 from dma_lightning.cli.sizes import read_config
 from dma_lightning.mixers import MIXERS
-from harness import CONFIGS, CommandLine, Part, Result, Row, Table, describe, markdown, record, spread
+from harness import CONFIGS, CommandLine, Part, Result, Row, Table, describe, record, spread
 from harness.tables import gpu_of, interval, length_of
 from harness.timing import event_ms
 from harness.training import COMPILED, LENGTHS, RECOMPUTED, SDPA, TOKENS, VOCABULARY, Case, compile_ahead
@@ -105,8 +105,7 @@ def main() -> None:
     line.add_argument("--attentions", nargs="+", default=list(MIXERS), choices=list(MIXERS), help="default: all")
     args = line.parse_args()
     cases = list(starmap(Case, product(args.shapes, args.lengths, args.attentions)))
-    result = record(args.out, {"environment": describe()}, {"steps": measure(cases)})
-    print(markdown(tables(result)))
+    record(args.out, {"environment": describe()}, {"steps": measure(cases)}, tables)
 
 
 if __name__ == "__main__":

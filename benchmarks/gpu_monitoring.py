@@ -18,7 +18,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from harness import CommandLine, Part, Result, Row, describe, markdown, record
+from harness import CommandLine, Part, Result, Row, describe, record
 from harness.tables import gpu_of
 from harness.training import TOKENS, Case, build, write_corpus
 
@@ -81,8 +81,7 @@ def tables(result: Result) -> list[Part]:
 def main() -> None:
     """Measure, print, and write the JSON file."""
     args = CommandLine(__doc__, "gpu_monitoring", gpus=1, duration="five minutes on an H200").parse_args()
-    result = record(args.out, {"environment": describe() | {"tokens_per_step": TOKENS}}, {"turns": measure()})
-    print(markdown(tables(result)))
+    record(args.out, {"environment": describe() | {"tokens_per_step": TOKENS}}, {"turns": measure()}, tables)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dma_kernels import fused_attention
-from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record
+from harness import CommandLine, Part, Result, Row, Table, describe, record
 from harness.inputs import dynamic, make_inputs, step
 from harness.tables import gpu_of, interval, length_of
 from harness.timing import time_ms
@@ -79,8 +79,7 @@ def main() -> None:
     line = CommandLine(__doc__, "gpu_peer", gpus=1, duration="less than ten minutes on an H200")
     line.add_argument("checkout", type=Path, help="of flash-sparse-attention at v1.2.3")
     args = line.parse_args()
-    result = record(args.out, {"environment": describe()}, {"peer": measure(load_peer(args.checkout))})
-    print(markdown(tables(result)))
+    record(args.out, {"environment": describe()}, {"peer": measure(load_peer(args.checkout))}, tables)
 
 
 if __name__ == "__main__":

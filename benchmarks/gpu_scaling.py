@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from harness import CommandLine, Part, Result, Row, Table, describe, markdown, record
+from harness import CommandLine, Part, Result, Row, Table, describe, record
 from harness.tables import gpu_of, interval
 from harness.training import COMPILING, FIGURES, INTERVAL, RECOMPUTED, Case, LoggedFigures, fit, write_corpus
 
@@ -82,8 +82,7 @@ def main() -> None:
         shape, strategy, *paths = args.case
         train(shape, strategy, *map(Path, paths))
         return
-    result = record(args.out, {"environment": describe()}, {"runs": measure(torch.cuda.device_count())})
-    print(markdown(tables(result)))
+    record(args.out, {"environment": describe()}, {"runs": measure(torch.cuda.device_count())}, tables)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ pytest.importorskip("triton", reason="the kernels that benchmarks measure are Tr
 
 import readme_figures
 
-from harness import Picture, Table, markdown
+from harness import Part, Picture, Result, Table, markdown
 from harness.command_line import CommandLine
 from harness.results import RESULTS, load, record, write
+from harness.tables import interval, length_of
 
 ROOT = Path(__file__).parents[1]
 FILES = {file.stem: file for file in (ROOT / "benchmarks").glob("*.py")}
@@ -116,6 +117,24 @@ def test_an_interruption_loses_one_row(tmp_path: Path) -> None:
         record(out, {"environment": {}}, {"rows": rows()})
     assert out.read_text() == '{\n "environment": {},\n "rows": [\n  {\n   "ms": 1\n  }\n ]\n}\n'
     assert [file.name for file in out.parent.iterdir()] == ["result.json"]
+
+
+def test_a_benchmark_prints_its_tables_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def tables(result: Result) -> list[Part]:
+        return [
+            Table(
+                result["rows"],
+                "Milliseconds:",
+                ["N", "ms", ""],
+                lambda row: [length_of(row), interval(row["ms"]), None],
+            )
+        ]
+
+    record(
+        tmp_path / "x.json", {}, {"rows": [{"length": 512, "ms": [1, 2, 3]}, {"length": 2048, "ms": [4, 5, 6]}]}, tables
+    )
+    rows = "| N | ms | |\n| --- | ---: | ---: |\n| 0.5k | 2 [1 - 3] | |\n| 2k | 5 [4 - 6] | |\n"
+    assert capsys.readouterr().out.endswith(f"x.json\nMilliseconds:\n\n{rows}")
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from .environment import ROOT
-from .results import Result, Row
+
+Row = dict[str, Any]
+Result = dict[str, Any]
+"""What a result file holds: environment and setting, and rows by name."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def interval(values: Sequence[float], unit: float = 1, style: str = ".3g") -> st
 
 def length_of(row: Row) -> str:
     """The length of a row, in 1024 tokens."""
-    return f"{row['length'] // 1024}k"
+    return f"{row['length'] / 1024:g}k"
 
 
 def shape_of(row: Row) -> str:
