@@ -227,6 +227,27 @@ def test_natural_order_mask_in_anyones_call_compiles_once(device: str) -> None:
         torch.testing.assert_close(out, segment_attention(q, k, v, scores, mask), rtol=1e-4, atol=1e-4)
 
 
+def test_a_score_mod_of_both_biases_is_as_exact_far_into_a_text(device: str) -> None:
+    """Not compiled: so FlexAttention gives the gradients of biases on a CPU, too."""
+    *qkv, scores = (x[:1] for x in small_inputs(device))
+    drift = torch.rand(1, KV_HEADS, SHAPE[1], dtype=torch.float64, device=device).cumsum(-1) / 2
+    mask, grad = Lifetimes.top_w(scores, 40), torch.randn_like(qkv[0])
+    blocks = block_mask(mask, SHAPE[1], num_heads=HEADS)
+
+    def of(start: float) -> list[Tensor]:
+        biases = [(scores + (start + drift)).requires_grad_(), (-start - drift).requires_grad_()]
+        mod = key_bias_score_mod(biases[0], HEADS, biases[1])
+        out = flex_attention(*qkv, score_mod=mod, block_mask=blocks, enable_gqa=True)
+        return [out.detach(), *torch.autograd.grad(out, biases, grad)]
+
+    biases = [(scores + drift).requires_grad_(), (-drift).requires_grad_()]
+    out = segment_attention(*(x.double() for x in qkv), biases[0], mask, query_bias=biases[1])
+    exact = [out, *torch.autograd.grad(out, biases, grad.double())]
+    for x, y, z in zip(of(0.0), of(7e6), exact, strict=True):
+        assert x.dtype == (z.dtype if x.shape == drift.shape else torch.float32)
+        assert (y - z).norm() <= 2 * (x - z).norm() <= 1e-4
+
+
 def test_empty_batch(device: str) -> None:
     q, scores = torch.zeros(0, 2, 9, 16, device=device), torch.zeros(0, 2, 9, device=device)
     q.requires_grad_(device == "cuda")
