@@ -99,6 +99,16 @@ def test_gradients_around_flex_attention(
     torch.testing.assert_close(*gradients, rtol=accuracy, atol=accuracy)
 
 
+def test_gradients_of_biases_in_float64_are_summed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "flex_attention", plain_flex_attention)
+    q, k, v = torch.randn(3, 1, 2, 128, 16)
+    bias = torch.randn(1, 2, 128, dtype=torch.float64, requires_grad=True)
+    plan = FlexPlan.of(Lifetimes.causal(128), 1, 2, 2, segment_length=16, block_size=16)  # keys have up to 8 copies
+    out = module._attend_with_gradients(q, k, v, bias, None, plan, 0.25)
+    (found,) = torch.autograd.grad(out.sin().sum(), bias)
+    assert (found[..., :16] != found[..., :16].float()).any()
+
+
 # One shape for most of what follows, so that it is compiled once.
 SHAPE, HEADS, KV_HEADS = (2, 300, 16), 4, 2
 

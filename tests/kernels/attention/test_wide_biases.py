@@ -240,9 +240,17 @@ def test_copies_are_summed_in_float64(device: str) -> None:
     copies = SegmentSlots.plain(Lifetimes.causal(256, device), 1, 1, segment_length=1).copies  # key 0 has 256 copies
     rows = torch.full((*copies.row.shape, 1), 1.0 + 2**-23, device=device)
     total = launch_sum_copies(rows, copies.first, copies.slot, shape=[1, 1, 256, 1], dtype=torch.float64)
-    assert total[0, 0, 0, 0] == 256 + 256 * 2**-23  # 3 * (1 + 2**-23) is none of float32
+    assert total[0, 0, 0, 0] == 256 + 256 * 2**-23  # of which float32 holds not even 3 * (1 + 2**-23)
     expected = sum_copies_reference(rows.double(), copies.row, [1, 1, 256, 1])
     assert torch.equal(total, expected)
+
+
+def test_gradients_of_biases_are_sums_in_float64(device: str) -> None:
+    """Over the copies of a key, and the heads that share a query's bias; float32 does not hold these."""
+    inputs, grad = drifting(257, 3, 1, torch.float32, device, starts=(1e6,))
+    mask = Lifetimes.sliding_window(257, 200, device)
+    for x in found_by(fused_attention, inputs, mask, grad)[-2:]:
+        assert (x != x.float()).any()
 
 
 def test_compiled_equals_eager(device: str) -> None:
