@@ -40,7 +40,8 @@ class Attention(Protocol):
     ) -> Tensor:  # fmt: skip
         """`[B, H, N, D]`; scale is by default `1 / sqrt(D)`.
 
-        A query bias is `[B, G, N]`, changes no output, and gets the sums of dS over the keys.
+        Biases are float32 or float64 `[B, G, N]`. A query bias changes no output, and gets the sums of dS over the
+        keys; that of a segment's first query is added to key biases in float64 before they are rounded.
         """
 
 

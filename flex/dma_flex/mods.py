@@ -40,21 +40,37 @@ def lifetime_mask_mod(birth: Tensor, death: Tensor, num_heads: int | None = None
     return mask_mod
 
 
-def key_bias_score_mod(bias: Tensor, num_heads: int | None = None) -> ScoreMod:
+def key_bias_score_mod(bias: Tensor, num_heads: int | None = None, query_bias: Tensor | None = None) -> ScoreMod:
     """A score mod that adds each key's bias to its logits; differentiable in the bias.
 
     Args:
         bias: floating `[B or 1, G or 1, K]`.
         num_heads: H, query heads, a multiple of G; needed if G is more than 1.
+        query_bias: what is added to all logits of a query, floating `[B or 1, G or 1, Q]` for Q queries. Softmax does
+            not see it, but the sum of both biases is made in their dtype before it is rounded to that of the logits: in
+            float64, with minus the drift of the queries, biases are as exact far into a text as at its beginning.
 
     Raises:
         ValueError: if the shape or heads do not belong together.
     """
     batch_and_head = _batch_and_head_of(bias, num_heads)
+    if query_bias is not None:
+        return _pair_bias_score_mod(bias, query_bias, num_heads)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         row, head = batch_and_head(b, h)
         return score + bias[row, head, kv]
+
+    return score_mod
+
+
+def _pair_bias_score_mod(bias: Tensor, query_bias: Tensor, num_heads: int | None) -> ScoreMod:
+    """A score mod that adds the sum of a key's and a query's bias."""
+    of_key, of_query = (_batch_and_head_of(x, num_heads) for x in (bias, query_bias))
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        (row, head), (query_row, query_head) = of_key(b, h), of_query(b, h)
+        return score + (bias[row, head, kv] + query_bias[query_row, query_head, q]).to(score.dtype)
 
     return score_mod
 

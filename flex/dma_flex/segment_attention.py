@@ -14,11 +14,10 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from dma_flex.mods import key_bias_score_mod
 from dma_flex.segment_plan import FlexPlan
-from dma_kernels import Lifetimes, SegmentSlots
+from dma_kernels import Lifetimes
 from dma_kernels.attention.key_gradients import key_gradients
 from dma_kernels.checks import check_attention_inputs, check_lifetimes
 from dma_kernels.precision import without_autocast
-from dma_kernels.ranks import saturated
 from dma_kernels.renamed import taking_renamed
 from dma_kernels.segments.gather import sum_copies
 
@@ -45,12 +44,14 @@ def flex_segment_attention(
         q: `[B, H, N, D]`, float32, bfloat16 or float16; products are accumulated in float32.
         k: `[B, G, N, D]`, H a multiple of G.
         v: `[B, G, N, D]`.
-        key_bias: what is added to the logits of each key, float32 `[B, G, N]`.
+        key_bias: what is added to the logits of each key, float32 or float64 `[B, G, N]`.
         lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
         scale: factor of q·k, by default `1 / sqrt(D)`.
         segment_length: S, a multiple of 128 (or rounded up to one), by default about the mask's capacity.
         plan: `FlexPlan.of` these lifetimes, if they are used more than once; it is taken on trust.
-        query_bias: None; the other backends take one, whose gradient FlexAttention does not give.
+        query_bias: what is added to all logits of a query, float32 or float64 `[B, G, N]`. Softmax does not see it; but
+            if key_bias is float64, biases are rounded to float32 after that of their segment's first query is added.
+            It must not require a gradient, which FlexAttention does not give; backends `triton` and `torch` do.
 
     Returns:
         `[B, H, N, D]` in the dtype of q. A query without any key gives 0.
@@ -59,11 +60,12 @@ def flex_segment_attention(
         ValueError: if shapes, dtypes or devices do not belong together, or FlexAttention cannot do what is asked.
         RuntimeError: where torch.compile's recompile limit would end in a dense O(N²) run.
     """
-    if query_bias is not None:
+    if query_bias is not None and query_bias.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"query_bias: backend 'flex' expected None, got {list(query_bias.shape)}; use backend 'triton' or 'torch'"
+            f"query_bias: backend 'flex' expected one without a gradient, got {list(query_bias.shape)} that requires "
+            "one; use backend 'triton' or 'torch'"
         )
-    check_attention_inputs(q, k, v, key_bias)
+    check_attention_inputs(q, k, v, key_bias, query_bias)
     check_lifetimes(lifetimes, k)
     _check_flex_can(q, k, v, key_bias)
     if plan is not None and segment_length is not None:
@@ -77,11 +79,13 @@ def flex_segment_attention(
     _check_grid(plan, q)
     # Outside what is compiled, so that lengths of one class share it.
     q, k, v, key_bias = (plan.slots.fill_up(x) for x in (q, k, v, key_bias))
+    if query_bias is not None:  # float32 biases need none, and compile no second time for it
+        query_bias = plan.slots.fill_up(query_bias) if key_bias.dtype == torch.float64 else None
     with without_autocast(q.device):
         if torch.compiler.is_compiling():
-            return _attend(q, k, v, key_bias, plan, scale)[:, :, :length]
+            return _attend(q, k, v, key_bias, query_bias, plan, scale)[:, :, :length]
         with told_recompile_limit(q):
-            return _compiled_attend()(q, k, v, key_bias, plan, scale)[:, :, :length]
+            return _compiled_attend()(q, k, v, key_bias, query_bias, plan, scale)[:, :, :length]
 
 
 @contextmanager
@@ -97,24 +101,27 @@ def told_recompile_limit(q: Tensor) -> Iterator[None]:
         ) from error
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, plan: FlexPlan, scale: float) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, query_bias: Tensor | None, plan: FlexPlan, scale: float
+) -> Tensor:
     """Attend over segments, `[B, H, T * S, D]`."""
-    key_bias = saturated(key_bias)
     if not q.is_cuda:
-        return _attend_on_cpu(q, k, v, key_bias, plan, scale)
+        return _attend_on_cpu(q, k, v, key_bias, query_bias, plan, scale)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, key_bias)):
-        return _attend_with_gradients(q, k, v, key_bias, plan, scale)
+        return _attend_with_gradients(q, k, v, key_bias, query_bias, plan, scale)
     slots = plan.slots
     q_seg, k_seg, v_seg = slots.split_queries(q), slots.gather(k), slots.gather(v)
-    arguments = _flex_arguments(q, k, _gather_bias(key_bias, slots), plan, scale)
+    arguments = _flex_arguments(q, k, slots.gather_biases(key_bias, query_bias), plan, scale)
     return slots.join_queries(flex_attention(q_seg, k_seg, v_seg, **arguments))
 
 
-def _attend_with_gradients(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, plan: FlexPlan, scale: float) -> Tensor:
+def _attend_with_gradients(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, query_bias: Tensor | None, plan: FlexPlan, scale: float
+) -> Tensor:
     """The same in training: FlexAttention takes keys, values and bias as constants and computes dq."""
     slots = plan.slots
     q_seg, k_seg, v_seg = slots.split_queries(q), slots.gather(k), slots.gather(v)
-    bias, copies = _gather_bias(key_bias.detach(), slots), slots.copies
+    bias, copies = slots.gather_biases(key_bias.detach(), query_bias), slots.copies
     arguments = _flex_arguments(q, k, bias, plan, scale) | {"block_mask": _for_query_gradient(plan.block_mask)}
     out, aux = flex_attention(q_seg, k_seg.detach(), v_seg.detach(), **arguments, return_aux=AuxRequest(lse=True))
     out = _WithKeyGradients.apply(
@@ -124,7 +131,9 @@ def _attend_with_gradients(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, pl
     return slots.join_queries(out)
 
 
-def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, plan: FlexPlan, scale: float) -> Tensor:
+def _attend_on_cpu(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, query_bias: Tensor | None, plan: FlexPlan, scale: float
+) -> Tensor:
     """The same without gradients, and with NaN made visible.
 
     FlexAttention's CPU kernel loses NaN logits in the maximum of a row and returns 0. So keys that are not finite, or
@@ -135,14 +144,9 @@ def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, plan: Flex
     slots = plan.slots
     q_seg = _materialize(slots.split_queries(q.nan_to_num()))
     k_seg, v_seg = slots.gather(k.nan_to_num()), slots.gather(v)
-    arguments = _flex_arguments(q, k, _gather_bias(bias, slots), plan, scale)
+    arguments = _flex_arguments(q, k, slots.gather_biases(bias, query_bias), plan, scale)
     out = _materialize(flex_attention(q_seg, k_seg, v_seg, **arguments))
     return slots.join_queries(out).masked_fill(broken, torch.nan)
-
-
-def _gather_bias(bias: Tensor, slots: SegmentSlots) -> Tensor:
-    """`[B, G, N] -> [Z, G, K]`."""
-    return slots.gather(bias[..., None]).squeeze(-1)
 
 
 def _flex_arguments(q: Tensor, k: Tensor, bias: Tensor, plan: FlexPlan, scale: float) -> dict[str, Any]:
@@ -187,7 +191,7 @@ class _WithKeyGradients(torch.autograd.Function):
         death: Tensor, lse: Tensor, scale: float, row: Tensor, first: Tensor, slot: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(q, k, v, bias, birth, death, lse, out, row, first, slot)
-        ctx.scale, ctx.shape = scale, [*key_bias.shape, 1]
+        ctx.scale, ctx.shape, ctx.bias_dtype = scale, [*key_bias.shape, 1], key_bias.dtype
         return out.view_as(out)
 
     @staticmethod
@@ -196,7 +200,7 @@ class _WithKeyGradients(torch.autograd.Function):
         wide = torch.promote_types(grad.dtype, torch.float32)
         delta = (grad.to(wide) * out.to(wide)).sum(-1)  # [Z, H, S]
         dk, dv, dbias = key_gradients(*inputs, delta, grad, ctx.scale)
-        dkey_bias = sum_copies(dbias[..., None], row, first, slot, ctx.shape).squeeze(-1)
+        dkey_bias = sum_copies(dbias[..., None].to(ctx.bias_dtype), row, first, slot, ctx.shape).squeeze(-1)
         return grad, dk, dv, dkey_bias, *[None] * 9
 
 

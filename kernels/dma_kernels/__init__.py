@@ -13,7 +13,7 @@ The rooms, in the order in which a key passes through them:
 
 Used by all of them:
 
-- `checks`: what they expect of their tensors; `precision`: sums beside autocast
+- `checks`: what they expect of their tensors; `precision`: sums beside autocast; `wide_biases`: biases in float64
 - `primitives`: what kernels of several rooms compute in the same way, such as the running softmax
 - `launching`: how operations come to their kernels; `tune`: configurations for a GPU
 - `drawing`: pictures of masks; `renamed`: old names, which go on working with a notice

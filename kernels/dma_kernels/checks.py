@@ -32,15 +32,12 @@ def check_attention_inputs(
         raise ValueError(f"query heads must be a multiple of KV heads, got {heads} and {kv_heads}")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    least = torch.promote_types(q.dtype, torch.float32)
-    if key_bias is not None and key_bias.dtype not in (torch.float32, least):
-        raise ValueError(
-            f"key_bias: expected {least} for {q.dtype} inputs, got {key_bias.dtype}; selection needs its bits"
-        )
-    if query_bias is not None and query_bias.dtype not in (torch.float32, least):
-        raise ValueError(
-            f"query_bias: expected {least} for {q.dtype} inputs, got {query_bias.dtype}; its gradient is a small sum"
-        )
+    for name, x in {"key_bias": key_bias, "query_bias": query_bias}.items():
+        if x is not None and x.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name}: expected torch.float32 or torch.float64, got {x.dtype}; compute it in one of these, since "
+                "bits that are rounded off do not come back"
+            )
 
 
 def check_no_tangents(*inputs: Tensor | None) -> None:

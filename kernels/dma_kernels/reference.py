@@ -15,6 +15,7 @@ from dma_kernels.packing import Packing
 from dma_kernels.precision import without_autocast
 from dma_kernels.ranks import ordered_bits, saturated
 from dma_kernels.renamed import taking_renamed
+from dma_kernels.wide_biases import are_wide, in_float32, shift_of
 
 
 def reference_mask(
@@ -95,18 +96,19 @@ def reference_attention(
         q: `[B, H, N, D]`.
         k: `[B, G, N, D]`, H a multiple of G.
         v: `[B, G, N, D]`.
-        key_bias: what is added to the logits of each key, `[B, G, N]`; here and in every other backend, as `saturated`
-            leaves it.
+        key_bias: what is added to the logits of each key, float32 or float64 `[B, G, N]`; here and in every other
+            backend, as `saturated` leaves it.
         mask: bool `[B or 1, G or 1, N, N]` (query, key), True where the query sees the key.
         scale: factor of q·k, by default `1 / sqrt(D)`.
         return_lse: also return the log-sum-exp of each query's logits.
-        query_bias: what is added to all logits of a query, `[B, G, N]`. It does not change the output, and the
-            log-sum-exp leaves it out; its gradient is the sum of dS over the keys of a query and the heads of the
-            group, which is 0 but for rounding.
+        query_bias: what is added to all logits of a query, float32 or float64 `[B, G, N]`. It does not change the
+            output, and the log-sum-exp leaves it out; its gradient is the sum of dS over the keys of a query and the
+            heads of the group, which is 0 but for rounding. If key_bias is float64 and q is not, the sum of both is
+            rounded to float32.
 
     Returns:
-        Output `[B, H, N, D]` in the dtype of q, and on request the log-sum-exp `[B, H, N]` in float32 (float64 if q
-        is). A query without any key gives 0 and -inf.
+        Output `[B, H, N, D]` in the dtype of q, and on request the log-sum-exp `[B, H, N]` in float32 (float64 if q or
+        key_bias is). A query without any key gives 0 and -inf.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not belong together.
@@ -118,16 +120,28 @@ def reference_attention(
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k_full, v_full, bias_full = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v, saturated(key_bias)))
+    k_full, v_full = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v))
+    bias, shift = _dense_bias(key_bias, query_bias, dtype)
     mask = mask.expand(-1, k.shape[1], -1, -1).repeat_interleave(group, dim=1)
 
     with without_autocast(q.device):
-        logits = q.to(dtype) @ k_full.transpose(-1, -2) * scale + bias_full[..., None, :]  # [B, H, N, N]
+        logits = q.to(dtype) @ k_full.transpose(-1, -2) * scale + bias.repeat_interleave(group, dim=1)  # [B, H, N, N]
         biased = logits
         if query_bias is not None:
             biased = logits + unseen(query_bias.to(dtype)).repeat_interleave(group, dim=1)[..., None]
         out = masked_average(biased, mask, v_full).to(q.dtype)
-    return (out, masked_logsumexp(logits, mask)) if return_lse else out
+    if not return_lse:
+        return out
+    lse = masked_logsumexp(logits, mask)
+    return out, lse if shift is None else lse.double() - shift.repeat_interleave(group, dim=1)
+
+
+def _dense_bias(key_bias: Tensor, query_bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """What is added to logits, `[B, G, N or 1, N]`, and how much of it is a query's, `[B, G, N]`, if any can be."""
+    if not are_wide(key_bias, dtype):
+        return saturated(key_bias).to(dtype)[:, :, None], None
+    shift = torch.zeros_like(key_bias) if query_bias is None else shift_of(query_bias)
+    return in_float32(key_bias[:, :, None] + shift[..., None]), shift
 
 
 def unseen(query_bias: Tensor) -> Tensor:

@@ -164,6 +164,7 @@ def test_query_heads_must_be_known() -> None:
         lambda: interval_block_mask(mask.birth, mask.death, 64),
         lambda: lifetime_mask_mod(mask.birth, mask.death),
         lambda: key_bias_score_mod(torch.randn(1, 2, 64)),
+        lambda: key_bias_score_mod(torch.randn(1, 1, 64), query_bias=torch.randn(1, 2, 64)),
     ):
         with pytest.raises(ValueError, match=r"num_heads: expected the number of query heads, .* give num_heads=2, or"):
             make()

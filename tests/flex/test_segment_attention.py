@@ -70,23 +70,43 @@ def plain_flex_attention(q: Tensor, k: Tensor, v: Tensor, score_mod, block_mask,
     return (out, AuxOutput(lse=lse)) if "return_aux" in options else out
 
 
+@pytest.mark.parametrize("start", [None, 1e6], ids=["scores", "drifting biases"])
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("length", [1, 63, 300])
-def test_gradients_around_flex_attention(length: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_around_flex_attention(
+    length: int, group: int, start: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All that is ours of the backward, in float64 on a CPU, around a plain stand-in for FlexAttention's kernels."""
     monkeypatch.setattr(module, "flex_attention", plain_flex_attention)
     q = torch.randn(2, 2 * group, length, 16, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(2, 2, length, 16, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    scores = torch.randn(2, 2, length, dtype=torch.float64, requires_grad=True)
-    mask = Lifetimes.top_w(scores, 40, padding=torch.rand(2, length) < 0.2)
+    # Biases are rounded to float32, which these are after that of a query has been added.
+    content, drift = torch.randn(2, 2, length), torch.randint(64, (2, 2, length)).cumsum(-1) / 256
+    scores, query_bias = content.double(), None
+    if start is not None:
+        scores, query_bias = (content * 256).round() / 256 + start + drift.double(), -start - drift.double()
+    scores.requires_grad_()
+    mask = Lifetimes.top_w(content, 40, padding=torch.rand(2, length) < 0.2)
     plan = FlexPlan.of(mask, 2, 2 * group, 2, segment_length=64, block_size=16)
     missing = plan.slots.length - length
-    padded = [F.pad(x, (0, 0, 0, missing)) for x in (q, k, v)]
-    found = module._attend_with_gradients(*padded, F.pad(scores, (0, missing)), plan, 0.25)[:, :, :length]
+    padded = [*(F.pad(x, (0, 0, 0, missing)) for x in (q, k, v)), F.pad(scores, (0, missing))]
+    padded_query_bias = None if query_bias is None else F.pad(query_bias, (0, missing))
+    found = module._attend_with_gradients(*padded, padded_query_bias, plan, 0.25)[:, :, :length]
     expected = segment_attention(q, k, v, scores, mask, scale=0.25)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    accuracy = 1e-10 if start is None else 1e-7  # a float64 of 1e6 has steps of 1e-10
+    torch.testing.assert_close(found, expected, rtol=accuracy, atol=accuracy)
     gradients = [torch.autograd.grad(x.sin().sum(), (q, k, v, scores)) for x in (found, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(*gradients, rtol=accuracy, atol=accuracy)
+
+
+def test_gradients_of_biases_in_float64_are_summed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "flex_attention", plain_flex_attention)
+    q, k, v = torch.randn(3, 1, 2, 128, 16)
+    bias = torch.randn(1, 2, 128, dtype=torch.float64, requires_grad=True)
+    plan = FlexPlan.of(Lifetimes.causal(128), 1, 2, 2, segment_length=16, block_size=16)  # keys have up to 8 copies
+    out = module._attend_with_gradients(q, k, v, bias, None, plan, 0.25)
+    (found,) = torch.autograd.grad(out.sin().sum(), bias)
+    assert (found[..., :16] != found[..., :16].float()).any()
 
 
 # One shape for most of what follows, so that it is compiled once.
@@ -120,6 +140,28 @@ def test_masks_of_all_kinds_share_one_compilation(mode: type, device: str) -> No
             torch.testing.assert_close(out, segment_attention(*qkv, scores, mask), rtol=1e-4, atol=1e-4)
             if mask is masks[1]:
                 assert (out[1] == 0).all()  # nobody to look at
+
+
+def test_biases_far_into_a_text_are_as_exact(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ON_GPU:  # where inductor takes its time
+        compiled = torch.compile(module._attend, fullgraph=True, backend="eager")
+        monkeypatch.setattr(module, "_compiled_attend", lambda: compiled)
+    inputs = small_inputs(device)
+    for x in inputs:
+        x[1] = x[0]
+    *qkv, scores = inputs
+    start = torch.tensor([0, 7e6], dtype=torch.float64, device=device)[:, None, None]
+    drift = start + torch.rand(1, KV_HEADS, SHAPE[1], dtype=torch.float64, device=device).cumsum(-1) / 2
+    mask, query_bias = Lifetimes.top_w(scores, 40), (-drift).requires_grad_()
+    exact = segment_attention(*(x.double() for x in qkv), scores + drift, mask)[:1]
+    with torch.no_grad():  # in which it does not matter that it requires a gradient
+        found = flex_segment_attention(*qkv, scores + drift, mask, query_bias=query_bias)
+        near = flex_segment_attention(*qkv, (scores + drift).float(), mask, query_bias=query_bias)
+        alone = flex_segment_attention(*qkv, (scores + drift).float(), mask)
+    assert torch.equal(near, alone)
+    errors, (allowed, far) = ((x.double() - exact).flatten(1).norm(dim=1) for x in (found, near))
+    assert (errors <= 2 * allowed).all()
+    assert far > 1000 * allowed  # which float64 is for
 
 
 def test_nan_scores_reach_the_output(device: str) -> None:
@@ -193,6 +235,27 @@ def test_natural_order_mask_in_anyones_call_compiles_once(device: str) -> None:
                 block_mask=block_mask(mask, SHAPE[1], num_heads=HEADS),
             )  # fmt: skip
         torch.testing.assert_close(out, segment_attention(q, k, v, scores, mask), rtol=1e-4, atol=1e-4)
+
+
+def test_a_score_mod_of_both_biases_is_as_exact_far_into_a_text(device: str) -> None:
+    """Not compiled: so FlexAttention gives the gradients of biases on a CPU, too."""
+    *qkv, scores = (x[:1] for x in small_inputs(device))
+    drift = torch.rand(1, KV_HEADS, SHAPE[1], dtype=torch.float64, device=device).cumsum(-1) / 2
+    mask, grad = Lifetimes.top_w(scores, 40), torch.randn_like(qkv[0])
+    blocks = block_mask(mask, SHAPE[1], num_heads=HEADS)
+
+    def of(start: float) -> list[Tensor]:
+        biases = [(scores + (start + drift)).requires_grad_(), (-start - drift).requires_grad_()]
+        mod = key_bias_score_mod(biases[0], HEADS, biases[1])
+        out = flex_attention(*qkv, score_mod=mod, block_mask=blocks, enable_gqa=True)
+        return [out.detach(), *torch.autograd.grad(out, biases, grad)]
+
+    biases = [(scores + drift).requires_grad_(), (-drift).requires_grad_()]
+    out = segment_attention(*(x.double() for x in qkv), biases[0], mask, query_bias=biases[1])
+    exact = [out, *torch.autograd.grad(out, biases, grad.double())]
+    for x, y, z in zip(of(0.0), of(7e6), exact, strict=True):
+        assert x.dtype == (z.dtype if x.shape == drift.shape else torch.float32)
+        assert (y - z).norm() <= 2 * (x - z).norm() <= 1e-4
 
 
 def test_empty_batch(device: str) -> None:
@@ -274,8 +337,11 @@ def test_bad_inputs(device: str) -> None:
         flex_segment_attention(q, k, v, scores, mask, segment_length=0)
     with pytest.raises(ValueError, match="born at its own position"):
         flex_segment_attention(q, k, v, scores, Lifetimes(mask.birth + 1, mask.death, 40))
-    with pytest.raises(ValueError, match=r"'flex' expected None, got \[2, 2, 300\]; use backend 'triton' or 'torch'"):
-        flex_segment_attention(q, k, v, scores, mask, query_bias=scores)
+    trained = scores.clone().requires_grad_()
+    with pytest.raises(ValueError, match=r"without a gradient, got \[2, 2, 300\] .* use backend 'triton' or 'torch'"):
+        flex_segment_attention(q, k, v, scores, mask, query_bias=trained)
+    with pytest.raises(ValueError, match=r"query_bias: expected \[2, 2, 300\] .* got \[2, 2, 299\]"):
+        flex_segment_attention(q, k, v, scores, mask, query_bias=scores[..., 1:])
     with pytest.raises(ValueError, match="block_size: expected a power of two, got 100"):
         FlexPlan.of(mask, 2, HEADS, KV_HEADS, block_size=100)
 

@@ -5,7 +5,7 @@ B batch, H query heads, G KV heads, N length, D head dim.
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class AttentionCase:
     ranks: Tensor
     packing: Packing
     scale: float | None
+    drift: Tensor | None = None  # what biases of keys have more of, and those of queries less, float64 [B, G, N]
 
     @classmethod
     def drawn(
@@ -53,6 +54,13 @@ class AttentionCase:
         scale = rng.choice((None, None, 0.7))
         return cls(inputs, grad, kept, ranks, Packing.drawn(rng, batch, length), scale)
 
+    def perhaps_drifting(self, rng: random.Random) -> "AttentionCase":
+        """The same, or with a drift that has added up to thousands or millions of nats."""
+        if rng.random() < 0.6:
+            return self
+        steps = torch.rand(self.inputs[3].shape, generator=generator(rng), dtype=torch.float64)
+        return replace(self, drift=rng.choice((0, 1e3, 7e6)) + rng.choice((0.01, 1)) * steps.cumsum(-1))
+
     def mask(self) -> np.ndarray:
         """Bool `[B, G, N, N]`."""
         return np.array(
@@ -67,28 +75,34 @@ class AttentionCase:
 
     def expected(self) -> list[np.ndarray]:
         """Output and gradients."""
-        q, *others, grad = (x.double().numpy() for x in (*self.inputs, self.grad))
+        q, k, v, scores, grad = (x.double().numpy() for x in (*self.inputs, self.grad))
+        scores = scores if self.drift is None else scores + (self.drift - self.drift.min()).numpy()
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        return attention(q, *others, self.mask(), scale, grad)
+        return attention(q, k, v, scores, self.mask(), scale, grad)
 
     def found(
         self, function: Attention, mask: Lifetimes | Tensor, trained: bool = True, **options: object
     ) -> list[Tensor]:
         """The same by a backend."""
-        inputs = [x.detach().requires_grad_(trained) for x in self.inputs]
+        inputs = list(self.inputs)
+        if self.drift is not None:
+            inputs[3], options["query_bias"] = inputs[3] + self.drift, -self.drift
+        inputs = [x.detach().requires_grad_(trained) for x in inputs]
         out = function(*inputs, mask, self.scale, **options)
         return [out, *torch.autograd.grad(out, inputs, self.grad)] if trained else [out]
 
     def __str__(self) -> str:
         q, k = self.inputs[0], self.inputs[1]
-        return f"q {list(q.shape)} {q.dtype}, {k.shape[1]} KV heads, scale {self.scale}, {self.kept}, {self.packing}"
+        drift = "none" if self.drift is None else f"{self.drift.min().item():g} to {self.drift.max().item():g}"
+        sizes = f"q {list(q.shape)} {q.dtype}, {k.shape[1]} KV heads, scale {self.scale}, drift {drift}"
+        return f"{sizes}, {self.kept}, {self.packing}"
 
 
 def check_backends(seed: int) -> None:
     """`reference` and `torch`, mostly in float64, where nothing but the last digits may differ."""
     rng = random.Random(seed)
     dtype = rng.choice((torch.float64, torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16))
-    case = AttentionCase.drawn(rng, dtype)
+    case = AttentionCase.drawn(rng, dtype).perhaps_drifting(rng)
     with told(seed, case):
         expected = case.expected()
         dense = torch.from_numpy(case.mask())
@@ -101,6 +115,7 @@ def check_triton(seed: int) -> None:
     """`triton`, on a CPU by its interpreter, which has no bfloat16."""
     rng = random.Random(seed)
     case = AttentionCase.drawn(rng, rng.choice((torch.float32, torch.float32, torch.float16)), longest=150)
+    case = case.perhaps_drifting(rng)
     with told(seed, case):
         options = {"segment_length": rng.choice((None, 128))}
         assert_close(
@@ -111,7 +126,7 @@ def check_triton(seed: int) -> None:
 def check_flex(seed: int) -> None:
     """`flex`, which infers alone on a CPU; few lengths, since each is compiled."""
     rng = random.Random(seed)
-    case = AttentionCase.drawn(rng, torch.float32, head_dim=16)
+    case = AttentionCase.drawn(rng, torch.float32, head_dim=16).perhaps_drifting(rng)
     with told(seed, case), torch._dynamo.config.patch(recompile_limit=1000):
         assert_close(case, case.found(flex_segment_attention, case.lifetimes(), trained=False), case.expected())
 
@@ -129,6 +144,8 @@ def assert_close(
     """
     q, k, v, scores, grad = (x.double().abs().amax().item() for x in (*case.inputs, case.grad))
     head_dim = case.inputs[0].shape[-1]
+    if case.drift is not None:  # of which float64 has all in it, float32 what a query sees
+        scores += (case.drift.max() - (0 if case.grad.dtype == torch.float64 else case.drift.min())).item()
     logits, inner = q * k * head_dim + scores, inner or torch.promote_types(case.inputs[0].dtype, torch.float32)
     for name, x, y in zip(_NAMES, found, expected, strict=False):
         largest = np.abs(y).max()

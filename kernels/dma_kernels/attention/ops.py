@@ -47,14 +47,17 @@ def fused_attention(
         q: `[B, H, N, D]`, float32, bfloat16 or float16; products are accumulated in float32.
         k: `[B, G, N, D]`, H a multiple of G.
         v: `[B, G, N, D]`.
-        key_bias: what is added to the logits of each key, float32 `[B, G, N]`.
+        key_bias: what is added to the logits of each key, float32 or float64 `[B, G, N]`.
         lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
         scale: factor of q·k, by default `1 / sqrt(D)`.
         segment_length: S, rounded up to a multiple of 128; by default the mask's capacity is.
         slots: `SegmentSlots.of` these lifetimes, if they are used more than once; they are taken on trust.
-        query_bias: what is added to all logits of a query, float32 `[B, G, N]`. Softmax does not see it, so the output
-            has the same bits without it. Its gradient is the sum of dS over the keys of a query and the heads of the
-            group: 0 but for the rounding that is in the gradients of key_bias, too. None costs nothing.
+        query_bias: what is added to all logits of a query, float32 or float64 `[B, G, N]`. Softmax does not see it. Its
+            gradient is the sum of dS over the keys of a query and the heads of the group: 0 but for the rounding that
+            is in the gradients of key_bias, too. Where key_bias is float32, the output has the same bits without it.
+            Float64 key biases are rounded to float32 after that of their segment's first query is added: with minus
+            the drift of the queries, they are as exact far into a text as at its beginning. Without a query bias they
+            are rounded as they are. None costs nothing.
 
     Returns:
         `[B, H, N, D]` in the dtype of q. A query without any key gives 0.
@@ -143,16 +146,17 @@ def attend_slots(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output and log-sum-exp in base 2, and keys, values and saturated biases in segment order, for the backward.
 
-    Arguments as `fused_attention` and `SegmentSlots`; head dims in steps of 16 bytes. Nothing here depends on
-    query_bias, which is in no logit: it is an argument for the sake of its gradient.
+    Arguments as `fused_attention` and `SegmentSlots`; head dims in steps of 16 bytes. The log-sum-exp is that of logits
+    with the biases that are returned, so relative to the same number of their segment if key_bias is float64. Beside
+    that, query_bias is in no logit: it is an argument for the sake of its gradient.
     """
     check_machine(q.device, q.dtype)  # here, since torch.compile cannot trace it
     from dma_kernels.attention.kernels.forward import launch_forward
-    from dma_kernels.segments.gather_kernels import launch_gather_rows
+    from dma_kernels.segments.gather_kernels import launch_gather_biases, launch_gather_rows
 
     rows = (first.numel() - 1) // (k.shape[0] * k.shape[1])  # of each head, those behind its end included
     k_seg, v_seg = (launch_gather_rows(x, row, head_rows=rows) for x in (k, v))
-    bias = launch_gather_rows(key_bias[..., None], row, head_rows=rows, bias=True).squeeze(-1)
+    bias = launch_gather_biases(key_bias, query_bias, row, segment_length=segment_length)
     out, lse = launch_forward(q, k_seg, v_seg, bias, birth, death, scale=scale, segment_length=segment_length)
     return out, lse, k_seg, v_seg, bias
 
@@ -175,10 +179,12 @@ def attend_slots_backward(
     scale: float,
     *,
     query_bias: bool = False,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v `[B, G, N, D]`, key_bias `[B, G, N]` and a query bias; k, v and bias in segment order.
 
-    The last is of each head, float32 `[B, H, N]`, and of no elements unless `query_bias` asks for it.
+    That of key_bias is float32, or float64 if `wide`. The last is of each head, float32 `[B, H, N]`, and of no elements
+    unless `query_bias` asks for it.
     """
     from dma_kernels.attention.kernels.common import aligned
     from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
@@ -195,9 +201,10 @@ def attend_slots_backward(
         dquery_bias=dquery_bias if query_bias else None,
     )  # fmt: skip
     *dkv, dbias = launch_key_gradients(q, *keys, lse, delta, grad_out, scale=scale, segment_length=segment_length)
-    dk, dv, dkey_bias = (
-        launch_sum_copies(x, first, slot, shape=[batch, kv_heads, length, x.shape[-1]], head_rows=rows)
-        for x in (*dkv, dbias[..., None])
+    shape = [batch, kv_heads, length]
+    dk, dv = (launch_sum_copies(x, first, slot, shape=[*shape, x.shape[-1]], head_rows=rows) for x in dkv)
+    dkey_bias = launch_sum_copies(
+        dbias[..., None], first, slot, shape=[*shape, 1], head_rows=rows, dtype=_bias_dtype(wide)
     )
     return dq, dk, dv, dkey_bias.squeeze(-1), dquery_bias
 
@@ -206,17 +213,23 @@ def attend_slots_backward(
 def _(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, row: Tensor, *_: object) -> tuple[Tensor, ...]:
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     k_seg = k.new_empty(*row.shape, k.shape[-1])
-    return _positions_first(q), lse, k_seg, torch.empty_like(k_seg), key_bias.new_empty(row.shape)
+    bias = key_bias.new_empty(row.shape, dtype=torch.float32)
+    return _positions_first(q), lse, k_seg, torch.empty_like(k_seg), bias
 
 
 @attend_slots_backward.register_fake
 def _(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *_: object, query_bias: bool = False
-) -> tuple[Tensor, ...]:
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *_: object,
+    query_bias: bool = False, wide: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     batch, kv_heads, length = q.shape[0], k.shape[1], q.shape[2]
     dk = k.new_empty(batch, kv_heads, length, q.shape[-1])
-    dkey_bias, dquery_bias = bias.new_empty(batch, kv_heads, length), _empty_query_bias_gradient(q, query_bias)
-    return _positions_first(q), dk, torch.empty_like(dk), dkey_bias, dquery_bias
+    dkey_bias = bias.new_empty(batch, kv_heads, length, dtype=_bias_dtype(wide))
+    return _positions_first(q), dk, torch.empty_like(dk), dkey_bias, _empty_query_bias_gradient(q, query_bias)
+
+
+def _bias_dtype(wide: bool) -> torch.dtype:
+    return torch.float64 if wide else torch.float32
 
 
 def _positions_first(q: Tensor) -> Tensor:
@@ -231,8 +244,10 @@ def _empty_query_bias_gradient(q: Tensor, asked: bool) -> Tensor:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    q, _, _, _, _, first, slot, birth, death, ctx.segment_length, ctx.scale, _ = inputs
+    q, _, _, key_bias, _, first, slot, birth, death, ctx.segment_length, ctx.scale, query_bias = inputs
     out, lse, k, v, bias = output
+    ctx.wide = key_bias.dtype == torch.float64
+    ctx.query_bias_dtype = None if query_bias is None else query_bias.dtype
     ctx.save_for_backward(q, k, v, bias, out, lse, first, slot, birth, death)
     ctx.set_materialize_grads(False)  # of all that has no gradient but the output
 
@@ -242,10 +257,12 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Ten
         return (None,) * 12
     asked = ctx.needs_input_grad[-1]
     *gradients, dquery_bias = attend_slots_backward(
-        grad_out, *ctx.saved_tensors, ctx.segment_length, ctx.scale, query_bias=asked
+        grad_out, *ctx.saved_tensors, ctx.segment_length, ctx.scale, query_bias=asked, wide=ctx.wide
     )
+    if not asked:
+        return *gradients, *[None] * 8
     kv_heads = gradients[1].shape[1]
-    return *gradients, *[None] * 7, dquery_bias.unflatten(1, (kv_heads, -1)).sum(2) if asked else None
+    return *gradients, *[None] * 7, dquery_bias.unflatten(1, (kv_heads, -1)).sum(2, dtype=ctx.query_bias_dtype)
 
 
 attend_slots.register_autograd(_backward, setup_context=_save_for_backward)

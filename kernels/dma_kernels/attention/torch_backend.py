@@ -14,7 +14,9 @@ from dma_kernels.precision import without_autocast
 from dma_kernels.ranks import saturated
 from dma_kernels.reference import masked_average, masked_logsumexp, unseen
 from dma_kernels.renamed import taking_renamed
+from dma_kernels.segments.biases import segment_shifts
 from dma_kernels.segments.slots import SegmentSlots
+from dma_kernels.wide_biases import are_wide
 
 
 @overload
@@ -53,18 +55,19 @@ def segment_attention(
         q: `[B, H, N, D]`, float64, float32, bfloat16 or float16; computed in at least float32.
         k: `[B, G, N, D]`, H a multiple of G.
         v: `[B, G, N, D]`.
-        key_bias: what is added to the logits of each key, `[B, G, N]`.
+        key_bias: what is added to the logits of each key, float32 or float64 `[B, G, N]`.
         lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
         scale: factor of q·k, by default `1 / sqrt(D)`.
         segment_length: S, by default about the mask's capacity.
         return_lse: also return the log-sum-exp of each query's logits.
-        query_bias: what is added to all logits of a query, `[B, G, N]`. It does not change the output, and the
-            log-sum-exp leaves it out; its gradient is the sum of dS over the keys of a query and the heads of the
-            group, which is 0 but for rounding.
+        query_bias: what is added to all logits of a query, float32 or float64 `[B, G, N]`. It does not change the
+            output, and the log-sum-exp leaves it out; its gradient is the sum of dS over the keys of a query and the
+            heads of the group, which is 0 but for rounding. If key_bias is float64 and q is not, biases are rounded to
+            float32 after that of their segment's first query is added.
 
     Returns:
-        Output `[B, H, N, D]` in the dtype of q, and on request the log-sum-exp `[B, H, N]` in float32 (float64 if q
-        is). A query without any key gives 0 and -inf.
+        Output `[B, H, N, D]` in the dtype of q, and on request the log-sum-exp `[B, H, N]` in float32 (float64 if q or
+        key_bias is). A query without any key gives 0 and -inf.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not belong together.
@@ -77,11 +80,11 @@ def segment_attention(
     slots = SegmentSlots.plain(lifetimes, q.shape[0], kv_heads, segment_length)
     with without_autocast(q.device):
         k_seg, v_seg = (slots.gather_plain(x).to(dtype) for x in (k, v))  # [Z, G, K, D]
-        bias = slots.gather_plain(saturated(key_bias).to(dtype)[..., None])  # [Z, G, K, 1]
+        bias, shift = _slot_biases(slots, key_bias, query_bias, dtype)
         q_seg = slots.split_queries(q.to(dtype) * scale)  # [Z, H, S, D]
         q_seg = q_seg.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [Z, G, R * S, D]
 
-        logits = q_seg @ k_seg.mT + bias.mT  # [Z, G, R * S, K]
+        logits = q_seg @ k_seg.mT + bias[:, :, None]  # [Z, G, R * S, K]
         visible = slots.visible().repeat(1, 1, heads // kv_heads, 1)
         biased = logits
         if query_bias is not None:
@@ -90,7 +93,21 @@ def segment_attention(
         out = _join_heads(masked_average(biased, visible, v_seg), slots).to(q.dtype)
         if not return_lse:
             return out
-        return out, _join_heads(masked_logsumexp(logits, visible)[..., None], slots).squeeze(-1)
+        lse = masked_logsumexp(logits, visible)  # [Z, G, R * S]
+        lse = lse if shift is None else lse.double() - shift[..., None]
+        return out, _join_heads(lse[..., None], slots).squeeze(-1)
+
+
+def _slot_biases(
+    slots: SegmentSlots, key_bias: Tensor, query_bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """What is added to logits, `[Z, G, K]`, and how much of it is the segment's, `[Z, G]`, if any can be."""
+    if not are_wide(key_bias, dtype):
+        return slots.gather_plain(saturated(key_bias).to(dtype)[..., None]).squeeze(-1), None
+    bias = slots.gather_biases_plain(key_bias, query_bias)
+    if query_bias is None:
+        return bias, bias.new_zeros(bias.shape[:2], dtype=torch.float64)
+    return bias, segment_shifts(query_bias, slots.segment_length)
 
 
 def _join_heads(x: Tensor, slots: SegmentSlots) -> Tensor:

@@ -2,5 +2,6 @@
 
 - `slots`: `SegmentSlots`, which key stands in which slot of which segment, and when it is seen there
 - `fill_slots`: what fills the slots, in plain PyTorch; `slot_kernels`: the same on CUDA
-- `gather`: rows into their slots, and the sum over the copies back; by `gather_kernels` on CUDA
+- `gather`: rows into their slots, and the sum over the copies back; `biases`: biases into their slots; both by
+  `gather_kernels` on CUDA
 """

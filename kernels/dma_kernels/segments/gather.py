@@ -76,8 +76,13 @@ class Copies:
         return gather_rows(x, self.row, self.first, self.slot)
 
     def gather_plain(self, x: Tensor) -> Tensor:
-        """The same in plain PyTorch: on any device, without Triton, and differentiable twice."""
-        return _GatherRows.apply(x, self.row)
+        """The same in plain PyTorch."""
+        return gather_rows_plain(x, self.row)
+
+
+def gather_rows_plain(x: Tensor, row: Tensor) -> Tensor:
+    """`gather_rows` in plain PyTorch: on any device, without Triton, and differentiable twice."""
+    return _GatherRows.apply(x, row)
 
 
 class _GatherRows(torch.autograd.Function):

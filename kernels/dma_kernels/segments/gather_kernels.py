@@ -1,9 +1,9 @@
-"""Triton kernels behind `gather.py`: both are copies, bound by memory bandwidth.
+"""Triton kernels behind `gather.py` and `biases.py`: all are copies, bound by memory bandwidth.
 
 Rows are gathered by number, and a row's gradient is the sum over the list of its copies: no atomics, no sorting, one
 pass, the same bits in every run.
 
-M slots, R rows, D head dim.
+B batch, G KV heads, N length, S segment length, K slots, Z = B * segments, M slots of any shape, R rows, D head dim.
 """
 
 import torch
@@ -13,15 +13,16 @@ from torch import Tensor
 
 from dma_kernels.rank_kernels import saturated
 
+_INFINITY = tl.constexpr(float("inf"))
 _TILE = 1024  # elements of a program; larger ones wait for the row with the most copies
 
 
 @triton.jit
 def _gather_rows_kernel(
     p_x, p_row, p_out, slots, heads, length, stride_b, stride_g, stride_n,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BIAS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Copy one row per slot, saturated if rows are biases; zeros into empty slots."""
+    """Copy one row per slot; zeros into empty slots."""
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     b_row = tl.load(p_row + o_m, mask=o_m < slots, other=-1)
@@ -29,9 +30,26 @@ def _gather_rows_kernel(
     o_x = b_head // heads * stride_b + b_head % heads * stride_g + b_position * stride_n
     m_x = (b_row >= 0)[:, None] & (o_d < D)[None, :]
     b_x = tl.load(p_x + o_x[:, None] + o_d[None, :], mask=m_x, other=0.0)  # [BLOCK_M, BLOCK_D]
-    if BIAS:
-        b_x = saturated(b_x)
     tl.store(p_out + o_m[:, None] * D + o_d[None, :], b_x, mask=(o_m < slots)[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def _gather_biases_kernel(
+    p_bias, p_query_bias, p_row, p_out, slots, heads, length, segments, segment, keys,
+    bias_b, bias_g, bias_n, query_b, query_g, query_n, BLOCK_M: tl.constexpr, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """Copy one saturated bias per slot, shifted by that of the segment's first query; zeros into empty slots."""
+    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_row = tl.load(p_row + o_m, mask=o_m < slots, other=-1)
+    m_row = b_row >= 0
+    b_head, b_position = (b_row // length).to(tl.int64), (b_row % length).to(tl.int64)
+    i_b, i_g = b_head // heads, b_head % heads
+    b_bias = tl.load(p_bias + i_b * bias_b + i_g * bias_g + b_position * bias_n, mask=m_row, other=0.0)
+    if SHIFTED:
+        o_first = o_m // (heads * keys) % segments * segment
+        b_shift = tl.load(p_query_bias + i_b * query_b + i_g * query_g + o_first * query_n, mask=m_row, other=0.0)
+        b_bias += tl.where(tl.abs(b_shift) < _INFINITY, b_shift, 0.0).to(tl.float64)  # nor NaN
+    tl.store(p_out + o_m, saturated(b_bias).to(tl.float32), mask=o_m < slots)
 
 
 @triton.jit
@@ -54,29 +72,50 @@ def _sum_copies_kernel(
     tl.store(p_out + o_r[:, None] * D + o_d[None, :], b_sum, mask=m_r[:, None] & m_d[None, :])
 
 
-def launch_gather_rows(x: Tensor, row: Tensor, *, head_rows: int | None = None, bias: bool = False) -> Tensor:
-    """`gather_rows` of `x` [B, G, N, D] by int32 `row` [M...].
-
-    A head counts as `head_rows` >= N rows, by default N. With `bias`, rows are float32 and `saturated` on the way.
-    """
+def launch_gather_rows(x: Tensor, row: Tensor, *, head_rows: int | None = None) -> Tensor:
+    """`gather_rows` of `x` [B, G, N, D] by int32 `row` [M...]; a head counts as `head_rows` >= N rows, by default N."""
     x, row = x if x.stride(-1) == 1 else x.contiguous(), row.contiguous()
     out = x.new_empty(*row.shape, x.shape[-1])
     block_d, block_m = _blocks(x.shape[-1])
     if out.numel():
         _gather_rows_kernel[triton.cdiv(row.numel(), block_m),](
             x, row, out, row.numel(), x.shape[1], head_rows or x.shape[2], *x.stride()[:3],
-            D=x.shape[-1], BLOCK_D=block_d, BLOCK_M=block_m, BIAS=bias,
+            D=x.shape[-1], BLOCK_D=block_d, BLOCK_M=block_m,
+        )  # fmt: skip
+    return out
+
+
+def launch_gather_biases(key_bias: Tensor, query_bias: Tensor | None, row: Tensor, *, segment_length: int) -> Tensor:
+    """`gather_biases` of biases `[B, G, N]` by int32 `row` [Z, G, K]; N need not be filled up to whole segments."""
+    row, (batch, kv_heads, _) = row.contiguous(), key_bias.shape
+    out = key_bias.new_empty(row.shape, dtype=torch.float32)
+    shifted = query_bias if key_bias.dtype == torch.float64 else None
+    if out.numel():
+        segments = row.shape[0] // batch
+        _gather_biases_kernel[triton.cdiv(row.numel(), _TILE),](
+            key_bias, shifted, row, out, row.numel(), kv_heads, segments * segment_length, segments, segment_length,
+            row.shape[-1], *key_bias.stride(), *((0, 0, 0) if shifted is None else shifted.stride()),
+            BLOCK_M=_TILE, SHIFTED=shifted is not None,
         )  # fmt: skip
     return out
 
 
 def launch_sum_copies(
-    rows: Tensor, first: Tensor, slot: Tensor, *, shape: list[int], head_rows: int | None = None
+    rows: Tensor,
+    first: Tensor,
+    slot: Tensor,
+    *,
+    shape: list[int],
+    head_rows: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`sum_copies` of `rows` [M..., D] into `shape` [B, G, N, D]; a head counts as `head_rows` rows, by default N."""
-    rows, out = rows.contiguous(), rows.new_empty(shape)
+    """`sum_copies` of `rows` [M..., D] into `shape` [B, G, N, D]; a head counts as `head_rows` rows, by default N.
+
+    Sums are made in at least float32 and given in `dtype`, by default that of the rows; float64 ones in float64.
+    """
+    rows, out = rows.contiguous(), rows.new_empty(shape, dtype=dtype)
     block_d, block_r = _blocks(shape[-1])
-    wide = tl.float64 if rows.dtype == torch.float64 else tl.float32
+    wide = tl.float64 if out.dtype == torch.float64 else tl.float32
     if out.numel():
         count, length = out.numel() // shape[-1], shape[2]
         _sum_copies_kernel[triton.cdiv(count, block_r),](

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dma_kernels.launching import register_launch
 from dma_kernels.lifetime_masks import Lifetimes
+from dma_kernels.segments.biases import gather_biases, gather_biases_reference
 from dma_kernels.segments.fill_slots import round_up, segment_slots_reference
 from dma_kernels.segments.gather import Copies
 
@@ -152,6 +153,17 @@ class SegmentSlots:
     def gather_plain(self, x: Tensor) -> Tensor:
         """The same in plain PyTorch, on any device, and differentiable twice."""
         return self.copies.gather_plain(self.fill_up(x))
+
+    def gather_biases(self, key_bias: Tensor, query_bias: Tensor | None = None) -> Tensor:
+        """Saturated biases `[B, G, N]` in their slots, float32 `[Z, G, K]`, zeros in empty ones; no gradient.
+
+        Float64 biases are rounded after `query_bias` of their segment's first query has been added.
+        """
+        return gather_biases(self.fill_up(key_bias), query_bias, self.copies.row, self.segment_length)
+
+    def gather_biases_plain(self, key_bias: Tensor, query_bias: Tensor | None = None) -> Tensor:
+        """The same in plain PyTorch, on any device, and differentiable in `key_bias` twice."""
+        return gather_biases_reference(self.fill_up(key_bias), query_bias, self.copies.row, self.segment_length)
 
     def split_queries(self, x: Tensor) -> Tensor:
         """`[B, H, N, D] -> [Z, H, S, D]`, the last segment filled up with zeros; a view where strides allow it."""
