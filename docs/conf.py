@@ -48,7 +48,7 @@ python_maximum_signature_line_length = 100
 html_theme = "furo"
 html_title = "dma-lightning"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_copyright = False
 
