@@ -157,3 +157,14 @@ def test_results_are_named_after_what_is_measured() -> None:
     line.add_argument("shape")
     assert line.parse_args(["80m"]).out == RESULTS / "gpu_fit_80m.json"
     assert line.parse_args(["80m", "--out", "x.json"]).out == Path("x.json")
+
+
+@pytest.mark.parametrize("length", ["0", "-4", "4k"])
+def test_a_length_is_a_number_of_tokens(length: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = CommandLine("Doc.", "name", duration="a minute")
+    line.add_lengths([4096])
+    assert line.parse_args([]).lengths == [4096]
+    assert line.parse_args(["--lengths", "1", "63"]).lengths == [1, 63]
+    with pytest.raises(SystemExit, match="2"):
+        line.parse_args([f"--lengths={length}"])
+    assert f"expected a number of tokens, at least 1, got '{length}'" in capsys.readouterr().err

@@ -34,7 +34,7 @@ class CommandLine(argparse.ArgumentParser):
     def add_lengths(self, lengths: Sequence[int]) -> None:
         """Add `--lengths`, the sequence lengths to measure, in tokens."""
         text = f"tokens of a sequence (default: {' '.join(map(str, lengths))})"
-        self.add_argument("--lengths", nargs="+", type=int, default=list(lengths), metavar="N", help=text)
+        self.add_argument("--lengths", nargs="+", type=_tokens, default=list(lengths), metavar="N", help=text)
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -49,3 +49,9 @@ class CommandLine(argparse.ArgumentParser):
         found.out = found.out or RESULTS / f"{self.result.format_map(vars(found))}.json"
         sys.argv = sys.argv[:1]
         return found, rest
+
+
+def _tokens(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number of tokens, at least 1, got {text!r}")
+    return int(text)
