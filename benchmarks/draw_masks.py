@@ -1,4 +1,4 @@
-"""Draw the README's pictures, `python benchmarks/draw_masks.py` (needs Matplotlib): one mask, and one of every kind."""
+"""Draw the pictures of README and docs/own-model.md: one mask, and one of every kind (needs Matplotlib)."""
 
 from pathlib import Path
 
