@@ -14,7 +14,7 @@ from dma_kernels.keep_rule import KeepRule
 from dma_kernels.lifetime_masks import check_ranks
 from dma_kernels.packing import Packing
 from dma_kernels.precision import without_autocast
-from dma_kernels.ranks import ordered_bits, saturated
+from dma_kernels.ranks import as_integers, saturated
 from dma_kernels.renamed import taking_renamed
 
 
@@ -53,8 +53,7 @@ def reference_mask(
         allowed = allowed & ~padding[:, None, None, :]
 
     # Place in the order by (rank, position): the later of two equal ranks wins.
-    rank = ranks if ranks.dtype == torch.int64 else ordered_bits(ranks)
-    priority = rank.argsort(dim=-1, stable=True).argsort(dim=-1)  # [B, G, N]
+    priority = as_integers(ranks).argsort(dim=-1, stable=True).argsort(dim=-1)  # [B, G, N]
     lowest = -1
     recent = position > position[:, None] - keep.last
     candidates = torch.where(allowed & ~recent, priority[..., None, :], lowest)  # [B, G, N, N]
