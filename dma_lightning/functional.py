@@ -35,7 +35,7 @@ def dynamic_mask_attention(
         q: queries `[B, H, N, D]`, with position embeddings.
         k: keys `[B, G, N, D]`, H a multiple of G.
         v: values `[B, G, N, D]`.
-        ranks: floating `[B, G, N]`; of two equal ranks the later key wins.
+        ranks: floating `[B, G, N]`, or int64 beside a `key_bias`; of two equal ranks the later key wins.
         keep_window_size: w, how many best-ranked keys a query sees.
         keep_last: how many last positions it sees whatever their rank; the w keys are chosen from those before.
         sinks: how many first keys of its document it sees besides.
@@ -57,6 +57,11 @@ def dynamic_mask_attention(
     check_backend(backend)
     if ranks.shape != k.shape[:3]:
         raise ValueError(f"ranks: expected {list(k.shape[:3])}, as k has them, got {list(ranks.shape)}")
+    if key_bias is None and not ranks.is_floating_point():
+        raise ValueError(
+            f"ranks: expected floating numbers, of which biases are made, got {ranks.dtype}; give a key_bias beside "
+            "ranks that are integers"
+        )
     bias_of_ranks = rank_bias(ranks.to(torch.promote_types(q.dtype, torch.float32)), score_form)
     key_bias = bias_of_ranks if key_bias is None else key_bias
     packing = Packing.of(documents, padding, batch=q.shape[0], like=ranks)

@@ -2,7 +2,8 @@
 
     D_j = d_1 + ... + d_j,  d_l >= 0        rank_j = content_j + D_j        bias_tj = content_j + D_j - D_t
 
-A query's D_t is the same for all of its keys, so softmax does not see it. A drift of 0 leaves the ranks as they are; a
+Ranks are compared as exact integers, and biases are rounded after the subtraction. A query's D_t is the same for all of
+its keys, so softmax does not see it. A drift of 0 leaves the ranks as they are; a
 large one makes the selection a sliding window, and the bias a decay with age: ALiBi with a learned slope if all steps
 are equal, the forget gate of the Forgetting Transformer if the layer's input decides them.
 
@@ -13,12 +14,13 @@ Source: arXiv 2503.02130 (forget gate), 2108.12409 (ALiBi).
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dma_kernels.fixed_point import UNIT, drift_sums
 from dma_kernels.precision import without_autocast
 from dma_lightning.mixers.base import MixerConfig
 
@@ -109,45 +111,70 @@ class Drift(nn.Module):
         else:
             with without_autocast(x.device):
                 steps = F.softplus(F.linear(x.to(dtype), self.weight.to(dtype)).mT + rate).clamp(max=_LARGEST_STEP)
-        steps = steps * self.drifts[:, None]
+        steps = steps.masked_fill(~self.drifts[:, None], 0)
         return steps if padding is None else steps.masked_fill(padding[:, None], 0)
 
 
-@torch.library.custom_op("dma_lightning::running_sum", mutates_args=())
-def _running_sum(x: Tensor, backwards: bool = False) -> Tensor:
-    wide = x.flip(-1).double() if backwards else x.double()
-    total = wide.cumsum(-1).to(x.dtype)
-    return total.flip(-1) if backwards else total
+class Drifted(NamedTuple):
+    """How far the keys have drifted up to each position, `[B, G, N]`.
 
-
-@_running_sum.register_fake
-def _running_sum_shape(x: Tensor, backwards: bool = False) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _running_sum_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    return _running_sum(gradient, backwards=True), None
-
-
-_running_sum.register_autograd(_running_sum_gradient)
-
-
-def running_sum(steps: Tensor) -> Tensor:
-    """D of steps `[B, G, N]`; sums, and those of its gradient, are made in float64.
-
-    An operation of its own, since torch.compile cannot build such sums for a GPU.
+    Attributes:
+        units: D as an integer, in units of 2^-32 nats (`dma_kernels.fixed_point`); what ranks are made of.
+        nats: D in float64, with the gradients of the steps; what biases are made of. NaN from a NaN step on.
     """
-    return _running_sum(steps)
+
+    units: Tensor
+    nats: Tensor
+
+    @property
+    def query_bias(self) -> Tensor:
+        """-D_t of the queries, `[B, G, N]`.
+
+        Softmax does not see it, and its exact gradient is 0. But it makes a small number of the bias of a key, which
+        is only then rounded. And the gradients of the keys' D are sums of rounded numbers, and those of the steps are
+        sums of them over all later positions: without the queries' side, which is rounded likewise, they are wrong by
+        per cents in bfloat16.
+        """
+        return -self.nats
 
 
-def query_bias(drifted: Tensor | None) -> Tensor | None:
-    """-D_t of the queries, `[B, G, N]`, for the gradient of D; None where nothing needs one.
+@torch.library.custom_op("dma_lightning::suffix_sum", mutates_args=())
+def _suffix_sum(x: Tensor) -> Tensor:
+    """Sums of what is here and behind, in float64; an operation, since torch.compile cannot build them for a GPU."""
+    return x.double().flip(-1).cumsum(-1).flip(-1)
 
-    Softmax does not see it, and its exact gradient is 0. But the gradients of the keys' D are sums of rounded numbers,
-    and those of the steps are sums of them over all later positions: without the queries' side, which is rounded
-    likewise, they are wrong by per cents in bfloat16.
-    """
-    return -drifted if drifted is not None and torch.is_grad_enabled() and drifted.requires_grad else None
+
+@_suffix_sum.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float64, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("dma_lightning::drift_in_nats", mutates_args=())
+def _in_nats(steps: Tensor, units: Tensor) -> Tensor:
+    broken = steps.isnan().int().cummax(-1).values.bool()
+    return (units.double() * UNIT).masked_fill(broken, torch.nan)
+
+
+@_in_nats.register_fake
+def _(steps: Tensor, units: Tensor) -> Tensor:
+    return torch.empty_like(units, dtype=torch.float64, memory_format=torch.contiguous_format)
+
+
+def _note_dtype(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.dtype = inputs[0].dtype
+
+
+def _gradient_of_steps(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return _suffix_sum(gradient).to(ctx.dtype), None
+
+
+_in_nats.register_autograd(_gradient_of_steps, setup_context=_note_dtype)
+
+
+def add_up(steps: Tensor, start: Tensor | None = None) -> Drifted:
+    """D of steps `[B, G, N]` in nats; `start`, D of what came before in units, int64 `[B, G]`, is 0 by default."""
+    units = drift_sums(steps.detach(), start)
+    return Drifted(units, _in_nats(steps, units))
 
 
 class DriftingCache:
@@ -155,19 +182,20 @@ class DriftingCache:
 
     Args:
         keys: the cache of the keys.
-        total: drift of all positions read so far, `[B, G]`.
+        total: drift of all positions read so far, in units of 2^-32 nats, int64 `[B, G]`.
     """
 
     def __init__(self, keys: Any, total: Tensor) -> None:
         self.keys, self.total = keys, total
+        self.broken = torch.zeros_like(total, dtype=torch.bool)
+        """Whether a step has been NaN, `[B, G]`."""
         self.read = torch.zeros(len(total), dtype=torch.int64, device=total.device)
         """Positions read so far, padded ones included, `[B]`."""
 
     @classmethod
     def empty(cls, keys: Any, batch: int, drift: Drift) -> Self:
         """Around an empty cache of keys, for heads with a drift."""
-        dtype = torch.promote_types(drift.rate.dtype, torch.float32)
-        return cls(keys, torch.zeros(batch, drift.num_kv_heads, dtype=dtype, device=drift.rate.device))
+        return cls(keys, torch.zeros(batch, drift.num_kv_heads, dtype=torch.int64, device=drift.rate.device))
 
     @property
     def length(self) -> Tensor:
@@ -177,10 +205,11 @@ class DriftingCache:
     def select(self, rows: Tensor) -> None:
         """Keep these sequences, in this order; a row may be named several times."""
         self.keys.select(rows)
-        self.total, self.read = self.total.index_select(0, rows), self.read.index_select(0, rows)
+        self.total, self.broken, self.read = (x.index_select(0, rows) for x in (self.total, self.broken, self.read))
 
-    def advance(self, steps: Tensor) -> Tensor:
-        """D of new positions, `[B, G, N]`, with what has been read before; their drift is added to the total."""
-        drifted = self.total[..., None] + running_sum(steps.detach().to(self.total.dtype))
-        self.total, self.read = drifted[..., -1], self.read + steps.shape[-1]
-        return drifted
+    def advance(self, steps: Tensor) -> Drifted:
+        """D of new positions, with what has been read before; their drift is added to the total."""
+        units, nats = add_up(steps.detach(), self.total)
+        nats = nats.masked_fill(self.broken[..., None], torch.nan)
+        self.total, self.broken, self.read = units[..., -1], nats[..., -1].isnan(), self.read + steps.shape[-1]
+        return Drifted(units, nats)

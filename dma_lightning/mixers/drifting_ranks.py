@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dma_kernels import Packing
+from dma_kernels.fixed_point import drifted_ranks
 from dma_kernels.precision import without_autocast
-from dma_lightning.mixers.drift import Drift, DriftConfig, DriftingCache, running_sum
+from dma_kernels.ranks import as_integers
+from dma_lightning.mixers.drift import Drift, DriftConfig, Drifted, DriftingCache, add_up
 
 Content = Literal["values", "input"]
 ContentInBias = bool | Literal["far"]
@@ -46,11 +48,11 @@ class DriftingRanksConfig(DriftConfig):
 
 
 class DriftedKeys(NamedTuple):
-    """What a layer makes of its keys, `[B, G, N]` each."""
+    """What a layer makes of its keys, `[B, G, N]` each; with a drift, ranks are int64, and biases float64."""
 
     rank: Tensor
     key_bias: Tensor
-    drifted: Tensor | None = None  # D, if heads drift
+    drifted: Drifted | None = None  # if heads drift
     near_bias: Tensor | None = None  # bias of keys among the last positions, if theirs is another one
 
 
@@ -158,13 +160,13 @@ class DriftingRanks(nn.Module):
         content = self.content(x, rank)
         if self.stripes:
             rank = rank + _STRIPE * self._on_stripe(x, cache)
-        drifted = running_sum(steps) if cache is None else cache.advance(steps)
+        drifted = add_up(steps) if cache is None else cache.advance(steps)
         # Times 0, not left out, so that DDP gets the gradients that it waits for, and a NaN shows in the loss.
-        bias = drifted + content * float(self.content_in_bias is not False)
+        bias = drifted.nats + content * float(self.content_in_bias is not False)
         drifts = self.drift.drifts[:, None]
-        near = torch.where(drifts, drifted, key_bias) if self.content_in_bias == "far" else None
-        ranks, bias = torch.where(drifts, content + drifted, rank), torch.where(drifts, bias, key_bias)
-        return DriftedKeys(ranks, bias, drifted, near)
+        near = torch.where(drifts, drifted.nats, key_bias) if self.content_in_bias == "far" else None
+        ranks = torch.where(drifts, drifted_ranks(content, drifted.units), as_integers(rank))
+        return DriftedKeys(ranks, torch.where(drifts, bias, key_bias), drifted, near)
 
     def _on_stripe(self, x: Tensor, cache: DriftingCache | None) -> Tensor:
         """Which positions of x belong to the stripe of each head, bool `[B or 1, G, N]`."""

@@ -33,7 +33,7 @@ from dma_lightning.backends import (
     resolve_backend,
 )
 from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys, merge_heads, packed
-from dma_lightning.mixers.drift import DriftingCache, query_bias
+from dma_lightning.mixers.drift import Drifted, DriftingCache
 from dma_lightning.mixers.drifting_ranks import DriftedKeys, DriftingRanks, DriftingRanksConfig
 from dma_lightning.mixers.far_content import attend_with_far_bias
 from dma_lightning.mixers.retention import RetentionQueries, RetentionTarget, check_retention, retention_loss
@@ -246,13 +246,14 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
                 out = with_auxiliary_loss(out, self._retention_loss(x, q, k, v, keys.drifted, packing))
             return self.o_proj(merge_heads(out))
         kept = cache.keys if isinstance(cache, DriftingCache) else cache
-        new = NewKeys(k, v, keys.key_bias, keys.rank, packing)
+        asked = None if keys.drifted is None else keys.drifted.query_bias
+        new = NewKeys(k, v, keys.key_bias, keys.rank, packing, asked)
         return self.o_proj(merge_heads(kept.attend(q, new, ATTENTIONS[backend])))
 
     def _attend(
         self, backend: str, q: Tensor, k: Tensor, v: Tensor, keys: DriftedKeys, packing: Packing | None
     ) -> Tensor:
-        asked = query_bias(keys.drifted)
+        asked = None if keys.drifted is None else keys.drifted.query_bias
         if keys.near_bias is None:
             return attend(backend, q, k, v, keys.key_bias, keys.rank, self.keep, packing, query_bias=asked)
         mask, near = Lifetimes.selected(keys.rank, self.keep, packing), self.own_keep.last
@@ -275,13 +276,14 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         self.own_keep = replace(self.own_keep, **sizes)
 
     def _retention_loss(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, drifted: Tensor | None, packing: Packing | None
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, drifted: Drifted | None, packing: Packing | None
     ) -> Tensor:
         """That of this layer, with its weight; it trains what contents are made of, and nothing before."""
         content = self._content(x.detach(), v.detach())
         positions = RetentionQueries(self.own_keep.capacity).at(self.step, x.shape[1], x.device)
+        nats = None if drifted is None else drifted.nats
         values = v if self.retention_target == "output" else None
-        loss = retention_loss(q, k, content, drifted, positions, self.own_keep, packing, values)
+        loss = retention_loss(q, k, content, nats, positions, self.own_keep, packing, values)
         return self.retention_weight / self.num_layers * loss
 
     def _ranked(

@@ -12,14 +12,12 @@ from dma_kernels import Lifetimes
 from dma_kernels.attention.ops import KERNEL_DTYPES
 from dma_lightning.mixers.position_cache import Places
 
-_ROWS = 256  # queries whose mask is in memory at once, for all heads of a group
+ROWS = 256  # queries whose mask is in memory at once, for all heads of a group
 
 SDPA_OR_FLEX = "PyTorch's scaled_dot_product_attention; FlexAttention on CUDA for documents and padding"
 
 
-def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None, key_bias: Tensor | None = None
-) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
     """Softmax attention over the keys of a dense mask; a query without any key gives 0, and no gradient.
 
     Args:
@@ -28,16 +26,12 @@ def masked_attention(
         v: `[B, G, M, Dv]`.
         mask: bool `[B or 1, H or 1, n, M]`, True where a query sees a key.
         scale: factor of q·k, by default `1 / sqrt(D)`.
-        key_bias: what is added to the logits of each key, `[B, H, 1, M]`; by default nothing.
 
     Returns:
         `[B, H, n, Dv]`.
     """
     alive = mask.any(-1, keepdim=True)
-    seen = mask | ~alive
-    if key_bias is not None:
-        seen = key_bias.to(q.dtype).masked_fill(~seen, -torch.inf)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~alive, scale=scale, enable_gqa=True)
     return out.masked_fill(~alive, 0)
 
 
@@ -56,18 +50,15 @@ def attend_places(
     keys: Places,
     window: int | None = None,
     scale: float | None = None,
-    key_bias: Tensor | None = None,
 ) -> Tensor:
     """`masked_attention` of queries to the past of their documents, a few queries at a time.
 
-    The heads of a group are more queries of their KV head, since PyTorch would copy the keys for each of them. A
-    `key_bias` `[B, G, M, 1]` counts from that of the last key, so that it is exact where it matters in any dtype.
+    The heads of a group are more queries of their KV head, since PyTorch would copy the keys for each of them.
     """
     group, parts = q.shape[1] // k.shape[1], []
-    bias = None if key_bias is None else (key_bias - key_bias.amax(2, keepdim=True)).mT  # [B, G, 1, M]
-    for part, start in zip(q.split(_ROWS, dim=2), range(0, q.shape[2], _ROWS), strict=True):
-        mask = queries.rows(start, start + _ROWS).sees(keys, window).repeat(1, 1, group, 1)
+    for part, start in zip(q.split(ROWS, dim=2), range(0, q.shape[2], ROWS), strict=True):
+        mask = queries.rows(start, start + ROWS).sees(keys, window).repeat(1, 1, group, 1)
         by_group = part.unflatten(1, (k.shape[1], group)).flatten(2, 3)  # [B, G, R * n, D]
-        out = masked_attention(by_group, k, v, mask, scale, bias)
+        out = masked_attention(by_group, k, v, mask, scale)
         parts.append(out.unflatten(2, (group, -1)).flatten(1, 2))
     return torch.cat(parts, dim=2)

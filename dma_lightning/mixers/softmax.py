@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dma_kernels import Lifetimes, Packing
+from dma_kernels.decoding.attention import decode_attention
 from dma_lightning.backends import ATTENTIONS, Backend, check_backend, explain_backend, resolve_backend
 from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys, merge_heads
-from dma_lightning.mixers.drift import Drift, DriftConfig, DriftingCache, query_bias, running_sum
-from dma_lightning.mixers.position_cache import PositionCache
-from dma_lightning.mixers.sdpa import SDPA_OR_FLEX, attend_places, lifetime_attention
+from dma_lightning.mixers.drift import Drift, DriftConfig, Drifted, DriftingCache, add_up
+from dma_lightning.mixers.position_cache import Places, PositionCache
+from dma_lightning.mixers.sdpa import ROWS, SDPA_OR_FLEX, attend_places, lifetime_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +66,20 @@ class MultiHeadAttention(GroupedQueryMixer[PositionCache | DriftingCache]):
     ) -> Tensor:
         q, k, v = self.queries_keys_values(x, cache)  # [B, H, N, D] and [B, G, N, D]
         positions = cache.keys if isinstance(cache, DriftingCache) else cache
-        drifted = None  # [B, G, N]
+        drifted = None
         if self.drift is not None:
             steps = self.drift(x, None if packing is None else packing.padding)
-            drifted = cache.advance(steps) if isinstance(cache, DriftingCache) else running_sum(steps)
+            drifted = cache.advance(steps) if isinstance(cache, DriftingCache) else add_up(steps)
         if positions is None or not positions.count:
             out = window_attention(q, k, v, self.window, self.backend, packing, drifted)
         if positions is None:
             return self.o_proj(merge_heads(out))
-        fresh, biases = not positions.count, {} if drifted is None else {"bias": drifted[..., None]}
+        fresh, biases = not positions.count, {} if drifted is None else {"bias": drifted.nats[..., None]}
         kept, keys, queries = positions.extend(packing, key=k, value=v, **biases)
-        if not fresh:
-            out = attend_places(q, kept["key"], kept["value"], queries, keys, self.window, key_bias=kept.get("bias"))
+        if not fresh and drifted is not None:
+            out = drifting_attention(q, kept, queries, keys, self.window, drifted.query_bias)
+        elif not fresh:
+            out = attend_places(q, kept["key"], kept["value"], queries, keys, self.window)
         return self.o_proj(merge_heads(out))
 
     def new_cache(self, batch: int, full: bool = False) -> PositionCache | DriftingCache:
@@ -132,7 +135,7 @@ def window_attention(
     window: int | None,
     backend: str,
     packing: Packing | None = None,
-    drifted: Tensor | None = None,
+    drifted: Drifted | None = None,
 ) -> Tensor:
     """Attention of a whole sequence to its last `window` positions, or to all of its past; differentiable.
 
@@ -143,7 +146,7 @@ def window_attention(
         window: positions that a query sees, its own included; all by default.
         backend: name of an attention backend, or `auto`.
         packing: documents and padding.
-        drifted: D `[B, G, N]`, by which keys fall behind; by default they do not.
+        drifted: by how much keys fall behind; by default they do not.
 
     Returns:
         `[B, H, N, D]`.
@@ -156,6 +159,30 @@ def window_attention(
         return lifetime_attention(q, k, v, mask)
     backend = resolve_backend(backend, device.type, device.index, q.dtype, q.shape[-1])
     if drifted is not None:
-        return ATTENTIONS[backend](q, k, v, drifted, mask, query_bias=query_bias(drifted))
+        return ATTENTIONS[backend](q, k, v, drifted.nats, mask, query_bias=drifted.query_bias)
     bias = torch.zeros(k.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=device)
     return ATTENTIONS[backend](q, k, v, bias, mask)
+
+
+def drifting_attention(
+    q: Tensor, kept: dict[str, Tensor], queries: Places, keys: Places, window: int | None, query_bias: Tensor
+) -> Tensor:
+    """Attention of new positions to those of a cache, with a drift; a few queries at a time.
+
+    Args:
+        q: `[B, H, n, D]`.
+        kept: `key` and `value` `[B, G, M, D]`, and `bias` `[B, G, M, 1]`, D of the keys in float64.
+        queries: where the queries stand.
+        keys: where the keys do.
+        window: positions that a query sees; None for all.
+        query_bias: -D of the queries in float64, `[B, G, n]`; added to those of the keys before the sum is rounded.
+
+    Returns:
+        `[B, H, n, D]`.
+    """
+    parts = []
+    for start in range(0, q.shape[2], ROWS):
+        part, asked = (x[:, :, start : start + ROWS] for x in (q, query_bias))
+        visible = queries.rows(start, start + ROWS).sees(keys, window).expand(-1, kept["key"].shape[1], -1, -1)
+        parts.append(decode_attention(part, kept["key"], kept["value"], kept["bias"][..., 0], visible, asked))
+    return torch.cat(parts, dim=2)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from dma_kernels import Packing
+from dma_kernels.fixed_point import FRACTION_BITS, drift_sums
 from dma_kernels.packing import document_ends
 from dma_lightning.data.base import Batch
 from dma_lightning.mixers import DynamicMaskAttention, TokenMixer
-from dma_lightning.mixers.drift import Drift, running_sum
+from dma_lightning.mixers.drift import Drift
 from dma_lightning.model import DogeForCausalLM, decoder_of
 from dma_lightning.monitoring.recording import FirstBatchMonitor, look_at_layers
 
@@ -107,11 +108,12 @@ def efolds(steps: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tenso
     runs = place.new_zeros(batch, length) if packing.runs is None else packing.runs
     start, end = torch.searchsorted(runs, runs), document_ends(runs)[:, 0].long()  # [B, N]
     real = torch.ones_like(runs, dtype=torch.bool) if packing.padding is None else ~packing.padding
-    drifted = running_sum(steps.double())  # in which steps of float32 add up without a rounding
-    key = torch.searchsorted(drifted, drifted - 1, right=True) - 1  # the last one with D_j <= D_t - 1, or -1
+    drifted = drift_sums(steps)
+    nat = 1 << FRACTION_BITS
+    key = torch.searchsorted(drifted, drifted - nat, right=True) - 1  # the last one with D_j <= D_t - 1, or -1
     last = place.masked_fill(~real, -1).cummax(-1).values[:, None].expand_as(key)  # padding has the D before it
     key = last.gather(-1, key.clamp(min=0)).where(key >= 0, -1)
-    age = (place - key).clamp(min=1).where(key >= start[:, None], length)  # a NaN has any place
+    age = (place - key).clamp(min=1).where(key >= start[:, None], length)
     seen = real.long().cumsum(-1)
     before = (seen - real.long()).gather(-1, start)  # real positions before the document
     return age, real & (2 * (seen - before) > seen.gather(-1, end - 1) - before)

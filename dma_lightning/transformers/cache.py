@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from dma_kernels import DynamicMaskCache, NewKeys
-from dma_kernels.decoding.dynamic_cache import Attention
+from dma_kernels.decoding.attention import Attention
 from dma_lightning.backends import resolve_backend
 from dma_lightning.transformers.layers import DynamicMask, SlidingWindow, attention_layers
 

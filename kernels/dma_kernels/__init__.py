@@ -3,7 +3,7 @@
 The rooms, in the order in which a key passes through them:
 
 - `ranks`: ranks and biases of keys (`rank_kernels`: for Triton); `keep_rule`: how many of them a query keeps;
-  `packing`: documents and padding
+  `fixed_point`: ranks that drift, as integers; `packing`: documents and padding
 - `lifetime_masks`: which queries see a key; `reference`: the O(N²) definition of it all
 - `selection`: which keys live, and until when
 - `segments`: from lifetimes to dense lists of keys

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dma_kernels.drawing import draw_mask, mask_png
+from dma_kernels.fixed_point import ranks_of_steps
 from dma_kernels.keep_rule import KeepRule, check_at_least
 from dma_kernels.packing import Packing, document_ends
 from dma_kernels.selection.ops import deaths_by_rank
@@ -151,6 +152,7 @@ class Lifetimes:
         padding: Tensor | None = None,
         keep_last: int = 0,
         sinks: int = 0,
+        drift: Tensor | None = None,
     ) -> "Lifetimes":
         """The dynamic mask: each query sees the `keep_window_size` best-ranked keys of its own past.
 
@@ -158,7 +160,8 @@ class Lifetimes:
         padding are arguments of the selection itself: keys of another document never evict yours.
 
         Args:
-            ranks: `[B, G, N]`, compared in float32 with 16 mantissa bits; of two equal ranks the later key wins.
+            ranks: `[B, G, N]`, of two equal ones the later key wins. Floating ranks are compared in float32 with 16
+                mantissa bits, int64 ones as integers.
             keep_window_size: W, how many keys a query keeps; more than N means all of them.
             documents: integer document ids `[B, N]`. A document is a run of equal ids; ids at padded positions
                 are ignored. Each document is attended to by itself alone.
@@ -167,12 +170,17 @@ class Lifetimes:
             keep_last: the last so many positions are visible whatever their rank, and a key competes with others
                 only when it is no longer among them.
             sinks: the first so many real keys of each document stay visible to its end.
+            drift: by how many nats each position lets the keys before it fall behind, floating `[B, G, N]`, at least 0.
+                The rank of a key is then its own number in nats plus the sum of the drift up to it, which padding
+                leaves out; both as integers, in units of 2^-32 nats (`dma_kernels.fixed_point`). By default none.
 
         Raises:
-            ValueError: on wrong shapes, dtypes or devices, or sizes out of range.
+            ValueError: on wrong shapes, dtypes or devices, or numbers out of range.
         """
         check_ranks(ranks)
         packing = Packing.of(documents, padding, batch=ranks.shape[0], like=ranks)
+        if drift is not None:
+            ranks = ranks_of_steps(ranks, drift, padding)
         return cls.selected(ranks, KeepRule(keep_window_size, keep_last, sinks), packing)
 
     @classmethod
@@ -334,6 +342,6 @@ def is_sink(sinks: int, birth: Tensor, packing: Packing) -> Tensor:
 
 def check_ranks(ranks: Tensor) -> None:
     """Raise `ValueError` unless ranks are those of a sequence."""
-    if ranks.ndim != 3 or not ranks.is_floating_point():
-        raise ValueError(f"ranks: expected floating [B, G, N], got {ranks.dtype} {list(ranks.shape)}")
+    if ranks.ndim != 3 or not (ranks.is_floating_point() or ranks.dtype == torch.int64):
+        raise ValueError(f"ranks: expected floating or int64 [B, G, N], got {ranks.dtype} {list(ranks.shape)}")
     check_at_least("sequence length", ranks.shape[-1], 1)

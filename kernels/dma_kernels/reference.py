@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from dma_kernels.checks import check_attention_inputs
+from dma_kernels.fixed_point import ranks_of_steps
 from dma_kernels.keep_rule import KeepRule
 from dma_kernels.lifetime_masks import check_ranks
 from dma_kernels.packing import Packing
 from dma_kernels.precision import without_autocast
-from dma_kernels.ranks import ordered_bits, saturated
+from dma_kernels.ranks import as_integers, saturated
 from dma_kernels.renamed import taking_renamed
 from dma_kernels.wide_biases import are_wide, in_float32, shift_of
 
@@ -26,6 +27,7 @@ def reference_mask(
     padding: Tensor | None = None,
     keep_last: int = 0,
     sinks: int = 0,
+    drift: Tensor | None = None,
 ) -> Tensor:
     """The dynamic mask by its definition: a top-w over each query's own past. Arguments as `Lifetimes.top_w`.
 
@@ -41,6 +43,8 @@ def reference_mask(
     keep = KeepRule(keep_window_size, keep_last, sinks)
     packing = Packing.of(documents, padding, batch=ranks.shape[0], like=ranks)
     runs = None if packing is None else packing.runs
+    if drift is not None:
+        ranks = ranks_of_steps(ranks, drift, padding)
     length = ranks.shape[-1]
     position = torch.arange(length, device=ranks.device)
     allowed = (position <= position[:, None])[None, None]  # [B or 1, 1, N, N]
@@ -49,9 +53,9 @@ def reference_mask(
     if padding is not None:
         allowed = allowed & ~padding[:, None, None, :]
 
-    # (rank, position) as one integer: the later of two equal ranks wins.
-    priority = ordered_bits(ranks).long() * length + position  # [B, G, N]
-    lowest = torch.iinfo(torch.int64).min
+    # Place in the order by (rank, position): the later of two equal ranks wins.
+    priority = as_integers(ranks).argsort(dim=-1, stable=True).argsort(dim=-1)  # [B, G, N]
+    lowest = -1
     recent = position > position[:, None] - keep.last
     candidates = torch.where(allowed & ~recent, priority[..., None, :], lowest)  # [B, G, N, N]
     kept = candidates.topk(min(keep.window, length), dim=-1).indices

@@ -116,8 +116,8 @@ GOOD = torch.zeros(2, 3, 8)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ranks": torch.zeros(3, 8)}, r"ranks: expected floating \[B, G, N\], got torch.float32 \[3, 8\]"),
-        ({"ranks": torch.zeros(2, 3, 8, dtype=torch.long)}, "ranks: expected floating"),
+        ({"ranks": torch.zeros(3, 8)}, r"ranks: expected floating or int64 \[B, G, N\], got torch.float32 \[3, 8\]"),
+        ({"ranks": torch.zeros(2, 3, 8, dtype=torch.int32)}, "ranks: expected floating or int64"),
         ({"ranks": torch.zeros(2, 3, 0)}, "sequence length: expected at least 1, got 0"),
         ({"keep_window_size": 0}, "keep_window_size: expected at least 1, got 0"),
         ({"keep_last": -1}, "keep_last: expected at least 0, got -1"),

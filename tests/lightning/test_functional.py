@@ -10,6 +10,7 @@ import small_run
 import torch
 
 from dma_kernels import reference_attention, reference_mask
+from dma_kernels.ranks import as_integers
 from dma_lightning import dynamic_mask_attention
 from dma_lightning.monitoring import draw_text_masks
 from dma_lightning.trained_models import load_with_tokenizer
@@ -47,6 +48,8 @@ def test_equals_the_definition(case: masks.Case, scale: float | None) -> None:
             torch.testing.assert_close(one, other)
     alone = dynamic_mask_attention(q, k, v, ranks, 9, key_bias=torch.zeros_like(ranks), backend="reference", **given)
     torch.testing.assert_close(alone, reference_attention(q, k, v, torch.zeros_like(ranks), mask))
+    by_integers = dynamic_mask_attention(q, k, v, as_integers(ranks), 9, key_bias=ranks, **given)
+    torch.testing.assert_close(by_integers, reference_attention(q, k, v, ranks, mask))
 
 
 def test_mistakes_are_told() -> None:
@@ -55,8 +58,12 @@ def test_mistakes_are_told() -> None:
         dynamic_mask_attention(q, k, v, ranks, 4, backend="tirton")
     with pytest.raises(ValueError, match="keep_window_size: expected at least 1, got 0"):
         dynamic_mask_attention(q, k, v, ranks, 0)
-    with pytest.raises(ValueError, match="ranks: expected floating"):
-        dynamic_mask_attention(q, k, v, ranks.long(), 4, key_bias=ranks)
+    with pytest.raises(ValueError, match="ranks: expected floating or int64"):
+        dynamic_mask_attention(q, k, v, ranks.int(), 4, key_bias=ranks)
+    with pytest.raises(
+        ValueError, match=r"ranks: expected floating numbers, of which biases are made, .*; give a key_bias"
+    ):
+        dynamic_mask_attention(q, k, v, ranks.long(), 4)
     with pytest.raises(ValueError, match="k: expected"):
         dynamic_mask_attention(q, k[:, :, :-1], v, ranks[..., :-1], 4)
     with pytest.raises(ValueError, match=r"ranks: expected \[2, 2, 8\], as k has them, got \[1, 2, 8\]"):

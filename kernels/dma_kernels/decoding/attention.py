@@ -1,16 +1,25 @@
-"""Attention of a few queries to the slots of a cache, in plain PyTorch.
+"""Attention of new queries to the slots of a cache.
 
-B batch, H query heads, G KV heads, R = H / G group, n queries, D head dim, C slots.
+B batch, H query heads, G KV heads, R = H / G group, n queries, D head dim, C slots, M keys.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dma_kernels.lifetime_masks import Lifetimes
 from dma_kernels.precision import without_autocast
+from dma_kernels.ranks import rounded
 from dma_kernels.reference import masked_average
 
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Lifetimes], Tensor]  # of q, k, v, key_bias
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, visible: Tensor) -> Tensor:
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, visible: Tensor, query_bias: Tensor | None = None
+) -> Tensor:
     """Softmax attention of a few queries, computed in at least float32.
 
     Args:
@@ -19,6 +28,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, visible:
         v: `[B, G, C, D]`.
         key_bias: `[B, G, C]`.
         visible: bool `[B, G, C]`, or `[B, G, n, C]` if queries differ.
+        query_bias: `[B, G, n]`, added to the biases of keys before these are rounded; by default 0.
 
     Returns:
         `[B, H, n, D]` in the dtype of q; 0 for a query that sees nothing.
@@ -29,7 +39,38 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, visible:
     v = v.masked_fill(~visible.any(2)[..., None], 0)  # a weight of 0 does not stop a NaN that has died
     with without_autocast(q.device):
         q_rows = (q.to(dtype) * q.shape[-1] ** -0.5).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, G, R * n, D]
-        logits = q_rows @ k.to(dtype).transpose(-1, -2) + key_bias.to(dtype)[:, :, None]
+        bias = key_bias[:, :, None] if query_bias is None else key_bias[:, :, None] + query_bias[..., None]
+        if bias.dtype != dtype:
+            bias = rounded(bias, dtype)
+        if query_bias is not None:
+            bias = bias.repeat(1, 1, q.shape[1] // kv_heads, 1)  # [B, G, R * n, C]
+        logits = q_rows @ k.to(dtype).transpose(-1, -2) + bias
         visible = visible.repeat(1, 1, q.shape[1] // kv_heads, 1)
         out = masked_average(logits, visible, v.to(dtype))
     return out.unflatten(2, (-1, q.shape[2])).flatten(1, 2).to(q.dtype)
+
+
+def attend_from_last(
+    attention: Attention,
+    q: Tensor,
+    keys: tuple[Tensor, Tensor, Tensor],
+    lifetimes: Lifetimes,
+    query_bias: Tensor | None,
+) -> Tensor:
+    """Attention of the last n of M positions by a backend.
+
+    Args:
+        attention: how to attend.
+        q: `[B, H, n, D]`.
+        keys: k and v `[B, G, M, D]`, and the biases of the keys `[B, G, M]`.
+        lifetimes: of the M keys.
+        query_bias: `[B, G, n]`, in float64. Biases are rounded relative to that of the first query.
+
+    Returns:
+        `[B, H, n, D]`.
+    """
+    k, v, key_bias = keys
+    past = k.shape[2] - q.shape[2]
+    if query_bias is not None:
+        key_bias = rounded(key_bias + query_bias[..., :1], torch.promote_types(q.dtype, torch.float32))
+    return attention(F.pad(q, (0, 0, past, 0)), k, v, key_bias, lifetimes)[:, :, past:]  # nobody asks from the past

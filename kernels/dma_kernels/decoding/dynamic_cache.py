@@ -9,7 +9,6 @@ B batch, H query heads, G KV heads, n new positions, D head dim, C slots, M = C 
 Source: the interval of a key, arXiv 2508.02124v6, equation 4: the w-th best score of a prefix never falls.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from dma_kernels.attention.ops import check_kernels_can, check_machine
 from dma_kernels.attention.torch_backend import segment_attention
-from dma_kernels.decoding.attention import decode_attention
+from dma_kernels.decoding.attention import Attention, attend_from_last, decode_attention
 from dma_kernels.decoding.state import EMPTY, CacheState, NewKeys, Slots
 from dma_kernels.decoding.step import decode_step, decode_step_reference
 from dma_kernels.keep_rule import HasKeepRule, KeepRule
@@ -28,10 +27,10 @@ from dma_kernels.packing import document_ends, document_runs
 from dma_kernels.ranks import saturated
 from dma_kernels.selection.ops import deaths_by_rank
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Lifetimes], Tensor]  # of q, k, v, key_bias
 StepBackend = Literal["torch", "triton"]
 
 FEW = 64  # up to so many positions are cheaper as rows of one dense product
+_WIDEST = {"rank": torch.int64, "key_bias": torch.float64}  # if the keys have a drift
 
 
 class KeyCache(Protocol):
@@ -69,7 +68,8 @@ class DynamicMaskCache(HasKeepRule):
     """The exact cache of one layer: `keep_window_size + keep_last + sinks` slots per KV head, whatever has been read.
 
     For inference: nothing that it computes has a gradient. All is on the device, in fixed shapes, without waiting for
-    it; a step of one position changes its tensors in place, as CUDA graphs need it.
+    it; a step of one position changes its tensors in place, as CUDA graphs need it. The first keys that it keeps decide
+    whether its ranks are floating or int64, and whether its biases are float64.
 
     Args:
         batch: B.
@@ -173,14 +173,13 @@ class DynamicMaskCache(HasKeepRule):
         if self._started and q.shape[2] <= FEW:
             query = birth[past:, None]
             visible = (birth <= query) & (query < chunk.death[..., None, :])  # [B, G, n, M]
-            out = decode_attention(q, slots.key, slots.value, slots.key_bias, visible)
+            out = decode_attention(q, slots.key, slots.value, slots.key_bias, visible, new.query_bias)
             self._pending = chunk
             return out
         lifetimes = Lifetimes(
             birth.expand_as(chunk.death), chunk.death.int(), min(self.capacity, keys), born_at_position=True
         )
-        q = F.pad(q, (0, 0, past, 0))  # nobody asks from the slots of the cache
-        out = attention(q, slots.key, slots.value, slots.key_bias, lifetimes)[:, :, past:]
+        out = attend_from_last(attention, q, (slots.key, slots.value, slots.key_bias), lifetimes, new.query_bias)
         self._pending = chunk
         return out
 
@@ -211,6 +210,7 @@ class DynamicMaskCache(HasKeepRule):
         ranked_death = chunk.ranked_death.gather(2, (taken - 1).clamp(min=0))
         kept.ranked = (taken > 0) & (last < ranked_death)
         changed = count > 0
+        self.state.hold(rank=kept.rank.dtype, key_bias=kept.key_bias.dtype)
         for old, x in zip(self.state.all, kept.all, strict=True):
             old.copy_(torch.where(changed.view(-1, *[1] * (x.ndim - 1)), x, old))
 
@@ -243,7 +243,7 @@ class DynamicMaskCache(HasKeepRule):
         return slots | rest
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy the tensors of another cache of the same shape.
+        """Copy the tensors of another cache of the same shape; ranks and biases have the dtypes of that one then.
 
         Raises:
             ValueError: if names, shapes, dtypes or sizes differ; nothing is copied then.
@@ -254,10 +254,15 @@ class DynamicMaskCache(HasKeepRule):
             {name: x.tolist() if name == "sizes" else (list(x.shape), x.dtype) for name, x in y.items()}
             for y in (own, state)
         )
+        kinds = {name: x.dtype for name, x in state.items() if x.dtype == _WIDEST.get(name)}
+        kinds |= dict.fromkeys(_WIDEST.keys() - kinds.keys(), self._wide)
+        expected |= {name: (found[name][0], dtype) for name, dtype in kinds.items() if name in found}
         if expected != found:
             raise ValueError(f"expected the state of a cache with {expected}, got {found}")
-        for name in (*Slots.__dataclass_fields__, "document"):
-            own[name].copy_(state[name])
+        self.state.hold(**kinds)
+        for name in Slots.__dataclass_fields__:
+            getattr(self.state, name).copy_(state[name])
+        self.state.document.copy_(state["document"])
         self.state.lengths.copy_(state["length"][:, None])
         self.state.seen.copy_(state["seen"][:, None])
         # Earlier versions did not count all of the last positions as ranked.
@@ -272,15 +277,32 @@ class DynamicMaskCache(HasKeepRule):
     def _check(self, q: Tensor, new: NewKeys) -> None:
         """Raise `ValueError` unless new keys fit the cache."""
         new.check(q)
-        k, own = new.key, self.state.key
-        batch, kv_heads, _, head_dim = own.shape
-        if (k.shape[0], k.shape[1], k.shape[3]) != (batch, kv_heads, head_dim) or k.device != own.device:
+        k, own = new.key, self.state
+        batch, kv_heads, _, head_dim = own.key.shape
+        if (k.shape[0], k.shape[1], k.shape[3]) != (batch, kv_heads, head_dim) or k.device != own.key.device:
             raise ValueError(
-                f"k: expected [{batch}, {kv_heads}, n, {head_dim}] on {own.device} for this cache, "
+                f"k: expected [{batch}, {kv_heads}, n, {head_dim}] on {own.key.device} for this cache, "
                 f"got {list(k.shape)} on {k.device}"
             )
-        if k.dtype != own.dtype:
-            raise ValueError(f"k: expected {own.dtype} as the cache, got {k.dtype}; make the cache in that dtype")
+        if k.dtype != own.key.dtype:
+            raise ValueError(f"k: expected {own.key.dtype} as the cache, got {k.dtype}; make the cache in that dtype")
+        (rank, bias), held = self._dtypes(new), (own.rank.dtype, own.key_bias.dtype)
+        if self._started and (rank != held[0] or bias.itemsize > held[1].itemsize):
+            raise ValueError(
+                f"ranks and key_bias: expected {held[0]} and {held[1]} as those of the keys in the cache, got "
+                f"{new.rank.dtype} and {new.key_bias.dtype}; read the text anew with an empty cache, also if this one "
+                "was saved when ranks with a drift were floating numbers"
+            )
+
+    def _dtypes(self, new: NewKeys) -> tuple[torch.dtype, torch.dtype]:
+        """Those in which ranks and biases of new keys are kept."""
+        rank = torch.int64 if new.rank.dtype == torch.int64 else self._wide
+        return rank, torch.promote_types(new.key_bias.dtype, self._wide)
+
+    @property
+    def _wide(self) -> torch.dtype:
+        """That of floating ranks, and of biases that are not wider."""
+        return torch.promote_types(self.state.key.dtype, torch.float32)
 
     def _extended(self, new: NewKeys) -> _Chunk:
         """The keys of the cache and new ones behind them, in an order in which a selection can go on."""
@@ -298,7 +320,8 @@ class DynamicMaskCache(HasKeepRule):
         birth = torch.arange(keys, device=real.device)
         end: int | Tensor = keys if runs is None else document_ends(runs)
         # Unranked keys stand in front with the lowest rank, and so count for nothing.
-        top = deaths_by_rank(slots.rank.masked_fill(~slots.ranked, -torch.inf), runs, padding, self.keep.window)
+        lowest = -torch.inf if slots.rank.is_floating_point() else torch.iinfo(torch.int64).min
+        top = deaths_by_rank(slots.rank.masked_fill(~slots.ranked, lowest), runs, padding, self.keep.window)
         if self.keep.last:  # a key dies so many positions after the one that beats it has arrived
             late = slots.position.gather(2, top.clamp(max=keys - 1).long()) + self.keep.last
             top = torch.where(top < keys, late + (past - self.length)[:, None, None], keys)
@@ -312,8 +335,10 @@ class DynamicMaskCache(HasKeepRule):
         """New keys as slots; `number` in its document, from 1."""
         position = self.length[:, None] + torch.arange(real.shape[-1], device=real.device)
         flags = (x[:, None].expand_as(new.rank) for x in (position, real, real & (number <= self.keep.sinks)))
-        bias, rank = saturated(new.key_bias).to(self.state.key_bias.dtype), new.rank.to(self.state.rank.dtype)
-        return Slots(new.key, new.value, bias, rank, *flags)
+        rank, bias = self._dtypes(new)
+        if self._started:  # which may keep wider biases
+            bias = self.state.key_bias.dtype
+        return Slots(new.key, new.value, saturated(new.key_bias).to(bias), new.rank.to(rank), *flags)
 
     def _runs(self, documents: Tensor, real: Tensor) -> Tensor:
         """Number of the document of each new position, `[B, n]`; 0 goes on with that of the cache."""

@@ -4,12 +4,11 @@ B batch, H query heads, G KV heads, n new positions, N positions in all, D head 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dma_kernels.attention.torch_backend import segment_attention
-from dma_kernels.decoding.attention import decode_attention
-from dma_kernels.decoding.dynamic_cache import FEW, Attention
+from dma_kernels.decoding.attention import Attention, attend_from_last, decode_attention
+from dma_kernels.decoding.dynamic_cache import FEW
 from dma_kernels.decoding.state import NewKeys
 from dma_kernels.keep_rule import HasKeepRule, KeepRule
 from dma_kernels.lifetime_masks import Lifetimes
@@ -50,10 +49,10 @@ class FullCache(HasKeepRule):
         if past and count <= FEW:
             query = torch.arange(past, mask.length, device=q.device)[:, None]
             visible = (mask.birth[..., None, :] <= query) & (query < mask.death[..., None, :])  # [B, G, n, N]
-            out = decode_attention(q, kept["key"], kept["value"], kept["key_bias"], visible)
+            out = decode_attention(q, kept["key"], kept["value"], kept["key_bias"], visible, new.query_bias)
         else:
-            q = F.pad(q, (0, 0, past, 0))  # what was asked before is not asked again
-            out = attention(q, kept["key"], kept["value"], kept["key_bias"], mask)[:, :, past:]
+            keys = kept["key"], kept["value"], kept["key_bias"]
+            out = attend_from_last(attention, q, keys, mask, new.query_bias)
         last = torch.where(real, torch.arange(1, count + 1, device=q.device), 0).amax(-1)  # the last real one, from 1
         latest = documents.gather(1, (last - 1).clamp(min=0)[:, None]).squeeze(1)
         self.document = torch.where(last > 0, latest, self.document)
@@ -70,6 +69,9 @@ class FullCache(HasKeepRule):
                 f"k: expected batch {len(self.length)} and keys like {list(key.shape)} in {key.dtype}, "
                 f"got {list(new.shape)} in {new.dtype}"
             )
+        ranks = [self._kept.get("rank", arrived["rank"]), arrived["rank"]]
+        if ranks[0].is_floating_point() != ranks[1].is_floating_point():
+            raise ValueError(f"ranks: expected {ranks[0].dtype} as those of the keys before, got {ranks[1].dtype}")
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences, in this order; a row may be named several times."""

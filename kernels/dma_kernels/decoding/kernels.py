@@ -55,22 +55,45 @@ _FIRST, _LAST = tl.constexpr(-9223372036854775808), tl.constexpr(922337203685477
 
 
 @triton.jit
+def _as_integer(rank):
+    """`ranks.as_integers` of int64 or float32."""
+    return rank if rank.dtype == tl.int64 else ordered_bits(rank).to(tl.int64)
+
+
+@triton.jit
+def _load_bias(p_bias, o_c, m_c, query_bias, WIDE: tl.constexpr):
+    """Biases of slots in float32; of float64 ones (`WIDE`) what is left after the query's."""
+    b_bias = tl.load(p_bias + o_c, mask=m_c, other=0.0)
+    return saturated(b_bias + query_bias).to(tl.float32) if WIDE else b_bias
+
+
+@triton.jit
 def _load_ranks(p_rank, p_position, p_ranked, o_c, slots, settled):
     """Ranks and positions in slots, and whether they compete: those that are ranked, up to the position `settled`."""
     m_c = o_c < slots
-    b_rank, b_position = tl.load(p_rank + o_c, mask=m_c, other=0.0), tl.load(p_position + o_c, mask=m_c, other=0)
+    b_rank, b_position = tl.load(p_rank + o_c, mask=m_c, other=0), tl.load(p_position + o_c, mask=m_c, other=0)
     return b_rank, b_position, (tl.load(p_ranked + o_c, mask=m_c, other=0) != 0) & (b_position <= settled)
 
 
 @triton.jit
 def _lowest(b_rank, b_position, m_competes, o_c, slots, EMPTY_FIRST: tl.constexpr):
-    """What the lowest key that competes is ordered by, its rank and then its position, and its place in the tile.
+    """Rank and position of the lowest key that competes, by which it is ordered, and its place in the tile.
 
     `EMPTY_FIRST`: a slot whose key does not compete comes before all others.
     """
     b_other = tl.full(b_position.shape, _FIRST if EMPTY_FIRST else _LAST, tl.int64)
-    b_order = tl.where(m_competes, (ordered_bits(b_rank).to(tl.int64) << 32) + b_position, b_other)
-    return tl.min(tl.where(o_c < slots, b_order, _LAST), axis=0, return_indices=True)
+    if b_rank.dtype == tl.int64:
+        b_order = tl.where(o_c < slots, tl.where(m_competes, b_rank, b_other), _LAST)
+        rank = tl.min(b_order, axis=0)
+        m_lowest = (b_order == rank) & (o_c < slots)
+        if not EMPTY_FIRST:
+            m_lowest = m_lowest & m_competes
+        position, place = tl.min(tl.where(m_lowest, b_position, _LAST), axis=0, return_indices=True)
+    else:  # both fit into one integer
+        b_order = tl.where(m_competes, (ordered_bits(b_rank).to(tl.int64) << 32) + b_position, b_other)
+        order, place = tl.min(tl.where(o_c < slots, b_order, _LAST), axis=0, return_indices=True)
+        rank, position = order >> 32, order & 0xFFFFFFFF
+    return rank, position, place
 
 
 @triton.jit
@@ -170,14 +193,14 @@ def _with_new_key(b_out, b_max, b_sum, b_q, b_k, b_v, new_bias, kept, scale):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _decode_step_kernel(
-    p_q, p_k, p_v, p_new_bias, p_new_rank, p_real,
+    p_q, p_k, p_v, p_new_bias, p_new_rank, p_query_bias, p_real,
     p_key, p_value, p_bias, p_rank, p_position, p_ranked, p_sink, p_length, p_seen,
     p_out, p_seen_bias, p_part, p_part_max, p_part_sum, p_arrivals,
-    q_b, q_h, k_b, k_g, v_b, v_g, bias_b, bias_g, rank_b, rank_g,
+    q_b, q_h, k_b, k_g, v_b, v_g, bias_b, bias_g, rank_b, rank_g, asked_b, asked_g,
     kv_heads, group, slots, share, parts, window, keep_last, sinks, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, FEW_R: tl.constexpr,
     BESIDES: tl.constexpr, SINKS: tl.constexpr, WHOLE: tl.constexpr, ONE_TILE: tl.constexpr, ALONE: tl.constexpr,
-    RANKS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    RANKS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One part of the attention of one KV head; by the last to arrive, the output and the new state."""
     i_part, i_g, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -194,10 +217,13 @@ def _decode_step_kernel(
     o_c, o_s = first + tl.arange(0, BLOCK_C), tl.arange(0, RANKS)
     b_rank, b_at, m_competes = _load_ranks(p_rank, p_position, p_ranked, o_s, slots, settled)
     b_position, m_tile_ranked, m_sink = _load_flags(p_position, p_ranked, p_sink, o_c, o_c < end, SINKS)
-    b_bias = tl.load(p_bias + o_c, mask=o_c < end, other=0.0)
+    query_bias = 0.0 if p_query_bias is None else tl.load(p_query_bias + i_b * asked_b + i_g * asked_g).to(tl.float64)
+    b_bias = _load_bias(p_bias, o_c, o_c < end, query_bias, WIDE)
     real = tl.full([], 1, tl.int1) if p_real is None else tl.load(p_real + i_b) != 0
-    new_rank = tl.load(p_new_rank + i_b * rank_b + i_g * rank_g).to(tl.float32)
-    new_bias = saturated(tl.load(p_new_bias + i_b * bias_b + i_g * bias_g))
+    new_rank = tl.load(p_new_rank + i_b * rank_b + i_g * rank_g).to(p_rank.dtype.element_ty)
+    kept_bias = tl.load(p_new_bias + i_b * bias_b + i_g * bias_g).to(p_bias.dtype.element_ty)
+    kept_bias = kept_bias if WIDE else saturated(kept_bias)
+    new_bias = saturated(kept_bias + query_bias).to(tl.float32) if WIDE else kept_bias
     p_q += i_b * q_b + i_g * group * q_h
     b_q = tl.load(p_q + tl.minimum(o_r, group - 1)[:, None] * q_h + o_d[None, :], mask=m_d[None, :], other=0.0)
     b_key = _load_rows(p_key, o_c, o_c < end, D, BLOCK_D, WHOLE)
@@ -206,24 +232,25 @@ def _decode_step_kernel(
     b_k = tl.load(p_k + i_b * k_b + i_g * k_g + o_d, mask=m_d, other=0.0)
     b_v = tl.load(p_v + i_b * v_b + i_g * v_g + o_d, mask=m_d, other=0.0)
 
-    lowest, place = _lowest(b_rank, b_at, m_competes, o_s, slots, not BESIDES)
+    lowest, lowest_at, place = _lowest(b_rank, b_at, m_competes, o_s, slots, not BESIDES)
     count = tl.sum(m_competes.to(tl.int32)) if BESIDES else 0
     for i in range(RANKS, slots, RANKS):
         o_s = i + tl.arange(0, RANKS)
         b_rank, b_at, m_competes = _load_ranks(p_rank, p_position, p_ranked, o_s, slots, settled)
-        lower, lower_place = _lowest(b_rank, b_at, m_competes, o_s, slots, not BESIDES)
-        place = tl.where(lower < lowest, i + lower_place, place)
-        lowest = tl.minimum(lower, lowest)
+        other, other_at, other_place = _lowest(b_rank, b_at, m_competes, o_s, slots, not BESIDES)
+        is_lower = (other < lowest) | ((other == lowest) & (other_at < lowest_at))
+        place = tl.where(is_lower, i + other_place, place)
+        lowest, lowest_at = tl.where(is_lower, other, lowest), tl.where(is_lower, other_at, lowest_at)
         count += tl.sum(m_competes.to(tl.int32)) if BESIDES else 0
     # Without last positions, the new key competes at once. At most one key has to go.
     new_competes = real & (keep_last == 0)
     # If nothing else is kept, all real keys of the document compete until there are w, and need not be counted.
     over = count + new_competes.to(tl.int32) > window if BESIDES else real & (seen >= window)
-    new_is_lowest = new_competes & ((ordered_bits(new_rank).to(tl.int64) << 32) + now < lowest)
+    new_is_lowest = new_competes & (_as_integer(new_rank) < lowest)  # of two equal ones the later wins
     wins = real & ~(over & new_is_lowest)
     is_sink = real & (seen < sinks)
     kept = wins | is_sink
-    evicted = tl.where(over & ~new_is_lowest, lowest & 0xFFFFFFFF, _NOBODY)
+    evicted = tl.where(over & ~new_is_lowest, lowest_at, _NOBODY)
     free = place  # if all keys compete, an empty slot or that of the lowest
     if BESIDES:
         free = _first_unseen(p_position, p_ranked, p_sink, slots, evicted, SINKS, RANKS)
@@ -232,7 +259,7 @@ def _decode_step_kernel(
         for i in range(first + BLOCK_C, end, RANKS):
             o_s = i + tl.arange(0, RANKS)
             b_at, m_at, m_first = _load_flags(p_position, p_ranked, p_sink, o_s, o_s < end, SINKS)
-            b_seen_bias = tl.load(p_bias + o_s, mask=o_s < end, other=0.0) * LOG2_E
+            b_seen_bias = _load_bias(p_bias, o_s, o_s < end, query_bias, WIDE) * LOG2_E
             b_seen_bias = tl.where(_seen(b_at, m_at, m_first, evicted), b_seen_bias, -float("inf"))
             tl.store(p_seen_bias + o_s, b_seen_bias, mask=o_s < end)
         tl.debug_barrier()
@@ -284,7 +311,7 @@ def _decode_step_kernel(
             tl.debug_barrier()  # it may be so here too
         tl.store(p_key + free * D + o_d, b_k, mask=m_d & kept)
         tl.store(p_value + free * D + o_d, b_v, mask=m_d & kept)
-        tl.store(p_bias + free, new_bias, mask=kept)
+        tl.store(p_bias + free, kept_bias, mask=kept)
         tl.store(p_rank + free, new_rank, mask=kept)
         tl.store(p_position + free, now, mask=kept)
         tl.store(p_ranked + free, wins.to(tl.int8), mask=kept)
@@ -304,6 +331,7 @@ def launch_decode_step(
 ) -> Tensor:
     """Output `[B, H, 1, D]`; the cache is changed in place. Arguments as `decode_step_op`."""
     q, k, v, bias, ranks = (_addressable(x) for x in (q, new.key, new.value, new.key_bias, new.rank))
+    asked = None if new.query_bias is None else _addressable(new.query_bias)
     (batch, kv_heads, slots, head_dim), group = state.key.shape, q.shape[1] // k.shape[1]
     tile, share, warps, stages = config or decode_config(state.key)
     parts, block_d = triton.cdiv(slots, share), padded_head_dim(head_dim)
@@ -314,16 +342,17 @@ def launch_decode_step(
     seen_bias = torch.empty(0 if share == tile else state.key_bias.numel(), dtype=torch.float32, device=q.device)
     out = torch.empty((batch, q.shape[1], 1, head_dim), dtype=q.dtype, device=q.device)
     _decode_step_kernel[parts, kv_heads, batch](
-        q, k, v, bias, ranks, real,
+        q, k, v, bias, ranks, asked, real,
         *state.all[:5], state.ranked.view(torch.int8), state.sink.view(torch.int8), state.lengths, state.seen,
         out, seen_bias, part, part_max, part_sum, state.arrivals,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *bias.stride()[:2], *ranks.stride()[:2],
+        *((0, 0) if asked is None else asked.stride()[:2]),
         kv_heads, group, slots, share, parts, keep.window, keep.last, keep.sinks, head_dim**-0.5,
         D=head_dim, BLOCK_D=block_d, BLOCK_R=max(16, triton.next_power_of_2(group)), BLOCK_C=tile,
         FEW_R=few, BESIDES=keep.last + keep.sinks > 0, SINKS=keep.sinks > 0,
         WHOLE=slots % tile == 0 and head_dim == block_d, ONE_TILE=share == tile, ALONE=parts == 1,
         RANKS=_RANKS, PARTS=max(1, min(_PARTS, _ADDED // (few * block_d))),
-        PRECISION=float32_precision(), num_warps=warps, num_stages=stages,
+        PRECISION=float32_precision(), WIDE=state.key_bias.dtype == torch.float64, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 

@@ -22,9 +22,12 @@ class NewKeys:
     Attributes:
         key: after the rotary embedding, `[B, G, n, D]`.
         value: same shape.
-        key_bias: what is added to the logits of each key, `[B, G, n]` in at least float32.
-        rank: what selection compares, floating `[B, G, n]`.
+        key_bias: what is added to the logits of each key, `[B, G, n]` in float32 or float64.
+        rank: what selection compares, floating or int64 `[B, G, n]`.
         packing: documents and padding of the n positions; None if there are none, and the document goes on.
+        query_bias: what is added to all logits of each query, `[B, G, n]` in float32 or float64. Softmax does not see
+            it. But where biases add up along a text, minus the query's makes of each key's a small number: both are
+            added before the sum is rounded to what attention computes in. None stands for 0.
     """
 
     key: Tensor
@@ -32,6 +35,7 @@ class NewKeys:
     key_bias: Tensor
     rank: Tensor
     packing: Packing | None = None
+    query_bias: Tensor | None = None
 
     @property
     def documents(self) -> Tensor | None:
@@ -52,17 +56,24 @@ class NewKeys:
 
     def check(self, q: Tensor) -> None:
         """Raise `ValueError` unless keys and queries `[B, H, n, D]` belong together, with at least one position."""
-        check_attention_inputs(q, self.key, self.value, self.key_bias)
+        check_attention_inputs(q, self.key, self.value)
         if 0 in self.key.shape:
             raise ValueError(f"k: expected at least one sequence and position, got {list(self.key.shape)}")
-        rank, like = self.rank, self.key_bias
-        if rank.shape != like.shape or rank.device != like.device or not rank.is_floating_point():
-            raise ValueError(
-                f"ranks: expected floating {list(like.shape)} on {like.device}, "
-                f"got {rank.dtype} {list(rank.shape)} on {rank.device}"
-            )
+        biases = {"key_bias": self.key_bias} | ({} if self.query_bias is None else {"query_bias": self.query_bias})
+        for name, x in biases.items():
+            self._check_numbers(name, x, "float32 or float64", x.dtype in (torch.float32, torch.float64))
+        rank = self.rank
+        self._check_numbers("ranks", rank, "floating or int64", rank.is_floating_point() or rank.dtype == torch.int64)
         if self.packing is not None:
             self.packing.check_fits(rank.shape[0], rank)
+
+    def _check_numbers(self, name: str, x: Tensor, kind: str, is_of_kind: bool) -> None:
+        """Raise `ValueError` unless there is a number of the kind for each key."""
+        shape, device = self.key.shape[:3], self.key.device
+        if x.shape != shape or x.device != device or not is_of_kind:
+            raise ValueError(
+                f"{name}: expected {kind} {list(shape)} on {device}, got {x.dtype} {list(x.shape)} on {x.device}"
+            )
 
 
 @dataclass
@@ -73,7 +84,7 @@ class Slots:
         key: after the rotary embedding, `[B, G, M, D]`.
         value: same shape.
         key_bias: what is added to the logits, `[B, G, M]` in at least float32.
-        rank: what selection compares, same shape.
+        rank: what selection compares, same shape; floating, or int64.
         position: int64 `[B, G, M]`; -1 in an empty slot.
         ranked: whether a key is among the last r positions, or the w best before them, bool `[B, G, M]`.
         sink: whether a key is among the first of its document, bool `[B, G, M]`.
@@ -140,6 +151,12 @@ class CacheState(Slots):
         lengths, seen = (torch.zeros(shape[:2], dtype=torch.int64, device=device) for _ in range(2))
         arrivals = torch.zeros(shape[:2], dtype=torch.int32, device=device)
         return cls(key, value, key_bias, rank, position, ranked, sink, document, lengths, seen, arrivals)
+
+    def hold(self, **dtypes: torch.dtype) -> None:
+        """Have fields of these dtypes; those that had others are empty then."""
+        for name, dtype in dtypes.items():
+            if (x := getattr(self, name)).dtype != dtype:
+                setattr(self, name, torch.zeros_like(x, dtype=dtype))
 
     def select(self, rows: Tensor) -> "CacheState":
         """These sequences, int64 `[B']`, in this order, as new tensors."""

@@ -10,7 +10,7 @@ from dma_kernels.decoding.attention import decode_attention
 from dma_kernels.decoding.state import CacheState, NewKeys
 from dma_kernels.keep_rule import KeepRule
 from dma_kernels.launching import on_device_of_first
-from dma_kernels.ranks import ordered_bits, saturated
+from dma_kernels.ranks import as_integers, saturated
 
 
 def decode_step_reference(q: Tensor, new: NewKeys, state: CacheState, keep: KeepRule) -> Tensor:
@@ -29,13 +29,13 @@ def decode_step_reference(q: Tensor, new: NewKeys, state: CacheState, keep: Keep
     # The later of two equal ranks wins, so a new key beats its equal. Without last positions, it competes at once.
     never = torch.iinfo(torch.int64).max
     competes = state.ranked & (state.position <= (now - keep.last)[:, None, None])
-    order = ordered_bits(state.rank).long() * (1 << 32) + state.position
-    lowest, place = order.masked_fill(~competes, never).min(dim=-1)  # [B, G]
-    new_order = ordered_bits(new.rank[..., 0]).long() * (1 << 32) + now[:, None]
+    rank = as_integers(state.rank)
+    lowest = rank.masked_fill(~competes, never).amin(-1)  # [B, G]
+    place = state.position.masked_fill(~competes | (rank != lowest[..., None]), never).argmin(-1)
     new_competes = (real & (keep.last == 0))[:, None]
     over = competes.sum(-1) + new_competes > keep.window
-    wins = real[:, None] & ~(over & new_competes & (new_order < lowest))
-    evicts = over & (~new_competes | (new_order > lowest))
+    new_is_lowest = new_competes & (as_integers(new.rank[..., 0]) < lowest)
+    wins, evicts = real[:, None] & ~(over & new_is_lowest), over & ~new_is_lowest
     stays = state.ranked.gather(2, place[..., None]) & ~evicts[..., None]
     state.ranked.scatter_(2, place[..., None], stays)
 
@@ -50,7 +50,7 @@ def decode_step_reference(q: Tensor, new: NewKeys, state: CacheState, keep: Keep
     for field, at, x in written:
         keeps = kept.view(*kept.shape, *[1] * (x.ndim - 2))
         field.scatter_(2, at, torch.where(keeps, x.to(field.dtype), field.gather(2, at)))
-    out = decode_attention(q, state.key, state.value, state.key_bias, state.visible)
+    out = decode_attention(q, state.key, state.value, state.key_bias, state.visible, new.query_bias)
     state.lengths += 1
     return out
 
@@ -59,7 +59,7 @@ def decode_step(q: Tensor, new: NewKeys, state: CacheState, keep: KeepRule) -> T
     """`decode_step_reference` by one kernel; opaque to torch.compile."""
     real = None if new.padding is None else ~new.padding[:, 0]
     return decode_step_op(
-        q, new.key, new.value, new.key_bias, new.rank, real, *state.all,
+        q, new.key, new.value, new.key_bias, new.rank, new.query_bias, real, *state.all,
         state.document, state.lengths, state.seen, state.arrivals, keep.window, keep.last, keep.sinks,
     )  # fmt: skip
 
@@ -75,6 +75,7 @@ def decode_step_op(
     new_value: Tensor,
     new_key_bias: Tensor,
     new_rank: Tensor,
+    query_bias: Tensor | None,
     real: Tensor | None,
     key: Tensor,
     value: Tensor,
@@ -94,7 +95,7 @@ def decode_step_op(
     """`decode_step` of the fields of its arguments; `real`, bool `[B]`, is False at padding, None if all are real."""
     from dma_kernels.decoding.kernels import launch_decode_step
 
-    new = NewKeys(new_key, new_value, new_key_bias, new_rank)
+    new = NewKeys(new_key, new_value, new_key_bias, new_rank, query_bias=query_bias)
     state = CacheState(key, value, key_bias, rank, position, ranked, sink, document, lengths, seen, arrivals)
     return launch_decode_step(q, new, state, real=real, keep=KeepRule(window, last, sinks))
 

@@ -43,12 +43,23 @@ class KeyOrder:
             priority: integers `[..., N]`.
             excluded: bool, broadcastable to `priority`; True takes no part.
         """
-        key = priority.sort(dim=-1, stable=True).indices
-        position = torch.arange(priority.shape[-1], dtype=torch.int32, device=priority.device)
-        order = torch.empty_like(priority, dtype=torch.int32).scatter_(-1, key, position.expand_as(key))
+        return cls.of_sorted(priority.sort(dim=-1, stable=True).indices, excluded)
+
+    @classmethod
+    def of_sorted(cls, key: Tensor, excluded: Tensor | None = None) -> "KeyOrder":
+        """Order of keys that are sorted already: `key`, int64 `[..., N]`, has the positions from the lowest on."""
+        position = torch.arange(key.shape[-1], dtype=torch.int32, device=key.device)
+        order = torch.empty_like(key, dtype=torch.int32).scatter_(-1, key, position.expand_as(key))
         if excluded is not None:
             order = order.masked_fill(excluded, -1)
         return cls(order, key)
+
+    @classmethod
+    def of_ranks(cls, ranks: Tensor, runs: Tensor | None = None, padding: Tensor | None = None) -> "KeyOrder":
+        """Order by (document, rank, position), padding first; arguments as `deaths_by_rank`."""
+        if ranks.dtype == torch.int64:
+            return cls.of_sorted(sorted_keys(ranks, runs, padding))
+        return cls.of(key_priorities(ranks, runs, padding))
 
     def key_of(self, order: Tensor) -> Tensor:
         """Positions of the keys that have these orders, `[..., M]` int64; position 0 for order -1."""
@@ -121,8 +132,29 @@ def top_w_deaths(keys: KeyOrder, window: int, segment_length: int = _SELECTION_S
     return torch.maximum(deaths, torch.arange(length, dtype=torch.int32, device=deaths.device))
 
 
+def sorted_keys(ranks: Tensor, runs: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+    """Positions of keys with int64 ranks from the lowest on, by (document, rank, position), padding first.
+
+    A rank takes all 64 bits, so the document has no place above it. Instead a second sort, which is stable, puts the
+    documents one behind the other and leaves the keys of each as they are.
+
+    Returns:
+        int64 `[B, G, N]`.
+    """
+    key = ranks.sort(dim=-1, stable=True).indices
+    if padding is not None:
+        group = (torch.zeros_like(padding, dtype=torch.int64) if runs is None else runs).masked_fill(padding, -1)
+    elif runs is not None:
+        group = runs
+    else:
+        return key
+    group = group.to(torch.int16 if ranks.shape[-1] <= 1 << 15 else torch.int32)  # fewer bits are sorted sooner
+    by_rank = group[:, None].expand_as(key).gather(-1, key)
+    return key.gather(-1, by_rank.sort(dim=-1, stable=True).indices)
+
+
 def key_priorities(ranks: Tensor, runs: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
-    """What keys are ordered by: document first, then rank; arguments as `deaths_by_rank`.
+    """What keys with floating ranks are ordered by: document, then rank; arguments as `deaths_by_rank`.
 
     Returns:
         `[B, G, N]`, int32 of at most 25 bits with sign, or int64 with the number of the document above these. A padded

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dma_kernels.rank_kernels import ordered_bits
-from dma_kernels.selection.deaths import LOWEST_PRIORITY, RANK_BITS
+from dma_kernels.selection.deaths import LOWEST_PRIORITY, RANK_BITS, sorted_keys
 
 _TABLE = (128, 32)  # blocks and bins that are summed up at once
 _KEYS = 1024  # keys of a program that makes sort keys
@@ -163,7 +163,7 @@ def launch_top_w_deaths(
     length, device = ranks.shape[-1], ranks.device
     if window >= length or not ranks.numel():
         return torch.full(ranks.shape, length, dtype=torch.int32, device=device)
-    index = launch_sort_keys(ranks, runs, padding).sort(stable=True).indices  # of equal keys the later is the larger
+    index = _sorted_index(ranks, runs, padding)
     tiling = tiling or Tiling.of(length)
     rows, blocks, bins = index.numel() // length, triton.cdiv(length, tiling.block), triton.cdiv(length, tiling.bin)
     order, death = (torch.empty(ranks.shape, dtype=torch.int32, device=device) for _ in range(2))
@@ -183,8 +183,19 @@ def launch_top_w_deaths(
     return death
 
 
+def _sorted_index(ranks: Tensor, runs: Tensor | None, padding: Tensor | None) -> Tensor:
+    """Numbers of the keys of all rows in their order, row behind row, int64 `[B * G * N]`."""
+    if ranks.dtype != torch.int64:
+        return launch_sort_keys(ranks, runs, padding).sort(stable=True).indices  # of equal keys the later is the larger
+    key = sorted_keys(ranks, runs, padding).flatten(0, 1)
+    return (key + torch.arange(0, key.numel(), key.shape[1], device=key.device)[:, None]).flatten()
+
+
 def launch_sort_keys(ranks: Tensor, runs: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
-    """`key_priorities` below the number of the row, `[B * G * N]`: one sort for all rows, each costs as much alone."""
+    """`key_priorities` of floating ranks below the number of the row, `[B * G * N]`.
+
+    So one sort serves all rows; each costs as much alone.
+    """
     batch, heads, length = ranks.shape
     rows = batch * heads
     # The number of the document stands above the rank; -1 of padding takes no bit of its own.

@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 
 from dma_kernels.launching import register_launch
-from dma_kernels.selection.deaths import KeyOrder, key_priorities, top_w_deaths
+from dma_kernels.selection.deaths import KeyOrder, top_w_deaths
 
 
 def _plain_deaths(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int) -> Tensor:
-    return top_w_deaths(KeyOrder.of(key_priorities(ranks, runs, padding)), window).contiguous()
+    return top_w_deaths(KeyOrder.of_ranks(ranks, runs, padding), window).contiguous()
 
 
 @torch.library.custom_op("dma_kernels::top_w_deaths", mutates_args=())
 def deaths_by_rank(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int) -> Tensor:
-    """`top_w_deaths` of keys ordered by (priority, position); by Triton kernels on CUDA, opaque to torch.compile.
+    """`top_w_deaths` of keys ordered by `KeyOrder.of_ranks`; by Triton kernels on CUDA, opaque to torch.compile.
 
     Args:
-        ranks: `[B, G, N]`, any floating dtype; compared as `ordered_bits` says.
+        ranks: `[B, G, N]`, int64, or any floating dtype, which is compared as `ordered_bits` says.
         runs: number of the document of each position, integers `[B, N]`, ascending from 0 or more.
         padding: bool `[B, N]`; True takes no part: it counts for nothing, and its death means nothing.
         window: W.

@@ -1,11 +1,25 @@
 """Caches that are asked by the names that inputs have in tests."""
 
+import drifting
+import torch
 from torch import Tensor
 
 from dma_kernels import DynamicMaskCache, NewKeys, Packing
 from dma_kernels.decoding.full_cache import FullCache
+from dma_kernels.fixed_point import UNIT, drift_sums, drifted_ranks
 
 Cache = DynamicMaskCache | FullCache
+FAR = 10_000_000 * 8 << 32  # units of a drift of 8 nats at each of ten million positions
+
+
+def with_drift(inputs: dict[str, Tensor], kind: str, start: int = 0) -> dict[str, Tensor]:
+    """Inputs whose keys drift, from a sum on: integers as ranks, and biases in float64, of keys and queries."""
+    shape, device = inputs["ranks"].shape, inputs["ranks"].device
+    content, steps = (x.to(device) for x in drifting.draw(kind, shape, torch.float64))
+    drift = drift_sums(steps, torch.full(shape[:2], start, device=device))
+    nats = drift.double() * UNIT
+    biases = {"scores": content.sin() + nats, "query_bias": -nats}
+    return inputs | {"ranks": drifted_ranks(content, drift), **biases}
 
 
 def arrivals(
@@ -15,9 +29,10 @@ def arrivals(
     ranks: Tensor,
     documents: Tensor | None = None,
     padding: Tensor | None = None,
+    query_bias: Tensor | None = None,
 ) -> NewKeys:
     """New keys, packed as they are, or refused."""
-    return NewKeys(k, v, scores, ranks, Packing.of(documents, padding))
+    return NewKeys(k, v, scores, ranks, Packing.of(documents, padding), query_bias)
 
 
 def attend(cache: Cache, q: Tensor, **new: Tensor | None) -> Tensor:

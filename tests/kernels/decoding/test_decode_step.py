@@ -3,7 +3,7 @@
 import masks
 import pytest
 import torch
-from arrivals import arrivals, attend, verify
+from arrivals import FAR, arrivals, attend, verify, with_drift
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from poison import poisoned_buffers
@@ -79,6 +79,7 @@ def check_steps(
     documents=st.booleans(),
     padding=st.sampled_from(["none", "left", "between"]),
     prefill=st.integers(1, 80),
+    drift=st.sampled_from([None, None, "gates", "fast", "none", "mixed"]),
     seed=st.integers(0, 1000),
 )
 def test_equals_the_plain_step(
@@ -90,11 +91,13 @@ def test_equals_the_plain_step(
     documents: bool,
     padding: str,
     prefill: int,
+    drift: str | None,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
     length = prefill + STEPS
     inputs = make_inputs(length, group, 16, ties, torch.float32)
+    inputs = inputs if drift is None else with_drift(inputs, drift, FAR)
     inputs["documents"] = masks.make_documents(BATCH, length).to(DEVICE) if documents else None
     pads = masks.make_padding(padding, BATCH, length)
     inputs["padding"] = None if pads is None else pads.to(DEVICE)
@@ -109,16 +112,23 @@ def test_head_dims_groups_and_dtypes(group: int, head_dim: int, dtype: torch.dty
     check_steps(inputs, 130, (100, 1, 1), max(1e-5, 4 * torch.finfo(dtype).eps))
 
 
-@pytest.mark.parametrize("window", [1023, 1024, 2100] if ON_GPU else [1023, 2100])
-def test_more_slots_than_are_looked_at_at_once(window: int) -> None:
+@pytest.mark.parametrize(
+    ("window", "drift"),
+    [(1023, "none"), (2100, None)] + [(1023, None), (1024, "gates"), (2100, "gates")] * ON_GPU,
+)
+def test_more_slots_than_are_looked_at_at_once(window: int, drift: str | None) -> None:
     inputs, steps = make_inputs(window + 40, 2, 16, True, torch.float32), 4 if ON_GPU else 2
+    inputs = inputs if drift is None else with_drift(inputs, drift, FAR)
     check_steps(inputs, window + 40 - steps, (window, 2, 1))
     check_steps(at(inputs, 0, 40), 40 - steps, (window, 2, 1))  # nearly empty
 
 
-@pytest.mark.parametrize("config", [(16, 16, 1, 1), (16, 48, 4, 2), (32, 4096, 8, 3)])
-def test_the_configuration_changes_nothing(config: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("config", "drift"), [((16, 16, 1, 1), "gates"), ((16, 48, 4, 2), None), ((32, 4096, 8, 3), "gates")]
+)
+def test_the_configuration_changes_nothing(config: tuple[int, int, int, int], drift: str | None) -> None:
     inputs = make_inputs(220, 4, 16, True, torch.float32)
+    inputs = inputs if drift is None else with_drift(inputs, drift, FAR)
     plain, fused = caches(16, (190, 1, 1), torch.float32)
     for cache in (plain, fused):
         attend(cache, **at(inputs, 0, 219))
@@ -146,6 +156,15 @@ def test_a_nan_is_kept_and_ends_with_its_document() -> None:
     assert all(out[:, 2:].isfinite().all() for _, out in outs)
 
 
+@pytest.mark.parametrize("sizes", [(4, 0, 0), (4, 2, 1)])
+def test_the_largest_and_the_least_integers_are_ranks_like_others(sizes: tuple[int, int, int]) -> None:
+    """Those of slots that hold no key, or of keys that do not compete, are never taken for them."""
+    inputs = with_drift(make_inputs(24, 2, 16, False, torch.float32), "gates")
+    ends = torch.tensor([-(2**63), 2**63 - 1, 0], device=DEVICE)
+    inputs["ranks"] = ends[torch.randint(3, inputs["ranks"].shape, device=DEVICE)]
+    check_steps(inputs, 1, sizes)
+
+
 @pytest.mark.parametrize("sizes", [(4, 2, 0), (8, 8, 0), (4, 0, 2), (3, 2, 2)])
 def test_an_infinity_that_has_died_is_not_seen(sizes: tuple[int, int, int]) -> None:
     inputs = make_inputs(60, 2, 16, False, torch.float32)
@@ -166,8 +185,10 @@ def test_heads_that_lie_far_apart_are_copied() -> None:
     assert _addressable(near).data_ptr() == near.data_ptr()
 
 
-def test_select_and_chunks_between_steps() -> None:
+@pytest.mark.parametrize("drift", [None, "mixed"])
+def test_select_and_chunks_between_steps(drift: str | None) -> None:
     inputs = make_inputs(40, 2, 16, True, torch.float32)
+    inputs = inputs if drift is None else with_drift(inputs, drift, FAR)
     plain, fused = caches(16, (6, 1, 1), torch.float32)
     rows = torch.tensor([1, 0], device=DEVICE)
     for cache in (plain, fused):

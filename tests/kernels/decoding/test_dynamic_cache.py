@@ -3,14 +3,14 @@
 import masks
 import pytest
 import torch
-from arrivals import attend, verify
+from arrivals import FAR, attend, verify, with_drift
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dma_kernels import DynamicMaskCache, FullCache, KeepRule, Lifetimes, reference_attention
 from dma_kernels.decoding import dynamic_cache, full_cache
-from dma_kernels.ranks import ordered_bits
+from dma_kernels.ranks import as_integers
 
 HEAD_DIM, HEADS, KV_HEADS, BATCH = 4, 4, 2, 2
 # One position; several; several of which only some are accepted.
@@ -36,7 +36,7 @@ def part(inputs: dict[str, Tensor | None], start: int, end: int) -> dict[str, Te
 
 def oracle(inputs: dict[str, Tensor | None], window: int, keep_last: int, sinks: int) -> Tensor:
     """The mask by a heap, `[B, G, N, N]`."""
-    bits = ordered_bits(inputs["ranks"]).tolist()
+    bits = as_integers(inputs["ranks"]).tolist()
 
     def row(name: str, b: int) -> list | None:
         return None if inputs[name] is None else inputs[name][b].tolist()
@@ -73,6 +73,8 @@ def sees(cache: DynamicMaskCache, length: int) -> Tensor:
     documents=st.booleans(),
     padding=st.sampled_from(["none", "left", "between"]),
     few=st.sampled_from([0, 64]),
+    drift=st.sampled_from([None, None, "gates", "none", "fast", "mixed"]),
+    start=st.sampled_from([0, FAR]),
     seed=st.integers(0, 1000),
 )
 def test_keeps_the_live_keys(
@@ -84,37 +86,40 @@ def test_keeps_the_live_keys(
     documents: bool,
     padding: str,
     few: int,
+    drift: str | None,
+    start: int,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
+    inputs = make_inputs(sum(1 if kind == "step" else size for kind, size in calls), ties)
+    inputs = inputs if drift is None else with_drift(inputs, drift, start)
+    inputs["documents"] = masks.make_documents(*inputs["ranks"].shape[::2]) + 5 if documents else None
+    inputs["padding"] = masks.make_padding(padding, *inputs["ranks"].shape[::2])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_cache, "FEW", few)  # more positions than that go through the attention of segments
-        check_calls(calls, window, keep_last, sinks, ties, documents, padding)
+        check_calls(calls, inputs, window, keep_last, sinks)
+
+
+def whole(inputs: dict[str, Tensor | None], mask: Tensor) -> Tensor:
+    """Attention over a dense mask; what the first query has drifted is taken off all biases, which changes nothing."""
+    first = 0 if inputs.get("query_bias") is None else inputs["query_bias"][..., :1]
+    return reference_attention(inputs["q"], inputs["k"], inputs["v"], inputs["scores"] + first, mask)
 
 
 def check_calls(
-    calls: list[tuple[str, int]],
-    window: int,
-    keep_last: int,
-    sinks: int,
-    ties: bool,
-    documents: bool,
-    padding: str,
+    calls: list[tuple[str, int]], inputs: dict[str, Tensor | None], window: int, keep_last: int, sinks: int
 ) -> None:
     """Cut one sequence into calls; each sees what the whole sees."""
-    sizes = [1 if kind == "step" else size for kind, size in calls]
-    length = sum(sizes)
-    inputs = make_inputs(length, ties)
-    inputs["documents"] = masks.make_documents(BATCH, length) + 5 if documents else None
-    inputs["padding"] = masks.make_padding(padding, BATCH, length)
+    sizes, length = [1 if kind == "step" else size for kind, size in calls], inputs["ranks"].shape[-1]
     mask = oracle(inputs, window, keep_last, sinks)
-    expected = reference_attention(*(inputs[name] for name in ("q", "k", "v", "scores")), mask)
+    expected = whole(inputs, mask)
     cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(window, keep_last, sinks), dtype=torch.float64)
     start = 0
     for (kind, _), size in zip(calls, sizes, strict=True):
         if kind == "verify":  # wrong guesses first, then the right ones, of which the first is accepted
             before = {name: x.clone() for name, x in cache.state_dict().items()}
-            verify(cache, **make_inputs(3, ties))
+            guesses = make_inputs(3, ties=True)
+            verify(cache, **guesses if "query_bias" not in inputs else with_drift(guesses, "fast"))
             assert all(torch.equal(x, before[name]) for name, x in cache.state_dict().items())
             out = verify(cache, **part(inputs, start, start + size))
             assert all(torch.equal(x, before[name]) for name, x in cache.state_dict().items())
@@ -246,10 +251,14 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"k: expected torch\.float32 as the cache, got torch\.float64"):
         attend(cache, **inputs)
     inputs = {name: x.float() for name, x in inputs.items()}
-    with pytest.raises(ValueError, match=r"ranks: expected floating \[2, 2, 3\]"):
+    with pytest.raises(ValueError, match=r"ranks: expected floating or int64 \[2, 2, 3\]"):
         attend(cache, **inputs | {"ranks": inputs["ranks"][:, :1]})
-    with pytest.raises(ValueError, match="ranks: expected floating"):
-        attend(cache, **inputs | {"ranks": inputs["ranks"].long()})
+    with pytest.raises(ValueError, match="ranks: expected floating or int64"):
+        attend(cache, **inputs | {"ranks": inputs["ranks"].int()})
+    with pytest.raises(ValueError, match=r"key_bias: expected float32 or float64 .* got torch.float16"):
+        attend(cache, **inputs | {"scores": inputs["scores"].half()})
+    with pytest.raises(ValueError, match=r"query_bias: expected float32 or float64 \[2, 2, 3\] on cpu"):
+        attend(cache, **inputs, query_bias=inputs["scores"][:, :1])
     for wrong in (inputs["q"][:, :, :2], inputs["q"][:1], inputs["q"].double(), inputs["q"][:, :3]):
         with pytest.raises(ValueError, match=r"q|query heads"):
             attend(cache, **inputs | {"q": wrong})
@@ -342,3 +351,57 @@ def test_states_of_before_are_read() -> None:
     caches[1].load_state_dict(state)
     expected, found = (attend(cache, **part(inputs, 8, 12)) for cache in caches)
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "full"])
+@pytest.mark.parametrize("cut", [[130], [65] + [1] * 65, [100, 3, 1, 26]])
+def test_far_into_a_text_biases_are_as_exact_as_at_its_beginning(kind: str, cut: list[int]) -> None:
+    """In float32, after 80 million nats, where a step of float32 is 8 nats."""
+    torch.manual_seed(1)
+    inputs, outs = make_inputs(130, ties=False), []
+    for start in (0, FAR):
+        torch.manual_seed(2)
+        drifting = with_drift(inputs, "gates", start)
+        narrow = drifting | {name: drifting[name].float() for name in "qkv"}
+        cache = (
+            DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, KeepRule(9, 2)) if kind == "dynamic" else FullCache(BATCH, 9)
+        )
+        parts = torch.arange(130).split(cut)
+        outs.append(torch.cat([attend(cache, **part(narrow, int(x[0]), int(x[-1]) + 1)) for x in parts], dim=2))
+    assert outs[0].dtype == torch.float32
+    torch.testing.assert_close(*outs, atol=2e-6, rtol=2e-6)
+    rule = {"keep_last": 2} if kind == "dynamic" else {}
+    exact = whole(drifting, Lifetimes.top_w(drifting["ranks"], 9, **rule).to_dense())
+    torch.testing.assert_close(outs[1].double(), exact, atol=2e-6, rtol=2e-6)
+
+
+def test_a_cache_goes_on_with_the_kind_of_ranks_and_biases_that_it_began_with() -> None:
+    plain = {name: x.float() for name, x in make_inputs(8, ties=False).items()}
+    integers = with_drift(plain, "gates")
+    caches = [DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 3), FullCache(BATCH, 3)]
+    for cache in caches:
+        attend(cache, **part(integers, 0, 4))
+        with pytest.raises(ValueError, match=r"ranks.*: expected torch.int64"):
+            attend(cache, **part(plain, 4, 8))
+        attend(cache, **part(integers, 4, 8))
+    state = caches[0].state_dict()
+    assert (state["rank"].dtype, state["key_bias"].dtype) == (torch.int64, torch.float64)
+    for before in (plain, integers):  # what it held before does not matter
+        other = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 3)
+        attend(other, **part(before, 0, 2))
+        other.load_state_dict(state)
+        assert all(torch.equal(x, state[name]) for name, x in other.state_dict().items())
+    with pytest.raises(ValueError, match="expected the state of a cache with"):
+        other.load_state_dict(state | {"rank": state["rank"].int()})
+
+
+def test_a_state_with_a_drift_of_before_is_refused_in_words() -> None:
+    """Its ranks and biases were rounded sums."""
+    plain = {name: x.float() for name, x in make_inputs(8, ties=False).items()}
+    cache = DynamicMaskCache(BATCH, KV_HEADS, HEAD_DIM, 3)
+    attend(cache, **part(plain, 0, 4))
+    state = {name: x.clone() for name, x in cache.state_dict().items()}
+    cache.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"read the text anew.* saved when ranks with a drift were floating"):
+        attend(cache, **part(with_drift(plain, "gates"), 4, 8))
+    attend(cache, **part(plain, 4, 8))  # without a drift, it goes on

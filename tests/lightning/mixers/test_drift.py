@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dma_kernels import KeepRule, Packing, key_ranks, reference_mask
+from dma_kernels.ranks import as_integers
 from dma_lightning.config import ModelConfig
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.mixers import MIXERS
 from dma_lightning.mixers.base import merge_heads
-from dma_lightning.mixers.drift import Drift, DriftingCache
+from dma_lightning.mixers.drift import Drift, DriftingCache, add_up
 from dma_lightning.mixers.retention import RetentionQueries, retention_loss
 from dma_lightning.model import DogeForCausalLM
 from dma_lightning.monitoring import SampleMonitor
+from dma_lightning.monitoring.drifts import drift_of
 
 WINDOW = 7
 
@@ -44,19 +46,24 @@ def inputs(length: int, packed: bool) -> tuple[Tensor, Tensor | None, Tensor | N
 
 
 def definition(layer: Any, x: Tensor, documents: Tensor | None, padding: Tensor | None) -> Tensor:
-    """Everything by whole matrices; sums by a loop."""
+    """Everything by whole matrices; sums by a loop, of steps that are whole numbers of 2^-32 nats."""
     q, k, v = layer.queries_keys_values(x, None)
     ranking = getattr(layer, "drifting", None)
     drift = layer.drift if ranking is None else ranking.drift
     pre = drift.rate[:, None] if drift.weight is None else drift.weight @ x.mT + drift.rate[:, None]
     step = pre.exp() / WINDOW if drift.weight is None else F.softplus(pre).clamp(max=8)
-    total, sums = torch.zeros(2, 3, dtype=x.dtype), []
+    total, units, sums = torch.zeros(2, 3, dtype=x.dtype), torch.zeros(2, 3, dtype=torch.int64), []
+    places = []
     for t in range(x.shape[1]):
         at = step[..., t] if step.ndim == 3 else step[:, 0].expand(2, 3)
         real = 1.0 if padding is None else (~padding[:, t, None]).double()
+        whole = (at.detach() * 2**32).round()
+        at = at + (whole / 2**32 - at).detach()
         total = total + at * real * drift.drifts
+        units = units + (whole * real * drift.drifts).long()
         sums.append(total)
-    drifted = torch.stack(sums, -1)  # [B, G, N]
+        places.append(units)
+    drifted, order = torch.stack(sums, -1), torch.stack(places, -1)  # [B, G, N]
     rank = torch.zeros_like(drifted)
     bias, far_content = drifted, torch.zeros_like(drifted)
     window = layer.window if ranking is None else layer.keep.window
@@ -64,11 +71,12 @@ def definition(layer: Any, x: Tensor, documents: Tensor | None, padding: Tensor 
         published = layer.A[:, None] * F.softplus((v.transpose(1, 2).flatten(2) @ layer.dt_proj.weight.T).mT)
         content = published if ranking.weight is None else 8 * torch.tanh(ranking.weight @ x.mT / 8)
         memories = ~drift.drifts[:, None]
-        rank = torch.where(memories, published, content + drifted)
+        rank = published
         if ranking.stripes:  # of the second of three layers
             first = ranking.memory_heads // ranking.memory_every
             own = [[(t - first - g) % ranking.stripes == 0 for t in range(x.shape[1])] for g in range(3)]
             rank = rank + 4.0 * (torch.tensor(own) & memories)
+        rank = torch.where(memories, as_integers(rank), (content * 2**32).round().long() + order)
         of_memories = published.exp() if layer.score_form == "exp" else published
         bias = torch.where(memories, of_memories, drifted + (content if ranking.content_in_bias is True else 0))
         if ranking.content_in_bias == "far":
@@ -150,7 +158,77 @@ def test_chunks_and_steps_are_the_whole_sequence(
             torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], atol=1e-9, rtol=1e-9)
             cache.select(torch.tensor([1, 0, 1]))
             assert cache.total.shape == (3, 3)
+            assert cache.total.dtype == torch.int64
             assert cache.length.tolist() == [33] * 3
+
+
+@pytest.mark.parametrize(
+    ("form", "drift", "rate"),  # of a gate: steps of 0, of the input's choice, and of 8 nats
+    [
+        (0, "gate", -2.0), (2, "gate", -math.inf), (2, "constant", 2.0), (4, "gate", -2.0), (0, "gate", 100.0),
+        (7, "gate", 100.0), (7, "constant", -1.0), (8, "gate", -2.0),
+    ],
+)  # fmt: skip
+def test_after_ten_million_positions_a_cache_goes_on_as_from_none(form: int, drift: str, rate: float) -> None:
+    layer = mixer(FORMS[form][0], drift=drift, **FORMS[form][1]).requires_grad_(False)
+    nn.init.constant_(drift_of(layer).rate, rate)
+    x, documents, padding = inputs(40, packed=True)
+
+    def read(sizes: list[int], total: int) -> Tensor:
+        cache, parts = layer.new_cache(2), []
+        cache.total += total * drift_of(layer).drifts  # of heads that do
+        for part in torch.arange(40).split(sizes):
+            parts.append(layer(x[:, part], documents[:, part], padding[:, part], cache))
+        return torch.cat(parts, 1)[~padding]
+
+    whole = layer(x, documents=documents, padding=padding)[~padding]
+    for allowed in (1e-7, 1e-5):
+        near, *far = (
+            read([1] * 40, 0),
+            *(read(sizes, 10_000_000 * 8 << 32) for sizes in ([1] * 40, [25, 1, 1, 3, 10])),
+        )
+        if allowed == 1e-7:
+            torch.testing.assert_close(near, whole, atol=1e-9, rtol=1e-9)
+        for found in far:
+            torch.testing.assert_close(found, near, atol=allowed, rtol=allowed)
+        layer, x = layer.float(), x.float()
+
+
+@pytest.mark.parametrize(("attention", "options"), [FORMS[0], ("swa", {}), ("mha", {})])
+def test_a_nan_step_shows_from_its_position_on(attention: str, options: dict[str, Any]) -> None:
+    layer = mixer(attention, drift="gate", **options).requires_grad_(False)
+    drift, x = drift_of(layer), inputs(33, packed=False)[0]
+    steps = drift(x)
+    steps[:, 1, 9] = torch.nan
+    start = 0
+
+    def given(x: Tensor, padding: Tensor | None = None) -> Tensor:
+        return steps[..., start : start + x.shape[1]]
+
+    with patch.object(drift, "forward", given):
+        assert layer(x)[:, 9:].isnan().all()
+        cache = layer.new_cache(2)
+        for count in (5, 1, 7, 20):
+            out = layer(x[:, start : start + count], cache=cache)
+            shown = torch.arange(start, start + count) >= 9
+            assert torch.equal(out.isnan().all(-1), shown.expand(2, -1))
+            start += count
+        units, nats = add_up(steps)
+        assert torch.equal(units[:, 1, 9], units[:, 1, 8])
+        assert nats.isnan().sum() == 2 * (33 - 9)
+
+
+def test_sums_of_steps_have_the_gradients_of_sums() -> None:
+    steps = torch.rand(2, 3, 33, requires_grad=True)
+    for start in (None, torch.full((2, 3), 7 << 40)):
+        units, nats = add_up(steps, start)
+        assert (units.dtype, nats.dtype, units.requires_grad) == (torch.int64, torch.float64, False)
+        offset = 0 if start is None else 7 * 2.0**8
+        torch.testing.assert_close(nats, steps.double().cumsum(-1) + offset, atol=33 * 2.0**-33, rtol=0)
+        weights = torch.randn(2, 3, 33, dtype=torch.float64)
+        found = torch.autograd.grad((nats * weights).sum(), steps)[0]
+        expected = weights.flip(-1).cumsum(-1).flip(-1)
+        torch.testing.assert_close(found, expected.float(), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("keep_last", [0, 3])

@@ -174,8 +174,7 @@ def test_every_mixer_with_a_drift_is_watched(attention: str, options: dict[str, 
     def look(mixer: Any, x: Tensor, packing: Packing | None) -> dict[str, float]:
         content = None
         if attention == "dma":
-            rank, _, drifted, _ = mixer._ranked(x, mixer.heads(x, mixer.v_proj), packing)
-            content = rank - drifted
+            content = mixer.content(x)
         steps, memories = drift_of(mixer)(x), 0 if mixer is model.mixers[1] else options.get("memory_heads", 0)
         return brute_force(steps, list(range(memories, G)), 11, packing, content)
 

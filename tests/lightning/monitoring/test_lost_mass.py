@@ -207,7 +207,7 @@ def test_contents_of_far_keys_are_not_added_to_near_ones() -> None:
     full = logits.masked_fill(place > place[:, None], -torch.inf).softmax(-1)
     dropped = (full * ~lifetimes.to_dense().repeat_interleave(2, 1)).sum(-1)
     found = lost_mass(q, k, far, lifetimes, near_bias=near, distance=mixer.near_distance)
-    torch.testing.assert_close(found.model[..., :34], dropped[..., 16:])
+    torch.testing.assert_close(found.model[..., :34], dropped[..., 16:].float())
 
 
 def test_documented_figures_and_no_other(tmp_path: Path) -> None:
