@@ -7,9 +7,8 @@ B batch, H query heads, G KV heads, N length, D head dim.
 """
 
 import logging
-from collections.abc import Callable
-from functools import cache, wraps
-from typing import Any, Literal, Protocol, get_args
+from functools import cache
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ from dma_kernels import (
     segment_attention,
 )
 from dma_kernels.attention.ops import KERNEL_DTYPES, MAX_HEAD_DIM
-from dma_kernels.ranks import rounded
 
 logger = logging.getLogger(__name__)
 
@@ -105,29 +103,11 @@ def dense_attention(
     return reference_attention(q, k, v, key_bias, lifetimes.to_dense(), scale, query_bias=query_bias)
 
 
-def _rounding(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The attention with biases in the dtype that it computes in; a drift counts from the first query."""
-
-    @wraps(attention)
-    def rounding(
-        q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, mask: Any, /, scale: float | None = None,
-        *, query_bias: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        if key_bias.dtype != dtype and query_bias is not None:
-            key_bias, query_bias = rounded(key_bias + query_bias[..., :1].detach(), dtype), query_bias.to(dtype)
-        if query_bias is not None and not (torch.is_grad_enabled() and query_bias.requires_grad):
-            query_bias = None  # since it is there for its gradient
-        return attention(q, k, v, key_bias, mask, scale, query_bias=query_bias)
-
-    return rounding
-
-
 ATTENTIONS: dict[str, Attention] = {
-    "triton": _rounding(fused_attention),
-    "flex": _rounding(flex_segment_attention),
-    "torch": _rounding(segment_attention),
-    "reference": _rounding(dense_attention),
+    "triton": fused_attention,
+    "flex": flex_segment_attention,
+    "torch": segment_attention,
+    "reference": dense_attention,
 }
 
 
@@ -157,4 +137,4 @@ def attend(
         keep_last=keep.last,
         sinks=keep.sinks,
     )
-    return _rounding(reference_attention)(q, k, v, key_bias, dense, scale, query_bias=query_bias)
+    return reference_attention(q, k, v, key_bias, dense, scale, query_bias=query_bias)
