@@ -41,7 +41,7 @@ class ResumableCheckpoint(ModelCheckpoint):
     """Saves only between optimizer steps and with all random states, so that a resumed run equals an uninterrupted one.
 
     - It saves every `every_n_train_steps` steps, after each validation, and at the end. If a validation follows a step,
-      the save comes after the validation, so that resuming skips none. It never saves between accumulated batches.
+      it saves after the validation, so that resuming skips no validation. It never saves between accumulated batches.
     - On SIGTERM or the first Ctrl+C, it finishes the current step (and its validation), saves, and ends the run. With
       several processes, it does so after the next step that logs. Before the first step, SIGTERM ends the run at once.
     - On an exception, it saves nothing, because some callbacks have seen more of the step than others. The last regular
@@ -62,8 +62,8 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     Raises:
         ValueError: if `monitor` is a training metric, which exists only at logging steps; if `filename` would create
-            folders or give all checkpoints the same name; if an option is refused, or would leave the newest
-            checkpoint unsaved.
+            folders or give all checkpoints the same name; if an option is refused, or the options would not keep the
+            newest checkpoint.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What `ckpt_path` stands for on the command line, and what that checkpoint says about model and data."""
+"""The checkpoint that `ckpt_path` names on the command line, and its arguments of model and data."""
 
 import argparse
 import dataclasses
@@ -27,30 +27,30 @@ from dma_lightning.data import SequenceDataModule
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.saved_run import SavedRun
 
-# What the data dictates to the model: attribute of the data module, and argument of the model.
+# Arguments that the model takes from the data: attribute of the data module, argument of the model.
 LINKS = {
     "vocab_size": "vocab_size",
     "sequence_length": "max_position_embeddings",
     "bytes_per_token": "bytes_per_token",
 }
 
-_NOT_TAKEN = "(not taken from the checkpoint)"  # default of an argument that a user must give
+_NOT_TAKEN = "(not taken from the checkpoint)"  # default of an argument that the user must give
 
 _LIGHTNING_CHECKPOINTS = {"best", "last", "hpc", "registry"}
 
 
 class _UnknownData(SequenceDataModule):
-    """Stands for a class that a checkpoint names, until the user does; it takes no arguments, so that none is kept."""
+    """Placeholder for a data class named in a checkpoint, until the user names one; keeps no arguments."""
 
     def __init__(self) -> None:
         raise NotImplementedError
 
 
 def open_argument(args: ArgsType) -> SavedRun | None:
-    """The checkpoint that the command line names, unless by a URL or one of Lightning's keywords.
+    """Open the checkpoint that the command line names; None for a URL or one of Lightning's keywords.
 
     Raises:
-        ValueError: if there is no such file, or it cannot be read.
+        ValueError: if the file does not exist or cannot be read.
     """
     if args is not None and not isinstance(args, list):
         return None
@@ -60,7 +60,7 @@ def open_argument(args: ArgsType) -> SavedRun | None:
 
 
 def printed_init_from(args: ArgsType) -> str | None:
-    """The weights to begin from of a command line that shall only print its configuration, if it names some."""
+    """The `model.init_from` of a command line with `--print_config`; None without either."""
     if args is not None and not isinstance(args, list):
         return None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -71,10 +71,10 @@ def printed_init_from(args: ArgsType) -> str | None:
 
 
 def open_ckpt_path(path: str | None) -> SavedRun | None:
-    """The file or folder of a `ckpt_path`, unless it is a URL or one of Lightning's keywords.
+    """Open the file or folder of a `ckpt_path`; None for a URL or one of Lightning's keywords.
 
     Raises:
-        ValueError: if there is no such file, or it cannot be read.
+        ValueError: if the file does not exist or cannot be read.
     """
     path = path and path.removeprefix("file://")
     if path in (None, "", "null") or "://" in path or path.split(":")[0] in _LIGHTNING_CHECKPOINTS:
@@ -88,11 +88,11 @@ def open_ckpt_path(path: str | None) -> SavedRun | None:
 
 
 def run_folders(config: Namespace) -> list[Path]:
-    """Where a run puts its checkpoints: the folders that its callbacks name, and its logger's if one names none."""
+    """Folders where a run saves checkpoints: its callbacks' folders, and its logger's if a callback names none."""
     trainer = config.trainer
     callbacks = trainer.get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    # jsonargparse has found these classes before.
+    # jsonargparse has already found these classes.
     kinds = [cast("type", locate(x.class_path)) for x in callbacks]
     checkpoints = [x for x, kind in zip(callbacks, kinds, strict=True) if issubclass(kind, Checkpoint)]
     if config.get("checkpoint") is not None and not any(issubclass(kind, ResumableCheckpoint) for kind in kinds):
@@ -114,7 +114,7 @@ def _logger_folder(trainer: Namespace) -> Path:
         options.get("name"),
         options.get("version"),
     )
-    if issubclass(cast("type", locate(logger.class_path)), WandbLogger):  # whose name is that of its run alone
+    if issubclass(cast("type", locate(logger.class_path)), WandbLogger):  # its name does not set the folder
         name = options.get("project") or os.environ.get("WANDB_PROJECT", "lightning_logs")
         version = version or options.get("id")
     folder = Path(root).expanduser() / (name or "")
@@ -122,10 +122,10 @@ def _logger_folder(trainer: Namespace) -> Path:
 
 
 def saved_defaults(saved: SavedRun) -> dict[str, Any]:
-    """Defaults that a checkpoint gives to the command line.
+    """Defaults for the command line, from a checkpoint.
 
     Raises:
-        ValueError: if it holds arguments that are not known or of another type.
+        ValueError: if the checkpoint has arguments that are unknown or have the wrong type.
     """
     model, data = saved.model_arguments(LanguageModel), saved.data
     defaults: dict[str, Any] = {f"model.{name}": x for name, x in model.items() if name not in LINKS.values()}
@@ -138,52 +138,52 @@ def saved_defaults(saved: SavedRun) -> dict[str, Any]:
 
 
 def check_data(data: Namespace | None, saved: SavedRun) -> None:
-    """Make sure that the user has named what is not taken from a checkpoint.
+    """Check that the user named the class and files that are not taken from a checkpoint.
 
     Args:
         data: the parsed configuration of the data.
         saved: the checkpoint.
 
     Raises:
-        ValueError: if a class or a file is missing; with the flag that gives it.
+        ValueError: if a class or file is missing; the message names the flag to add.
     """
     if data is None:
         return
     if data.class_path.endswith(f".{_UnknownData.__name__}"):
         raise ValueError(
             f"data: expected a class that you name, since {saved.path} names {saved.data.class_path!r} and checkpoints "
-            "import no code; give --data with the class, and its arguments"
+            "import no code; add --data with the class, and its arguments"
         )
     for name, value in data.get("init_args", Namespace()).items():
         if value == _NOT_TAKEN:
             raise ValueError(
-                f"data.{name}: expected a place that you name, since {saved.path} names {saved.data.files.get(name)!r} "
-                f"and its run's config.yaml does not; give --data.{name}"
+                f"data.{name}: expected a path that you name, since {saved.path} names {saved.data.files.get(name)!r} "
+                f"and its run's config.yaml does not; add --data.{name}"
             )
 
 
 def check_holds_training(saved: SavedRun) -> None:
-    """Refuse to train on from weights alone.
+    """Refuse to resume training from weights alone.
 
     Raises:
-        ValueError: if the checkpoint holds nothing else.
+        ValueError: if the checkpoint holds only weights.
     """
     if not saved.holds_training:
         raise ValueError(
-            f"ckpt_path: expected a checkpoint of `fit`, got {saved.path}, which holds weights alone; training cannot "
-            "go on from it"
+            f"ckpt_path: expected a checkpoint of `fit`, got {saved.path}, which holds only weights; to start a "
+            "new run from them, use --model.init_from"
         )
 
 
 def check_weights(saved: SavedRun, arguments: Mapping[str, Any]) -> None:
-    """Compare the names and shapes of a checkpoint's weights with those of a model that is still to be made.
+    """Compare the names and shapes of a checkpoint's weights with those of a model before building it.
 
     Args:
         saved: the checkpoint.
-        arguments: of the model; without vocab_size, it is the checkpoint's.
+        arguments: arguments of the model; a missing vocab_size is taken from the checkpoint.
 
     Raises:
-        ValueError: if they differ, with the options that do.
+        ValueError: if they differ; the message names the options that do.
     """
     if not saved.weights:
         return
@@ -199,12 +199,12 @@ def check_weights(saved: SavedRun, arguments: Mapping[str, Any]) -> None:
         compare_weights(saved.weights, expected, saved.path, strict=True)
     raise ValueError(
         f"ckpt_path: expected a model with the weights of {saved.path}, got one with {' and '.join(differ)}; leave "
-        "these as they were, or begin a run of its own"
+        "these as they were, or start a separate run"
     )
 
 
 def _check_layers(saved: SavedRun, was: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
-    """Compare how many layers a checkpoint says that its model has with those in it, unless the user names another.
+    """Compare the number of layers in a checkpoint's arguments with its weights, unless the user gave another number.
 
     Raises:
         ValueError: if they differ.
@@ -215,18 +215,18 @@ def _check_layers(saved: SavedRun, was: Mapping[str, Any], arguments: Mapping[st
 
 
 def _expected_weights(saved: SavedRun, arguments: Mapping[str, Any]) -> Weights:
-    """The weights of a model of these arguments; none if it has another number of layers than the checkpoint."""
+    """Weights of a model with these arguments; empty if its number of layers differs from the checkpoint's."""
     fits = arguments["num_hidden_layers"] == layers_in(saved.weights)
     return model_weights(LanguageModel, arguments) if fits else {}
 
 
 def _different_options(was: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[str]:
-    """Options of the model that are others than they were, in words."""
+    """Describe the model options that differ from the checkpoint's."""
     known = {x.name for x in dataclasses.fields(ModelConfig)} & arguments.keys()
     pairs = {x: (_listed(arguments[x]), _listed(old)) for x, old in was.items() if x in known}
     return [f"{x} {new!r} instead of {old!r}" for x, (new, old) in pairs.items() if new != old]
 
 
 def _listed(value: Any) -> Any:
-    """A value of a configuration; files have lists where arguments have tuples."""
+    """A configuration value; files have lists where arguments have tuples."""
     return list(value) if isinstance(value, tuple) else value

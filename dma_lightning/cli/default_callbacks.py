@@ -1,4 +1,4 @@
-"""Callbacks that every run of `fit` has by default. Each is an option of its own."""
+"""Callbacks that every run of `fit` has by default. Each has its own option."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ from dma_lightning.monitoring import (
     SpeedMonitor,
 )
 
-# In the order in which they are called; those that write checkpoints come last anyway.
+# In calling order; Lightning moves callbacks that write checkpoints to the end.
 DEFAULT_CALLBACKS: dict[str, type[pl.Callback]] = {
     "lr_monitor": LearningRateMonitor,
     "speed_monitor": SpeedMonitor,
@@ -37,32 +37,32 @@ DEFAULT_CALLBACKS: dict[str, type[pl.Callback]] = {
     "fit_report": FitReport,
 }
 
-# Options of the trainer by which Lightning adds a callback of its own if ours is off and none of the kind is listed.
+# Trainer options with which Lightning adds its own callback if ours is off and none of the kind is listed.
 _OF_LIGHTNING = {
     "progress_bar": ("enable_progress_bar", LightningProgressBar),
     "checkpoint": ("enable_checkpointing", Checkpoint),
 }
 
-# Callbacks that Lightning refuses where an option of the trainer is false.
+# Callbacks that Lightning refuses if the trainer option is false.
 _REFUSED = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint, "logger": LearningRateMonitor}
 
 
 def add_default_callbacks(parser: Parser) -> None:
-    """Give a parser the option of each."""
-    title = "Callbacks of fit, which are there unless trainer.callbacks has one of the class, or the option is null"
+    """Add an option for each default callback to a parser."""
+    title = "Default callbacks of fit; one is off if its option is null or trainer.callbacks has one of its class"
     parser.add_objects(DEFAULT_CALLBACKS, title)
 
 
 def set_callbacks(options: Namespace, defaults: Mapping[str, pl.Callback | None], fits: bool) -> None:
-    """Let the options of a trainer have all callbacks of a run, the default ones before those that are listed.
+    """Put all callbacks of a run into the trainer's options, the default ones before the listed ones.
 
-    A listed callback replaces the default of its class, and any progress bar replaces ours. Callbacks that an option of
-    the trainer turns off are left out, even if they are listed.
+    A listed callback replaces the default of its class, and any listed progress bar replaces ours. Callbacks that a
+    trainer option turns off are left out, even if they are listed.
 
     Args:
-        options: of the trainer, which change.
-        defaults: by name, None where one is off.
-        fits: whether there is training; else the progress bar alone is of use.
+        options: options of the trainer; changed in place.
+        defaults: default callbacks by name, None if off.
+        fits: whether the run trains; otherwise only the progress bar is used.
     """
     listed = _listed(options)
     names = [x for x in DEFAULT_CALLBACKS if fits or x == "progress_bar"] if not options.barebones else []
@@ -70,7 +70,7 @@ def set_callbacks(options: Namespace, defaults: Mapping[str, pl.Callback | None]
         if name in names and defaults[name] is None and not any(isinstance(x, kind) for x in listed):
             options[option] = bool(options[option])
     if "guard" in names and f"{options.precision}" in ("16", "16-mixed") and defaults["guard"] is not None:
-        rank_zero_warn("guard: left out, since precision 16-mixed leaves out steps by itself; --guard null says so")
+        rank_zero_warn("guard: left out, since precision 16-mixed skips steps by itself; --guard null silences this")
         names.remove("guard")
     chosen = [defaults[name] for name in names if not _replaces(name, listed)]
     refused = tuple(kind for option, kind in _REFUSED.items() if options[option] in (False, []))
@@ -78,32 +78,32 @@ def set_callbacks(options: Namespace, defaults: Mapping[str, pl.Callback | None]
 
 
 def check_flags(flags: Sequence[str], defaults: Mapping[str, pl.Callback | None], options: Namespace) -> None:
-    """Make sure that no flag is about a default callback that a listed one replaces.
+    """Check that no flag sets a default callback that a listed one replaces.
 
     Args:
         flags: the arguments of the command line.
-        defaults: by name, None where one is off.
-        options: of the trainer.
+        defaults: default callbacks by name, None if off.
+        options: options of the trainer.
 
     Raises:
-        ValueError: if one is.
+        ValueError: if a flag does.
     """
     for flag in (x.partition("=")[0] for x in flags):
         name = flag.removeprefix("--").partition(".")[0]
         if flag.startswith("--") and defaults.get(name) is not None and _replaces(name, _listed(options)):
             raise ValueError(
-                f"{flag}: expected no {DEFAULT_CALLBACKS[name].__name__} in trainer.callbacks, got one, which is taken "
-                "instead; set the option there, or take it out of the list"
+                f"{flag}: expected no {DEFAULT_CALLBACKS[name].__name__} in trainer.callbacks, got one, which is used "
+                "instead; set the option there, or remove it from the list"
             )
 
 
 def _listed(options: Namespace) -> list[pl.Callback]:
-    """The callbacks that a trainer's options list."""
+    """The callbacks in a trainer's options."""
     listed = options.callbacks or []
     return listed if isinstance(listed, list) else [listed]
 
 
 def _replaces(name: str, listed: Sequence[Any]) -> bool:
-    """Whether a listed callback takes the place of a default."""
+    """Whether a listed callback replaces a default."""
     kind = LightningProgressBar if name == "progress_bar" else DEFAULT_CALLBACKS[name]
     return any(isinstance(x, kind) for x in listed)

@@ -1,4 +1,4 @@
-"""The command line: `dma-lightning fit | validate | test | predict`, which are Lightning's, and commands of our own."""
+"""The command line: Lightning's `dma-lightning fit | validate | test | predict`, and our own commands."""
 
 import sys
 from collections.abc import Callable
@@ -37,12 +37,12 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "export-hf": export_hf,
 }
 
-# What the program says without running anything.
+# Flags that print something without running anything.
 _ABOUT = ("-h", "--help", "--version", "--print_completion")
 
 
 class _AllCommands(DMACLI):
-    """The command line with our commands beside Lightning's, for help and completion; they run without it."""
+    """The command line with Lightning's and our commands, for help and completion; ours run without it."""
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         super().setup_parser(*args, **kwargs)
@@ -56,7 +56,7 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
 
     Args:
         args: a list of arguments, or a nested dictionary.
-        run: with False, `args` name no subcommand and nothing is run.
+        run: if False, `args` have no subcommand, and nothing is run.
     """
     given = sys.argv[1:] if args is None else args
     name = given[0].partition("=")[0] if run and isinstance(given, list) and given else ""
@@ -67,7 +67,7 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_callback=ConfigOfRun,
-        trainer_defaults={"enable_model_summary": False},  # RunSummary tells more
+        trainer_defaults={"enable_model_summary": False},  # RunSummary prints more
         seed_everything_default=0,
         parser_class=Parser,
         parser_kwargs={
@@ -81,7 +81,7 @@ def build_cli(args: ArgsType = None, run: bool = True) -> DMACLI:
 
 
 def _with_parser_of(name: str) -> type[DMACLI]:
-    """The command line of one subcommand, since a parser takes long to make; of all, if it names none."""
+    """The command line with only this subcommand, because parsers are slow to build; with all if there is none."""
     named = {key: value for key, value in DMACLI.subcommands().items() if key == name}
 
     class OneCommand(DMACLI):
@@ -93,7 +93,7 @@ def _with_parser_of(name: str) -> type[DMACLI]:
 
 
 def main() -> None:
-    """The console script; how it ends with errors is in `errors` and `usage`."""
+    """Run the console script; `errors` and `usage` handle its errors."""
     name, *args = sys.argv[1:] or [""]
     commands = [*DMACLI.subcommands(), *_COMMANDS]
     if name not in commands and not name.startswith("-"):
@@ -113,6 +113,6 @@ def main() -> None:
 
 
 def _options_of(name: str) -> dict[str, Any]:
-    """How the parser of a command is made; its description comes from the command."""
+    """Options for a command's parser; its description comes from the command."""
     as_positional = name != "generate"
     return {"as_positional": as_positional, "parser_class": Parser, "description": None, "allow_abbrev": False}

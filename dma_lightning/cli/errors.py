@@ -1,4 +1,4 @@
-"""How commands end with errors: in one line if a user can mend what is wrong, else with a traceback."""
+"""Errors of commands: printed in one line if the user can fix the problem, else with a traceback."""
 
 import errno
 import os
@@ -14,39 +14,39 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from dma_lightning.callbacks import UnstableTrainingError
 
-# Errors of these kinds, if code of these packages raises them, say all that a user needs.
+# Errors of these types tell users all they need if these packages raise them.
 PACKAGES = {"dma_flex", "dma_kernels", "dma_lightning"}
 _OURS = (ValueError, OSError, UnstableTrainingError)
 
-# Those of Lightning that are about how it was set up, if its own code raises them.
+# Errors about Lightning's setup, if its own code raises them.
 _OF_LIGHTNING = (ValueError, ImportError, MisconfigurationException)
 
-# Errors of the system, whoever meets them, that are for users to mend.
+# System errors that users can fix, whichever code meets them.
 _ABOUT_PLACES = {errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT}
 
-# How jsonargparse says that a class of a configuration could not be made, such as for want of a package.
+# jsonargparse's message if it cannot create a configured class, for example because a package is missing.
 CLASS_PROBLEM = re.compile(r"Problem with given class_path '([^']+)':\s*(.*?)(?=\n {2,4}- |\nGiven|\Z)", re.DOTALL)
 
 _LONGEST = 600  # characters of a message
 
 
 def shows_traceback() -> bool:
-    """Whether the user wants all that is known about an error."""
+    """Whether the user asked for tracebacks."""
     return os.environ.get("DMA_LIGHTNING_TRACEBACK", "0") not in ("", "0")
 
 
 def shortened(message: str) -> str:
-    """A message in one line."""
+    """Shorten a message to one line."""
     return textwrap.shorten(message, _LONGEST, placeholder=" ... (DMA_LIGHTNING_TRACEBACK=1 shows all)")
 
 
 @contextmanager
 def told_errors(command: str, own: bool) -> Iterator[None]:
-    """A region whose errors end the process: with status 1 and a line on stderr if they are for users to mend.
+    """A context whose errors end the process: with status 1 and one line on stderr if the user can fix them.
 
     Args:
-        command: with which the line begins.
-        own: whether it is a command of our own, all of whose `ValueError` and `OSError` are for users.
+        command: the start of the line.
+        own: whether it is one of our own commands; users can fix each `ValueError` and `OSError` of these.
     """
     try:
         yield
@@ -63,11 +63,11 @@ def told_errors(command: str, own: bool) -> Iterator[None]:
 
 
 def _told(error: Exception, own: bool) -> str | None:
-    """What to tell about an error; None if it is nothing that a user could mend."""
+    """The message for an error; None if a user cannot fix it."""
     if ours := error_of_ours(error):
         return str(ours)
     if isinstance(error, OSError) and error.errno in _ABOUT_PLACES:
-        return f"{error}; make room, or name a place where files can be written"
+        return f"{error}; make room, or choose a writable path"
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"{str(error).partition('. ')[0]}; lower data.batch_size (and raise trainer.accumulate_grad_batches) or "
@@ -81,7 +81,7 @@ def _told(error: Exception, own: bool) -> str | None:
 
 
 def error_of_ours(error: BaseException | None) -> BaseException | None:
-    """The first of an error and its causes that our own code has raised to be read by users."""
+    """The first of an error and its causes that our own code raised for users."""
     while error is not None:
         from_system = isinstance(error, OSError) and error.errno is not None
         if isinstance(error, _OURS) and not from_system and _raised_in(error).partition(".")[0] in PACKAGES:

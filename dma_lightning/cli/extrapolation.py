@@ -1,4 +1,4 @@
-"""`dma-lightning extrapolation`: how well a checkpoint does at lengths that it was not trained at."""
+"""`dma-lightning extrapolation`: a checkpoint's scores at lengths other than its training length."""
 
 from pathlib import Path
 
@@ -31,24 +31,24 @@ def extrapolation(
     full_cache: bool = False,
     output: Path | None = None,
 ) -> None:
-    """Score the test set of a checkpoint's data at other lengths than that of its training, and print a table.
+    """Score a checkpoint at several sequence lengths on the test set of its data, and print a table.
 
-    Of text, the test set is the validation part. A length that the data cannot have is left out.
+    For text, the test set is the validation part. Lengths that the data cannot have are left out.
 
     Args:
         ckpt_path: a checkpoint.
-        lengths: tokens of a sequence, as a YAML list such as '[64, 128]'. Default: 1/4, 1/2, 1, 1.5, 2, 4 and 8 times
-            the training length.
-        examples: how many sequences of each length to read at most.
-        batch_size: sequences that are read at once.
-        chunk_size: positions that are read at once.
-        device: where to compute, such as cpu or cuda:1; by default the GPU if there is one.
-        backend: attention backend, if not the checkpoint's.
-        path: text, or a folder of `prepare`, if not the checkpoint's. Of plain text, the last part is read, of which
-            the training has kept as much for validation.
-        tokenizer: the tokenizer.json of the checkpoint, where that lies elsewhere now.
-        full_cache: keep all keys, for comparison; but for rounding, the figures are the same.
-        output: a JSON file to write all figures to; none may be there.
+        lengths: sequence lengths in tokens, as a YAML list such as '[64, 128]'. Default: 1/4, 1/2, 1, 1.5, 2, 4 and 8
+            times the training length.
+        examples: maximum number of sequences for each length.
+        batch_size: sequences read at once.
+        chunk_size: positions read at once.
+        device: where to compute, such as cpu or cuda:1. Default: the GPU if there is one.
+        backend: attention backend. Default: the checkpoint's.
+        path: text, or a folder written by `prepare`. Default: the checkpoint's. Of plain text, only the last part is
+            read, the same share that training set aside for validation.
+        tokenizer: the checkpoint's tokenizer.json, if it has moved.
+        full_cache: keep all keys, for comparison; apart from rounding, the results are the same.
+        output: a JSON file to write all results to; it must not exist.
     """
     output = new_file(output)
     if examples < 1 or batch_size < 1:
@@ -60,14 +60,14 @@ def extrapolation(
     def data_at(length: int) -> SequenceDataModule:
         nonlocal is_prepared
         data = run.data(path, tokenizer=tokenizer, sequence_length=length)
-        if not is_prepared:  # the files are those of all lengths
+        if not is_prepared:  # all lengths use the same files
             data.prepare_data()
             is_prepared = True
         data.setup("test")
         return data
 
     found = possible_lengths(run.lengths(lengths, LENGTH_FACTORS), data_at)
-    columns = ("sequences", "loss", "tokens right, per cent", "answers right, per cent", "bits per byte")
+    columns = ("sequences", "loss", "tokens right, percent", "answers right, percent", "bits per byte")
     print(table_head(["length", *columns, *COST_COLUMNS]))
     rows = []
     for length, data in found.items():

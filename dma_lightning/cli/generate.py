@@ -1,4 +1,4 @@
-"""`dma-lightning generate`: text from a checkpoint, as it is made."""
+"""`dma-lightning generate`: prints text from a checkpoint while generating it."""
 
 import itertools
 import sys
@@ -34,33 +34,33 @@ def generate(
     backend: str | None = None,
     full_cache: bool = False,
 ) -> None:
-    """Go on with a text, and print it as it is made; at the end, on stderr, how fast that was, prompt included.
+    """Continue a text, and print it while generating; at the end, print the speed, prompt included, to stderr.
 
     Args:
         ckpt_path: a checkpoint; its tokens are bytes, or those of the tokenizer in it or beside it.
-        prompt: text to go on with, as it is; may be given several times.
-        prompt_file: instead of a prompt, a file whose whole text is one, its last line break included; - for standard
-            input.
-        num_samples: how many texts to make of each prompt. They are printed prompt by prompt; if there are several in
-            all, a line before each says which it is.
-        max_new_tokens: how many tokens to make at most for each text.
-        temperature: logits are divided by it before tokens are drawn; 0 takes the likeliest token.
-        top_k: draw from the k likeliest tokens.
-        top_p: draw from the likeliest tokens that together reach this probability.
-        min_p: draw from the tokens that are at least this share as likely as the likeliest.
+        prompt: text to continue, used as it is; may be given several times.
+        prompt_file: instead of a prompt, a file whose whole text is the prompt, including its last line break; - for
+            standard input.
+        num_samples: number of texts for each prompt, printed prompt by prompt. If there is more than one text in all, a
+            title line precedes each.
+        max_new_tokens: maximum number of new tokens in each text.
+        temperature: logits are divided by it before sampling; 0 takes the likeliest token.
+        top_k: sample from the k likeliest tokens.
+        top_p: sample from the likeliest tokens that together reach this probability.
+        min_p: sample from the tokens whose probability is at least this share of the likeliest token's.
         repetition_penalty: above 1, makes tokens that occurred before less likely.
-        stop: string before which a text ends, as it is; may be given several times.
-        eos_token_id: token with which a text ends; by default the model's, -1 for none.
-        special_tokens: whether a special token of the tokenizer that the prompt spells becomes that token (parse), or
-            stays text, as for prompts that somebody else has written.
-        seed: of the tokens that are drawn. The first sample of a prompt is that of --num_samples 1; the seeds of the
-            others follow from this one, and do not depend on how many there are.
-        device: where to compute, such as cpu or cuda:1; by default the GPU if there is one.
-        backend: attention backend, if not the checkpoint's.
-        full_cache: keep all keys, for comparison; but for rounding, the text is the same.
+        stop: a text ends before this string, used as it is; may be given several times.
+        eos_token_id: a text ends with this token; -1 for none. Default: the model's.
+        special_tokens: whether the name of a special token in the prompt becomes that token (parse) or stays text
+            (text). Use text for prompts that somebody else wrote.
+        seed: seed for sampling. The first sample of a prompt is the same as with --num_samples 1. The seeds of the
+            others follow from this one and do not depend on the number of samples.
+        device: where to compute, such as cpu or cuda:1. Default: the GPU if there is one.
+        backend: attention backend. Default: the checkpoint's.
+        full_cache: keep all keys, for comparison; apart from rounding, the text is the same.
 
     Raises:
-        ValueError: unless there is a prompt, or a file of one; on options out of range.
+        ValueError: if there is no prompt, or an option is out of range.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
@@ -98,14 +98,14 @@ def _print_text(title: str, prompt: str, pieces: Iterator[str]) -> None:
 
 
 def _prompts(prompts: list[str] | None, file: str | None) -> list[str]:
-    """What to go on with.
+    """The prompts.
 
     Raises:
-        ValueError: unless prompts or a file are given, on a file that cannot be read, and on an empty prompt.
+        ValueError: if neither or both of prompts and a file are given, the file cannot be read, or a prompt is empty.
     """
     if (prompts is None) == (file is None):
         given = "none of them" if file is None else "both"
-        raise ValueError(f"expected --prompt or --prompt_file, got {given}; give one of the two")
+        raise ValueError(f"expected --prompt or --prompt_file, got {given}; give one of them")
     found = prompts if file is None else [_read(file)]
     if not found or not all(found):
         raise ValueError(f"{'prompt' if file is None else f'prompt_file {file}'}: expected text, got none")
@@ -113,10 +113,10 @@ def _prompts(prompts: list[str] | None, file: str | None) -> list[str]:
 
 
 def _read(file: str) -> str:
-    """The text of a file or of standard input, without a byte order mark.
+    """Read a file or standard input, without a byte order mark.
 
     Raises:
-        ValueError: if it cannot be read, or is no UTF-8.
+        ValueError: if it cannot be read or is not UTF-8.
     """
     try:
         content = sys.stdin.buffer.read() if file == "-" else user_path(file).read_bytes()
@@ -126,6 +126,6 @@ def _read(file: str) -> str:
 
 
 def _seeds(seed: int, count: int) -> list[int]:
-    """The seed and others that follow from it."""
+    """The seed, and further seeds that follow from it."""
     generator = torch.Generator().manual_seed(seed)
     return [seed, *(int(torch.randint(2**63 - 1, (), generator=generator)) for _ in range(count - 1))]

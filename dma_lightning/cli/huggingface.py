@@ -1,4 +1,4 @@
-"""`dma-lightning import-hf` and `export-hf`: checkpoints from and for Hugging Face Transformers."""
+"""`dma-lightning import-hf` and `export-hf`: convert checkpoints from and to Hugging Face Transformers."""
 
 import dataclasses
 from pathlib import Path
@@ -16,15 +16,15 @@ from dma_lightning.trained_models import model_of, open_checkpoint, reads_bytes
 
 
 def import_hf(source: Path, target: Path) -> None:
-    """Make a checkpoint of a Doge model that Hugging Face Transformers saved; its tokenizer files are copied along.
+    """Convert a Doge model that Hugging Face Transformers saved to a checkpoint, and copy its tokenizer files.
 
-    The checkpoint is for `generate` and Python; it holds no state of a training that `fit` could go on with. A model of
-    256 tokens without a tokenizer, or with that of an export, is taken for one of bytes. Files that a SHA256SUMS lists
-    must have these hashes.
+    The checkpoint is for `generate` and Python; it holds no training state, so `fit` cannot resume from it. A model
+    with 256 tokens reads bytes if it has no tokenizer, or the byte tokenizer of an export. Files listed in a SHA256SUMS
+    must match their hashes.
 
     Args:
         source: folder with config.json, and model.safetensors or pytorch_model.bin.
-        target: new folder, which gets model.ckpt.
+        target: new folder for model.ckpt and the tokenizer files.
     """
     model = load_doge(source)
     with new_folder(target) as unfinished:
@@ -44,19 +44,20 @@ def import_hf(source: Path, target: Path) -> None:
 
 
 def export_hf(ckpt_path: Path, target: Path) -> None:
-    """Write a model as `AutoModelForCausalLM.from_pretrained` of Hugging Face Transformers reads it.
+    """Write a model for `AutoModelForCausalLM.from_pretrained` of Hugging Face Transformers.
 
-    As a Doge model if that can express it, else as one of our own class, which `import dma_lightning.transformers`
-    makes known to Transformers. Tokenizer files that lie beside the checkpoint are copied along, and the tokenizer in
-    it is; a model of bytes gets one of bytes. SHA256SUMS lists the hashes of all files.
+    It becomes a Doge model if Doge can express it, else a model of our own class, which
+    `import dma_lightning.transformers` registers with Transformers. The folder also gets the tokenizer files beside the
+    checkpoint and the tokenizer in it; a model that reads bytes gets a byte tokenizer. SHA256SUMS lists the hashes of
+    all files.
 
     Args:
         ckpt_path: a checkpoint.
-        target: new folder, which gets config.json, model.safetensors and SHA256SUMS.
+        target: new folder for config.json, model.safetensors and SHA256SUMS.
     """
     saved = open_checkpoint(ckpt_path, "cpu")
     module = model_of(saved, "cpu")
     tokenizer = byte_tokenizer_json() if reads_bytes(saved, module) else saved.tokenizer
     kind = save_for_transformers(module.model, target, ckpt_path.resolve().parent, tokenizer)
-    hint = "" if kind == "doge" else ", for Python that has imported dma_lightning.transformers"
+    hint = "" if kind == "doge" else "; to load it, first import dma_lightning.transformers"
     print(f"written to {target} as a model of type {kind}{hint}")

@@ -1,4 +1,4 @@
-"""`dma-lightning init`: a config to start from, which says what its options do."""
+"""`dma-lightning init`: writes a config to start from, with explained options."""
 
 import shlex
 from pathlib import Path
@@ -11,15 +11,15 @@ _NAME = "config.yaml"
 
 
 def init(folder: Path) -> None:
-    """Write a config of model, data, trainer and callbacks, with a comment for each option, that `fit` runs as it is.
+    """Write a config for `fit`, with a comment on each option of model, data, trainer and callbacks.
 
-    It trains a small model on a CPU in a few minutes, on text that needs no download.
+    Unchanged, it trains a small model on a CPU in a few minutes, on text that needs no download.
 
     Args:
-        folder: where config.yaml is written. It may exist, but must not hold a config.yaml.
+        folder: folder for config.yaml. It may exist, but must not contain a config.yaml.
 
     Raises:
-        ValueError: if it holds one, or is a file.
+        ValueError: if it contains one, or is a file.
     """
     folder = user_path(folder)
     path = folder / _NAME

@@ -1,4 +1,4 @@
-"""LightningCLI as this project needs it: what data, model, trainer and checkpoint say to each other."""
+"""LightningCLI for this project: connects data, model, trainer and checkpoint."""
 
 import sys
 import warnings
@@ -42,20 +42,19 @@ from dma_lightning.trainer_state import is_of_restoring, log_into_version
 
 
 class ConfigOfRun(SaveConfigCallback):
-    """Writes the configuration to the run's folder, and says what to do if another run's is there.
+    """Writes the configuration to the run's folder, and refuses a folder with another run's configuration.
 
-    (Lightning's writes it where the logger says, which for some is the same place for all runs.) Without a logger,
-    subcommands other than `fit` leave nothing, and write none.
+    (Lightning's callback writes it to the logger's folder, which some loggers share among runs.) Without a logger,
+    only `fit` writes it.
 
     Args:
-        *args: as of `SaveConfigCallback`.
-        goes_on_from: the step that the run goes on from, so that a configuration which is there is its own. None: it
-            begins.
-        checkpoint: the one of that step, if there is one.
-        **kwargs: as of `SaveConfigCallback`.
+        *args: as in `SaveConfigCallback`.
+        goes_on_from: the step that the run resumes from; an existing configuration is then its own. None: a new run.
+        checkpoint: the checkpoint of that step, if there is one.
+        **kwargs: as in `SaveConfigCallback`.
 
     Raises:
-        ValueError: in `setup`, if the folder has one of another run.
+        ValueError: in `setup`, if the folder has another run's configuration.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class ConfigOfRun(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write it, in the first process."""
+        """Write the configuration, in the first process."""
         assert self.folder is not None
         get_filesystem(self.folder).makedirs(self.folder, exist_ok=True)
         path, overwrite = f"{self.folder}/{self.config_filename}", self.overwrite
@@ -82,23 +81,23 @@ class ConfigOfRun(SaveConfigCallback):
 
 
 class DMACLI(LightningCLI):
-    """LightningCLI whose model takes from the data what the data dictates, and whose checkpoints know both.
+    """LightningCLI that gives the model sizes from the data, and takes defaults from checkpoints.
 
-    With `ckpt_path`, what the checkpoint saved of model and data are the defaults; configs and flags win over them.
-    With `model.init_from`, the defaults of the model are what the weights say of it; a checkpoint wins over them.
-    `last` is the newest whole checkpoint of all versions of the run's folder; `fit` begins anew where there is none,
-    and else goes on in the folder of that version, if TensorBoard's logger made it. No run writes over another's files.
+    With `ckpt_path`, the checkpoint's arguments of model and data are the defaults; configs and flags override them.
+    With `model.init_from`, the weights' arguments are the defaults of the model; a checkpoint's override them. `last`
+    is the newest whole checkpoint of all versions in the run's folder. Without one, `fit` starts a new run; with one,
+    it continues in the folder of that version if TensorBoard's logger created it. No run overwrites another's files.
     """
 
-    checkpoint: Path | None = None  # what `ckpt_path` stands for, if it is a file or folder
-    initial: InitialWeights | None = None  # of `model.init_from`, likewise, where a run begins
-    saved: SavedRun | None = None  # that checkpoint, opened, until trainer, model and data are made
-    step = 0  # which that checkpoint was made at
+    checkpoint: Path | None = None  # the file or folder that `ckpt_path` names
+    initial: InitialWeights | None = None  # the weights of `model.init_from`, for a new run
+    saved: SavedRun | None = None  # the checkpoint, opened, until trainer, model and data are built
+    step = 0  # step of the checkpoint
     flags: Sequence[str] = ()  # the arguments of the command line
-    resuming = False  # whether that is the last of the run that `fit` was asked to go on with
+    resuming = False  # whether `fit` resumes from `last`
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make a parser that takes no abbreviated options, so that a typo is an error."""
+        """Create a parser without abbreviated options, so that a typo is an error."""
         return super().init_parser(allow_abbrev=False, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -111,13 +110,13 @@ class DMACLI(LightningCLI):
         given = sys.argv[1:] if args is None else args
         self.flags = given if isinstance(given, list) else []
         self.saved = open_argument(args)
-        if self.saved is None:  # then a config may name one, or `last` stands for one of this run
-            self._take_sizes(printed_init_from(args))  # since parsing ends the process then
+        if self.saved is None:  # a config may name one, or `last` may mean one of this run
+            self._take_sizes(printed_init_from(args))  # now, because parsing a --print_config ends the process
             super().parse_arguments(parser, args)
             self.saved = self._configured_checkpoint()
             asks = self.config.get("subcommand") == "fit" and self._subcommand_config().ckpt_path == "last"
             if self.saved is None:
-                self.save_config_kwargs = {"goes_on_from": 0 if asks else None}  # or one killed before its first
+                self.save_config_kwargs = {"goes_on_from": 0 if asks else None}  # 0: there may have been no save yet
                 if self._take_sizes(self._subcommand_config().get("model", Namespace()).get("init_from")):
                     super().parse_arguments(parser, args)
                 return
@@ -130,7 +129,7 @@ class DMACLI(LightningCLI):
             self._check_last(defaults)
 
     def _check_last(self, defaults: dict[str, Any]) -> None:
-        """Compare a run that is to go on with the last run of its folder.
+        """Compare a resumed run with the last run in its folder.
 
         Raises:
             ValueError: if they are different experiments.
@@ -140,20 +139,20 @@ class DMACLI(LightningCLI):
         if attention != defaults.get("model.attention", attention):
             raise ValueError(
                 f"ckpt_path last: expected attention {defaults['model.attention']!r} as in {self.checkpoint}, got "
-                f"{attention!r}; give each experiment a folder of its own by --trainer.logger.init_args.name, or "
-                "name the checkpoint to go on from"
+                f"{attention!r}; give each experiment its own folder with --trainer.logger.init_args.name, or "
+                "name the checkpoint to resume from"
             )
         if init_from and Path(init_from).resolve().parent == self.checkpoint.resolve().parent:
             raise ValueError(
-                f"ckpt_path last: expected a run that begins from {init_from} to have a folder of its own, got the one "
-                "of these weights; name it by --trainer.logger.init_args.name, or leave init_from out to go on"
+                f"ckpt_path last: expected a run that starts from {init_from} to have its own folder, got the folder "
+                "of these weights; name one with --trainer.logger.init_args.name, or remove init_from to resume"
             )
 
     def _take_sizes(self, init_from: str | None) -> bool:
-        """Take the defaults of the model from the weights that a run begins from; whether there are any.
+        """Take the model's defaults from the weights of `init_from`; returns whether it is set.
 
         Raises:
-            ValueError: if there are no such weights.
+            ValueError: if the weights do not exist.
         """
         if init_from is not None:
             self.initial = InitialWeights.open(init_from, LanguageModel)
@@ -168,10 +167,10 @@ class DMACLI(LightningCLI):
         return self.config.get(self.config.get("subcommand") or "", Namespace())
 
     def _configured_checkpoint(self) -> SavedRun | None:
-        """The checkpoint that the parsed configuration stands for.
+        """Open the checkpoint that the parsed configuration names.
 
         Raises:
-            ValueError: if there is none, unless `fit` shall go on with the last; if it cannot be read.
+            ValueError: if it cannot be read, or does not exist; for `fit`, `last` need not exist.
         """
         config = self._subcommand_config()
         path = config.get("ckpt_path")
@@ -181,16 +180,16 @@ class DMACLI(LightningCLI):
         found = SavedRun.newest(folders)
         where = " or ".join(str(folder) for folder in folders)
         if found is None and self.config.subcommand != "fit":
-            raise ValueError(f"ckpt_path: expected a checkpoint below {where}, found none to take as the last")
+            raise ValueError(f"ckpt_path: expected a checkpoint below {where}, got none to use as the last")
         rank_zero_only(print)(
-            f"ckpt_path last: no checkpoint below {where}; training begins anew"
+            f"ckpt_path last: no checkpoint below {where}; training starts from scratch"
             if found is None
             else f"ckpt_path last: {found.path}"
         )
         return found
 
     def instantiate_classes(self) -> None:
-        if self.saved is not None:  # before anything is made that could be too large
+        if self.saved is not None:  # before building anything that could be too large
             if self.subcommand == "fit":
                 check_holds_training(self.saved)
             arguments = self._subcommand_config().model.as_dict()
@@ -199,7 +198,7 @@ class DMACLI(LightningCLI):
             self.initial.check(self._subcommand_config().model.as_dict())
             self.initial = None  # the model opens it again, in each process
         super().instantiate_classes()
-        if self.saved is not None:  # now with what the data dictates
+        if self.saved is not None:  # now with the data's sizes
             check_weights(self.saved, arguments | {"vocab_size": self.model.hparams.vocab_size})
             self.saved = None  # training may delete the file
         if self.subcommand is not None:
@@ -209,15 +208,15 @@ class DMACLI(LightningCLI):
             elif config.ckpt_path == "last":
                 config.ckpt_path = None
             elif config.ckpt_path is None and self.subcommand != "fit" and self.model.init_from is None:
-                rank_zero_warn(f"{self.subcommand}: no --ckpt_path is given, so the weights are random")
+                rank_zero_warn(f"{self.subcommand}: no --ckpt_path given, so the weights are random")
             if config.ckpt_path is not None:
                 self.model.init_from = None  # the checkpoint has its own weights
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run it, unless all steps are made; a run that ends before it has trained leaves no files.
+        """Run a subcommand, unless all its steps are done; a run that ends before it trains leaves no files.
 
         Raises:
-            ValueError: if Lightning cannot restore what a checkpoint holds; with its name.
+            ValueError: if Lightning cannot restore a checkpoint's state; the message names the checkpoint.
         """
         if subcommand == "fit" and 0 < self.trainer.max_steps <= self.step:
             done = f"{self.step} of {self.trainer.max_steps} steps are done"
@@ -225,7 +224,7 @@ class DMACLI(LightningCLI):
             return
         unstarted = UnstartedRuns(self.trainer) if subcommand == "fit" else None
         if unstarted is not None:
-            # First, so that it knows before another callback fails.
+            # First, so that it sees a step before another callback fails.
             self.trainer.callbacks.insert(0, unstarted)  # type: ignore[attr-defined]  # Lightning sets it undeclared
         try:
             self._run_or_name_checkpoint(subcommand)
@@ -241,21 +240,21 @@ class DMACLI(LightningCLI):
             if self.checkpoint is None or not is_of_restoring(error) or str(self.checkpoint) in reason:
                 raise
             raise ValueError(
-                f"ckpt_path {self.checkpoint}: expected states that this run can go on with, got others: {reason}"
+                f"ckpt_path {self.checkpoint}: expected states that this run can resume from, got others: {reason}"
             ) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The trainer, with atomic checkpoints; for `predict` with a writer of continuations, if no other is there."""
+        """Build the trainer with atomic checkpoints; `predict` gets a `ContinuationWriter` if no writer is listed."""
         if self.resuming:
             self._log_where_it_was()
         for logger in self._loggers():
             keep_off_other_runs(logger, goes_on=self.save_config_kwargs.get("goes_on_from") is not None)
-        if self.subcommand not in (None, "fit"):  # the callbacks that a checkpoint has states of are for training
+        if self.subcommand not in (None, "fit"):  # callbacks with saved states are for training
             warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
         options = self._get(self.config_init, "trainer")
         check_trainer_options(options)
         if self.subcommand not in (None, "fit") and options.logger is None:
-            options.logger = False  # Lightning's default would make lightning_logs for a few figures that are printed
+            options.logger = False  # Lightning would create lightning_logs for a few numbers that it prints
         defaults = {name: self._get(self.config_init, name) for name in DEFAULT_CALLBACKS}
         check_flags(self.flags, defaults, options)
         set_callbacks(options, defaults, fits=self.subcommand in (None, "fit"))
@@ -264,7 +263,7 @@ class DMACLI(LightningCLI):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it undeclared
         callbacks.append(SameCheckpoint(self.checkpoint))
-        if self.subcommand != "predict":  # in which no process needs another, and each takes its time
+        if self.subcommand != "predict":  # its processes are independent and may end at different times
             end_with_first_process(trainer)
         writes = any(isinstance(callback, BasePredictionWriter) for callback in callbacks)
         if self.subcommand == "predict" and not writes:
@@ -272,15 +271,15 @@ class DMACLI(LightningCLI):
         return trainer
 
     def _loggers(self) -> list[Any]:
-        """As the configuration has them: objects, or whether there shall be the trainer's own."""
+        """The loggers in the configuration: objects, or whether to use the trainer's own."""
         loggers = self._get(self.config_init, "trainer").logger
         return loggers if isinstance(loggers, list) else [loggers]
 
     def _log_where_it_was(self) -> None:
-        """Let TensorBoard's loggers go on in the folder where the last checkpoint was found.
+        """Let TensorBoard's loggers continue in the folder of the last checkpoint.
 
-        What was logged after that checkpoint is taken out of the curves, since it is computed again. (Loggers of files,
-        as Lightning's for CSV, would write over those that are there.)
+        Points logged after that checkpoint are removed from the curves, because they are computed again. (Loggers that
+        write plain files, such as Lightning's CSVLogger, would overwrite the existing ones.)
         """
         assert self.checkpoint is not None
         assert self.saved is not None
@@ -290,7 +289,7 @@ class DMACLI(LightningCLI):
             if not isinstance(logger, TensorBoardLogger):
                 continue
             root = Path(logger.root_dir).expanduser().resolve()
-            is_done = 0 < trainer.max_steps <= step  # and logs nothing more
+            is_done = 0 < trainer.max_steps <= step  # so nothing more is logged
             number = folder.name.removeprefix("version_")
             plain = number.isdecimal() and folder.name == f"version_{int(number)}"
             if root in (folder, folder.parent):
@@ -300,4 +299,4 @@ class DMACLI(LightningCLI):
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
 
     def _parse_ckpt_path(self) -> None:
-        """Do nothing: Lightning's own would let the checkpoint's values win over the command line's."""
+        """Do nothing: Lightning's version would let the checkpoint override the command line."""

@@ -1,4 +1,4 @@
-"""`dma-lightning needle`: whether a checkpoint finds needles, by length and depth."""
+"""`dma-lightning needle`: measures whether a checkpoint finds needles, by length and depth."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -33,31 +33,31 @@ def needle(
     full_cache: bool = False,
     output: Path | None = None,
 ) -> None:
-    """Ask a model that was trained on needles for some at each length and depth, and print what came as tables.
+    """Test whether a model trained on needles finds them at each length and depth, and print tables of scores.
 
-    An answer is right if each of its tokens is the likeliest, given those before it, which is what greedy decoding
-    gives. Examples are drawn from fixed seeds of each length and depth, which training and validation do not use.
+    An answer is right if greedy decoding would give it: each token is the likeliest, given those before it. The
+    examples come from fixed seeds for each length and depth, which training and validation do not use.
 
     Args:
         ckpt_path: a checkpoint of a model that was trained on needles.
-        lengths: tokens of an example, as a YAML list such as '[64, 128]'. Default: 1/4, 1/2, 1, 1.5, 2, 4 and 8 times
-            the training length.
-        depths: where the needle stands, in per cent, as a YAML list. Default: 0, 10, ... 100.
-        examples: how many of each length and depth.
-        batch_size: examples that are read at once.
-        chunk_size: positions that are read at once.
-        device: where to compute, such as cpu or cuda:1; by default the GPU if there is one.
-        backend: attention backend, if not the checkpoint's.
-        path: text of the haystack, for needles in text, if not the checkpoint's.
-        full_cache: keep all keys, for comparison; but for rounding, the answers are the same.
-        output: a JSON file to write all figures to; none may be there.
+        lengths: example lengths in tokens, as a YAML list such as '[64, 128]'. Default: 1/4, 1/2, 1, 1.5, 2, 4 and 8
+            times the training length.
+        depths: positions of the needle, in percent, as a YAML list. Default: 0, 10, ... 100.
+        examples: number of examples for each length and depth.
+        batch_size: examples read at once.
+        chunk_size: positions read at once.
+        device: where to compute, such as cpu or cuda:1. Default: the GPU if there is one.
+        backend: attention backend. Default: the checkpoint's.
+        path: text of the haystack, for needles in text. Default: the checkpoint's.
+        full_cache: keep all keys, for comparison; apart from rounding, the answers are the same.
+        output: a JSON file to write all results to; it must not exist.
     """
     output, grid = new_file(output), NeedleGrid(tuple(DEPTHS) if depths is None else depths, examples, batch_size)
     run = TrainedRun.open(ckpt_path, device, backend)
     reader = Reader(run.module.model, run.device, chunk_size, full_cache)
     data = run.haystacks(path)
     tasks = possible_lengths(run.lengths(lengths, LENGTH_FACTORS), data.task_at)
-    print(f"Whole answers that are right, per cent, by length and depth ({examples} examples each):\n")
+    print(f"Right whole answers in percent, by length and depth ({examples} examples each):\n")
     print(table_head(["length", *(f"{depth:g} %" for depth in grid.depths), "mean"]))
     rows = []
     for length, task in tasks.items():
@@ -75,13 +75,13 @@ def needle(
 
 
 def _print_rest(rows: list[NeedleRow], inside: list[Cell], beyond: list[Cell], training_length: int) -> None:
-    """Figures by length, and means."""
-    print(f"\n{table_head(['length', 'tokens right, per cent', 'loss', *COST_COLUMNS])}")
+    """Print the scores by length, and the means."""
+    print(f"\n{table_head(['length', 'tokens right, percent', 'loss', *COST_COLUMNS])}")
     for row in rows:
         figures = means(row.cells)
         print(
             table_row([f"{row.length:,}", percent(figures["accuracy"]), number(figures["loss"]), *cost_cells(row.cost)])
         )
     answers = (percent(means(x)["answers"]) for x in (inside, beyond))
-    print("\nWhole answers, per cent: {} inside and {} beyond".format(*answers), end=" ")
+    print("\nRight whole answers in percent: {} inside and {} beyond".format(*answers), end=" ")
     print(f"the training length of {training_length:,}; by chance {100 * rows[0].chance:.2g}.")

@@ -1,8 +1,8 @@
-"""How all our commands read configurations and flags.
+"""Reading configurations and flags, for all our commands.
 
-jsonargparse reads every value as YAML before it looks at the type of its option. Here, a string option of ours means
-its characters, whatever YAML takes them for. Lightning's own options and configuration files stay YAML, in which only
-an empty value or `null` is nothing.
+jsonargparse parses every value as YAML before it looks at the option's type. Here, our own string options keep their
+characters as they are. Lightning's own options and configuration files stay YAML, in which only an empty value or
+`null` means None.
 """
 
 import re
@@ -22,7 +22,7 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
-# jsonargparse has no public name for these. tests/lightning/cli/test_strings.py holds what they are used for.
+# jsonargparse has no public names for these. tests/lightning/cli/test_strings.py tests what they are used for.
 from jsonargparse._loaders_dumpers import get_yaml_default_loader
 from jsonargparse._typehints import ActionTypeHint
 from jsonargparse._util import NestedArg
@@ -34,11 +34,11 @@ from dma_lightning.cli.usage import BriefParser
 
 _load_yaml = get_loader("yaml")
 _NULL = "tag:yaml.org,2002:null"
-_SPECIFICATION = ("class_path", "init_args", "dict_kwargs")  # what jsonargparse names itself of an object
+_SPECIFICATION = ("class_path", "init_args", "dict_kwargs")  # jsonargparse's own keys of an object
 
 
 class _Characters(str):
-    """A flag on its way to the parser of a class; jsonargparse would ask YAML about a plain string."""
+    """A flag's value on its way to the parser of a class; jsonargparse would parse a plain string as YAML."""
 
     __slots__ = ()
 
@@ -47,24 +47,24 @@ class _Option(ActionTypeHint):
     """An option of a parser.
 
     Attributes:
-        of_text: whether it is one of ours for a string or a path.
-        of_texts: whether it is one of ours for a list of strings; each flag adds one.
+        of_text: whether it is our own option for a string or path.
+        of_texts: whether it is our own option for a list of strings; each flag adds one.
     """
 
     of_text = of_texts = False
 
     def mark_as_ours(self) -> None:
-        """Let strings be their characters, if the option takes any."""
+        """Keep strings as they are if the option takes strings."""
         is_union = get_origin(self._typehint) in (Union, UnionType)
         kinds = {*(get_args(self._typehint) if is_union else [self._typehint])} - {NoneType}
         self.of_text, self.of_texts = kinds in ({str}, {Path}), kinds == {list[str]}
 
     def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
         if self.of_texts and option:
-            option = option.removesuffix("+") + "+"  # with which jsonargparse adds to a list
+            option = option.removesuffix("+") + "+"  # "+" makes jsonargparse append to the list
         super().__call__(parser, namespace, value, option)
 
-    # jsonargparse looks for these names.
+    # jsonargparse requires these parameter names.
     def _check_type(self, value: Any, append: bool = False, cfg: Any = None, mode: str | None = None) -> Any:
         if isinstance(value, NestedArg) and isinstance(value.val, str) and self._is_argument_of_class(value.key):
             value = NestedArg(value.key, _Characters(value.val))  # the parser of the class knows the type
@@ -80,18 +80,18 @@ class _Option(ActionTypeHint):
 
 
 class _ConfigFile(ActionConfigFile):
-    """The option `-c`, which also takes the name of a shipped config."""
+    """The option `-c`, which also takes names of shipped configs."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         super().__call__(parser, cfg, find_config(values), option_string)
 
 
 class Parser(BriefParser, LightningArgumentParser):
-    """A parser in which string options of our functions and classes mean their characters."""
+    """A parser that keeps values of our functions' and classes' string options as they are."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("action") is ActionConfigFile:
-            help_text = "File of options in YAML, or the name of a config that comes with the package, such as tiny."
+            help_text = "A YAML file of options, or the name of a config that comes with the package, such as tiny."
             kwargs |= {"action": _ConfigFile, "help": help_text}
         return super().add_argument(*args, **kwargs)
 
@@ -106,7 +106,7 @@ class Parser(BriefParser, LightningArgumentParser):
         return self._mind_types(function, super().add_function_arguments(function, *args, **kwargs))
 
     def add_objects(self, kinds: Mapping[str, type], title: str) -> None:
-        """Add an option for an object of each class, which is made of its defaults unless the option is null."""
+        """Add an option for an object of each class; the object is created with defaults unless the option is null."""
         group = self.add_argument_group(title)
         self.objects = {**self.objects, **kinds}
         for name, kind in kinds.items():
@@ -121,12 +121,12 @@ class Parser(BriefParser, LightningArgumentParser):
         return super().parse_object(obj, *args, **kwargs)
 
     def add_shown(self, name: str, parser: ArgumentParser) -> None:
-        """Show another subcommand among those that there are."""
+        """Show another subcommand in the help."""
         assert self._subcommands_action is not None
         self._subcommands_action.add_subcommand(name, parser, help=parser.description)
 
     def _mind_types(self, source: Any, added: list[str]) -> list[str]:
-        """Let options be read by their types; `source` is the class or function that takes them."""
+        """Read options according to their types; `source` is the class or function that takes them."""
         for action in self._actions:
             if type(action) is ActionTypeHint and action.dest in added:
                 action.__class__ = _Option
@@ -137,7 +137,7 @@ class Parser(BriefParser, LightningArgumentParser):
 
 
 def set_up_parsing(completion: bool = False) -> None:
-    """Let attribute docstrings be help, and let no untyped value make an object.
+    """Use attribute docstrings as help, and never create an object from an untyped value.
 
     Args:
         completion: whether new parsers have `--print_completion`.
@@ -152,18 +152,18 @@ def set_up_parsing(completion: bool = False) -> None:
     resolvers: dict[Any, list[tuple[str, Any]]] = loader.yaml_implicit_resolvers
     others = {first: [known for known in found if known[0] != _NULL] for first, found in resolvers.items()}
     loader.yaml_implicit_resolvers = others
-    loader.add_implicit_resolver(_NULL, re.compile("^(?:null|)$"), ["n", ""])  # neither ~, which is a folder, nor Null
+    loader.add_implicit_resolver(_NULL, re.compile("^(?:null|)$"), ["n", ""])  # not ~, the home folder, nor Null
 
 
 def _load(text: str) -> Any:
-    """What YAML says; a flag of a comment alone, such as `#notes.txt`, is text."""
+    """Parse YAML, but keep a flag that is only a comment, such as `#notes.txt`, as text."""
     value = _load_yaml(text)
     return text if value is None and text.strip() else value
 
 
 def _is_ours(source: Any, name: str) -> bool:
-    """Whether a parameter of a class or function is declared by code of ours, and not inherited from Lightning."""
+    """Whether our own code declares a parameter of a class or function, rather than Lightning's."""
     inits = {base: vars(base).get("__init__") for base in source.__mro__} if isclass(source) else {source: source}
     declares = (owner for owner, init in inits.items() if isfunction(init) and name in signature(init).parameters)
-    owner = next(declares, source)  # else it is one of those that **kwargs pass on
+    owner = next(declares, source)  # else it is passed on through **kwargs
     return getattr(owner, "__module__", "").partition(".")[0] in PACKAGES

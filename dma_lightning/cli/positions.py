@@ -1,4 +1,4 @@
-"""`dma-lightning positions`: the loss of a checkpoint by the position in documents that it has not seen."""
+"""`dma-lightning positions`: the loss of a checkpoint on unseen documents, by position."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -25,23 +25,23 @@ def positions(
     full_cache: bool = False,
     output: Path | None = None,
 ) -> None:
-    """Print the loss of a model of text by the position in a document, in buckets whose ends double.
+    """Print a text model's loss by position in the document, in buckets whose upper ends double.
 
     Args:
         ckpt_path: a checkpoint; its tokens are bytes, or those of the tokenizer in it or beside it.
         path: held-out text: a file, a folder or a glob of text or JSONL, also .gz and .zst, as `prepare` reads it.
-        length: positions of a document that count; those that have no more tokens are left out. Default: twice the
-            training length.
-        documents: how many to read at most.
-        batch_size: documents that are read at once.
-        chunk_size: positions that are read at once.
-        text_field: which field of a JSONL line is the text.
-        special_tokens: whether text that spells a special token of the tokenizer stays text, or becomes it (parse).
+        length: number of positions to score in each document; documents with no more tokens than that are left out.
+            Default: twice the training length.
+        documents: maximum number of documents.
+        batch_size: documents read at once.
+        chunk_size: positions read at once.
+        text_field: the field of a JSONL line that holds the text.
+        special_tokens: whether the name of a special token in the text stays text (text) or becomes that token (parse).
             Default: as in the training data.
-        device: where to compute, such as cpu or cuda:1; by default the GPU if there is one.
-        backend: attention backend, if not the checkpoint's.
-        full_cache: keep all keys, for comparison; but for rounding, the figures are the same.
-        output: a JSON file to write all figures to; none may be there.
+        device: where to compute, such as cpu or cuda:1. Default: the GPU if there is one.
+        backend: attention backend. Default: the checkpoint's.
+        full_cache: keep all keys, for comparison; apart from rounding, the results are the same.
+        output: a JSON file to write all results to; it must not exist.
     """
     output = new_file(output)
     for name, value in (("length", length), ("documents", documents), ("batch_size", batch_size)):

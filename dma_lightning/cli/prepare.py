@@ -1,4 +1,4 @@
-"""`dma-lightning prepare`: folders of text into shards of tokens, once and for all."""
+"""`dma-lightning prepare`: tokenizes text once and writes shards of tokens."""
 
 import hashlib
 import itertools
@@ -35,22 +35,22 @@ from dma_lightning.data.text_formats import Piece, read_documents
 from dma_lightning.files.locks import HOLDER, LOCK, locked_folder
 from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer, FileTokenizer, SpecialTokens
 
-_TASK_BYTES = 1 << 20  # text that a process takes at once
+_TASK_BYTES = 1 << 20  # text that a process tokenizes at once
 _TASKS_AHEAD = 3  # for each process
 
 _SHARD_FILE = re.compile(r"(shard-[0-9]{5,})\.(tokens|ends\.npy|lengths|json)(\.tmp)?")
 
-_Place = tuple[int, int]  # number of a file, lines of it that are done
+_Place = tuple[int, int]  # number of a file, number of its lines that are done
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Pieces of text as tokens, in few arrays, since many are slow to send.
+    """Tokens of pieces of text, in few arrays, because sending many is slow.
 
     Attributes:
-        tokens: of all pieces.
-        counts: how many of them each piece has.
-        lengths: how many bytes of its piece each token stands for; none if tokens are bytes.
+        tokens: tokens of all pieces.
+        counts: number of tokens in each piece.
+        lengths: number of bytes that each token stands for; None if tokens are bytes.
     """
 
     tokens: np.ndarray
@@ -74,25 +74,25 @@ def prepare(
     shard_tokens: int = 100_000_000,
     processes: int | None = None,
 ) -> None:
-    """Write the tokens of text into memory-mapped shards with document borders, for `PreparedDataModule`.
+    """Tokenize text into memory-mapped shards with document boundaries, for `PreparedDataModule`.
 
-    May be interrupted at any moment; the same command goes on behind the last finished shard, and checks those that are
-    there. Input files after the last finished shard may have changed since. What is written does not depend on the
-    number of processes.
+    You may interrupt it at any time; the same command checks the finished shards and continues after the last one. In
+    between, you may change input files after the last finished shard. The output does not depend on the number of
+    processes.
 
     Args:
-        path: a file, a folder (all files below it that are not hidden) or a glob. A line of .jsonl and .ndjson is a
-            document, any other file is one; both may be .gz or .zst.
-        output: folder to write to, new or of the same command.
-        tokenizer: a tokenizer.json of the library tokenizers, which is copied along; by default tokens are bytes.
-        special_tokens: whether text that spells a special token of the tokenizer stays text, or becomes it (parse).
-        text_field: which field of a JSONL line is the text.
-        eos_token_id: token to put behind each document; by default none.
-        shard_tokens: a shard ends with the document that reaches so many tokens.
-        processes: that tokenise; by default one per core.
+        path: a file, a folder (all files below it that are not hidden) or a glob. Each line of a .jsonl or .ndjson file
+            is a document; any other file is one document. All files may be .gz or .zst.
+        output: folder to write to: a new one, or one of the same command.
+        tokenizer: a tokenizer.json of the tokenizers library; it is copied to the folder. Default: tokens are bytes.
+        special_tokens: whether the name of a special token in the text stays text (text) or becomes that token (parse).
+        text_field: the field of a JSONL line that holds the text.
+        eos_token_id: token to add after each document. Default: none.
+        shard_tokens: a shard ends with the document that reaches this number of tokens.
+        processes: number of processes that tokenize. Default: one per core.
 
     Raises:
-        ValueError: if a file or line is none of that, output holds something else, or another process writes there.
+        ValueError: if a file or line has another format, output holds other files, or another process writes there.
     """
     reader = ByteTokenizer() if tokenizer is None else FileTokenizer(tokenizer, special_tokens)
     processes = _usable_cores() if processes is None else processes
@@ -102,12 +102,12 @@ def prepare(
         raise ValueError(f"eos_token_id: expected one of the {reader.vocab_size} tokens, got {eos_token_id}")
     output = user_path(output)
     if output.resolve().is_relative_to(source := user_path(path).resolve()):
-        raise ValueError(f"output: expected a folder outside {source}, whose files are read, got {output}")
+        raise ValueError(f"output: expected a folder outside the input {source}, got {output}")
     files = [file for file in text_files(path) if not file.resolve().is_relative_to(output.resolve())]
     plan = _plan(files, reader, special_tokens, text_field, eos_token_id, shard_tokens)
     _refuse_other_files(output)
     output.mkdir(parents=True, exist_ok=True)
-    with locked_folder(output, "wait for it, or name another folder"):
+    with locked_folder(output, "wait until it ends, or name another folder"):
         records = _begin(output, plan, reader)
         if not (output / MANIFEST).exists():
             pool = ProcessPoolExecutor(
@@ -151,35 +151,35 @@ def _plan(
 
 
 def _state(files: list[Path]) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of files; bytes of a name that are no UTF-8 are spelled out, as JSON cannot hold them."""
+    """Names, sizes and times of files; bytes of a name that are not UTF-8 are escaped, as JSON requires."""
     names = (os.fsencode(file).decode(errors="backslashreplace") for file in files)
     return [(name, x.st_size, x.st_mtime_ns) for name, x in zip(names, map(Path.stat, files), strict=True)]
 
 
 def _carried(tokenizer: DataTokenizer) -> str | None:
-    """What the tokenizer's file says, unless tokens are bytes."""
+    """Content of the tokenizer's file; None if tokens are bytes."""
     return None if isinstance(tokenizer, ByteTokenizer) else tokenizer.to_json()
 
 
 def _refuse_other_files(output: Path) -> None:
-    """Leave a folder of somebody else as it is.
+    """Refuse a folder with other files.
 
     Raises:
-        ValueError: if it holds anything but what this command writes.
+        ValueError: if it holds files that this command does not write.
     """
     if not output.exists() or (output / PLAN).exists():
         return
     if not output.is_dir() or any(
         not file.name.endswith(".tmp") and file.name not in (LOCK, HOLDER) for file in output.iterdir()
     ):
-        raise ValueError(f"{output}: expected no folder, an empty one, or one of this command; got other files there")
+        raise ValueError(f"{output}: expected a new or empty folder, or one of this command; got other files there")
 
 
 def _begin(output: Path, plan: Plan, tokenizer: DataTokenizer) -> list[ShardRecord]:
-    """Take up a folder: the shards that are there, checked.
+    """Start or continue a folder, and return its finished shards, checked.
 
     Raises:
-        ValueError: if the folder was begun with something else, or holds a damaged shard.
+        ValueError: if the folder was started with other options or files, or holds a damaged shard.
     """
     records, finished = read_records(output), (output / MANIFEST).exists()
     if (output / PLAN).exists() and (records or finished):
@@ -188,7 +188,7 @@ def _begin(output: Path, plan: Plan, tokenizer: DataTokenizer) -> list[ShardReco
     if carried := _carried(tokenizer):
         write_text(output / TOKENIZER, carried)
     kept = {record.name for record in records}
-    for file in output.iterdir():  # behind one that is missing, perhaps of another plan
+    for file in output.iterdir():  # shards after a missing one, perhaps of another plan
         if (match := _SHARD_FILE.fullmatch(file.name)) and match[1] not in kept:
             file.unlink()
     for record in tqdm(records, desc="check", unit="shard", disable=not records):
@@ -197,10 +197,10 @@ def _begin(output: Path, plan: Plan, tokenizer: DataTokenizer) -> list[ShardReco
 
 
 def _refuse_other_plan(output: Path, plan: Plan, records: list[ShardRecord], finished: bool) -> None:
-    """Keep the shards of a folder from being mixed with others.
+    """Keep a folder from mixing different shards.
 
     Raises:
-        ValueError: if it was begun with other options or input files.
+        ValueError: if it was started with other options or input files.
     """
     begun = read_plan(output)
     if records and records[-1].next_file > len(begun.files):
@@ -212,12 +212,13 @@ def _refuse_other_plan(output: Path, plan: Plan, records: list[ShardRecord], fin
     changed = [name for name in names if getattr(begun, name) != getattr(plan, name)]
     if changed := changed + _changed_files(begun, plan, None if finished else records):
         raise ValueError(
-            f"{output}: expected what it was begun with, got other {', '.join(changed)}; name another folder"
+            f"{output}: expected the options and files it was started with, got other {', '.join(changed)}; name "
+            "another folder"
         )
 
 
 def _changed_files(begun: Plan, plan: Plan, records: list[ShardRecord] | None) -> list[str]:
-    """The first input file that is another, of those in finished shards, or of all without them; in words."""
+    """Describe the first changed input file, of those in finished shards, or of all if `records` is None."""
     old, new = begun.files, plan.files
     if records is not None:
         read = records[-1].next_file + (records[-1].next_line > 0) if records else 0
@@ -233,7 +234,7 @@ def _write_shards(
     pool: ProcessPoolExecutor,
     processes: int,
 ) -> list[ShardRecord]:
-    """Write the shards behind those that are done."""
+    """Write the shards after those that are done."""
     before = np.cumsum([0, *(size for _, size, _ in plan.files)])
     place = (done[-1].next_file, done[-1].next_line) if done else (0, 0)
     eos = np.array([] if plan.eos_token_id is None else [plan.eos_token_id], plan.dtype)
@@ -256,7 +257,7 @@ def _write_shards(
             records.append(writer.finish(*place))
     except BrokenProcessPool as error:
         raise ValueError(
-            "a process that tokenises was ended, perhaps for its memory; lower --processes and run the command again"
+            "a tokenizing process was killed, perhaps for lack of memory; lower --processes and run the command again"
         ) from error
     finally:
         writer.discard()
@@ -268,13 +269,13 @@ def _finish(output: Path, files: list[Path], plan: Plan, records: list[ShardReco
     """Write the manifest.
 
     Raises:
-        ValueError: if there was no text, it has changed meanwhile, or the records of its shards do not agree.
+        ValueError: if there was no text, a file has changed since the start, or the shard records do not agree.
     """
     if not records:
         raise ValueError(f"expected text, got {len(files)} files without any")
     if changed := next((old[0] for old, new in zip(plan.files, _state(files), strict=True) if old != new), None):
         raise ValueError(
-            f"{changed}: expected a file that nobody changes while it is read, got another size or time than before; "
+            f"{changed}: expected a file that stays unchanged while it is read, got a new size or time; "
             f"delete {output} or name another folder, and prepare again"
         )
     totals = {name: sum(getattr(record, name) for record in records) for name in ("tokens", "documents", "bytes")}
@@ -282,14 +283,14 @@ def _finish(output: Path, files: list[Path], plan: Plan, records: list[ShardReco
         manifest = Manifest(**vars(plan), **totals, shards=records)
     except ValueError as error:
         raise ValueError(
-            f"{output}: expected records of shards that agree, got {error}; one shard-*.json is damaged: delete "
+            f"{output}: expected shard records that agree, got {error}; a shard-*.json is damaged: delete "
             f"{output} or name another folder, and prepare again"
         ) from error
     write_json(output / MANIFEST, asdict(manifest))
 
 
 def _pieces(files: list[Path], start: _Place, text_field: str) -> Iterator[tuple[int, Piece]]:
-    """The text from a place on, and the numbers of the files that it is in."""
+    """Pieces of text from a place on, each with the number of its file."""
     for number in range(start[0], len(files)):
         skip = start[1] if number == start[0] else 0
         for piece in read_documents(files[number], text_field, skip):
@@ -299,7 +300,7 @@ def _pieces(files: list[Path], start: _Place, text_field: str) -> Iterator[tuple
 def _tokenised(
     pool: ProcessPoolExecutor, processes: int, pieces: Iterable[tuple[int, Piece]]
 ) -> Iterator[tuple[int, Piece, tuple]]:
-    """Pieces with their tokens, in order; no more of the text is read than the processes need."""
+    """Pieces with their tokens, in order; reads only as much text as the processes need."""
     waiting: deque[tuple[list[tuple[int, Piece]], Future]] = deque()
 
     def first() -> Iterator[tuple[int, Piece, tuple]]:
@@ -316,7 +317,7 @@ def _tokenised(
 
 
 def _tasks(pieces: Iterable[tuple[int, Piece]]) -> Iterator[list[tuple[int, Piece]]]:
-    """Pieces in lists of about as much text."""
+    """Group pieces into lists of about `_TASK_BYTES` bytes of text."""
     task: list[tuple[int, Piece]] = []
     size = 0
     for item in pieces:
@@ -329,11 +330,11 @@ def _tasks(pieces: Iterable[tuple[int, Piece]]) -> Iterator[list[tuple[int, Piec
         yield task
 
 
-_tokenizer: DataTokenizer  # of each process that tokenises
+_tokenizer: DataTokenizer  # set in each tokenizing process
 
 
 def _start_worker(tokenizer: str | None, special_tokens: SpecialTokens) -> None:
-    """Make a process ready, and let it end with the one that started it, however that ends."""
+    """Set up a process, and end it when its parent ends for any reason."""
     global _tokenizer
     _tokenizer = ByteTokenizer() if tokenizer is None else FileTokenizer.of_json(tokenizer, special_tokens)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
@@ -348,7 +349,7 @@ def _start_worker(tokenizer: str | None, special_tokens: SpecialTokens) -> None:
 
 
 def _encode(texts: list[str]) -> _Encoded:
-    if isinstance(_tokenizer, ByteTokenizer):  # without a list of them
+    if isinstance(_tokenizer, ByteTokenizer):  # without lists of tokens
         data = [text.encode() for text in texts]
         return _Encoded(np.frombuffer(b"".join(data), np.uint8), [len(text) for text in data], None)
     tokens, ends = zip(*map(_tokenizer.encode_with_ends, texts), strict=True)

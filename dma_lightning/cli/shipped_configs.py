@@ -1,4 +1,4 @@
-"""Configs that come with the package: `-c tiny` finds `configs/model/tiny.yaml`, with a clone and without one."""
+"""Configs that come with the package: `-c tiny` finds `configs/model/tiny.yaml`, with or without a clone."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -13,17 +13,17 @@ _MOST = 3  # names that a message lists
 
 @cache
 def shipped_configs() -> dict[str, Path]:
-    """Files by names such as `model/tiny`: those of the clone, or those that the wheel has put into the package."""
+    """Config files of the clone or of the installed package, by names such as `model/tiny`."""
     folders = [_PACKAGE / "configs", _PACKAGE.parent / "configs"]
     folder = next(x for x in folders if x.is_dir())
     return {str(x.relative_to(folder).with_suffix("").as_posix()): x for x in sorted(folder.glob("*/*.yaml"))}
 
 
 def find_config(given: str) -> str:
-    """The shipped config that a name stands for, unless a file has that name, or no config or several do.
+    """Path of the shipped config with a name; the name itself if a file has it, or not exactly one config does.
 
     Args:
-        given: `tiny`, `model/tiny` or `configs/model/tiny.yaml`. Anything else comes back unchanged.
+        given: `tiny`, `model/tiny` or `configs/model/tiny.yaml`. Anything else is returned unchanged.
     """
     found = _named(given)
     if len(found) != 1 or (Path(given).exists() and not Path(given).is_dir()):
@@ -32,18 +32,18 @@ def find_config(given: str) -> str:
 
 
 def what_was_meant(given: str, beside: Iterable[str] = ()) -> str:
-    """The end of a message about a name of no config, or of several: the nearest names, or else all.
+    """The end of a message about a name that no config or several configs have: the nearest names, or else all.
 
     Args:
         given: the name.
-        beside: files in the folder that it names, one of which may be meant.
+        beside: files in the folder of the name; the user may have meant one of them.
     """
     near = _named(given) or [x for x in [closest(given, beside)] if x is not None] or _nearest(given)
-    return f"; did you mean {_listed(near)}?" if near else f"; there are {', '.join(shipped_configs())}"
+    return f"; did you mean {_listed(near)}?" if near else f"; the shipped configs are {', '.join(shipped_configs())}"
 
 
 def _nearest(given: str) -> list[str]:
-    """The shipped configs whose names are most like a given one."""
+    """The shipped configs with the names most similar to a given one."""
     names = {name: [name] for name in shipped_configs()}
     for name in shipped_configs():
         names.setdefault(name.partition("/")[2], []).append(name)
@@ -52,7 +52,7 @@ def _nearest(given: str) -> list[str]:
 
 
 def _named(given: str) -> list[str]:
-    """The shipped configs of a name."""
+    """The shipped configs with a name."""
     return [x for x in shipped_configs() if given in (x, x.partition("/")[2], f"configs/{x}.yaml")]
 
 

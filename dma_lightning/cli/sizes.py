@@ -1,4 +1,4 @@
-"""`dma-lightning sizes`: what each attention costs in a model of one shape."""
+"""`dma-lightning sizes`: the cost of each attention in a model of one shape."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,21 +17,21 @@ from dma_lightning.model import DogeForCausalLM
 def sizes(path: Path, sequence_length: int = 4096) -> None:
     """Print parameters, cache and FLOPs of a model with each attention, as a Markdown table.
 
-    Parameters are those outside embeddings and output head; the cache is that of all layers after a sequence; FLOPs are
-    those of a forward pass per token, mean over the sequence, embeddings and output head left out.
+    Parameters and FLOPs leave out embeddings and output head. The cache is that of all layers after a sequence. FLOPs
+    are per token in a forward pass, averaged over the sequence.
 
     Args:
         path: a YAML file with `model:`, or the name of a shipped config, such as 80m.
-        sequence_length: tokens of the sequence.
+        sequence_length: length of the sequence in tokens.
     """
     print("\n".join(size_lines(path, sequence_length)))
 
 
 def size_lines(path: Path, sequence_length: int) -> list[str]:
-    """The lines of the table.
+    """Lines of the table.
 
     Raises:
-        ValueError: if the file is missing or no configuration of a model, or the length is below 1.
+        ValueError: if the file is missing or not a model configuration, or the length is below 1.
     """
     given = str(path)
     path = next((x for name in (given, f"model/{given}") if (x := Path(find_config(name))).exists()), path)
@@ -60,10 +60,10 @@ def size_lines(path: Path, sequence_length: int) -> list[str]:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The shape in a YAML file of a model, read as `fit` reads it.
+    """Read the model configuration in a YAML file as `fit` does.
 
     Raises:
-        ValueError: if the file is missing or is no such configuration.
+        ValueError: if the file is missing or not such a configuration.
     """
     set_up_parsing()
     parser = Parser(exit_on_error=False)
@@ -71,5 +71,5 @@ def read_config(path: Path) -> ModelConfig:
     try:
         options = parser.parse_path(str(path)).model
     except (ArgumentError, TypeError) as error:
-        raise ValueError(f"{path}: expected a YAML file with model:, as 80m has, which is shipped: {error}") from error
+        raise ValueError(f"{path}: expected a YAML file with model:, like the shipped config 80m: {error}") from error
     return ModelConfig(**{field.name: options[field.name] for field in fields(ModelConfig)})

@@ -1,4 +1,4 @@
-"""`dma-lightning train-tokenizer`: a byte-level BPE tokenizer of given text."""
+"""`dma-lightning train-tokenizer`: trains a byte-level BPE tokenizer on text."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,22 +17,22 @@ def train_tokenizer(
     vocab_size: int = 4096,
     output: Path = Path("tokenizer.json"),
     text_field: str = "text",
-    end_token: str = "<|end|>",  # no password
+    end_token: str = "<|end|>",  # not a password
 ) -> None:
-    """Make a byte-level BPE tokenizer of text, for `prepare`, `--data.tokenizer` and others that read tokenizer.json.
+    """Train a byte-level BPE tokenizer on text, for `prepare`, `--data.tokenizer` and other readers of tokenizer.json.
 
-    The same text gives the same file. Every text has tokens, since each byte has one. Token 0 is the end token, with
-    which `prepare --eos_token_id 0` ends documents.
+    The same text gives the same file. The tokenizer can encode any text, because each byte has a token. Token 0 is the
+    end token; `prepare --eos_token_id 0` ends documents with it.
 
     Args:
         path: a file, a folder or a glob of text or JSONL, also .gz and .zst, as `prepare` reads it.
-        vocab_size: number of tokens, the 256 bytes and the end token included.
-        output: the file to write; none may be there.
-        text_field: which field of a JSONL line is the text.
-        end_token: how the end token is spelled.
+        vocab_size: number of tokens, including the 256 bytes and the end token.
+        output: the file to write; it must not exist.
+        text_field: the field of a JSONL line that holds the text.
+        end_token: name of the end token.
 
     Raises:
-        ValueError: if the vocabulary is too small, a file is there, or there is no text.
+        ValueError: if the vocabulary is too small, the file exists, or there is no text.
     """
     output = user_path(output)
     if vocab_size <= _BYTES:
@@ -68,5 +68,5 @@ def train_tokenizer(
     with atomic_write(output) as file:
         file.write(tokenizer.to_str(pretty=True).encode())
     found = tokenizer.get_vocab_size()
-    fewer = f", since the text has no more than {found} to offer" if found < vocab_size else ""
+    fewer = f", because the text yields no more than {found}" if found < vocab_size else ""
     print(f"{output}: {found:,} tokens{fewer}, of {size:,} bytes of text; token 0 is {end_token}")

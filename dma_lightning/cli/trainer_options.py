@@ -1,4 +1,4 @@
-"""Options of the trainer that Lightning checks late, or in many words."""
+"""Trainer options that Lightning checks late or with long messages."""
 
 import torch
 from jsonargparse import Namespace
@@ -9,15 +9,15 @@ from dma_lightning.closest import did_you_mean
 
 
 def check_trainer_options(options: Namespace) -> None:
-    """Make sure that accelerator and strategy have names that Lightning knows, and that the machine has the first.
+    """Check that Lightning knows accelerator and strategy, and that the machine has the accelerator.
 
     Raises:
-        ValueError: else.
+        ValueError: if not.
     """
     strategy, known = options.strategy, ["auto", *StrategyRegistry.available_strategies()]
     if isinstance(strategy, str) and strategy not in known:
         raise ValueError(
-            f"trainer.strategy: expected one such as auto, ddp or fsdp, or a class as -c trainer/fsdp has, "
+            f"trainer.strategy: expected a name such as auto, ddp or fsdp, or a class as in -c trainer/fsdp, "
             f"got {strategy!r}{did_you_mean(strategy, known)}"
         )
     accelerator = options.accelerator

@@ -1,4 +1,4 @@
-"""No folder of a run that has not trained: what it has written is taken away again."""
+"""Deleting what a run wrote if it ends before it trains."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from dma_lightning.files.locks import HOLDER, LOCK
 
-# What a run writes before its first step. Anything else stays, and so does the folder that it is in.
+# Files that a run writes before its first step. Other files stay, and so do their folders.
 _WRITTEN = (
     *("config.yaml", "config_from_step_*.yaml", "hparams.yaml", "events.out.tfevents.*", "metrics.csv"),
     *(LOCK, HOLDER),
@@ -16,17 +16,17 @@ _WRITTEN = (
 
 
 class UnstartedRuns(pl.Callback):
-    """Knows whether a run has trained, and which of its files were there before.
+    """Records whether a run has trained, and which files existed before it.
 
     Args:
-        trainer: before it writes anything.
+        trainer: the run's trainer, before it writes anything.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self.trained = False
         self.before: set[Path] = set()
         self.folders: list[Path] = []
-        if not trainer.is_global_zero:  # whose loggers write
+        if not trainer.is_global_zero:  # only its loggers write
             return
         logged = [Path(x) for logger in trainer.loggers if (x := getattr(logger, "log_dir", None))]
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it undeclared
@@ -39,7 +39,7 @@ class UnstartedRuns(pl.Callback):
         self.trained = True
 
     def clean(self) -> None:
-        """Take away the new files of a run that has not trained or saved, and folders that are empty then."""
+        """Delete the new files of a run that has neither trained nor saved, and folders that are then empty."""
         if self.trained or any(x not in self.before for folder in self.folders for x in folder.glob("*.ckpt")):
             return
         for folder in self.folders:
@@ -53,12 +53,12 @@ class UnstartedRuns(pl.Callback):
 
 
 def _known(folder: Path) -> list[Path]:
-    """What is there before a run: the folder and those above it, what it may write, and checkpoints."""
+    """Existing paths before a run: the folder and its parents, files that the run may write, and checkpoints."""
     return [
         x for x in (folder, *folder.parents, *_files(folder), *folder.glob("*.ckpt")) if x.exists() or x.is_symlink()
     ]
 
 
 def _files(folder: Path) -> list[Path]:
-    """Files of a folder that a run may have written before its first step."""
+    """Files in a folder that a run may have written before its first step."""
     return [file for pattern in _WRITTEN for file in folder.glob(pattern) if file.is_file()]

@@ -1,7 +1,7 @@
-"""What is wrong with a command line, in one line: what was given and where, what was expected, what was meant.
+"""One-line messages about mistakes on a command line: what was given and where, what was expected, what was meant.
 
-jsonargparse prints all options of a command before its message, and for a value of several possible types what each
-of them says. A `BriefParser` prints the one thing that a user needs, and ends with status 2.
+jsonargparse prints all options of a command before its message, and for a value with several possible types, the error
+of each type. A `BriefParser` prints only what the user needs, and ends with status 2.
 """
 
 import ast
@@ -24,7 +24,7 @@ from dma_lightning.cli.shipped_configs import find_config, what_was_meant
 from dma_lightning.closest import closest, did_you_mean
 from dma_lightning.data import SequenceDataModule
 
-# Options that take a class by its name, and what it is a subclass of.
+# Options that take the name of a class, and its base class.
 _CLASSES: dict[str, type] = {
     "data": SequenceDataModule,
     "trainer.callbacks": Callback,
@@ -40,16 +40,16 @@ _UNRECOGNIZED = "unrecognized arguments: "
 
 
 class BriefParser(ArgumentParser):
-    """Tells mistakes in one line.
+    """Reports mistakes in one line.
 
     Attributes:
-        objects: classes of objects whose arguments are options, by the names that these begin with.
+        objects: classes of objects whose arguments are options, by the prefix of these options.
     """
 
     objects: Mapping[str, type] = {}  # never changed
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong and end with status 2; raise what jsonargparse would if that is asked for."""
+        """Print what is wrong and exit with status 2; without `exit_on_error`, raise jsonargparse's error."""
         if not self.exit_on_error:
             super().error(message, ex)
         if shows_traceback():
@@ -63,7 +63,7 @@ class BriefParser(ArgumentParser):
 
 
 def explained(message: str, parser: ArgumentParser) -> str:
-    """A message of jsonargparse in the words of a user."""
+    """Rewrite a message of jsonargparse for users."""
     if message.startswith(_UNRECOGNIZED):
         return _unrecognized(message.removeprefix(_UNRECOGNIZED).split(), parser)
     if message.startswith(_MISSING):
@@ -78,7 +78,7 @@ def explained(message: str, parser: ArgumentParser) -> str:
 
 
 def _unrecognized(given: list[str], parser: ArgumentParser) -> str:
-    """About arguments that no option takes."""
+    """Message for arguments that no option takes."""
     option = given[0].partition("=")[0]
     if option.startswith("-"):
         return f"{option}: no such option{_meant(option, _options(parser))}"
@@ -89,7 +89,7 @@ def _unrecognized(given: list[str], parser: ArgumentParser) -> str:
     first = Path(given[0])
     alike = [x for x in map(Path, [*before[-1:], *given]) if (x.parent, x.suffix) == (first.parent, first.suffix)]
     if len(alike) < 2 or not all(x.exists() for x in alike):
-        return f"{shown}: expected nothing here; options begin with --"
+        return f"{shown}: expected nothing here; options start with --"
     pattern = f"'{first.parent / f'*{first.suffix}'}'"
     return (
         f"{shown}: expected one value{f' for {flag}' if flag else ''}, got several; the shell replaces a pattern by "
@@ -98,7 +98,7 @@ def _unrecognized(given: list[str], parser: ArgumentParser) -> str:
 
 
 def _missing(names: str, parser: ArgumentParser) -> str:
-    """About arguments that must be given."""
+    """Message for missing arguments."""
     parts = [name.strip().rpartition(".")[2] for name in names.split(",")]
     if parts == ["data"]:
         return f"data: expected a class of data, got none; {_how_to_give_data(_arguments(parser))}"
@@ -108,37 +108,37 @@ def _missing(names: str, parser: ArgumentParser) -> str:
 
 
 def _how_to_give_data(args: list[str]) -> str:
-    """What to type where only the data are missing, which alone have no default."""
+    """What to type if only the data class is missing, the one option without a default."""
     if args == ["fit"]:
         return (
             "`dma-lightning fit -c tiny -c pydoc -c cpu` trains a small model on a CPU in minutes, and `dma-lightning "
             "init FOLDER` writes a config to start from"
         )
     if len(args) == 1:
-        return f"`dma-lightning {args[0]} --ckpt_path FILE` takes those of a checkpoint"
+        return f"`dma-lightning {args[0]} --ckpt_path FILE` uses the data of a checkpoint"
     return "give a config such as -c data/text, or --data TextDataModule"
 
 
 def _no_yaml(message: str, parser: ArgumentParser) -> str:
-    """About a config that is no YAML."""
+    """Message for a config that is not YAML."""
     for name in _configs(_arguments(parser)):
         try:
             yaml.safe_load(Path(name).read_text())
         except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
             mark = getattr(error, "problem_mark", None)
             line = "" if mark is None else f", line {mark.line + 1}"
-            return f"{name}{line}: expected YAML, got none: {getattr(error, 'problem', None) or error}"
+            return f"{name}{line}: expected YAML, got something else: {getattr(error, 'problem', None) or error}"
     return message
 
 
 def _unknown_key(key: str, parser: ArgumentParser) -> str:
-    """About a key of a config that is no option."""
+    """Message for a key of a config that is not an option."""
     known = (option.lstrip("-") for option in _options(parser))
     return f"{_where(key, key.rpartition('.')[2], parser)}: no such option{_meant(key, known)}"
 
 
 def _wrong_value(key: str, reason: str, parser: ArgumentParser) -> str:
-    """About a value that an option cannot take; `reason` says it with all types that were tried."""
+    """Message for a value that an option does not accept; `reason` is jsonargparse's, with all types that it tried."""
     if found := re.search(r"File does not exist: '([^']+)'", reason):
         return _no_file(key, Path(found[1]))
     if found := CLASS_PROBLEM.search(reason):
@@ -157,16 +157,16 @@ def _wrong_value(key: str, reason: str, parser: ArgumentParser) -> str:
 
 
 def _no_file(key: str, path: Path) -> str:
-    """About a file that is not there."""
+    """Message for a missing file."""
     beside = [_short(x) for x in path.parent.iterdir()] if path.parent.is_dir() else []
     if key == "config":
         meant = what_was_meant(_short(path), beside)
         return f"-c: expected a file or the name of a shipped config, got {_short(path)!r}{meant}"
-    return f"--{key}: expected a file, got {_short(path)!r}, where none is{did_you_mean(_short(path), beside)}"
+    return f"--{key}: expected a file, got {_short(path)!r}, which does not exist{did_you_mean(_short(path), beside)}"
 
 
 def _class_problem(key: str, name: str, reason: str, parser: ArgumentParser) -> str:
-    """About a class that there is not, or one of its arguments."""
+    """Message for a missing class, or one of its arguments."""
     if found := re.match(r"Option '([^']+)' is not accepted", reason):
         kind: Any = locate(name)
         known = ArgumentParser().add_class_arguments(kind, fail_untyped=False) if isinstance(kind, type) else []
@@ -179,12 +179,12 @@ def _class_problem(key: str, name: str, reason: str, parser: ArgumentParser) -> 
         return f"{where}: no such class: {name}{_meant(last, _class_names(key))}"
     if "No module named" in reason:
         known = last if last in _class_names(key) else None
-        return f"{where}: {reason}, which {name} is of{'' if known is None else f'; did you mean {known}?'}"
+        return f"{where}: {reason}, the module of {name}{'' if known is None else f'; did you mean {known}?'}"
     return f"{where}: {name}: {reason}"
 
 
 def _meant(given: str, known: Iterable[str]) -> str:
-    """As `did_you_mean`, also for the last part of a longer name, as `batch_size` of `data.batch_size`."""
+    """Like `did_you_mean`, but also matches the last part of a longer name: `batch_size` finds `data.batch_size`."""
     known = list(known)
     whole = [x for x in known if x.lstrip("-").rpartition(".")[2] == given.lstrip("-")]
     found = whole[0] if whole else closest(given, known)
@@ -192,7 +192,7 @@ def _meant(given: str, known: Iterable[str]) -> str:
 
 
 def _options(parser: ArgumentParser) -> Iterator[str]:
-    """All options of a parser, those of its objects, and those of the data modules that there are."""
+    """All options of a parser, of its objects, and of all data modules."""
     found = dict.fromkeys(re.findall(r"(?<![\w.-])--?[\w.-]+", parser.format_usage()))
     yield from found
     objects = list(getattr(parser, "objects", {}).items())
@@ -203,7 +203,7 @@ def _options(parser: ArgumentParser) -> Iterator[str]:
 
 
 def _class_names(key: str) -> list[str]:
-    """Names of the classes that an option takes."""
+    """Names of the classes that an option accepts."""
     base = _CLASSES.get(key)
     return [] if base is None else [x.__name__ for x in _subclasses(base)]
 
@@ -217,7 +217,7 @@ def _subclasses(base: type) -> Iterator[type]:
 
 
 def _where(key: str, word: str, parser: ArgumentParser) -> str:
-    """The flag or the file that gave a key; of several, the last that says `word`."""
+    """The flag or file that set a key; if several did, the last that contains `word`."""
     args, root = _arguments(parser), key.split(".")[0]
     givers = []
     for name in _configs(args):
@@ -234,13 +234,13 @@ def _where(key: str, word: str, parser: ArgumentParser) -> str:
 
 
 def _short(path: Path) -> str:
-    """A path as seen from the working folder, if it is below it."""
+    """A path, relative to the working folder if it is below it."""
     folder = Path.cwd()
     return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 def _configs(args: list[str]) -> list[str]:
-    """The config files that a command line names."""
+    """The config files on a command line."""
     pairs = zip(["", *args], args, strict=False)
     names = [arg for before, arg in pairs if before in ("-c", "--config")]
     names += [arg.partition("=")[2] for arg in args if arg.startswith(("-c=", "--config="))]
@@ -248,17 +248,17 @@ def _configs(args: list[str]) -> list[str]:
 
 
 def _arguments(parser: ArgumentParser) -> list[str]:
-    """What the parser was given."""
+    """The arguments that the parser was given."""
     return list(getattr(parser, "args", None) or [])
 
 
 def _choices(types: str) -> list[Any]:
-    """The values of all `Literal` in a description of types."""
+    """The values of all `Literal` types in a description of types."""
     return [x for found in re.findall(r"Literal(\[[^\]]*\])", types) for x in ast.literal_eval(found)]
 
 
 def _type_names(types: str) -> str:
-    """Types as users call them: `one of 'wsd', 'cosine'`, `int, float or null`."""
+    """Types in words: `one of 'wsd', 'cosine'`, `int, float or null`."""
     plain = re.sub(r"(?:typing\.)?Literal\[[^\]]*\](?:, )?", "", types)
     names = re.findall(r"<class '(?:[\w.]+\.)?(\w+)'>", plain) or [x for x in [plain.strip(" ,")] if x]
     names = ["null" if name == "NoneType" else name for name in names]

@@ -21,7 +21,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer files in a folder.
 
     It follows links only within the folder, and to the blobs of the Hugging Face cache if the folder is a snapshot
-    there. Otherwise a downloaded folder could make it copy, and you publish, any file of this machine.
+    there. Otherwise a downloaded folder could get any file of this machine copied and published.
 
     Raises:
         ValueError: if a tokenizer file is not a regular file, or is a link to a file elsewhere.

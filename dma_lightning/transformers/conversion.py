@@ -42,8 +42,8 @@ def add_dynamic_masks(
     Args:
         model: the model to change.
         keep_window_size: number of best-ranked keys that a query keeps.
-        keep_last: number of last positions that are visible at any rank; the best-ranked keys are chosen from those
-            before.
+        keep_last: number of last positions that are visible regardless of rank; the best-ranked keys are chosen from
+            the positions before them.
         sinks: number of first keys of each document that also stay visible.
         score_form: what is added to the logits: `exp` of the rank, or the rank itself (`linear`).
         backend: `triton`, `flex`, `torch`, `reference` or `auto`; not saved.

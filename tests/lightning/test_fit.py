@@ -237,7 +237,7 @@ def test_documents_are_gone_on_with_alone(tmp_path: Path, monkeypatch: pytest.Mo
     monitor += ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=runs"]
     build_cli(["fit", *options, *monitor, "--trainer.val_check_interval=1", "--trainer.num_sanity_val_steps=0"])
     writer = ["--trainer.callbacks=dma_lightning.callbacks.ContinuationWriter", "--trainer.callbacks.path=out.jsonl"]
-    with pytest.warns(UserWarning, match="predict: no --ckpt_path is given, so the weights are random"):
+    with pytest.warns(UserWarning, match="predict: no --ckpt_path given, so the weights are random"):
         cli = build_cli(["predict", *options, *writer])
     (prompt, _, _), *of_writer = calls
     assert any(bytes(prompt[0].tolist()).decode() in text for text in texts)

@@ -177,7 +177,7 @@ def test_a_run_begins_from_weights_once(source: Path, capsys: pytest.CaptureFixt
     for name, x in before.items():
         torch.testing.assert_close(cli.model.state_dict()[name], x, rtol=0, atol=1e-7)
 
-    with pytest.raises(ValueError, match=r"begins from runs/.* to have a folder of its own, got the one of these weig"):
+    with pytest.raises(ValueError, match=r"starts from runs/.* to have its own folder, got the folder of these weig"):
         small_run.fit(f"--model.init_from={small_run.CHECKPOINTS}/last.ckpt", *command[1:])
 
     source.unlink()

@@ -126,7 +126,7 @@ def test_classes_that_a_checkpoint_names_are_not_imported(run: Path, monkeypatch
         with pytest.raises(ValueError, match=r"'stranger\.Data'"):
             kind.load_from_checkpoint(evil)
     with pytest.raises(
-        ValueError, match=r"^data: expected .* names 'stranger\.Data' .* give --data with the class, and"
+        ValueError, match=r"^data: expected .* names 'stranger\.Data' .* add --data with the class, and"
     ):
         validate(evil)
     assert "stranger" not in sys.modules
@@ -144,7 +144,7 @@ def test_places_are_the_users_or_the_runs_own(run: Path) -> None:
     assert validate(LAST).datamodule.path == "text.txt"  # which the run's config.yaml names
     away = changed(lambda content: None)
     for flag, value, other in (("path", "text.txt", "cache_dir=cache"), ("cache_dir", "cache", "path=text.txt")):
-        message = rf"^data\.{flag}: .* strange\.ckpt names '{value}' .*; give --data\.{flag}$"
+        message = rf"^data\.{flag}: .* strange\.ckpt names '{value}' .*; add --data\.{flag}$"
         with pytest.raises(ValueError, match=message):
             validate(away, f"--data.{other}")
     Path("here.yaml").write_text("data: {class_path: dma_lightning.TextDataModule, init_args: {path: text.txt}}")
@@ -183,7 +183,7 @@ def test_prepared_folders_are_asked_for_by_name(run: Path) -> None:
     prepare("text.txt", Path("prepared"), processes=1)
     saved = {"_class_path": "dma_lightning.PreparedDataModule", "path": "prepared", "sequence_length": 16}
     away = changed(lambda content: content.update(datamodule_hyper_parameters=saved))
-    with pytest.raises(ValueError, match=r"^data\.path: expected a place that you name, .* 'prepared'"):
+    with pytest.raises(ValueError, match=r"^data\.path: expected a path that you name, .* 'prepared'"):
         validate(away)
     found = PreparedDataModule.load_from_checkpoint(away, path="prepared")
     assert (type(found), found.sequence_length) == (PreparedDataModule, 16)

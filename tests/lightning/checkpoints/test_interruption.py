@@ -564,11 +564,11 @@ def test_a_finished_run_says_that_nothing_is_to_do(copied: Path, capsys: pytest.
 
 def test_nothing_to_go_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="ckpt_path: expected a checkpoint below runs/killed, found none"):
+    with pytest.raises(ValueError, match="ckpt_path: expected a checkpoint below runs/killed, got none"):
         build_cli(["validate", *SMALL, "--ckpt_path=last"])
     done, printed = resolved(capsys, "--ckpt_path=last")
     assert done.checkpoint is None
-    assert "ckpt_path last: no checkpoint below runs/killed; training begins anew" in printed
+    assert "ckpt_path last: no checkpoint below runs/killed; training starts from scratch" in printed
 
 
 TENSORBOARD = ["--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger", "--trainer.logger.name=it"]

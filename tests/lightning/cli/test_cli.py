@@ -182,7 +182,7 @@ def test_values_out_of_range(args: list[str], message: str) -> None:
     [
         ("--model.keep_window_size=0", "keep_window_size: expected at least 1, got 0"),
         ("--data.batch_size=0", "batch_size: expected at least 1, got 0"),  # of which jsonargparse makes ten lines
-        ("--data.cache_dir=a_file/cache", "[Errno 20] Not a directory: 'a_file/cache'; make room, or name a place"),
+        ("--data.cache_dir=a_file/cache", "[Errno 20] Not a directory: 'a_file/cache'; make room, or choose a"),
         ("--data.path=/no/such/text", "path: expected a text file, a folder with files or a glob that matches, got "),
     ],
 )

@@ -94,7 +94,7 @@ def test_where_there_are_fewer() -> None:
     assert kinds(False) == [ProgressBar]  # of `validate`
     assert kinds(barebones=True) == []
     assert LearningRateMonitor not in kinds(logger=False)
-    with pytest.warns(UserWarning, match="guard: left out, since precision 16-mixed leaves out steps by itself"):
+    with pytest.warns(UserWarning, match="guard: left out, since precision 16-mixed skips steps by itself"):
         assert [x for x in ALL if x not in kinds(precision="16-mixed")] == [GradientGuard]
 
 

@@ -227,7 +227,7 @@ def test_where_the_last_of_weights_and_biases_is(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     logger = ["--trainer.logger=WandbLogger", "--trainer.logger.save_dir=logs"]
-    with pytest.raises(ValueError, match=f"expected a checkpoint below {place}, found none"):
+    with pytest.raises(ValueError, match=f"expected a checkpoint below {place}, got none"):
         cli("validate", "--trainer.accelerator=cpu", *logger, *options, *DATA, "--ckpt_path=last")
 
 

@@ -85,11 +85,11 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
         ("-c argument.yaml", ["argument.yaml: data.pth: TextDataModule has no such argument; did you mean path?"]),
         ("-c class.yaml", ["class.yaml: trainer.callbacks: no such class", "did you mean GradientGuard?"]),
         ("-c type.yaml", ["type.yaml: model.hidden_size: expected int, got 'wide'"]),
-        ("-c broken.yaml", ["broken.yaml, line 2: expected YAML, got none: "]),
+        ("-c broken.yaml", ["broken.yaml, line 2: expected YAML, got something else: "]),
         ("-c type.yml", ["config, got 'type.yml'; did you mean 'type.yaml'?"]),
         ("-c tinny", ["-c: expected a file or the name of a shipped config, got 'tinny'; did you mean 'model/tiny'?"]),
         ("--data.path books/a.txt books/b.txt books/c.txt", ["books/b.txt and 1 more", "--data.path 'books/*.txt'"]),
-        ("books", ["books: expected nothing here; options begin with --"]),
+        ("books", ["books: expected nothing here; options start with --"]),
     ],
 )
 def test_wrong_usage(args: str, parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +113,7 @@ def test_wrong_usage(args: str, parts: list[str], capsys: pytest.CaptureFixture[
         ("sizes tiny.yaml --sequence_length long", "--sequence_length: expected int, got 'long'"),
         ("fit", "data: expected a class of data, got none; `dma-lightning fit -c tiny -c pydoc -c cpu` trains a small"),
         ("fit -c tiny", "data: expected a class of data, got none; give a config such as -c data/text, or --data Text"),
-        ("validate", "data: expected a class of data, got none; `dma-lightning validate --ckpt_path FILE` takes those"),
+        ("validate", "data: expected a class of data, got none; `dma-lightning validate --ckpt_path FILE` uses the"),
         ("validate --ckpt_pth a", "--ckpt_pth: no such option; did you mean --ckpt_path?"),
         ("fti", "got 'fti'; did you mean 'fit'?"),
     ],

@@ -203,7 +203,7 @@ def test_a_process_that_is_ended_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     """As for its memory, by the system."""
     write_corpus(tmp_path / "text")
     monkeypatch.setattr(prepare_command, "_start_worker", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(ValueError, match=r"a process that tokenises was ended, .* lower --processes"):
+    with pytest.raises(ValueError, match=r"a tokenizing process was killed, .* lower --processes"):
         prepare(str(tmp_path / "text"), tmp_path / "out", processes=1)
     assert not list((tmp_path / "out").glob("*.tmp"))
 
@@ -258,9 +258,7 @@ def test_a_bad_line_keeps_the_shards_before_it_but_another_plan_is_refused(
     with pytest.raises(ValueError, match=r"f\.md\.gz: expected a whole"):
         prepare(str(tmp_path / "text"), tmp_path / "out", shard_tokens=500, processes=1)
     assert len(read_records(tmp_path / "out")) > 1
-    with pytest.raises(
-        ValueError, match="expected what it was begun with, got other shard_tokens; name another folder"
-    ):
+    with pytest.raises(ValueError, match="expected the options and files it was started with, got other shard_tokens"):
         prepare(str(tmp_path / "text"), tmp_path / "out", shard_tokens=501, processes=1)
     (tmp_path / "text/f.md.gz").write_bytes(gzip.compress(b"last"))
     lines = (tmp_path / "text/a.jsonl").read_text()
@@ -269,7 +267,7 @@ def test_a_bad_line_keeps_the_shards_before_it_but_another_plan_is_refused(
         prepare(str(tmp_path / "text"), tmp_path / "out", shard_tokens=500, processes=1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine").write_text("kept")
-    with pytest.raises(ValueError, match="expected no folder, an empty one, or one of this command"):
+    with pytest.raises(ValueError, match="expected a new or empty folder, or one of this command"):
         prepare(str(tmp_path / "text"), tmp_path / "other", processes=1)
     assert content(tmp_path / "other") == {"mine": b"kept"}
 
@@ -442,7 +440,7 @@ def test_only_one_process_writes_to_a_folder(tmp_path: Path) -> None:
     for options in ({}, {"shard_tokens": 500}):
         with pytest.raises(
             ValueError,
-            match=rf"/out: expected no other process .* got process {first.pid} on .*; wait for it, or name another",
+            match=rf"/out: expected no other process .* got process {first.pid} on .*; wait until it ends, or",
         ):
             prepare(*arguments, processes=1, **options)
         assert content(tmp_path / "out") == before
@@ -462,9 +460,7 @@ def test_a_text_that_changes_while_it_is_read_is_told(tmp_path: Path, monkeypatc
         (tmp_path / "text/a.jsonl").write_text('{"text": "other"}\n')
 
     monkeypatch.setattr(prepare_command, "read_documents", changing)
-    with pytest.raises(
-        ValueError, match=r"a\.jsonl: expected a file that nobody changes while it is read, got another"
-    ):
+    with pytest.raises(ValueError, match=r"a\.jsonl: expected a file that stays unchanged while it is read, got a new"):
         prepare(str(tmp_path / "text"), tmp_path / "out", processes=1)
     assert not (tmp_path / "out/manifest.json").exists()
     with pytest.raises(ValueError, match=r"got other files \(first .*a\.jsonl\); name another folder"):
@@ -620,7 +616,7 @@ def test_the_command_prepares_and_fit_goes_on_mid_epoch(
     cli.main()
     assert "47 documents" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["dma-lightning", "prepare", "text", "out", "--processes=1"])
-    with pytest.raises(SystemExit, match="dma-lightning prepare: out: expected what it was begun with"):
+    with pytest.raises(SystemExit, match="dma-lightning prepare: out: expected the options and files"):
         cli.main()
     configs = [
         f"--config={Path(__file__).parents[3] / 'configs' / name}.yaml" for name in ("model/tiny", "data/prepared")

@@ -55,7 +55,7 @@ def test_documents_end_with_its_end_token(text: Path, tmp_path: Path) -> None:
 def test_a_small_text_says_that_it_has_no_more_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("aaaa")
     train_tokenizer(str(tmp_path / "a.txt"), 1000, tmp_path / "tokenizer.json")
-    assert "tokens, since the text has no more than" in capsys.readouterr().out
+    assert "tokens, because the text yields no more than" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
