@@ -1,26 +1,26 @@
 """Trainable dynamic mask attention as PyTorch Lightning modules.
 
-What a model is, from the inside out:
+The model, from the inside out:
 
-- `mixers`: the attentions, one a file, each with what it takes of a configuration; `MIXERS` holds them by name
-- `backends`: what computes attention over lifetimes, by name; `functional`: dynamic mask attention as one function;
-  `rotary`: the rotary embedding
+- `mixers`: the attentions, one file each, with their part of the configuration; `MIXERS` holds them by name
+- `backends`: the implementations of attention over lifetimes, by name; `functional`: dynamic mask attention as one
+  function; `rotary`: the rotary embedding
 - `config`: `ModelConfig`; `model`: the decoder around a mixer
-- `generation`, `sampling`: what a decoder goes on with; `tokenizers`: text and tokens; `vocabularies`: which it knows
+- `generation`, `sampling`: continuing a text; `tokenizers`: text and tokens; `vocabularies`: which tokens are known
 - `huggingface`: models of the Hugging Face Hub; `transformers`: dynamic masks in models of Transformers, an extra
 
-How it is trained:
+Training:
 
-- `data`: data modules; `metrics`, `schedules`, `step_means`: what the LightningModule in `language_model` computes with
-- `auxiliary_losses`: losses of layers beside the main one
+- `data`: data modules; `metrics`, `schedules`, `step_means`: used by the LightningModule in `language_model`
+- `auxiliary_losses`: losses of layers besides the main loss
 - `callbacks`: act on a run; `monitoring`: only watch it
-- `checkpoints`: written, checked and read; `saved_run`: one that is opened once, and what it says
-- `initial_weights`: of a checkpoint or a Hugging Face folder, for a run to begin from
-- `trained_models`: models out of checkpoints, to infer with; `evaluation`: what they can do, at other lengths, too
+- `checkpoints`: writing, checking and reading them; `saved_run`: one opened checkpoint and what it says
+- `initial_weights`: weights of a checkpoint or a Hugging Face folder that a run starts from
+- `trained_models`: models from checkpoints, for inference; `evaluation`: what they can do, also at other lengths
 - `strategies`: FSDP2; `distributed`: what processes agree on; `trainer_state`: Lightning's private names
-- `cli`: the command line, one file a command
+- `cli`: the command line, one file per command
 
-Below them, `files` and `plain_values`: files and values that a stranger may have written.
+Below them, `files` and `plain_values` handle files and values that a stranger may have written.
 """
 
 from dma_lightning.config import ModelConfig

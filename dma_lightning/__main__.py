@@ -1,4 +1,4 @@
-"""`python -m dma_lightning`: the same as the console script."""
+"""`python -m dma_lightning` runs the same commands as `dma-lightning`."""
 
 from dma_lightning.cli import main
 

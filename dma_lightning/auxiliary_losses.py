@@ -1,17 +1,17 @@
-"""Losses of single layers beside the main loss, which nobody has to collect.
+"""Losses of single layers besides the main loss; nobody has to collect them.
 
-A layer passes its output through `with_auxiliary_loss`, and the backward pass of the main loss trains the layer's own
-loss too. So a loss needs no way out of layers that are compiled or computed again.
+A layer passes its output through `with_auxiliary_loss`. The backward pass of the main loss then trains the layer's own
+loss too. So layers that are compiled or recomputed need not return their losses.
 
-The gradient of the own loss must be scaled as that of the main loss is: by the number of accumulated batches, by the
-labels of a batch, by the scaler of 16-mixed. Who scales does so outside of the model, and more than one does. Hence
-nobody is asked: `lead_auxiliary_losses` puts a hook on the main loss, and the gradient that arrives there is the factor
-itself. It arrives before any layer's backward begins.
+The gradient of an auxiliary loss must be scaled like that of the main loss: by the number of accumulated batches, by
+the labels of a batch, by the scaler of 16-mixed. This scaling happens outside the model, in more than one place. So
+`lead_auxiliary_losses` puts a hook on the main loss. The gradient that arrives there is the factor itself, and it
+arrives before any layer's backward pass begins.
 
-The factor is held in one tensor of this module, which an operation reads that is opaque to torch.compile. A tensor that
-a compiled layer read by itself would be read in its forward, when the factor is not known, and could not be changed in
-place before its backward. The operation depends on the gradient that comes in, so it cannot move into the forward
-either; and it copies from an address that stays, so that a CUDA graph of a backward reads what is held at its replay.
+One tensor of this module holds the factor, and an operation that is opaque to torch.compile reads it. If a compiled
+layer read the tensor directly, it would do so in its forward pass, before the factor is known, and the tensor could not
+change in place before the backward pass. The operation depends on the incoming gradient, so it stays in the backward
+pass. It copies from a fixed address, so a CUDA graph of a backward pass reads the value that is held at replay.
 """
 
 from typing import Any
@@ -21,14 +21,14 @@ from torch import Tensor
 
 
 class _BackwardScale:
-    """The factor by which the backward of the main loss is scaled, a scalar tensor; 1 unless somebody says."""
+    """The factor that scales the backward pass of the main loss, a scalar tensor; 1 unless set."""
 
     def __init__(self) -> None:
         self.held = torch.ones(())
 
     @torch.no_grad()
     def set(self, gradient: Tensor) -> None:
-        """Hold the gradient of the main loss, without waiting for the device."""
+        """Store the gradient of the main loss, without waiting for the device."""
         if self.held.device == gradient.device and self.held.dtype == gradient.dtype:
             self.held.copy_(gradient)
         else:
@@ -39,35 +39,35 @@ _scale = _BackwardScale()
 
 
 def lead_auxiliary_losses(loss: Tensor) -> None:
-    """Let a loss `[]` be the main one: auxiliary losses are scaled as its backward pass is.
+    """Make a loss `[]` the main one: auxiliary losses are scaled as its backward pass is.
 
-    Call it before the loss is scaled. A loss that needs no gradient leads nothing.
+    Call it before the loss is scaled. It does nothing for a loss that needs no gradient.
     """
     if loss.requires_grad:
         loss.register_hook(_scale.set)
 
 
 def end_auxiliary_losses() -> None:
-    """After the backward of a main loss: let those of losses that lead nothing be scaled by 1 again."""
+    """Scale auxiliary losses by 1 again, after the backward pass of a main loss."""
     _scale.held.fill_(1)
 
 
 def with_auxiliary_loss(x: Tensor, loss: Tensor, weight: float | Tensor = 1.0) -> Tensor:
     """`x` unchanged; its backward pass also back-propagates `weight · loss`, scaled as the main loss is.
 
-    The loss is trained once for each backward pass of x, also where a checkpoint computes the layer again. It is
-    trained only if the main loss depends on what is returned. Without gradients do not compute it at all.
+    The loss is trained once for each backward pass of x, even if a checkpoint computes the layer again. It is trained
+    only if the main loss depends on the returned tensor. Do not compute the loss at all when gradients are off.
 
     Args:
-        x: what the layer goes on with, of any shape.
+        x: the tensor that the layer continues with, of any shape.
         loss: floating `[]`.
-        weight: its factor, beside a main loss with 1.
+        weight: its factor, relative to a main loss with factor 1.
 
     Returns:
         x, the same numbers.
 
     Raises:
-        ValueError: if the loss is no floating scalar.
+        ValueError: if the loss is not a floating scalar.
     """
     if loss.ndim or not loss.is_floating_point():
         raise ValueError(f"loss: expected a floating scalar, got {loss.dtype} {list(loss.shape)}; take its mean or sum")
@@ -75,7 +75,7 @@ def with_auxiliary_loss(x: Tensor, loss: Tensor, weight: float | Tensor = 1.0) -
 
 
 class _WithAuxiliaryLoss(torch.autograd.Function):
-    """The identity, which hands a loss its gradient."""
+    """The identity; its backward pass also gives the loss a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:

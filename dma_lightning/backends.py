@@ -1,7 +1,7 @@
 """The attention backends by name.
 
-A backend attends from q, k, v and the keys' biases over the lifetimes of the keys. None falls back to another: it runs
-as asked, or raises.
+A backend computes attention from q, k, v and the keys' biases over the lifetimes of the keys. No backend falls back to
+another: it runs as requested or raises.
 
 B batch, H query heads, G KV heads, N length, D head dim.
 """
@@ -38,14 +38,14 @@ class Attention(Protocol):
         self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, lifetimes: Lifetimes, /, scale: float | None = None,
         *, query_bias: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """`[B, H, N, D]`; scale is by default `1 / sqrt(D)`.
+        """`[B, H, N, D]`; the default scale is `1 / sqrt(D)`.
 
-        Biases are float32 or float64 `[B, G, N]`. A query bias changes no output, and gets the sums of dS over the
-        keys; that of a segment's first query is added to key biases in float64 before they are rounded.
+        Biases are float32 or float64 `[B, G, N]`. A query bias changes no output; its gradient is the sum of dS over
+        the keys. Where key biases are float64, that of the segment's first query is added before they are rounded.
         """
 
 
-# Major compute capabilities of the GPUs on which the tests of the Triton kernels have passed; `auto` takes no others.
+# Major compute capabilities of GPUs on which the tests of the Triton kernels have passed; `auto` uses no others.
 _TRITON_FAMILIES = {9}
 
 
@@ -57,12 +57,12 @@ def check_backend(name: str) -> None:
 
 @torch.compiler.assume_constant_result
 def resolve_backend(name: str, device: str, index: int | None, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend that a name stands for with such tensors: itself, or what `auto` chooses (logged once)."""
+    """The backend that a name means for such tensors: itself, or the choice of `auto` (logged once)."""
     return _auto_backend(device, index, dtype, head_dim)[0] if name == "auto" else name
 
 
 def explain_backend(name: str, device: str, index: int | None, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend that a name stands for with such tensors, and why."""
+    """The backend that a name means for such tensors, and why."""
     if name != "auto":
         return f"{name}, as asked for"
     return "{}, chosen by auto: {}".format(*_auto_backend(device, index, dtype, head_dim))
@@ -70,7 +70,7 @@ def explain_backend(name: str, device: str, index: int | None, dtype: torch.dtyp
 
 @cache
 def _auto_backend(device: str, index: int | None, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """What `auto` chooses, and why."""
+    """The choice of `auto`, and the reason."""
     chosen, reason = "torch", "triton and flex train on CUDA alone"
     if device == "cuda" and (dtype not in KERNEL_DTYPES or head_dim > MAX_HEAD_DIM):
         reason = f"triton and flex take neither {torch.float64} nor head dims above {MAX_HEAD_DIM}"
@@ -124,11 +124,11 @@ def attend(
     scale: float | None = None,
     query_bias: Tensor | None = None,
 ) -> Tensor:
-    """Dynamic mask attention by a backend, `[B, H, N, D]`; `query_bias` `[B, G, N]` as `fused_attention` takes it."""
+    """Dynamic mask attention by a backend, `[B, H, N, D]`; `query_bias` is `[B, G, N]`, as in `fused_attention`."""
     if backend != "reference":
         mask = Lifetimes.selected(ranks, keep, packing)
         return ATTENTIONS[backend](q, k, v, key_bias, mask, scale, query_bias=query_bias)
-    packing = packing or Packing()  # with a mask of its own, in which nothing is shared with the others
+    packing = packing or Packing()  # the reference builds its own mask and shares nothing with the others
     dense = reference_mask(
         ranks,
         keep_window_size=keep.window,

@@ -1,4 +1,4 @@
-"""Where `AtomicCheckpointIO` was before; code that imports it from here goes on working."""
+"""The former place of `AtomicCheckpointIO`; code that imports it from here still works."""
 
 from dma_lightning.checkpoints.io import AtomicCheckpointIO
 

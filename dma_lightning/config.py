@@ -1,4 +1,4 @@
-"""The shape of a decoder: what stands beside each mixer, and what is the decoder's own."""
+"""The configuration of a decoder: the fields of each mixer, and the decoder's own."""
 
 import inspect
 from dataclasses import dataclass, field
@@ -15,31 +15,31 @@ Scalar = bool | int | float | str | None
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(NativeSparseConfig, LatentConfig, SlidingWindowConfig, DynamicMaskConfig):
-    """Shape of a Doge decoder, its attention included; the defaults are the tiny model that trains on a CPU."""
+    """Shape of a Doge decoder, including its attention; the defaults are the tiny model that trains on a CPU."""
 
     vocab_size: int = 256
     """Number of different tokens."""
     max_position_embeddings: int = 256
-    """Longest sequence that the model takes at once, in tokens; generation goes on beyond it."""
+    """Longest sequence that the model takes at once, in tokens; generation can go beyond it."""
     intermediate_size: int = 384
     """Width of the SwiGLU feed-forward network."""
     num_hidden_layers: int = 4
     """Number of decoder layers."""
     attention: str = "dma"
-    """What mixes the tokens in every layer: dma (dynamic mask attention), mha (all of the past), swa (a sliding
+    """What mixes the tokens in every layer: dma (dynamic mask attention), mha (the whole past), swa (a sliding
     window), mla (latent attention), nsa (native sparse attention), or another name in `dma_lightning.mixers.MIXERS`."""
     attention_args: dict[str, Scalar | list[Scalar]] = field(default_factory=dict, hash=False)
-    """What the attention takes besides, by name; those that are here take nothing."""
+    """Further arguments of the attention, by name; the attentions of this package take none."""
     mlp_bias: bool = False
     """Whether the projections of the feed-forward network have a bias."""
     hidden_dropout: float = 0.0
     """Dropout on the output of each attention and feed-forward network."""
     tie_word_embeddings: bool = True
-    """Use the embedding matrix as output head too."""
+    """Also use the embedding matrix as the output head."""
     bos_token_id: int | None = None
-    """Token with which texts begin, if they do; for Hugging Face, nothing here puts it there."""
+    """Token that texts begin with, if any; only Hugging Face uses it, nothing here inserts it."""
     eos_token_id: int | list[int] | None = None
-    """Token or tokens with which a text of `DogeForCausalLM.generate` or `dma-lightning generate` ends, if any."""
+    """Token or tokens that end a text of `DogeForCausalLM.generate` or `dma-lightning generate`, if any."""
 
     def __post_init__(self) -> None:
         if self.attention not in MIXERS:

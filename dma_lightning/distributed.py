@@ -1,4 +1,4 @@
-"""What several processes of a run agree on, and how they end together."""
+"""What the processes of a run agree on, and how they end together."""
 
 import os
 import sys
@@ -13,14 +13,13 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 
 
 class SameCheckpoint(pl.Callback):
-    """Lets no process go on from another checkpoint than the others.
+    """Makes sure that all processes resume from the same checkpoint.
 
     Args:
-        path: what this process has found; None if there is none.
+        path: what this process has found; None if it has found none.
 
     Raises:
-        ValueError: when processes meet, if they differ, as where a file system shows to one of them what is not there
-            yet for another.
+        ValueError: in `setup`, if the processes differ, as when one of them does not see a new file yet.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -31,13 +30,13 @@ class SameCheckpoint(pl.Callback):
         if len(set(paths)) > 1:
             each = "; ".join(f"rank {rank} {path or 'none'}" for rank, path in enumerate(paths))
             raise ValueError(
-                f"ckpt_path: expected the same checkpoint in all processes, got {each}; start again when all see the "
-                "same files"
+                f"ckpt_path: expected the same checkpoint in all processes, got {each}; start again when all of them "
+                "see the same files"
             )
 
 
 def of_all_processes(value: Any, trainer: pl.Trainer) -> list[Any]:
-    """What each process has, in the order of their ranks; each must ask."""
+    """The value of each process, in the order of ranks; all processes must call it."""
     values = [value] * trainer.world_size
     if trainer.world_size > 1:
         torch.distributed.all_gather_object(values, value)
@@ -45,9 +44,10 @@ def of_all_processes(value: Any, trainer: pl.Trainer) -> list[Any]:
 
 
 def end_with_first_process(trainer: pl.Trainer) -> None:
-    """In a process that Lightning has started beside the first of a machine: end when that one is no more.
+    """End this process when the first process of its machine is gone, if Lightning started it from that one.
 
-    The first sees to the others, but if it is killed, they may wait for it until a timeout of half an hour.
+    The first process normally ends the others, but if it is killed, they may wait for it until a timeout of half an
+    hour.
     """
     if (
         isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
@@ -59,5 +59,5 @@ def end_with_first_process(trainer: pl.Trainer) -> None:
 def _watch(parent: int, rank: int, seconds: float = 5.0) -> None:
     while os.getppid() == parent:
         time.sleep(seconds)
-    print(f"rank {rank}: the first process has ended, so this one does; `--ckpt_path last` goes on", file=sys.stderr)
+    print(f"rank {rank}: the first process has ended, so this one does; go on with `--ckpt_path last`", file=sys.stderr)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Dynamic mask attention as one function, for modules of one's own.
+"""Dynamic mask attention as one function, for your own modules.
 
 B batch, H query heads, G KV heads, N length, D head dim.
 """
@@ -28,8 +28,8 @@ def dynamic_mask_attention(
 ) -> Tensor:
     """Causal attention in which each query sees the best-ranked keys of its past, with a bias for each key.
 
-    Differentiable in q, k, v, and in the ranks by their bias. `dma_kernels.key_ranks` makes ranks of values as
-    published.
+    Differentiable in q, k, v, and, through their bias, in the ranks. `dma_kernels.key_ranks` computes ranks from values
+    as published.
 
     Args:
         q: queries `[B, H, N, D]`, with position embeddings.
@@ -38,19 +38,20 @@ def dynamic_mask_attention(
         ranks: floating `[B, G, N]`, or int64 beside a `key_bias`; of two equal ranks the later key wins.
         keep_window_size: w, how many best-ranked keys a query sees.
         keep_last: how many last positions it sees whatever their rank; the w keys are chosen from those before.
-        sinks: how many first keys of its document it sees besides.
-        score_form: what is added to the logits of a key, `exp(rank)` or the rank itself (`linear`).
-        key_bias: this instead, `[B, G, N]` in at least float32, such as zeros for a selection alone.
-        documents: integer ids `[B, N]`; a run of equal ids is a document, and sees itself alone.
-        padding: bool `[B, N]`, True at padded positions, which nobody sees.
+        sinks: how many first keys of its document it sees in addition.
+        score_form: what is added to the logits of a key: `exp(rank)` (`exp`) or the rank itself (`linear`).
+        key_bias: added instead, `[B, G, N]` in at least float32; zeros give selection without a bias.
+        documents: integer ids `[B, N]`; a run of equal ids is a document and sees only itself.
+        padding: bool `[B, N]`, True at padded positions, which no query sees.
         scale: factor of q·k. Default: `1 / sqrt(D)`.
-        backend: `triton`, `flex`, `torch` or `reference`; `auto` is the fastest that the device has been tested with.
+        backend: `triton`, `flex`, `torch` or `reference`; `auto` is the fastest that was tested on the device.
 
     Returns:
         `[B, H, N, D]` in the dtype of q.
 
     Raises:
-        ValueError: if shapes, dtypes, devices or sizes do not belong together, or the backend cannot do what is asked.
+        ValueError: if shapes, dtypes, devices or sizes do not fit together, or the backend does not support the
+            request.
 
     Source: arXiv 2508.02124v6, section 3.
     """

@@ -1,4 +1,4 @@
-"""Tokens and text out of a trained model, at a constant cost per token.
+"""Generates tokens and text with a trained model, at a constant cost per token.
 
 B batch, N prompt length, V vocabulary.
 """
@@ -19,9 +19,9 @@ from dma_lightning.vocabularies import check_tokens
 
 
 class Decoder(Protocol):
-    """A model that reads on from a cache, such as `DogeForCausalLM`.
+    """A model that continues from a cache, such as `DogeForCausalLM`.
 
-    If it has a `vocab_size`, prompts and end tokens are compared with it.
+    If it has a `vocab_size`, prompts and end tokens are checked against it.
     """
 
     def new_cache(self, batch: int, full: bool = False) -> list[MixerCache]:
@@ -51,21 +51,21 @@ def stream_tokens(
     full_cache: bool = False,
     chunk_size: int = 8192,
 ) -> Iterator[Tensor]:
-    """Go on with sequences, token by token.
+    """Continue sequences, token by token.
 
-    Dropout and the like are off while tokens are made. A prompt may be longer than `max_position_embeddings`. Take all
-    tokens within `torch.inference_mode`, or none.
+    Dropout and the like are off during generation. A prompt may be longer than `max_position_embeddings`. Iterate
+    either entirely inside `torch.inference_mode` or entirely outside.
 
     Args:
         model: the decoder.
         input_ids: the prompts, int64 `[B, N]`, N >= 1.
-        max_new_tokens: when to stop.
-        sampling: how tokens are chosen; by default the likeliest.
+        max_new_tokens: the most tokens to generate.
+        sampling: how tokens are chosen. Default: the likeliest.
         padding: bool `[B, N]`, True at the padded positions of shorter prompts, which are padded on the left.
-        eos_token_id: a sequence ends with it, or with one of several, and goes on as the first until all have ended.
-        seed: of the tokens that are drawn; by default torch's global generator draws.
-        full_cache: keep all keys, for comparison; but for rounding, the tokens are the same.
-        chunk_size: the prompt is read in pieces of so many positions.
+        eos_token_id: token or tokens that end a sequence, which then repeats the first of them until all have ended.
+        seed: of the tokens that are drawn. Default: torch's global generator draws.
+        full_cache: keep all keys, for comparison; the tokens are the same up to rounding.
+        chunk_size: number of prompt positions to read at once.
 
     Yields:
         int64 `[B]`, the next token of each sequence.
@@ -104,7 +104,7 @@ def stream_tokens(
 def generate(
     model: Decoder, input_ids: Tensor, max_new_tokens: int, sampling: Sampling | None = None, **options: Any
 ) -> Tensor:
-    """All tokens of `stream_tokens`, which takes the options, int64 `[B, at most max_new_tokens]`."""
+    """All tokens of `stream_tokens`, int64 `[B, at most max_new_tokens]`; it also documents the options."""
     tokens = list(stream_tokens(model, input_ids, max_new_tokens, sampling, **options))
     return torch.stack(tokens, dim=1) if tokens else input_ids.new_empty(input_ids.shape[0], 0)
 
@@ -124,13 +124,13 @@ def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device | str | N
 
 
 def prompt_and_rest(batch: Batch, row: int, length: int | None = None) -> tuple[Tensor, Tensor]:
-    """A sequence of a batch as a prompt and what follows it in the data: int64 `[at most length]` and `[n]`.
+    """Split a sequence of a batch into a prompt and what follows it in the data: int64 `[at most length]` and `[n]`.
 
-    Both are of one document, that of the prompt's last token, and without padding.
+    Both parts contain only the document of the prompt's last token, without padding.
 
     Args:
         batch: of sequences.
-        row: which of them.
+        row: index of the sequence.
         length: tokens of the sequence up to the prompt's end. Default: half of them.
     """
     real = torch.ones_like(batch["input_ids"][row], dtype=torch.bool)
@@ -143,13 +143,13 @@ def prompt_and_rest(batch: Batch, row: int, length: int | None = None) -> tuple[
 
 
 def split_text(tokenizer: Tokenizer, tokens: Sequence[int], more: Sequence[int]) -> tuple[list[str], list[str]]:
-    """The text of tokens and of more tokens behind them, in a piece for each token and what is left over.
+    """The text of tokens and of more tokens after them, with one piece per token and, at the end, any rest.
 
-    All pieces together are the text of all tokens. A character that the border cuts stands in the second part.
+    All pieces together are the text of all tokens. A character that the border cuts goes to the second part.
     """
     pieces = list(tokenizer.decode_stream([*tokens, *more]))
     first, second = pieces[: len(tokens)], pieces[len(tokens) :]
-    *_, begun = tokenizer.decode_stream(tokens)  # a last token may hold whole characters and a part of one
+    *_, begun = tokenizer.decode_stream(tokens)  # the last token may hold whole characters and part of one
     whole, place = begun.rstrip("\ufffd"), next((i for i, piece in enumerate(second) if piece), 0)
     if whole and second[place].startswith(whole):
         first[-1] += whole
@@ -168,20 +168,20 @@ def stream_text(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> Iterator[str]:
-    """Go on with a text; pieces of it as they come.
+    """Continue a text; yields pieces of the continuation as they come.
 
     Args:
         model: the decoder.
         tokenizer: of the model.
-        prompt: text to go on with, not empty.
-        max_new_tokens: when to stop.
-        sampling: how tokens are chosen; by default the likeliest.
-        stop: strings before which the text ends.
-        device: where the model is.
+        prompt: text to continue, not empty.
+        max_new_tokens: the most tokens to generate.
+        sampling: how tokens are chosen. Default: the likeliest.
+        stop: strings that end the text; it stops before the first one.
+        device: of the model.
         options: further arguments of `stream_tokens`.
 
     Raises:
-        ValueError: for an empty prompt or stop string, and as `stream_tokens`.
+        ValueError: for an empty prompt or stop string, and in the cases of `stream_tokens`.
     """
     if not prompt:
         raise ValueError("prompt: expected text, got an empty string")
@@ -194,10 +194,10 @@ def stream_text(
 def decode_until(
     tokenizer: Tokenizer, tokens: Iterable[int], stop: Sequence[str] = (), after: Sequence[int] = ()
 ) -> Iterator[str]:
-    """Text of tokens as they come `after` others, up to the first of the stop strings; no token beyond it is taken.
+    """Text of tokens that follow `after`, as they come, up to the first stop string; takes no token beyond it.
 
     Raises:
-        ValueError: if `stop` is a string instead of several, or one is empty.
+        ValueError: if `stop` is one string instead of a list, or a string in it is empty.
     """
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop: expected a list of strings, none of them empty, got {stop!r}")
@@ -205,13 +205,13 @@ def decode_until(
 
 
 def _until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """Text up to the first of the stop strings; what may be the beginning of one is held back."""
+    """Text up to the first of the stop strings; text that may begin one is held back."""
     held, found = "", -1
     for piece in pieces:
         held += piece
         found = min((held.find(text) for text in stop if text in held), default=-1)
         begun = len(held) - max((_begun(held, text) for text in stop), default=0)
-        if 0 <= found <= begun:  # else one that has begun before may be the first, if it goes on
+        if 0 <= found <= begun:  # else a stop string that begins earlier may still complete, and would be the first
             break
         if begun:
             yield held[:begun]
@@ -221,7 +221,7 @@ def _until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
 
 
 def _begun(held: str, stop: str) -> int:
-    """How many characters at the end of a text may be the beginning of a stop string."""
+    """How many characters at the end of a text may be the start of a stop string."""
     longest = min(len(held), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if held.endswith(stop[:n])), 0)
 
@@ -247,20 +247,20 @@ def _check_prompts(input_ids: Tensor, padding: Tensor | None, max_new_tokens: in
     if padding.shape != input_ids.shape or padding.dtype != torch.bool:
         raise ValueError(f"padding: expected bool {list(input_ids.shape)}, got {padding.dtype} {list(padding.shape)}")
     if padding[:, -1].any() or (padding[:, 1:] & ~padding[:, :-1]).any():
-        raise ValueError("padding: expected True on the left of each row alone, and a real token at its end")
+        raise ValueError("padding: expected True only on the left of each row, and a real token at its end")
 
 
 def _end_tokens(eos_token_id: int | Sequence[int] | None) -> list[int]:
-    """Those that a text can end with; none is negative."""
+    """The tokens that can end a text; negative ones cannot."""
     given = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
     return [token for token in given if token >= 0]
 
 
 def _check_known(model: Decoder, input_ids: Tensor, eos: Sequence[int]) -> None:
-    """That a model that says which tokens it knows knows these.
+    """Check that the model knows these tokens, if it has a `vocab_size`.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: if it does not know one.
     """
     vocab_size = getattr(model, "vocab_size", None)
     if vocab_size is None:
@@ -269,15 +269,15 @@ def _check_known(model: Decoder, input_ids: Tensor, eos: Sequence[int]) -> None:
     if max(eos, default=0) >= vocab_size:
         raise ValueError(
             f"eos_token_id: expected tokens below the model's vocab_size = {vocab_size}, got {max(eos)}; name one that "
-            "the model can say, or -1 for none"
+            "the model knows, or -1 for none"
         )
 
 
 @contextmanager
 def evaluating(model: Decoder) -> Iterator[None]:
-    """Evaluation mode within, the mode before without.
+    """A context in evaluation mode; the previous mode comes back at its end.
 
-    Modules that were compiled in place run as written: each length would be compiled anew, and new hooks not be seen.
+    Modules compiled in place run uncompiled: otherwise each length would be compiled again, and new hooks be ignored.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     training = [module for module in modules if module.training]

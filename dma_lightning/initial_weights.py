@@ -1,6 +1,6 @@
-"""Weights that a run begins from: those of a checkpoint of ours, or of a model of Transformers.
+"""Weights that a run starts from: those of a checkpoint of ours, or of a model of Transformers.
 
-Nothing else comes from there: optimizer, schedule and data begin anew.
+Only weights are taken: optimizer, schedule and data start from scratch.
 """
 
 import re
@@ -22,15 +22,15 @@ from dma_lightning.model import DogeForCausalLM
 from dma_lightning.saved_run import SavedRun
 from dma_lightning.tokenizers import FileTokenizer, Tokenizer
 
-# Fields of a configuration that the weights fix.
+# Fields of a configuration that the weights determine.
 _OF_WEIGHTS = (
     "vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "qk_norm", "attention_bias", "mlp_bias", "tie_word_embeddings",
 )  # fmt: skip
 
-_OF_DATA = ("vocab_size", "max_position_embeddings")  # what data says of a model
+_OF_DATA = ("vocab_size", "max_position_embeddings")  # which the data determines
 
-# Range of a drift that the weights lack: too small to change logits by more than 1e-4.
+# Range of a drift that the weights do not have: too small to change logits by more than 1e-4.
 _NO_DRIFT = (1e-4, 1e-4)
 
 _LISTED = 8  # names in a line
@@ -40,9 +40,9 @@ class Differences(NamedTuple):
     """Names of tensors that only one side has."""
 
     missing: list[str]
-    """The model's, which stay as they are in a new model."""
+    """Tensors that only the model has; they stay as in a new model."""
     extra: list[str]
-    """Those of the file, which are left out."""
+    """Tensors that only the file has; they are left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,25 +51,25 @@ class InitialWeights:
 
     path: Path
     config: ModelConfig
-    """Of the model that they were saved from."""
+    """Configuration of the model that they were saved from."""
     padded_vocab_size: int | None
-    """The argument of a `LanguageModel` that begins from them."""
+    """This argument for a `LanguageModel` that starts from them."""
     tensors: Mapping[str, StoredTensor] = field(repr=False)
-    """By the names that the decoder has for them."""
+    """The weights by the decoder's names."""
     folder: PretrainedFolder | None = field(default=None, repr=False)
     tokenizer: str | None = field(default=None, repr=False)
     """The `tokenizer.json` of their training text, if it is known."""
 
     @classmethod
     def open(cls, path: Path | str, kind: type[pl.LightningModule]) -> Self:
-        """Read what a file or folder holds, and compare sizes with shapes.
+        """Open a file or folder, and compare its configuration with the shapes of its weights.
 
         Args:
             path: a checkpoint of ours, or a folder that `save_pretrained` of Transformers wrote.
             kind: class of the module that made the checkpoint, a `LanguageModel`.
 
         Raises:
-            ValueError: if there is neither, it is damaged, or the model is one that cannot be expressed here.
+            ValueError: if there is neither, if it is damaged, or if this package cannot express the model.
         """
         path = Path(path).expanduser()
         if (path / "config.json").exists():
@@ -90,7 +90,7 @@ class InitialWeights:
         if has_tokenizer := tokenizer.exists():
             check_regular(tokenizer, "a tokenizer of the library tokenizers")
         text = tokenizer.read_text(encoding="utf-8", errors="replace") if has_tokenizer else None
-        # Tables of many models have more rows than their tokenizers have tokens.
+        # Many models have more rows in their embeddings than tokens in their tokenizers.
         return cls(path, config, config.vocab_size, folder.tensors, folder, text)
 
     @classmethod
@@ -109,9 +109,10 @@ class InitialWeights:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Those of a `LanguageModel` whose model is the one that the weights were saved from.
+        """Arguments of a `LanguageModel` with the model that the weights were saved from.
 
-        What the data says is left out. A drift, which only the user can add, has almost no effect at first.
+        Arguments that the data determines are left out. A drift, which only the user can add, has almost no effect at
+        first.
         """
         known = {name: x for name, x in asdict(self.config).items() if name not in _OF_DATA}
         known["padded_vocab_size"] = self.padded_vocab_size
@@ -121,7 +122,7 @@ class InitialWeights:
         """Compare the sizes of a model with those of the weights.
 
         Args:
-            arguments: fields of `ModelConfig`; what is left out is not compared.
+            arguments: fields of `ModelConfig`; missing ones are not compared.
 
         Raises:
             ValueError: if one differs.
@@ -136,10 +137,10 @@ class InitialWeights:
             raise ValueError(f"{name}: expected {was}, as the weights in {self.path} have, got {got}; {mend}")
 
     def fill(self, model: DogeForCausalLM) -> Differences:
-        """Put the weights into a model whose parameters are not sharded yet.
+        """Copy the weights into a model whose parameters are not sharded yet.
 
         Raises:
-            ValueError: if sizes differ, a file is not the one whose hash is listed, or a tensor is of whole numbers.
+            ValueError: if sizes differ, if a file's hash is not the listed one, or if a tensor holds integers.
         """
         self.check(asdict(model.config))
         if self.folder is not None:
@@ -162,7 +163,7 @@ class InitialWeights:
         return Differences(*([x for x in names if x not in taken] for names in (own, self.tensors)))
 
     def lines(self, differences: Differences) -> list[str]:
-        """What `fill` has done, for users."""
+        """What `fill` has done, as lines for users."""
         begin, count = f"init_from {self.path}: ", len(self.tensors) - len(differences.extra)
         found = [f"{begin}{count} tensors; optimizer, schedule and data begin anew"]
         if differences.missing:
@@ -172,10 +173,10 @@ class InitialWeights:
         return found
 
     def knows_tokens_of(self, tokenizer: Tokenizer) -> bool:
-        """Whether tokens of the data mean what they did for these weights, as far as that is known.
+        """Whether the data's tokens mean the same as for these weights, as far as that is known.
 
         Raises:
-            ValueError: if the tokenizer beside the weights cannot be read.
+            ValueError: if the tokenizer of the weights cannot be read.
         """
         if self.tokenizer is None:
             return True
@@ -189,7 +190,7 @@ class InitialWeights:
 
 
 def _resolved(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a configuration, with the width of a head where it is left to the others."""
+    """Fields of a configuration, with the head width filled in if it follows from the others."""
     found = dict(arguments)
     if found.get("head_dim", 0) is None:
         found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
@@ -197,7 +198,7 @@ def _resolved(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Names in one line, those of all layers as one."""
+    """Names in one line; names that differ only in the layer number become one."""
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)

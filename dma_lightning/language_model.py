@@ -41,17 +41,17 @@ from dma_lightning.trained_parts import TrainedPart, freeze_others
 from dma_lightning.trainer_state import accumulates, has_trainer, is_logging_step, let_clip_gradients, saved_device
 from dma_lightning.vocabularies import check_tokens, check_vocabulary
 
-# How layers are compiled: what two kernels read, such as the rotary embedding's gradient, is computed in both of them
-# instead of being written out in float32.
+# Options for compiled layers: a value that two kernels read, such as the rotary embedding's gradient, is computed in
+# both of them instead of being written out in float32.
 _INDUCTOR = {"realize_reads_threshold": 12}
 
 
-# Options of AdamW that are as they are here, whatever a checkpoint says.
+# Options of AdamW that always have these values, whatever a checkpoint says.
 _ADAMW = {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False}
 
 
 class _Arguments(AttributeDict):
-    """The types of what `hparams` holds: arguments of `LanguageModel`, those of a `ModelConfig` besides."""
+    """Types of the arguments of `LanguageModel` in `hparams`, which also holds those of a `ModelConfig`."""
 
     lr: float
     weight_decay: float
@@ -73,22 +73,23 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         weight_decay: decay of the matrices; norms, residual weights, A and contents of the input are never decayed.
         betas: decay rates of AdamW's moments.
         schedule: learning rate over the steps: wsd (warm-up, stable, linear decay to 0), cosine, or constant.
-        warmup_fraction: share of all steps in which the learning rate rises linearly. These are trainer.max_steps, or
-            those of trainer.max_epochs without it.
+        warmup_fraction: share of all steps in which the learning rate rises linearly. All steps are trainer.max_steps,
+            or without it the steps of trainer.max_epochs.
         decay_fraction: share of all steps in which wsd falls linearly.
-        bytes_per_token: mean bytes of a token; none for data that is no text. Bits per byte do not depend on it: they
+        bytes_per_token: mean bytes of a token; none for data that is not text. It does not affect bits per byte, which
             are reported for batches that have `label_bytes`.
         compile_layers: compile every layer and the loss (torch.compile), when a trainer runs the model.
-        cuda_graphs: let the GPU start the kernels of compiled layers by itself, where the processor is too slow for
-            them: small models, long steps of many kernels. For one GPU or DDP; each new shape of a batch costs memory.
+        cuda_graphs: let the GPU launch the kernels of compiled layers by itself. This helps where the CPU launches them
+            too slowly: in small models, or long steps of many kernels. For one GPU or DDP; each new batch shape costs
+            memory.
         activation_checkpointing: keep no activations within layers, but compute them again in the backward pass.
-        init_from: weights to begin from, when a trainer first runs the model without a checkpoint: a checkpoint of
-            ours, or a folder of Transformers with a Doge, Llama, Qwen2 or Qwen3. Optimizer, schedule and data begin
-            anew. On the command line, the model's sizes come from there, too.
-        padded_vocab_size: rows of the embedding and the output head, if these are more than the data has tokens, as in
-            many published models.
-        train_only: which weights are trained: all, those of the attention in all layers, or those that only decide
-            which keys are kept (selection). The others stay as they are.
+        init_from: weights to start from when a trainer first runs the model without a checkpoint: a checkpoint of
+            ours, or a folder of Transformers with a Doge, Llama, Qwen2 or Qwen3. Optimizer, schedule and data start
+            from scratch. On the command line, the model's sizes also come from there.
+        padded_vocab_size: rows of the embedding and the output head, if more than the data has tokens, as in many
+            published models.
+        train_only: which weights to train: all, those of the attention in all layers, or only those that decide which
+            keys are kept (selection). The others stay as they are.
         config: the fields of `ModelConfig`.
     """
 
@@ -123,25 +124,25 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
                 f"{compile_layers} and {activation_checkpointing}; change these, or leave cuda_graphs out"
             )
         config = plain(config, type(self).__name__)
-        self.save_hyperparameters(ignore=["init_from"])  # a checkpoint has weights of its own
+        self.save_hyperparameters(ignore=["init_from"])  # a checkpoint has its own weights
         shape = ModelConfig(**config)
         self.model = DogeForCausalLM(replace(shape, vocab_size=max(padded_vocab_size or 0, shape.vocab_size)))
         self.model.activation_checkpointing = activation_checkpointing
         freeze_others(self.model, train_only)
         self._token_losses = token_losses
-        self._batches: list[StepTotals] = []  # of the step that is being made
+        self._batches: list[StepTotals] = []  # of the current step
         self._data_is_known = False  # whether no batch can have a token that the model does not know
-        self._epoch_steps: int | None = None  # of trainer.max_epochs, where a schedule goes by them
+        self._epoch_steps: int | None = None  # steps of trainer.max_epochs, if a schedule needs them
         self.init_from = init_from
-        self._has_begun = False  # whether weights are those of a checkpoint, of `init_from`, or trained
-        self._restored = False  # whether optimizer and schedule are those of a checkpoint
+        self._has_begun = False  # whether the weights come from a checkpoint or `init_from`, or are trained
+        self._restored = False  # whether optimizer and schedule come from a checkpoint
         self.step_loss: Tensor | None = None
-        """Mean loss of the last step over all of its labels, set after its backward; 0 for a step without labels."""
+        """Mean loss of the last step over all of its labels, set after its backward pass; 0 if it had no labels."""
         self.val_metrics = EvaluationMetrics(self.model.config.vocab_size)
         self.test_metrics = EvaluationMetrics(self.model.config.vocab_size)
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]  # Lightning's would read hparams_file, too
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's version would also read hparams_file
         cls,
         checkpoint_path: str | Path,
         map_location: Any = None,
@@ -149,18 +150,18 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         weights_only: bool | None = None,
         **changed: Any,
     ) -> Self:
-        """The model of a checkpoint, whose arguments are taken as plain values of known fields.
+        """The model of a checkpoint, whose arguments are read as plain values of known fields.
 
         Args:
-            checkpoint_path: a file of this machine.
-            map_location: device of the weights. Default: that in the checkpoint, if it is there.
-            strict: whether all weights must be in both the checkpoint and the model. Default: as the model says.
+            checkpoint_path: a file on this machine.
+            map_location: device of the weights. Default: the checkpoint's, if it exists here.
+            strict: whether checkpoint and model must have the same weights. Default: as the model says.
             weights_only: true or none; nothing else is read.
             **changed: arguments of `__init__` that replace the checkpoint's.
 
         Raises:
-            ValueError: if the file is damaged or could run code; if it holds unknown arguments, or weights that are not
-                those of a model with its arguments.
+            ValueError: if the file is damaged or could run code; or if it holds unknown arguments, or weights that do
+                not fit a model with its arguments.
         """
         path = local_checkpoint(checkpoint_path, weights_only)
         return cls.from_saved(SavedRun.open(path, map_location or saved_device), strict, **changed)
@@ -188,29 +189,29 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         return self.model(input_ids, documents, padding)
 
     def setup(self, stage: str) -> None:
-        """Report answers by the groups of the data, take initial weights, and refuse what model or strategy cannot do.
+        """Set up answer groups, load the initial weights, and refuse what model or strategy cannot do.
 
         Raises:
-            ValueError: if the data has tokens that the model does not know; if `init_from` holds no weights of such a
-                model; if CUDA graphs are asked for and there is no GPU, or gradients outlive the memory that a graph
-                has; for `predict` by processes that share the weights.
+            ValueError: if the data has tokens that the model does not know; if `init_from` holds no weights for this
+                model; if CUDA graphs are requested without a GPU, or with gradients that outlive the memory of a graph;
+                for `predict` by processes that share the weights.
         """
         data = getattr(self.trainer, "datamodule", None)
         if (vocab_size := getattr(data, "vocab_size", None)) is not None:
             check_vocabulary(vocab_size, self.model.vocab_size)
-        # Lightning says of every data module that the hook below is the model's.
+        # Lightning warns for every data module that the hook below belongs to the model.
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `Lightning")
         self._data_is_known = vocab_size is not None and verifies_content()
         groups = getattr(data, "answer_groups", {})
         for metrics in (self.val_metrics, self.test_metrics):
             metrics.split_answers(groups)
-            metrics.reset()  # their sums may be of an evaluation in inference mode, to which training cannot add
+            metrics.reset()  # old sums may be inference tensors, which training cannot add to
         self._begin(data)
         strategy, accumulate = self.trainer.strategy, self.trainer.accumulate_grad_batches
         if stage == "predict" and isinstance(strategy, ModelParallelStrategy) and self.trainer.world_size > 1:
             raise ValueError(
-                "predict: expected one process, or DDP, since processes that share the weights must read as often; got "
-                f"{self.trainer.world_size} with {type(strategy).__name__}"
+                "predict: expected one process, or DDP, since processes that share the weights must call the model "
+                f"equally often; got {self.trainer.world_size} with {type(strategy).__name__}"
             )
         if stage != "fit" or not self.hparams.cuda_graphs:
             return
@@ -221,7 +222,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             )
 
     def _begin(self, data: Any) -> None:
-        """Take the weights of `init_from`, once, and before anything shards them."""
+        """Load the weights of `init_from`, once, and before anything shards them."""
         if self.init_from is None or self._has_begun:
             return
         initial = InitialWeights.open(self.init_from, type(self))
@@ -230,24 +231,24 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         self._has_begun = True
         if (tokenizer := getattr(data, "tokenizer", None)) and not initial.knows_tokens_of(tokenizer):
             rank_zero_warn(
-                f"init_from {initial.path}: its tokenizer gives tokens other numbers than that of the data, so the "
-                "embedding means others; give the data the tokenizer.json of that model"
+                f"init_from {initial.path}: its tokenizer numbers tokens differently from the data's, so the embedding "
+                "rows do not match; give the data the tokenizer.json of that model"
             )
 
     def configure_model(self) -> None:
-        """Compile and shard (FSDP2, with `ModelParallelStrategy`) the layers in place; parameters keep their names."""
+        """Compile the layers and shard them (FSDP2, with `ModelParallelStrategy`) in place; parameters keep names."""
         if self.hparams.compile_layers:
-            # A layer is as much as DDP needs to begin sending gradients; Dynamo would cut it again, at every 25 MB.
+            # DDP can send gradients after each layer; Dynamo would also split the layers, at every 25 MB.
             torch._dynamo.config.optimize_ddp = False
             for layer in self.model.layers:
                 layer.compile(options=_INDUCTOR | {"triton.cudagraphs": self.hparams.cuda_graphs})
-            self._token_losses = torch.compile(token_losses)  # else the logits are written out in float32, twice
+            self._token_losses = torch.compile(token_losses)  # otherwise the logits are written out in float32, twice
         if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
             for module in (*self.model.layers, self.model):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Where data does not say which tokens it has, or nobody has looked, look while they are on the CPU.
+        """Check the tokens while they are on the CPU, if the data does not state them or nobody has verified it.
 
         Raises:
             ValueError: if the model does not know one.
@@ -265,7 +266,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             rank_zero_warn(reason)
         if (batch_size := getattr(data, "batch_size", None)) and (reason := self._too_large(batch_size, length)):
             rank_zero_warn(reason)
-        if self.global_rank > 0:  # weights are drawn; dropout shall differ from that of the first process
+        if self.global_rank > 0:  # weights are drawn by now; dropout must differ from the first process
             torch.manual_seed(torch.initial_seed() + self.global_rank)
 
     def _too_large(self, batch_size: int, length: int) -> str | None:
@@ -274,11 +275,11 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         number_bytes = 2 if "16" in precision else 8 if "64" in precision else 4
         shards = 1 if self.device_mesh is None else trainer.world_size
         needed = least_step_bytes(self.model, batch_size, length, number_bytes, shards)
-        sharing = trainer.num_devices if self.device.type == "cpu" else 1  # processes with one memory
+        sharing = trainer.num_devices if self.device.type == "cpu" else 1  # processes that share one memory
         return too_large(needed * sharing, self.device, batch_size, length)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss over the labels of a batch; `backward` weighs it where a step has several batches."""
+        """Mean loss over the labels of a batch; `backward` weights it if a step has several batches."""
         if has_trainer(self):
             for mixer in self.model.mixers:
                 mixer.begin_step(self.trainer.global_step)
@@ -289,21 +290,21 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         return loss
 
     def backward(self, loss: Tensor) -> None:
-        """Back-propagate; where a step has several batches, the sum over labels instead of the mean.
+        """Back-propagate the mean over labels, or, if a step has several batches, the sum.
 
         Lightning and DDP divide by the number of batches; `on_after_backward` replaces that by the number of labels.
-        Auxiliary losses of layers are weighed as their batch is.
+        Auxiliary losses of layers get the weight of their batch.
         """
         if self._batches_in_step == 1:
             loss.backward()
         else:
-            # Divided by a constant, so that gradients in half precision do not overflow: they are at most as many times
-            # the mean's as a batch has sequences.
+            # Divided by a constant, so that half-precision gradients do not overflow: they are at most B times those of
+            # the mean.
             loss.backward(self._batches[-1].labels / self.model.config.max_position_embeddings)
         end_auxiliary_losses()
 
     def on_after_backward(self) -> None:
-        """Make the gradient of a step that of the mean over all of its labels, and log that mean."""
+        """Rescale the gradient of a step to that of the mean over all of its labels, and log that mean."""
         if accumulates(self.trainer):
             return
         totals = StepTotals.of(self._batches, self.trainer.world_size)
@@ -320,10 +321,10 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             self.log_dict(logs)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Add a batch to the figures.
+        """Add a batch to the metrics.
 
         Returns:
-            `token_losses` `[B, N]`, the loss of each label in nats, 0 where there is none; for callbacks.
+            `token_losses` `[B, N]`, the loss of each label in nats, 0 without a label; for callbacks.
         """
         return {"token_losses": self._evaluate(batch, "val", self.val_metrics)}
 
@@ -331,7 +332,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         self._evaluate(batch, "test", self.test_metrics)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """The likeliest token at every position, and the log-probability of its label (0 where there is none)."""
+        """The likeliest token at every position, and the log-probability of its label (0 without a label)."""
         logits = self._logits(batch)
         return {"tokens": logits.argmax(-1), "label_log_probs": -self._token_losses(logits, batch["labels"])}
 
@@ -340,7 +341,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             return
         with _set_aside(self._auxiliary_parameters):
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        # A step that GradientGuard leaves out has none; without a value, Lightning would log that of the step before.
+        # A step skipped by GradientGuard has no gradients; without a value, Lightning would log the previous step's.
         norm = nn.utils.get_total_norm(gradients) if gradients else torch.nan
         self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
@@ -350,7 +351,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the parameters that auxiliary losses train apart from all others; each by a norm of its own."""
+        """Clip parameters trained by auxiliary losses apart from all others, each group by its own norm."""
         auxiliary = self._auxiliary_parameters
         others = set(self.parameters()).difference(auxiliary)
         for left_out in (auxiliary, others) if auxiliary else ((),):
@@ -361,11 +362,11 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         """AdamW with two groups, and the schedule per optimizer step.
 
         Raises:
-            ValueError: if a schedule needs to know the number of steps, and nothing says it.
+            ValueError: if the schedule needs the number of steps and nothing determines it.
         """
         hp = self.hparams
         self._epoch_steps = None
-        # To count the steps of epochs begins the data, where a checkpoint's position in them would be restored later.
+        # Counting the steps of epochs starts the data, before a checkpoint's position in it could be restored.
         if self.trainer.max_steps < 1 and self.trainer.ckpt_path is None and not self._restored:
             self._count_steps_of_epochs()
         kept = {mixer.get_parameter(name) for mixer in self.model.mixers for name in mixer.undecayed_parameters}
@@ -387,31 +388,31 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
                 group.update(_ADAMW, fused=self._fuses_optimizer)
 
     def on_train_start(self) -> None:
-        """Let the arguments of this run win over those of another that a checkpoint has restored."""
-        self._batches.clear()  # of a step that was interrupted
+        """Let this run's arguments replace those that a checkpoint of another run has restored."""
+        self._batches.clear()  # of an interrupted step
         if self.trainer.max_steps < 1 and self._epoch_steps is None:
-            self._count_steps_of_epochs()  # now that the data are where the checkpoint left them
+            self._count_steps_of_epochs()  # now that the data is where the checkpoint left it
         scheduler = self.lr_schedulers()
-        if self._restored and isinstance(scheduler, LambdaLR):  # a learning-rate finder has one of its own
+        if self._restored and isinstance(scheduler, LambdaLR):  # a learning-rate finder has its own scheduler
             self._restored = False
             optimizer = self.optimizers(use_pl_optimizer=False)
-            assert isinstance(optimizer, Optimizer)  # the one of `configure_optimizers`
+            assert isinstance(optimizer, Optimizer)  # from `configure_optimizers`
             self._set_rates(optimizer, scheduler.last_epoch)
             scheduler.base_lrs = [self.hparams.lr] * len(scheduler.base_lrs)
 
     @property
     def _auxiliary_parameters(self) -> list[nn.Parameter]:
-        """Those that only auxiliary losses of mixers train."""
+        """Parameters that only auxiliary losses of mixers train."""
         return [mixer.get_parameter(name) for mixer in self.model.mixers for name in mixer.auxiliary_parameters]
 
     @property
     def _batches_in_step(self) -> int:
-        """How many batches Lightning and DDP divide the gradients of a step by."""
+        """The number of batches by which Lightning and DDP divide the gradients of a step."""
         return self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     @property
     def _fuses_optimizer(self) -> bool | None:
-        """Whether AdamW is one kernel; the scaler of 16-mixed needs to be asked before its gradients are clipped."""
+        """Whether AdamW is one kernel; with 16-mixed it cannot be, as the scaler must act before gradient clipping."""
         return True if self.device.type == "cuda" and self.trainer.precision != "16-mixed" else None
 
     def _set_rates(self, optimizer: Optimizer, step: int) -> None:
@@ -424,7 +425,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         hp, steps = self.hparams, self.trainer.max_steps
         if steps < 1 and hp.schedule != "constant":
             if self._epoch_steps is None:
-                return 1.0  # of a run that goes on, until `on_train_start` knows
+                return 1.0  # in a resumed run, until `on_train_start` counts the steps
             steps = self._epoch_steps
         return lr_factor(hp.schedule, step, steps, hp.warmup_fraction, hp.decay_fraction)
 
@@ -441,30 +442,30 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
 
     def _logits(self, batch: Batch) -> Tensor:
         if self.hparams.cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # else without gradients each layer would be a step of its own
+            torch.compiler.cudagraph_mark_step_begin()  # without gradients each layer would otherwise be its own step
         return self.model(batch["input_ids"], batch.get("documents"), batch.get("padding"))
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, StepTotals]:
-        """Mean loss over the labels of a batch, logits `[B, N, V]`, and what the labels add up to, without gradient."""
+        """Mean loss over the labels of a batch, logits `[B, N, V]`, and sums over labels, detached."""
         logits = self._logits(batch)
         totals = _totals(self._token_losses(logits, batch["labels"]), batch)
         mean = totals.nats / totals.labels.clamp(min=1)
         return mean, logits, replace(totals, nats=totals.nats.detach())
 
     def _evaluate(self, batch: Batch, split: Literal["val", "test"], metrics: EvaluationMetrics) -> Tensor:
-        """Add a batch to metrics; the losses of its labels `[B, N]`."""
+        """Add a batch to metrics; returns the losses of its labels `[B, N]`."""
         logits = self._logits(batch)
         losses = self._token_losses(logits, batch["labels"])
         totals = _totals(losses, batch)
         for name, metric in metrics.add(batch, logits, totals.nats, totals.labels):
             shown, attribute = name in ("loss", "bits_per_byte", "accuracy"), f"{split}_metrics.{name}"
-            # Lightning looks for metrics once, but `setup` makes new ones.
+            # Lightning looks for metrics only once, but `setup` makes new ones.
             self.log(f"{split}/{name}", metric, prog_bar=shown, metric_attribute=attribute)
         return losses
 
 
 def _totals(losses: Tensor, batch: Batch) -> StepTotals:
-    """What the labels of a batch add up to, given the loss of each `[B, N]`."""
+    """Sums over the labels of a batch, given the loss of each `[B, N]`."""
     nats = losses.sum()
     labels = (batch["labels"] != IGNORE_INDEX).sum(dtype=nats.dtype)
     size = batch["label_bytes"].sum(dtype=nats.dtype) if "label_bytes" in batch else None
@@ -473,7 +474,7 @@ def _totals(losses: Tensor, batch: Batch) -> StepTotals:
 
 @contextmanager
 def _set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """A region in which these have no gradients."""
+    """A context in which these parameters have no gradients."""
     gradients = [(parameter, parameter.grad) for parameter in parameters]
     for parameter, _ in gradients:
         parameter.grad = None

@@ -1,4 +1,4 @@
-"""Figures of validation and test: mean loss, perplexity, accuracy of tokens and answers, bits per byte."""
+"""Metrics of validation and test: mean loss, perplexity, accuracy of tokens and answers, bits per byte."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,14 +18,14 @@ def bits_per_byte(nats_per_byte: Tensor) -> Tensor:
 
 
 def quotient(total: Tensor, count: Tensor) -> Tensor:
-    """A sum divided by how many it is of; NaN if these are none."""
+    """A sum divided by its number of terms; NaN if there are none."""
     return total / count.masked_fill(count == 0, torch.nan)
 
 
 class MeanLoss(Metric):
     """Sum of token losses in nats, divided by the number of tokens.
 
-    A NaN shows. (torchmetrics' `MeanMetric` leaves NaNs out, and is cast to half precision with the model.)
+    A NaN in the losses gives NaN. (torchmetrics' `MeanMetric` drops NaNs and is cast to half precision with the model.)
     Sums are compensated (Kahan), because not every device has float64.
     """
 
@@ -35,10 +35,10 @@ class MeanLoss(Metric):
     def __init__(self) -> None:
         super().__init__()
         self.add_state("sums", torch.zeros(2, dtype=torch.float32), dist_reduce_fx="sum")  # losses, tokens
-        self.add_state("excess", torch.zeros(2, dtype=torch.float32), dist_reduce_fx="sum")  # of sums, by rounding
+        self.add_state("excess", torch.zeros(2, dtype=torch.float32), dist_reduce_fx="sum")  # rounding error of sums
 
     def update(self, nats: Tensor, count: Tensor) -> None:
-        """Add a sum of losses over so many tokens."""
+        """Add the sum of losses over `count` tokens."""
         added = torch.stack([nats, count]).float() - self.excess
         sums = self.sums + added
         self.excess = ((sums - self.sums) - added).nan_to_num(0, 0, 0)  # of infinities; a NaN stays in the sums
@@ -48,7 +48,7 @@ class MeanLoss(Metric):
         return quotient(*(self.sums - self.excess))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> nn.Module:
-        """Move to another device, but keep float32 whatever the dtype of the model becomes."""
+        """Move to another device, but keep float32 whatever the model's dtype becomes."""
         return super()._apply(lambda x: fn(x).to(x.dtype), *args)
 
 
@@ -63,14 +63,14 @@ class Perplexity(MeanLoss):
 
 
 class BitsPerByte(MeanLoss):
-    """Sum of token losses in bits, divided by the bytes of source text that their labels span: the `count`."""
+    """Sum of token losses in bits, divided by the bytes of source text that their labels span (the `count`)."""
 
     def compute(self) -> Tensor:
         return bits_per_byte(super().compute())
 
 
 class AnswerAccuracy(Metric):
-    """Share of the answers all of whose tokens are the likeliest at their positions, given those before them."""
+    """Share of answers whose tokens are all the likeliest at their positions, given the true tokens before them."""
 
     counts: Tensor
 
@@ -79,7 +79,7 @@ class AnswerAccuracy(Metric):
         self.add_state("counts", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")  # right answers, answers
 
     def update(self, predictions: Tensor, labels: Tensor, is_answer: Tensor) -> None:
-        """Add the labels of sequences `[B, N]`, for those that are answers `[B]` and have a label."""
+        """Add sequences `[B, N]`; those that are answers `[B]` and have a label count."""
         labelled = labels != IGNORE_INDEX
         counts = is_answer & labelled.any(-1)
         right = counts & ((predictions == labels) | ~labelled).all(-1)
@@ -90,11 +90,11 @@ class AnswerAccuracy(Metric):
 
 
 class GroupAccuracy(AnswerAccuracy):
-    """The same of the answers to examples of one group.
+    """`AnswerAccuracy` over the examples of one group.
 
     Args:
-        key: of `Batch`, int64 `[B]`.
-        value: what examples of the group have there.
+        key: key of `Batch`, int64 `[B]`.
+        value: the group's value of that key.
     """
 
     def __init__(self, key: str, value: int) -> None:
@@ -103,23 +103,23 @@ class GroupAccuracy(AnswerAccuracy):
 
 
 class EvaluationMetrics(nn.ModuleDict):
-    """What validation and test report, by name.
+    """The metrics of validation and test, by name.
 
     Args:
         vocab_size: V, number of different tokens.
     """
 
     def __init__(self, vocab_size: int) -> None:
-        # To validate its arguments would wait for the device.
+        # Validating its arguments would wait for the device.
         accuracy = MulticlassAccuracy(vocab_size, average="micro", ignore_index=IGNORE_INDEX, validate_args=False)
         figures = {"loss": MeanLoss(), "perplexity": Perplexity(), "accuracy": accuracy, "bits_per_byte": BitsPerByte()}
         super().__init__(figures | {"answers": AnswerAccuracy()})
 
     def split_answers(self, groups: Mapping[str, Sequence[int]]) -> None:
-        """Report answers by these groups, too, and by no others.
+        """Also report answers by these groups, and by no others.
 
         Args:
-            groups: keys of `Batch`, and the values of each that answers are told apart by.
+            groups: keys of `Batch`, with the values of each that form a group.
         """
         for name in [name for name, metric in self.items() if isinstance(metric, GroupAccuracy)]:
             del self[name]
@@ -127,14 +127,14 @@ class EvaluationMetrics(nn.ModuleDict):
             self.update({f"answers/{key}_{value}": GroupAccuracy(key, value) for value in values})
 
     def reset(self) -> None:
-        """Forget all batches."""
+        """Reset all metrics."""
         for metric in self._metrics():
             metric.reset()
 
     def add(self, batch: Batch, logits: Tensor, nats: Tensor, count: Tensor) -> Iterator[tuple[str, Metric]]:
-        """Add a batch to each metric; those that it says something about, with their names.
+        """Add a batch to each metric that applies to it; yields these metrics with their names.
 
-        Which they are depends on the keys of the batch alone, so that all processes report the same.
+        The keys of the batch alone decide which apply, so that all processes report the same metrics.
 
         Args:
             batch: inputs and labels `[B, N]`.

@@ -35,7 +35,7 @@ class DogeMLP(nn.Module):
 
 
 class DogeLayer(nn.Module):
-    """Attention and feed-forward network, each behind a norm and beside a learned residual weight per channel."""
+    """Attention and feed-forward network, each after a norm, added to a residual with learned weights per channel."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class DogeLayer(nn.Module):
 class DogeForCausalLM(nn.Module):
     """The Doge decoder without experts, around any of the token mixers.
 
-    With dynamic mask attention, parameter names are those of Hugging Face's `DogeForCausalLM`, less `model.`.
+    With dynamic mask attention, parameters have the names of Hugging Face's `DogeForCausalLM`, without `model.`.
 
     Source: arXiv 2508.02124v6; block structure as in Hugging Face Transformers, `models/doge`.
     """
@@ -70,7 +70,7 @@ class DogeForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        """Whether layers keep no activations for the backward pass, but compute them again."""
+        """Whether layers compute activations again in the backward pass instead of keeping them."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DogeLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -93,17 +93,17 @@ class DogeForCausalLM(nn.Module):
 
         Args:
             input_ids: int64 `[B, N]`, N at most `max_position_embeddings` without a cache.
-            documents: integer document ids `[B, N]`; a document is a run of equal ids and sees itself alone.
+            documents: integer document ids `[B, N]`; a document is a run of equal ids and sees only itself.
             padding: bool `[B, N]`, True at padded positions.
-            cache: of `new_cache`, one for each layer; the tokens go on where it ends, and are added to it.
+            cache: from `new_cache`, one for each layer; the tokens continue it and are added to it.
             last_only: only the logits of the last position, `[B, 1, V]`.
 
         Returns:
             `[B, N, V]`.
 
         Raises:
-            ValueError: on a wrong shape, dtype or device, or a sequence that is too long; on a CPU also on a token that
-                is not below `vocab_size`, which other devices do not tell in time.
+            ValueError: on a wrong shape, dtype or device, or a sequence that is too long; on a CPU also on a token not
+                below `vocab_size`, which other devices do not report in time.
         """
         longest = self.config.max_position_embeddings
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
@@ -133,20 +133,20 @@ class DogeForCausalLM(nn.Module):
     def _embed(self, input_ids: Tensor) -> Tensor:
         try:
             return self.embed_tokens(input_ids)
-        except IndexError:  # of a CPU; to look beforehand would wait for other devices
+        except IndexError:  # only on a CPU; checking first would wait for other devices
             check_tokens("input_ids", input_ids, self.vocab_size)
             raise
 
     def new_cache(self, batch: int, full: bool = False) -> list[MixerCache]:
-        """Empty caches of all layers; arguments as `TokenMixer.new_cache`."""
+        """Empty caches of all layers; see `TokenMixer.new_cache` for the arguments."""
         return [mixer.new_cache(batch, full) for mixer in self.mixers]
 
     def generate(
         self, input_ids: Tensor, max_new_tokens: int, sampling: Sampling | None = None, **options: Any
     ) -> Tensor:
-        """Go on with prompts `[B, N]`, int64 `[B, at most max_new_tokens]`; see `stream_tokens` for the options.
+        """Continue prompts `[B, N]`, int64 `[B, at most max_new_tokens]`; see `stream_tokens` for the options.
 
-        `eos_token_id` is by default that of the configuration.
+        The default `eos_token_id` is that of the configuration.
         """
         options.setdefault("eos_token_id", self.config.eos_token_id)
         return generate(self, input_ids, max_new_tokens, sampling, **options)
@@ -158,30 +158,30 @@ class DogeForCausalLM(nn.Module):
 
     @property
     def mixers(self) -> list[TokenMixer]:
-        """Those of the layers, from the first to the last."""
-        layers = cast("Iterable[DogeLayer]", self.layers)  # a ModuleList does not say what modules it has
+        """The mixers of the layers, from the first to the last."""
+        layers = cast("Iterable[DogeLayer]", self.layers)  # the type of a ModuleList does not name its modules
         return [layer.self_attn for layer in layers]
 
     @property
     def num_parameters(self) -> int:
-        """All trainable numbers; tied embeddings count once."""
+        """Number of trainable values; tied embeddings count once."""
         return sum(p.numel() for p in self.parameters())
 
     @property
     def num_non_embedding_parameters(self) -> int:
-        """Trainable numbers outside the embedding and the output head."""
+        """Number of trainable values outside the embedding and the output head."""
         tables = {id(p): p.numel() for p in (self.embed_tokens.weight, self.lm_head.weight)}
         return self.num_parameters - sum(tables.values())
 
     @property
     def flops_per_token(self) -> float:
-        """`training_flops` in sequences of `max_position_embeddings` tokens."""
+        """`training_flops` for sequences of `max_position_embeddings` tokens."""
         return self.training_flops(self.config.max_position_embeddings)
 
     def training_flops(self, length: int) -> float:
-        """FLOPs to train on one token (forward and backward) in sequences of so many tokens.
+        """FLOPs to train on one token (forward and backward) in sequences of this length.
 
-        Matrix products only: 6 per weight, and three times what the mixers count for a forward pass.
+        Counts matrix products only: 6 per weight, and three times the mixers' forward FLOPs.
         """
         mixing = sum(mixer.mixing_flops(length) for mixer in self.mixers)
         return 6 * (self.num_non_embedding_parameters + self.lm_head.weight.numel()) + 3 * mixing
@@ -203,4 +203,4 @@ class DogeForCausalLM(nn.Module):
 
 def decoder_of(module: nn.Module) -> DogeForCausalLM:
     """The decoder of a `LanguageModel`, for callbacks."""
-    return cast("DogeForCausalLM", module.model)  # Lightning's hooks name modules of any kind
+    return cast("DogeForCausalLM", module.model)  # Lightning's hooks accept modules of any kind

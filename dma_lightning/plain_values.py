@@ -1,4 +1,4 @@
-"""Arguments as checkpoints can hold them: numbers, text, and lists, tuples and dictionaries of these."""
+"""Argument values that checkpoints can hold: numbers, text, and lists, tuples and dictionaries of these."""
 
 import inspect
 import os
@@ -15,7 +15,7 @@ from dma_lightning.trainer_state import set_initial_hparams
 
 
 class PlainHyperparameters(HyperparametersMixin):
-    """For modules of Lightning: saves their arguments as plain values, so that checkpoints can be read again."""
+    """For Lightning's modules: saves their arguments as plain values, so that checkpoints can be read again."""
 
     def save_hyperparameters(self, *args: Any, frame: FrameType | None = None, **options: Any) -> None:
         """Save the arguments of `__init__`, as Lightning does.
@@ -29,21 +29,21 @@ class PlainHyperparameters(HyperparametersMixin):
             ValueError: if an argument cannot be made plain.
         """
         assert isinstance(self, pl.LightningModule | pl.LightningDataModule)
-        caller = frame or getattr(inspect.currentframe(), "f_back", None)  # a frame that names itself would stay
+        caller = frame or getattr(inspect.currentframe(), "f_back", None)  # a frame stored in itself would leak
         super().save_hyperparameters(*args, frame=caller, **options)
         self.hparams.update(plain(dict(self.hparams), type(self).__name__))
         set_initial_hparams(self)
 
 
 def plain(value: Any, what: str) -> Any:
-    """Turn NumPy numbers, paths, enums and special containers into what a checkpoint can hold.
+    """Turn NumPy numbers, paths, enums and special containers into values that a checkpoint can hold.
 
     Args:
         value: an argument.
         what: its name, for the message.
 
     Raises:
-        ValueError: if it is or contains something else.
+        ValueError: if it is or contains anything else.
     """
     value = value.item() if isinstance(value, np.generic) else value.value if isinstance(value, Enum) else value
     if isinstance(value, os.PathLike):

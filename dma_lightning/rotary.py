@@ -13,8 +13,8 @@ def apply_rope(x: Tensor, theta: float, positions: Tensor | None = None, scaling
     Args:
         x: `[B, heads, N, D]`, D even.
         theta: base of the frequencies.
-        positions: integers `[B, N]`, by default 0 … N-1.
-        scaling: positions are divided by it, which fits a longer text into the angles of training.
+        positions: integers `[B, N]`. Default: 0 … N-1.
+        scaling: divides the positions, which fits a longer text into the angles of training.
 
     Source: arXiv 2104.09864; halves rotated as in GPT-NeoX and Llama; scaling as in arXiv 2306.15595.
     """
@@ -26,14 +26,14 @@ def apply_rope(x: Tensor, theta: float, positions: Tensor | None = None, scaling
     angle = (positions.to(dtype) / scaling)[:, None, :, None, None] * frequency  # [B or 1, 1, N, 1, D / 2]
     table = torch.stack([angle.cos(), angle.sin()]).to(x.dtype)
     cos, sin = stored(table) if torch.compiler.is_compiling() else table
-    # Each element finds the other half's by its index: of halves that are joined again, Inductor computes all twice.
+    # Each element finds its partner by index; if halves were split and joined, Inductor would compute everything twice.
     halves, sign = x.unflatten(-1, (2, -1)), torch.arange(-1, 2, 2, device=x.device, dtype=x.dtype)
     return (halves * cos + halves.flip(-2) * (sign[:, None] * sin)).flatten(-2)
 
 
 @torch.library.custom_op("dma_lightning::stored", mutates_args=())
 def stored(x: Tensor) -> Tensor:
-    """`x` itself, opaque to Inductor, which would compute cosines again for every head of every sequence."""
+    """`x` itself, opaque to Inductor, which would otherwise recompute cosines for every head of every sequence."""
     return x.clone()
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run, where its configuration stands, and checkpoints below it; and how no run gets another's."""
+"""The folder of a run, with its configuration and checkpoints, and the rules that keep runs out of each other's."""
 
 import os
 from itertools import count
@@ -12,16 +12,16 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from dma_lightning.trainer_state import given_version, log_into_version
 
 CONFIG = "config.yaml"
-_OF_FIGURES = "metrics.csv"  # which Lightning's CSVLogger deletes as it begins
+_OF_FIGURES = "metrics.csv"  # Lightning's CSVLogger deletes it when it starts
 _OF_RUNS = (CONFIG, _OF_FIGURES, "checkpoints")
 
 
 def run_folder(trainer: pl.Trainer) -> str:
-    """Where `ModelCheckpoint` makes its folder `checkpoints`; a collective call, once the loggers have begun.
+    """The folder in which `ModelCheckpoint` makes its folder `checkpoints`; a collective call, after loggers start.
 
-    With TensorBoard's and CSV's loggers it is the folder of the first one, without a logger `default_root_dir`. Others
-    keep their files elsewhere: then it is `<save_dir>/<name>/<version>`, of Weights & Biases with the project as the
-    name and the id of its run as the version.
+    With a TensorBoard or CSV logger first, it is that logger's folder; without a logger, `default_root_dir`. Other
+    loggers keep their files elsewhere, so the folder is `<save_dir>/<name>/<version>`; for Weights & Biases, name and
+    version are the project and the id of its run.
     """
     if not trainer.loggers or isinstance(trainer.loggers[0], TensorBoardLogger | CSVLogger):
         return os.fspath(trainer.log_dir or ".")
@@ -33,20 +33,20 @@ def run_folder(trainer: pl.Trainer) -> str:
 
 
 def claim_folder(trainer: pl.Trainer, goes_on: bool, checkpoint: Path | None = None) -> tuple[str, bool]:
-    """The folder that a run gets, for its checkpoints, too; a collective call, before their callbacks are set up.
+    """Choose the folder of a run and its checkpoints; a collective call, before checkpoint callbacks are set up.
 
-    It is that of `run_folder`, unless that has the configuration of another run and the logger has no versions.
+    It is that of `run_folder`, unless that holds the configuration of another run and the logger has no versions.
 
     Args:
         trainer: of the run.
-        goes_on: whether the run was asked to go on with the one that is there.
-        checkpoint: which it goes on from, if there is one.
+        goes_on: whether the user asked to resume the run in the folder.
+        checkpoint: the one to resume from, if any.
 
     Returns:
-        The folder, and whether it has a configuration that is of an earlier part of this run.
+        The folder, and whether it holds a configuration from an earlier part of this run.
 
     Raises:
-        ValueError: if it has one of another run, and the logger has versions.
+        ValueError: if it holds the configuration of another run, and the logger has versions.
     """
     folder = run_folder(trainer)
     files = get_filesystem(folder)
@@ -68,16 +68,16 @@ def claim_folder(trainer: pl.Trainer, goes_on: bool, checkpoint: Path | None = N
 
 
 def keep_off_other_runs(logger: Logger, goes_on: bool) -> None:
-    """Before a logger begins: let it write below the place that it was given, if that has files of another run.
+    """Before a logger starts: move it to a subfolder if its place holds files of another run.
 
-    TensorBoard's files stand side by side, so that a run which goes on may add to them; CSV's do not.
+    Resumed runs may add TensorBoard files next to the old ones, but CSV files would be overwritten.
 
     Args:
-        logger: that of a run to come. Those that count their versions, or keep their files elsewhere, stay as they are.
-        goes_on: whether the run was asked to go on with the one that is there.
+        logger: of a new run. Loggers that number their versions or keep their files elsewhere stay as they are.
+        goes_on: whether the user asked to resume the run in the folder.
 
     Raises:
-        ValueError: if a version that is named has files that would be deleted, and the run does not go on with it.
+        ValueError: if a named version has files that would be deleted, and the run does not resume it.
     """
     if not isinstance(logger, TensorBoardLogger | CSVLogger) or given_version(logger) is None:
         return
@@ -96,8 +96,8 @@ def keep_off_other_runs(logger: Logger, goes_on: bool) -> None:
 
 
 def another_run(folder: str | Path, file: str = CONFIG) -> ValueError:
-    """What is wrong with a folder that a run shall have, and what to do."""
+    """The error for a folder that holds another run, and what to do about it."""
     return ValueError(
         f"{Path(folder, file)}: expected none of another run, got one; name another version of the logger (without "
-        "one, another trainer.default_root_dir), go on by `fit --ckpt_path last`, or move it away"
+        "one, another trainer.default_root_dir), resume with `fit --ckpt_path last`, or move it away"
     )

@@ -1,4 +1,4 @@
-"""Which token comes next: from logits to a choice.
+"""Chooses the next token from logits.
 
 B batch, V vocabulary.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose the next token; by default the likeliest one.
+    """How to choose the next token; the default is the likeliest one.
 
     Filters apply in the order of the fields, as in Hugging Face Transformers.
 
@@ -21,15 +21,15 @@ class Sampling:
     """
 
     repetition_penalty: float = 1.0
-    """Logits of tokens that occurred before are divided by it if positive, else multiplied (arXiv 1909.05858)."""
+    """Divides positive logits of tokens that occurred before, and multiplies negative ones (arXiv 1909.05858)."""
     temperature: float = 0.0
-    """Logits are divided by it before tokens are drawn; 0 takes the likeliest token."""
+    """Divides logits before tokens are drawn; 0 takes the likeliest token."""
     top_k: int | None = None
-    """Draw from the k likeliest tokens; this and what follows need a temperature."""
+    """Draw from the k likeliest tokens; this and the following options need a temperature."""
     top_p: float | None = None
     """Draw from the likeliest tokens that together reach this probability (arXiv 1904.09751)."""
     min_p: float | None = None
-    """Draw from the tokens that are at least this share as likely as the likeliest (arXiv 2407.01082)."""
+    """Draw from tokens with at least this share of the likeliest token's probability (arXiv 2407.01082)."""
 
     def __post_init__(self) -> None:
         if not (0 < self.repetition_penalty < math.inf and 0 <= self.temperature < math.inf):
@@ -51,7 +51,7 @@ class Sampling:
             )
 
     def filtered(self, logits: Tensor, occurred: Tensor) -> Tensor:
-        """Logits that tokens are drawn from, float32 `[B, V]`; -inf where none is.
+        """Logits to draw tokens from, float32 `[B, V]`; -inf for tokens that are filtered out.
 
         Args:
             logits: `[B, V]`.
@@ -71,7 +71,7 @@ class Sampling:
         if self.top_p is not None and self.top_p < 1:
             falling, token = logits.sort(dim=-1, descending=True, stable=True)
             probability = falling.softmax(-1)
-            before = probability.cumsum(-1) - probability  # reached without this token
+            before = probability.cumsum(-1) - probability  # of all likelier tokens
             logits = logits.masked_fill((before >= self.top_p).gather(-1, token.argsort(-1)), -torch.inf)
         if self.min_p is not None:
             probability = logits.softmax(-1)
@@ -80,7 +80,7 @@ class Sampling:
         return logits
 
     def choose(self, logits: Tensor, occurred: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The next token of each sequence, int64 `[B]`; arguments as `filtered`."""
+        """The next token of each sequence, int64 `[B]`; arguments as in `filtered`."""
         logits = self.filtered(logits, occurred)
         if self.temperature == 0:
             return logits.argmax(-1)

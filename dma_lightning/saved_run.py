@@ -1,4 +1,4 @@
-"""A checkpoint that is opened once, and what commands ask of it."""
+"""A checkpoint that is opened once, and what commands need from it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,18 +17,18 @@ from dma_lightning.files.reading import as_kind
 from dma_lightning.tokenizers import SpecialTokens
 
 
-@dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
+@dataclass(frozen=True, eq=False)  # comparing tensors gives no single truth value
 class SavedRun:
-    """What a checkpoint holds, read once; what it says of model, data and tokenizer is checked when it is asked for.
+    """The content of a checkpoint, read once; what it says of model, data and tokenizer is checked on first use.
 
-    Its tensors stay on the disk until they are used. A file that is deleted meanwhile takes its space until nobody
-    holds the `SavedRun` any more.
+    Its tensors stay on disk until they are used. If the file is deleted meanwhile, its space is freed only when the
+    `SavedRun` is.
     """
 
     path: Path
-    """The file, or the folder to which every process has written its part."""
+    """The file, or the folder with one file of each process."""
     content: dict[str, Any] = field(repr=False)
-    """All that is in it; of a folder, without weights and optimizer states."""
+    """Everything in the file; for a folder, everything but weights and optimizer states."""
 
     @classmethod
     def open(cls, path: Path, map_location: Any = "cpu") -> Self:
@@ -37,18 +37,18 @@ class SavedRun:
 
     @classmethod
     def newest(cls, folders: Iterable[Path]) -> Self | None:
-        """The newest whole checkpoint below some folders; errors are those of `read_newest`."""
+        """The newest complete checkpoint below some folders; errors are those of `read_newest`."""
         found = read_newest(folders)
         return None if found is None else cls(*found)
 
     @property
     def step(self) -> int:
-        """Optimizer steps that were made."""
+        """Number of optimizer steps made."""
         return self.content.get("global_step", 0)
 
     @property
     def holds_training(self) -> bool:
-        """Whether training can go on from it, or it holds weights alone."""
+        """Whether training can resume from it; otherwise it holds only weights."""
         return "optimizer_states" in self.content or "lr_schedulers" in self.content
 
     @cached_property
@@ -57,7 +57,7 @@ class SavedRun:
         return saved_weights(self.content, self.path)
 
     def model_arguments(self, kind: type[pl.LightningModule]) -> dict[str, Any]:
-        """Arguments of the model; `kind` is its class.
+        """Arguments of the model, whose class is `kind`.
 
         Raises:
             ValueError: if one is unknown or has another type.
@@ -66,7 +66,7 @@ class SavedRun:
 
     @cached_property
     def data(self) -> SavedData:
-        """What it says about its data.
+        """What the checkpoint says about its data.
 
         Raises:
             ValueError: if an argument is unknown or has another type.
@@ -82,19 +82,19 @@ class SavedRun:
         """The `tokenizer.json` of the text that the model was trained on, if there was one.
 
         Raises:
-            ValueError: if it is no text.
+            ValueError: if it is not text.
         """
         checked: str | None = as_kind(self._data_state(TOKENIZER_KEY), str | None, f"{self.path}: {TOKENIZER_KEY}")
         return checked
 
     @cached_property
     def special_tokens(self) -> SpecialTokens:
-        """What became of text that spells a special token in the training; `text` if the checkpoint does not say.
+        """How training treated text that spells a special token; `text` if the checkpoint does not say.
 
         Raises:
-            ValueError: if it is none of that.
+            ValueError: if it is neither `text` nor `parse`.
         """
-        before = self.data.arguments.get("special_tokens", "text")  # where the state did not say
+        before = self.data.arguments.get("special_tokens", "text")  # for older states, which do not say
         found = self._data_state(SPECIAL_TOKENS_KEY)
         checked: SpecialTokens = as_kind(
             before if found is None else found, SpecialTokens, f"{self.path}: {SPECIAL_TOKENS_KEY}"
@@ -102,6 +102,6 @@ class SavedRun:
         return checked
 
     def _data_state(self, name: str) -> Any:
-        """A part of the data module's state, which is under its class's name; None if there is none."""
+        """An entry of the data module's state, which is stored under its class name; None if there is none."""
         states = (state for state in self.content.values() if isinstance(state, dict))
         return next((state[name] for state in states if TOKENIZER_KEY in state and name in state), None)

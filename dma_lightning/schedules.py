@@ -9,10 +9,10 @@ Schedule = Literal["wsd", "cosine", "constant"]
 
 
 def check_schedule(schedule: Schedule, warmup_fraction: float, decay_fraction: float) -> None:
-    """Compare what describes a schedule with what there is.
+    """Check the arguments of a schedule.
 
     Raises:
-        ValueError: for an unknown schedule, or shares that do not belong together.
+        ValueError: for an unknown schedule, or shares that are negative or exceed 1 in total.
     """
     if schedule not in get_args(Schedule):
         raise ValueError(f"schedule: expected one of {list(get_args(Schedule))}, got {schedule!r}")
@@ -27,7 +27,7 @@ def lr_factor(schedule: Schedule, step: int, max_steps: int, warmup_fraction: fl
     """Share of the peak learning rate at an optimizer step, counted from 0.
 
     `wsd` warms up linearly, stays, and falls linearly to 0 over the last `decay_fraction` of `max_steps`; `cosine`
-    falls to 0 along a half wave after the warm-up; `constant` is 1 throughout, without warm-up.
+    falls to 0 along a half wave after the warm-up; `constant` is always 1, without warm-up.
     """
     if schedule == "constant":
         return 1.0
@@ -42,10 +42,10 @@ def lr_factor(schedule: Schedule, step: int, max_steps: int, warmup_fraction: fl
 
 
 def total_steps(trainer: pl.Trainer) -> int | None:
-    """Optimizer steps of the whole run, those of a checkpoint included; None if it has no end that is known.
+    """Optimizer steps of the whole run, including those of a checkpoint; None if its end is unknown.
 
-    With `trainer.max_epochs` this makes the loader of the training data, if there is none yet; what a checkpoint says
-    of the position in them must be restored before.
+    With `trainer.max_epochs`, this makes the training data loader, if there is none yet. So a checkpoint's position in
+    the data must be restored first.
     """
     steps = trainer.estimated_stepping_batches
     return int(steps) if 0 <= steps < float("inf") else None

@@ -1,4 +1,4 @@
-"""Where `GradientGuard` was before; configurations that name it here go on working."""
+"""The former place of `GradientGuard`; configurations that name it here still work."""
 
 from dma_lightning.callbacks.gradient_guard import GradientGuard, UnstableTrainingError
 

@@ -1,7 +1,7 @@
-"""The mean loss of an optimizer step over all of its labels: those of accumulated batches, and of all processes.
+"""The mean loss of an optimizer step over all labels of its accumulated batches and of all processes.
 
-Lightning and DDP weigh batches equally, whatever number of labels they have, and divide an incomplete group at an
-epoch's end by the full number of batches.
+Lightning and DDP weight batches equally, whatever their number of labels, and divide an incomplete group at the end of
+an epoch by the full number of batches.
 """
 
 from collections.abc import Iterable
@@ -16,12 +16,12 @@ from dma_lightning.metrics import quotient
 
 @dataclass
 class StepTotals:
-    """What the labels of a batch or step add up to, each a scalar tensor in the dtype of the losses.
+    """Sums over the labels of a batch or step, each a scalar tensor in the dtype of the losses.
 
     Attributes:
-        nats: sum of their losses.
-        labels: how many there are.
-        size: bytes of source text that they stand for; None if the data does not say.
+        nats: sum of the losses.
+        labels: number of labels.
+        size: bytes of source text that the labels stand for; None if the data does not say.
     """
 
     nats: Tensor
@@ -30,7 +30,7 @@ class StepTotals:
 
     @classmethod
     def of(cls, batches: list["StepTotals"], processes: int) -> "StepTotals":
-        """The sum over the batches of this process, and over all processes; each must ask."""
+        """The sum over the batches of this process and over all processes; all processes must call it."""
         if len(batches) == processes == 1:
             return batches[0]
         known = all(x.size is not None for x in batches)
@@ -48,7 +48,7 @@ class StepTotals:
 
     @property
     def nats_per_byte(self) -> Tensor:
-        """Loss for each byte of text, where the data says how many; NaN for a step whose labels stand for none."""
+        """Loss per byte of text, if the data counts bytes; NaN for a step whose labels stand for no text."""
         assert self.size is not None
         return quotient(self.nats, self.size)
 

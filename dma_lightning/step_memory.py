@@ -1,4 +1,4 @@
-"""Whether a training step can fit into memory, told before it begins.
+"""Checks before training whether a step can fit into memory.
 
 B batch, N length, C hidden size, I intermediate size, V vocabulary.
 """
@@ -14,11 +14,11 @@ _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory
 
 
 def least_step_bytes(model: DogeForCausalLM, batch_size: int, length: int, number_bytes: int, shards: int = 1) -> int:
-    """A lower bound of the memory that a training step with AdamW takes besides the weights.
+    """A lower bound of the memory that a training step with AdamW takes in addition to the weights.
 
-    Counted are gradients and two moments of every weight in float32; of each layer and token what the projections and
-    the feed-forward network keep for the backward pass, 3 I + 4 C numbers, or C numbers where activations are computed
-    again; and logits with their gradient, 2 V numbers. What attention keeps is not counted.
+    It counts gradients and two moments of every weight, in float32. For each layer and token it counts what projections
+    and feed-forward network keep for the backward pass: 3 I + 4 C numbers, or C if activations are computed again. For
+    each token it counts logits and their gradient, 2 V numbers. It does not count what attention keeps.
 
     Args:
         model: the decoder.
@@ -36,7 +36,7 @@ def least_step_bytes(model: DogeForCausalLM, batch_size: int, length: int, numbe
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory of a device that is free, or can be freed; None where the system does not say it."""
+    """Memory of a device that is free or can be freed; None if the system does not report it."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -44,12 +44,12 @@ def available_bytes(device: torch.device) -> int | None:
         return None
     lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines() if ":" in line)
     found = [1024 * int(lines["MemAvailable"].split()[0])] if "MemAvailable" in lines else []
-    limits = [path.read_text().strip() for path in _CGROUP_LIMITS if path.exists()]  # of a container
+    limits = [path.read_text().strip() for path in _CGROUP_LIMITS if path.exists()]  # for containers
     return min(found + [int(limit) for limit in limits if limit.isdecimal()], default=None)
 
 
 def too_large(needed: int, device: torch.device, batch_size: int, length: int) -> str | None:
-    """A warning if a device has less memory than `needed` bytes; None if it has more, or nothing is known."""
+    """A warning if a device has less memory than `needed` bytes; None if it has enough, or if that is unknown."""
     available = available_bytes(device)
     if available is None or needed <= available:
         return None

@@ -1,4 +1,4 @@
-"""FSDP2, as configurations name it."""
+"""FSDP2, as a strategy that configurations can name."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -22,13 +22,13 @@ _FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
-    """FSDP2: every process keeps a part of each layer's weights, gradients and moments, and gathers it when needed.
+    """FSDP2: every process keeps a part of each layer's weights, gradients and moments, and gathers them when needed.
 
     Args:
-        save_distributed_checkpoint: write a folder with a file of each process, instead of one file that is the same
-            as that of one process.
-        process_group_backend: nccl or gloo. Default: as the device needs.
-        timeout: after which a process that waits for another gives up.
+        save_distributed_checkpoint: write a folder with one file per process instead of a single file, which would be
+            the same as a checkpoint of one process.
+        process_group_backend: nccl or gloo. Default: the one that fits the device.
+        timeout: how long a process waits for another before it gives up.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state as one process saves it: parameters numbered as in the optimizer's groups.
+        """The state as a single process saves it, with parameters numbered as in the optimizer's groups.
 
-        (Lightning's own numbers them as in the model, which is another order where groups divide it.)
+        (Lightning's version numbers them as in the model, which is another order if there are several groups.)
         """
         if self._save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
@@ -61,14 +61,14 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return _renamed(state, numbers) if self.is_global_zero else {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint; a folder gets its name when it is whole and can be read again."""
+        """Write a checkpoint; a folder gets its name only when it is complete and readable."""
         path = Path(self.broadcast(filepath))
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         unfinished = path.with_name(f"{path.name}.tmp")
         if self.is_global_zero:
-            remove(unfinished)  # of a killed process, or a link to a folder elsewhere
+            remove(unfinished)  # left by a killed process, or a link to a folder elsewhere
         self.barrier()
         super().save_checkpoint(checkpoint, unfinished, storage_options)
         self.barrier()
@@ -78,7 +78,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Give every process its part of what any number of processes have saved."""
+        """Give every process its part of a checkpoint that any number of processes have saved."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             load_sharded(path, self._own_model, self.optimizers)
@@ -88,13 +88,13 @@ class FullyShardedStrategy(ModelParallelStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
             named = _renamed(state, dict(enumerate(self._names(optimizer))))
             for group, own in zip(named["param_groups"], optimizer.param_groups, strict=True):
-                group["fused"] = own["fused"]  # as `LanguageModel.on_load_checkpoint`, which comes too late here
+                group["fused"] = own["fused"]  # as in `LanguageModel.on_load_checkpoint`, which comes too late here
             set_optimizer_state_dict(self._own_model, optimizer, named, options=_FULL_STATE)
         return checkpoint
 
     @property
     def _own_model(self) -> nn.Module:
-        """The part of this process, once there is one."""
+        """The model's part of this process; not available before the model is set up."""
         assert self.model is not None
         return self.model
 
@@ -105,6 +105,6 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
 
 def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
-    """A state of an optimizer with other keys for the parameters."""
+    """An optimizer state with other keys for the parameters."""
     groups = [group | {"params": [names[key] for key in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[key]: value for key, value in state["state"].items()}, "param_groups": groups}

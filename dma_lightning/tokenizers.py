@@ -17,14 +17,14 @@ from dma_lightning.files.reading import check_regular
 SpecialTokens = Literal["text", "parse"]
 
 _FILE = "a tokenizer.json of the library tokenizers"
-_ESCAPED = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of a byte that is no UTF-8
-_NO_UTF8 = 0xFF  # a byte that stands in no UTF-8
+_ESCAPED = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of a byte that is not UTF-8
+_NO_UTF8 = 0xFF  # a byte that never occurs in UTF-8
 _CONTEXT = 8  # tokens before the new ones that are decoded with them
-_RECENT = _CONTEXT + 3  # so that it can begin with a character, of four bytes at most
-_LONGEST = 64  # tokens after which what is no whole character is shown as it is
+_RECENT = _CONTEXT + 3  # so that the context can begin with a whole character, of four bytes at most
+_LONGEST = 64  # tokens after which an incomplete character is shown as it is
 
 
-# The library takes memory for every id up to the largest, and ends the process if there is none left.
+# The library allocates memory for every id up to the largest, and ends the process if there is not enough.
 _TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
 
 
@@ -33,11 +33,11 @@ class _AddedToken(msgspec.Struct):
 
 
 class _Model(msgspec.Struct):
-    vocab: dict[str, _TokenId] | list = msgspec.field(default_factory=list)  # Unigram's are numbered by their order
+    vocab: dict[str, _TokenId] | list = msgspec.field(default_factory=list)  # a list for Unigram: ids are its indices
 
 
 class _Content(msgspec.Struct):
-    """What is checked of a file before the library reads it."""
+    """The parts of a file that are checked before the library reads it."""
 
     model: _Model
     added_tokens: list[_AddedToken] = msgspec.field(default_factory=list)
@@ -53,14 +53,14 @@ class Tokenizer(Protocol):
         """Tokens of a text."""
 
     def decode_stream(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
-        """The text of tokens that stand after others: a piece for each token, at last what is left over.
+        """The text of tokens that follow others: one piece per token, then the rest.
 
-        A piece is empty as long as its last character is not whole.
+        A piece is empty as long as its last character is incomplete.
         """
 
 
 class ByteTokenizer:
-    """The bytes of UTF-8 as tokens; what is no UTF-8, or no byte, decodes to U+FFFD."""
+    """The bytes of UTF-8 as tokens; invalid UTF-8, or a token that is not a byte, decodes to U+FFFD."""
 
     vocab_size = 256
 
@@ -69,7 +69,7 @@ class ByteTokenizer:
         return list(text.encode())
 
     def decode_stream(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
-        """Characters as soon as their last byte is there."""
+        """Each character as soon as its last byte is there."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in tokens:
             yield decoder.decode(bytes([token if token < self.vocab_size else _NO_UTF8]))
@@ -81,7 +81,7 @@ class FileTokenizer:
 
     Args:
         path: the file.
-        special_tokens: whether text that spells a special token becomes that token (parse), or stays text.
+        special_tokens: whether text that spells a special token becomes that token (parse) or stays text.
 
     Raises:
         ValueError: if there is no such file, or it is damaged.
@@ -96,17 +96,17 @@ class FileTokenizer:
 
     @classmethod
     def of_json(cls, text: str, special_tokens: SpecialTokens = "parse") -> "FileTokenizer":
-        """The tokenizer of what a file says."""
+        """The tokenizer that the content of a `tokenizer.json` describes."""
         tokenizer = cls.__new__(cls)
         _check_special_tokens(special_tokens)
-        with library_errors("expected what a tokenizer.json says, got something else"):
+        with library_errors("expected the content of a tokenizer.json, got something else"):
             tokenizer._load(text, special_tokens)
         return tokenizer
 
     def _load(self, text: str, special_tokens: SpecialTokens) -> None:
         msgspec.json.decode(text, type=_Content)
         self.tokenizer = tokenizers.Tokenizer.from_str(text)
-        self.tokenizer.no_truncation()  # a file may ask for both, which would cut the text
+        self.tokenizer.no_truncation()  # a file may ask for truncation and padding, which would change the text
         self.tokenizer.no_padding()
         self.vocab_size = 1 + max(self.tokenizer.get_vocab().values(), default=0)
         self._json = self.tokenizer.to_str()
@@ -115,16 +115,16 @@ class FileTokenizer:
         self.tokenizer.post_processor = None  # it adds special tokens, or moves offsets away from white space
 
     def to_json(self) -> str:
-        """What the file says."""
+        """The content of the file."""
         return self._json
 
     @property
     def has_special_tokens(self) -> bool:
-        """Whether there is a token for which `special_tokens` matters."""
+        """Whether the tokenizer has special tokens, for which `special_tokens` matters."""
         return any(token.special for token in self.tokenizer.get_added_tokens_decoder().values())
 
     def __reduce__(self) -> tuple:
-        """A copy, here or in another process, encodes as this does; the library's own copies parse special tokens."""
+        """Let copies, here or in other processes, encode as this does; the library's copies parse special tokens."""
         return type(self).of_json, (self._json, self.special_tokens)
 
     def encode(self, text: str) -> list[int]:
@@ -132,16 +132,16 @@ class FileTokenizer:
         return self._encode(text).ids
 
     def encode_with_ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of a text, and how many bytes of it end with each.
+        """Tokens of a text, and the byte of the text where each token ends.
 
         A character that several tokens share ends with the first of them.
 
         Args:
-            text: bytes that are no UTF-8 stand in it as `surrogateescape` decodes them. Each is read as U+FFFD.
+            text: bytes that are not UTF-8 appear in it as `surrogateescape` decodes them. Each is read as U+FFFD.
 
         Returns:
-            ids, int64 `[tokens]`, and ends, int64 `[tokens]`, that never fall. Text that the tokenizer drops lies
-            between two of them, or behind the last.
+            ids, int64 `[tokens]`, and ends, int64 `[tokens]`, which never fall. Text that the tokenizer drops lies
+            between two ends, or after the last.
         """
         encoding = self._encode(text if text.isascii() else _ESCAPED.sub("\ufffd", text))
         characters = np.array([end for _, end in encoding.offsets], np.int64)  # NumPy is slower with pairs
@@ -152,8 +152,8 @@ class FileTokenizer:
             return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode_stream(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
-        """Pieces as soon as they are whole characters, with the space that a token has only behind another."""
-        recent, new = list(after)[-_RECENT:], []  # tokens whose text is out, and others behind them
+        """Pieces as soon as their characters are complete, with the spaces that tokens have only after other tokens."""
+        recent, new = list(after)[-_RECENT:], []  # tokens whose text is out, and tokens after them
         fast = self._fast_decoder(recent)
         for token in tokens:
             new.append(token)
@@ -166,7 +166,7 @@ class FileTokenizer:
         yield text[len(before) :]
 
     def _fast_decoder(self, recent: list[int]) -> DecodeStream | None:
-        """The library's decoder of what comes behind tokens; None if not all of them are whole characters."""
+        """The library's decoder for what follows some tokens; None if these do not form whole characters."""
         context, decoder = self._whole_characters(recent), DecodeStream(skip_special_tokens=True)
         if "\ufffd" in self._decode(context):
             return None
@@ -179,19 +179,19 @@ class FileTokenizer:
     def _completed(
         self, recent: list[int], new: list[int], fast: DecodeStream | None
     ) -> tuple[str | None, DecodeStream | None]:
-        """Text that the last new token completes, None if none yet; and the fast decoder, None if it cannot go on."""
+        """Text that the last new token completes, or None; and the fast decoder, or None if it cannot continue."""
         if fast is not None and len(new) < _LONGEST:
-            with suppress(ValueError):  # "Invalid prefix": the token changes text that is out
+            with suppress(ValueError):  # "Invalid prefix": the token changes text that was already yielded
                 text = self._step(fast, new[-1])
                 if text is None or "\ufffd" not in text:
                     return text, fast
-        # With byte fallback, the number of U+FFFD depends on earlier tokens too, so text with any is decoded here.
+        # With byte fallback, the number of U+FFFD also depends on earlier tokens, so text with any is decoded here.
         before, text = self._texts(recent, new)
         waits = (text == before or text.endswith("\ufffd")) and len(new) < _LONGEST
         return None if waits else text[len(before) :], None
 
     def _whole_characters(self, tokens: list[int]) -> list[int]:
-        """The last tokens, from where a character begins: of bytes that begin within one, all text may be spoilt."""
+        """The last tokens, starting where a character begins: starting inside one can spoil the whole text."""
         last = (tokens[-count:] for count in range(_CONTEXT, _RECENT + 1))
         return next((x for x in last if not self._decode(x).startswith("\ufffd")), tokens[-_CONTEXT:])
 
@@ -204,7 +204,7 @@ class FileTokenizer:
             return self.tokenizer.decode(tokens)
 
     def _texts(self, recent: list[int], new: list[int]) -> tuple[str, str]:
-        """Text of some tokens before the new ones, on which theirs depends, and of both together."""
+        """The text of the context, and of the context with the new tokens, whose text depends on it."""
         context = self._whole_characters(recent)
         return self._decode(context), self._decode(context + new)
 
@@ -214,12 +214,12 @@ def _check_special_tokens(value: str) -> None:
         raise ValueError(f"special_tokens: expected one of {get_args(SpecialTokens)}, got {value!r}")
 
 
-DataTokenizer = ByteTokenizer | FileTokenizer  # those that can make data
+DataTokenizer = ByteTokenizer | FileTokenizer  # tokenizers that can make data
 
 
 @contextmanager
 def library_errors(what: str) -> Iterator[None]:
-    """Make a `ValueError` of one line of whatever the library raises; its panics are no `Exception`."""
+    """Turn whatever the library raises into a `ValueError` of one line; its panics are not `Exception`s."""
     try:
         yield
     except BaseException as error:
@@ -229,10 +229,10 @@ def library_errors(what: str) -> Iterator[None]:
 
 
 def _bytes_before(text: str) -> np.ndarray:
-    """How many bytes stand before each character, and at last in the whole, int64 `[characters + 1]`."""
+    """How many bytes precede each character, then the size of the whole text, int64 `[characters + 1]`."""
     if text.isascii():
         return np.arange(len(text) + 1)
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     sizes = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
-    sizes[(points >= 0xDC80) & (points <= 0xDCFF)] = 1  # one byte that is no UTF-8
+    sizes[(points >= 0xDC80) & (points <= 0xDCFF)] = 1  # a byte that is not UTF-8
     return np.concatenate([[0], sizes.cumsum()])

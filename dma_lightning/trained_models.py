@@ -1,4 +1,4 @@
-"""Models out of checkpoints, with their tokenizers, to infer with."""
+"""Models from checkpoints, with their tokenizers, for inference."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer, FileTokenizer
 
 
 def load_checkpoint(path: Path, device: str, backend: str | None = None) -> LanguageModel:
-    """The model of a checkpoint, in the dtype of its weights, to infer with.
+    """The model of a checkpoint, in the dtype of its weights, for inference.
 
     Raises:
         ValueError: if there is no such file or device, or it is damaged.
@@ -20,10 +20,10 @@ def load_checkpoint(path: Path, device: str, backend: str | None = None) -> Lang
 
 
 def tokenizer_of(module: LanguageModel, path: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint: the one that it carries along, bytes, or `tokenizer.json` beside it.
+    """The tokenizer of a checkpoint: the one stored in it, bytes, or the `tokenizer.json` next to it.
 
     Raises:
-        ValueError: if there is none that fits.
+        ValueError: if none of them fits.
     """
     return saved_tokenizer(SavedRun.open(path), module)
 
@@ -31,14 +31,14 @@ def tokenizer_of(module: LanguageModel, path: Path) -> Tokenizer:
 def load_with_tokenizer(
     path: Path, device: str, backend: str | None = None, special_tokens: SpecialTokens = "parse"
 ) -> tuple[LanguageModel, Tokenizer]:
-    """What `load_checkpoint` and `saved_tokenizer` give; the file is opened once."""
+    """The results of `load_checkpoint` and `saved_tokenizer`; the file is opened once."""
     saved = open_checkpoint(path, device)
     module = model_of(saved, device, backend)
     return module, saved_tokenizer(saved, module, special_tokens)
 
 
 def open_checkpoint(path: Path, device: str) -> SavedRun:
-    """A checkpoint whose model shall infer on a device.
+    """Open a checkpoint for inference on a device.
 
     Raises:
         ValueError: if there is no such file or device, or it is damaged.
@@ -58,10 +58,10 @@ def open_checkpoint(path: Path, device: str) -> SavedRun:
 
 
 def model_of(saved: SavedRun, device: str, backend: str | None = None) -> LanguageModel:
-    """The model of an opened checkpoint, as `load_checkpoint` gives it.
+    """The model of an opened checkpoint, as `load_checkpoint` returns it.
 
     Raises:
-        ValueError: if it holds no model of ours.
+        ValueError: if the checkpoint holds no model of this package.
     """
     changed: dict[str, Any] = {} if backend is None else {"backend": backend}
     before = torch.get_default_dtype()
@@ -69,7 +69,7 @@ def model_of(saved: SavedRun, device: str, backend: str | None = None) -> Langua
         torch.set_default_dtype(saved.content["state_dict"]["model.embed_tokens.weight"].dtype)
         module = LanguageModel.from_saved(saved, **changed)
     except (RuntimeError, KeyError, TypeError) as error:
-        reason, *_ = f"{error}\n".splitlines()  # of a line for each weight that differs
+        reason, *_ = f"{error}\n".splitlines()  # the first line: there may be one for each weight that differs
         raise ValueError(f"{saved.path}: expected a checkpoint of `dma-lightning`, got another ({reason})") from error
     finally:
         torch.set_default_dtype(before)
@@ -77,15 +77,15 @@ def model_of(saved: SavedRun, device: str, backend: str | None = None) -> Langua
 
 
 def saved_tokenizer(saved: SavedRun, module: LanguageModel, special_tokens: SpecialTokens = "parse") -> DataTokenizer:
-    """The tokenizer of an opened checkpoint, as `tokenizer_of` gives it.
+    """The tokenizer of an opened checkpoint, as `tokenizer_of` returns it.
 
     Args:
         saved: the checkpoint.
         module: its model.
-        special_tokens: whether text that spells a special token becomes that token (parse), or stays text.
+        special_tokens: whether text that spells a special token becomes that token (parse) or stays text.
 
     Raises:
-        ValueError: if there is none that fits.
+        ValueError: if none fits.
     """
     vocabulary, file = module.model.config.vocab_size, saved.path.resolve().parent / "tokenizer.json"
     carried = saved.tokenizer
@@ -109,7 +109,7 @@ def saved_tokenizer(saved: SavedRun, module: LanguageModel, special_tokens: Spec
 
 
 def reads_bytes(saved: SavedRun, module: LanguageModel) -> bool:
-    """Whether the tokens of an opened checkpoint's model are bytes, special ones beside them if need be."""
+    """Whether the tokens of an opened checkpoint's model are bytes, possibly with special tokens in addition."""
     tokens, size = module.model.config.vocab_size, module.hparams["bytes_per_token"]
     fits = size is not None if tokens == ByteTokenizer.vocab_size else size == 1 and tokens > ByteTokenizer.vocab_size
     return fits and saved.tokenizer is None

@@ -1,4 +1,4 @@
-"""Which part of a model is trained: all of it, its attention, or only what selects keys."""
+"""Which part of a model is trained: all of it, its attention, or only the selection of keys."""
 
 from typing import Literal, get_args
 
@@ -10,14 +10,15 @@ TrainedPart = Literal["all", "attention", "selection"]
 
 
 def freeze_others(model: DogeForCausalLM, part: TrainedPart) -> None:
-    """Let only a part of a model have gradients.
+    """Train only a part of a model: freeze the other parameters.
 
     Args:
         model: the decoder.
-        part: `all`; `attention`, the mixers of all layers; or `selection`, what makes the ranks of keys in them.
+        part: `all`; `attention`, the mixers of all layers; or `selection`, the parameters that determine the ranks of
+            keys.
 
     Raises:
-        ValueError: for an unknown part, or `selection` of an attention that selects no keys.
+        ValueError: for an unknown part, or for `selection` if the attention selects no keys.
     """
     if part not in get_args(TrainedPart):
         raise ValueError(f"train_only: expected one of {list(get_args(TrainedPart))}, got {part!r}")

@@ -1,7 +1,7 @@
-"""What Lightning keeps to itself: all of its private names that we use stand here.
+"""Lightning's private names: all of them that this package uses are here.
 
 A release of Lightning may change them without notice. `tests/lightning/test_trainer_state.py` runs each function with a
-real trainer, compares `OVERRIDDEN` with Lightning, and finds private names that stand anywhere else.
+real trainer, compares `OVERRIDDEN` with Lightning, and finds private names that are used anywhere else.
 """
 
 import copy
@@ -16,8 +16,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.connectors import checkpoint_connector
 from torch.optim import Adam
 
-# Private names of Lightning's classes that classes of ours override, call or set on themselves: methods with their
-# parameters, attributes without. The classes are named, since to import the command line's takes long.
+# Private names of Lightning's classes that our classes override, call or set on themselves: methods with their
+# parameters, attributes without. The classes are named as text, since importing the command line takes long.
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "lightning.pytorch.callbacks.ModelCheckpoint": (
         "_every_n_train_steps",
@@ -44,29 +44,30 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
 }
 
 CLASS_PATH = "_class_path"  # the hyperparameter under which the command line saves the class of a module
-ADDED_HPARAMS = (CLASS_PATH, "_instantiator")  # those that no user has given
+ADDED_HPARAMS = (CLASS_PATH, "_instantiator")  # hyperparameters that the user did not give
 
 
 def accumulates(trainer: pl.Trainer) -> bool:
-    """Whether the optimizer step needs more batches than the one that is being trained on, or was last."""
+    """Whether the optimizer step needs more batches after the current or last one."""
     return trainer.fit_loop._should_accumulate()
 
 
 def validates_next(trainer: pl.Trainer) -> bool:
     """In `on_train_batch_end`: whether a validation follows."""
     fetcher = trainer.fit_loop._data_fetcher
-    assert fetcher is not None  # of the batches that are trained on
+    assert fetcher is not None  # the fetcher of training batches
     return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 def is_logging_step(trainer: pl.Trainer, before_step: bool = False) -> bool:
-    """Whether a batch ends an optimizer step whose figures are written; the last one of `max_steps` always is.
+    """Whether a batch ends an optimizer step whose metrics are logged; the last step of `max_steps` always is.
 
-    Lightning converts its own figures to numbers then and so waits for the device anyway.
+    At such steps Lightning converts its own metrics to numbers and so waits for the device anyway.
 
     Args:
         trainer: while it trains.
-        before_step: whether the step is still to be made, as in `training_step`; in `on_train_batch_end` it is done.
+        before_step: whether the optimizer step is still to come, as in `training_step`; in `on_train_batch_end` it is
+            done.
     """
     if accumulates(trainer):
         return False
@@ -74,26 +75,26 @@ def is_logging_step(trainer: pl.Trainer, before_step: bool = False) -> bool:
 
 
 def is_last_step(trainer: pl.Trainer, before_step: bool = False) -> bool:
-    """Whether `max_steps` are made, if there is such a limit; with `before_step`, after the step that is being made."""
+    """Whether all `max_steps` are done, if there is a limit; with `before_step`, after the current step."""
     return 0 < trainer.max_steps <= trainer.global_step + before_step
 
 
 def logged_step(trainer: pl.Trainer) -> int:
-    """The step under which Lightning writes figures: of training in `on_train_batch_end`, else of a validation."""
+    """The step number under which Lightning logs: of training in `on_train_batch_end`, else of a validation."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def set_logged_step(trainer: pl.Trainer) -> None:
-    """In `on_train_batch_start`: let figures be written under the number of optimizer steps that are made.
+    """In `on_train_batch_start`: log under the number of optimizer steps that are done.
 
-    Lightning counts them apart. Its count is one less in a run that goes on behind a validation which this run would
-    not have made there, such as the last of a shorter one.
+    Lightning has a separate count. It is one less after resuming at a validation that this run would not have made
+    there, such as the last one of a shorter run.
     """
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 def write_logs(trainer: pl.Trainer) -> None:
-    """In `on_train_batch_end` of a run that ends there: write what this step logs, as Lightning does after the hook."""
+    """In `on_train_batch_end` of a run that ends there: write this step's logs, as Lightning does after the hook."""
     trainer._logger_connector.on_batch_end()
     trainer._logger_connector.update_train_step_metrics()
 
@@ -104,47 +105,47 @@ def has_trainer(module: pl.LightningModule) -> bool:
 
 
 def set_initial_hparams(module: pl.LightningModule | pl.LightningDataModule) -> None:
-    """Let loggers get the hyperparameters as they are now."""
+    """Give loggers the hyperparameters as they are now."""
     module._hparams_initial = copy.deepcopy(module.hparams)  # type: ignore[union-attr]  # Lightning declares it nowhere
 
 
 def let_clip_gradients(optimizer: Adam) -> None:
-    """Let the gradients of a fused Adam be clipped in 16-mixed and bf16-mixed; for runs that do not scale them.
+    """Allow gradient clipping with a fused Adam in 16-mixed and bf16-mixed; for runs that do not scale gradients.
 
-    Lightning takes such an optimizer for one that undoes the scaling by itself, whose gradients would be clipped too
-    early (https://github.com/Lightning-AI/pytorch-lightning/issues/21435). The name is torch's, which reads it where
-    gradients are scaled.
+    Lightning assumes that a fused optimizer undoes the scaling by itself, so that clipping before would be too early
+    (https://github.com/Lightning-AI/pytorch-lightning/issues/21435). The attribute is torch's, which reads it only
+    where gradients are scaled.
     """
     optimizer._step_supports_amp_scaling = False
 
 
 def random_states() -> dict[str, Any]:
-    """Of Python, NumPy and torch on the CPU."""
+    """Random states of Python, NumPy and torch on the CPU."""
     return _collect_rng_states(include_cuda=False)
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Go on with states of `random_states`."""
+    """Restore states from `random_states`."""
     _set_rng_states(states)
 
 
 def saved_device(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
-    """As `map_location` of `torch.load`: tensors go to the device that they were on, or to the CPU if there is none."""
+    """A `map_location` for `torch.load`: tensors go to their former device, or to the CPU if it does not exist."""
     return _default_map_location(storage, location)
 
 
 def given_version(logger: TensorBoardLogger | CSVLogger) -> int | str | None:
-    """The version that a logger was made with; None if it shall take the next number, and has not yet."""
+    """The version that a logger was made with; None if it is to take the next number and has not done so yet."""
     return logger._version
 
 
 def log_into_version(logger: TensorBoardLogger | CSVLogger, version: int | str, purge_step: int | None = None) -> None:
-    """Before a logger writes anything: let it go on in the folder of a version.
+    """Before a logger writes anything: make it write to the folder of a version.
 
     Args:
-        logger: which was made for another.
-        version: number of the folder, or its name if that is another than `version_` and the number.
-        purge_step: what was written from this step on is taken out of TensorBoard's curves. None: nothing is.
+        logger: which was made for another version.
+        version: number of the folder, or its name if that is not `version_` and a number.
+        purge_step: remove from TensorBoard's curves what was written from this step on. None: remove nothing.
     """
     logger._version = version
     if isinstance(logger, TensorBoardLogger) and purge_step is not None:
@@ -152,7 +153,7 @@ def log_into_version(logger: TensorBoardLogger | CSVLogger, version: int | str, 
 
 
 def is_of_restoring(error: BaseException) -> bool:
-    """Whether an error was raised while Lightning took over what a checkpoint holds (and not while it saved one)."""
+    """Whether an error came from restoring a checkpoint in Lightning (and not from saving one)."""
     return any(
         frame.f_globals.get("__name__") == checkpoint_connector.__name__ and "dump" not in frame.f_code.co_name
         for frame, _ in walk_tb(error.__traceback__)

@@ -1,6 +1,6 @@
 """Which tokens a model knows: the ids below its `vocab_size`.
 
-An id beyond them ends in an `IndexError` on a CPU, and on a GPU in an error that comes later and spoils the process.
+A larger id causes an `IndexError` on a CPU. On a GPU the error comes later and leaves the process unusable.
 """
 
 from torch import Tensor
@@ -9,30 +9,30 @@ _MEND = "give the model the vocab_size of its data, or make the data with the mo
 
 
 def check_vocabulary(data: int, model: int) -> None:
-    """That a model knows all tokens that its data may have.
+    """Check that a model knows all tokens that its data may have.
 
     Args:
         data: number of different tokens of the data.
         model: `vocab_size` of the model.
 
     Raises:
-        ValueError: if there are more than the model knows.
+        ValueError: if the data has more tokens than the model knows.
     """
     if data > model:
         raise ValueError(f"data: expected at most the {model} tokens of the model (vocab_size), got {data}; {_MEND}")
 
 
 def check_tokens(name: str, tokens: Tensor, vocab_size: int, ignored: int = 0) -> None:
-    """That a model knows some tokens; for a GPU, this waits for it.
+    """Check that a model knows some tokens; if they are on a GPU, this waits for it.
 
     Args:
         name: of the tokens, for the message.
         tokens: integers of any shape.
         vocab_size: of the model.
-        ignored: an id that is allowed besides.
+        ignored: an id that is also allowed.
 
     Raises:
-        ValueError: if there is one that it does not know.
+        ValueError: if the model does not know one.
     """
     unknown = (tokens < 0) | (tokens >= vocab_size)
     if ignored < 0:

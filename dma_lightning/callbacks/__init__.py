@@ -1,11 +1,11 @@
 """Callbacks that act on a run; those that only watch it are in `dma_lightning.monitoring`.
 
-- `gradient_guard`: ends a run at steps that would ruin it, or leaves them out
+- `gradient_guard`: stops a run at steps that would ruin it, or skips them
 - `fit_report`: how far a run came, and where its checkpoint and logs are
-- `mixed_windows`: trains with all keys now and then, so that far ones have a gradient
-- `continuations`: what the model makes of the beginnings of sequences, as `predict` writes it
+- `mixed_windows`: sometimes trains with all keys, so that far keys get a gradient
+- `continuations`: continues the beginnings of sequences, for `predict`
 
-Checkpoints are written by `dma_lightning.checkpoints.ResumableCheckpoint`.
+`dma_lightning.checkpoints.ResumableCheckpoint` writes the checkpoints.
 """
 
 from dma_lightning.callbacks.continuations import ContinuationWriter

@@ -1,4 +1,4 @@
-"""What a model makes of the beginnings of sequences, written to a file."""
+"""Continuations of the beginnings of sequences, written to a file."""
 
 import json
 from collections.abc import Sequence
@@ -17,18 +17,18 @@ from dma_lightning.tokenizers import Tokenizer
 
 
 class ContinuationWriter(BasePredictionWriter):
-    """Goes on with the beginning of every sequence of `predict`, and writes what comes to a JSONL file.
+    """Continues the beginning of every sequence of `predict` and writes the results to a JSONL file.
 
-    A line has `index` (of the sequence), `prompt`, `continuation` and `expected` (what follows in the data): text where
-    the data has a tokenizer, else lists of tokens. Both stand directly behind the prompt, and begin with the character
-    that its last token cuts, if any. Where documents are separate, prompt and what follows are of one. Of several
-    processes, each writes a file of its own.
+    A line has `index` (of the sequence), `prompt`, `continuation` and `expected` (what follows in the data): text if
+    the data has a tokenizer, else lists of tokens. Continuation and expected text both start right after the prompt; a
+    character that the prompt's last token cuts goes to both. If documents are separate, prompt and expected text are
+    from one document. Each of several processes writes its own file.
 
     Args:
         path: of the file, which must not exist. Default: `continuations.jsonl` in the run's folder.
-        prompt_length: tokens of the sequence up to where it is gone on from. Default: half of them.
-        max_new_tokens: how many tokens to make. Default: as many as are left of the sequence.
-        sampling: how tokens are chosen; by default the likeliest.
+        prompt_length: tokens of the sequence in the prompt. Default: half of them.
+        max_new_tokens: how many tokens to generate. Default: as many as are left in the sequence.
+        sampling: how tokens are chosen. Default: the likeliest.
         seed: of the tokens that are drawn.
 
     Raises:
@@ -57,7 +57,7 @@ class ContinuationWriter(BasePredictionWriter):
         if trainer.world_size > 1:
             path = path.with_stem(f"{path.stem}-rank{trainer.global_rank}")
         if path.exists():
-            raise ValueError(f"{path}: expected no such file, since nothing is overwritten; name another by path")
+            raise ValueError(f"{path}: expected no such file, since nothing is overwritten; name another with path")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path
 
@@ -94,11 +94,11 @@ class ContinuationWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         print(f"continuations: {self.file}")
-        trainer.strategy.barrier()  # so that all are there when the command ends
+        trainer.strategy.barrier()  # so that all files exist when the command ends
 
 
 def _texts(tokenizer: Tokenizer, prompt: list[int], new: list[int], expected: list[int]) -> list[str]:
-    """The prompt, and what both add to its text."""
+    """The text of the prompt, and the text that each of the others adds to it."""
     before, made = split_text(tokenizer, prompt, new)
     _, real = split_text(tokenizer, prompt, expected)
     return ["".join(pieces) for pieces in (before, made, real)]

@@ -1,4 +1,4 @@
-"""What a run has come to, printed at its end."""
+"""A report that is printed at the end of a run."""
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -10,8 +10,8 @@ from dma_lightning.trainer_state import is_last_step
 class FitReport(pl.Callback):
     """Prints how far a validation metric came, and where checkpoint and logs are.
 
-    Training ends with a validation, and so with a checkpoint, even if `trainer.max_steps` is no multiple of the
-    validation interval. The figure at the start needs `trainer.num_sanity_val_steps: -1`.
+    Training ends with a validation, and so with a checkpoint, even if `trainer.max_steps` is not a multiple of the
+    validation interval. The metric at the start needs `trainer.num_sanity_val_steps: -1`.
 
     Args:
         metric: name of a logged validation metric.
@@ -40,7 +40,7 @@ class FitReport(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         if is_last_step(trainer):
-            trainer.should_stop = True  # it stops anyway; asked to, Lightning validates first
+            trainer.should_stop = True  # it stops anyway, but when asked to, Lightning validates first
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:

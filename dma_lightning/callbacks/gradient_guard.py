@@ -1,4 +1,4 @@
-"""Steps that would ruin a run: found by loss and gradients, named, and then left out or the end of the run.
+"""Optimizer steps that would ruin a run: detected by loss and gradients, named, and then skipped or stopped at.
 
 P number of parameter tensors.
 """
@@ -21,30 +21,30 @@ OnSpike = Literal["stop", "skip", "ignore"]
 
 
 class UnstableTrainingError(RuntimeError):
-    """A loss or gradient with which training cannot go on; the weights in memory may be ruined, and are not saved."""
+    """A loss or gradient that training cannot continue with; the weights in memory may be ruined and are not saved."""
 
 
 class GradientGuard(pl.Callback):
-    """Ends the run at, or leaves out, optimizer steps whose gradient is not finite or whose loss jumps up.
+    """Stops at, or skips, optimizer steps whose gradient is not finite or whose loss jumps up.
 
-    It watches a `LanguageModel`, and judges the mean loss over all labels of a step.
+    It watches a `LanguageModel` and judges the mean loss over all labels of a step.
 
-    Messages name the step, and the parameter whose gradient was the first in the backward pass that is not
-    finite. A step that is left out changes no weight and no moment; the schedule goes on.
+    Messages name the step, and the parameter whose gradient was the first in the backward pass that was not finite. A
+    skipped step changes no weight and no moment; the schedule goes on.
 
-    To skip, the processor must wait for the gradients of every step. If nothing is to be skipped, it reads those of a
-    GPU at logging steps, in all processes at once, and before validations and checkpoints; on a CPU one step later.
+    To skip steps, the CPU must wait for the gradients of every step. Otherwise gradients on a GPU are read only at
+    logging steps, in all processes at once, and before validations and checkpoints; on a CPU, one step late.
 
     Args:
         not_finite: what to do at a gradient with a NaN or infinity: stop or skip.
-        spike: what to do where the loss jumps: stop, skip or ignore.
-        spike_factor: a loss of more than so many times its running mean is a jump.
-        window: optimizer steps of the running mean; as many must have been made before a loss is a jump.
-        max_skipped: steps in a row that may be left out; one more ends the run.
+        spike: what to do when the loss jumps: stop, skip or ignore.
+        spike_factor: a loss above this many times its running mean is a jump.
+        window: optimizer steps in the running mean; a loss counts as a jump only after this many steps.
+        max_skipped: how many steps in a row may be skipped; one more stops the run.
 
     Raises:
-        ValueError: on values out of range, or with precision 16-mixed, whose scaler meets infinities as a rule.
-        UnstableTrainingError: where the run ends.
+        ValueError: on values out of range, or with precision 16-mixed, whose scaler meets infinities regularly.
+        UnstableTrainingError: when it stops the run.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class GradientGuard(pl.Callback):
         self._unread: deque[_Readings] = deque()
 
     def state_dict(self) -> dict[str, Any]:
-        self._read(wait=True)  # no checkpoint is written before the last step has been judged
+        self._read(wait=True)  # judge the last step before any checkpoint is written
         return {"mean": self._mean, "count": self._count, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -88,27 +88,27 @@ class GradientGuard(pl.Callback):
     ) -> None:
         self._read(wait=is_logging_step(trainer, before_step=True))
         loss = pl_module.step_loss
-        assert isinstance(loss, Tensor)  # of a `LanguageModel`, behind its backward
+        assert isinstance(loss, Tensor)  # a `LanguageModel` sets it before the backward pass
         self._unread.append(_Readings.take(trainer.global_step + 1, loss.float(), pl_module))
         if "skip" in (self.not_finite, self.spike) and self._read(wait=True):
             for parameter in pl_module.parameters():
-                parameter.grad = None  # nothing to step with
+                parameter.grad = None  # so the step changes nothing
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._read(wait=True)  # nothing is validated, nor written by a model, that a step has ruined
+        self._read(wait=True)  # neither validate nor save a model that a step has ruined
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._read(wait=True)
 
     def _read(self, wait: bool = False) -> bool:
-        """Judge the steps that nothing is to be waited for, or all; True if the last of them is to be left out."""
+        """Judge the steps whose readings are there, or with `wait` all; True if the last of them is to be skipped."""
         left_out = False
         while self._unread and (wait or self._unread[0].arrived is None):
             left_out = self._judge(self._unread.popleft())
         return left_out
 
     def _judge(self, step: "_Readings") -> bool:
-        """Whether a step is to be left out."""
+        """Whether to skip a step."""
         loss, *norms = step.values()
         if bad := [name for name, norm in zip(step.names, norms, strict=True) if not norm < float("inf")]:
             what = (
@@ -124,7 +124,7 @@ class GradientGuard(pl.Callback):
             )
             return self._act(self.spike, what)
         if loss == 0 or not math.isfinite(loss):
-            return False  # a step without labels, or a non-finite loss with finite gradients, says nothing of the mean
+            return False  # no labels, or a non-finite loss with finite gradients: the mean learns nothing from it
         self._count = min(self._count + 1, self.window)
         self._mean += (loss - self._mean) / self._count
         self.skipped_in_a_row = 0
@@ -136,7 +136,7 @@ class GradientGuard(pl.Callback):
             skips = action == "skip"
             after = f" after {self.max_skipped} skipped steps in a row" if skips else ""
             raise UnstableTrainingError(
-                f"{what}; stopped{after}. The last checkpoint is from before: go on from there with another learning "
+                f"{what}; stopped{after}. The last checkpoint is from before: resume from it with another learning "
                 f"rate, data or precision, or let the guard skip {'more (max_skipped)' if skips else 'such steps'}"
             )
         rank_zero_warn(f"{what}; this step is left out")
@@ -144,7 +144,7 @@ class GradientGuard(pl.Callback):
 
 
 class _Readings(NamedTuple):
-    """Loss and gradient norms of one step, perhaps still on their way from the device."""
+    """Loss and gradient norms of one step; they may still be on their way from the device."""
 
     number: int
     names: list[str]
@@ -165,7 +165,7 @@ class _Readings(NamedTuple):
         return cls(number, [name for name, _ in found], numbers, arrived)
 
     def values(self) -> list[float]:
-        """The numbers, once they have come."""
+        """The numbers, as soon as they have arrived."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.numbers.tolist()

@@ -1,4 +1,4 @@
-"""Training steps in which dynamic masks keep every key, among those with the window that the model shall have."""
+"""Training steps in which dynamic masks keep every key, mixed with steps that use the model's own window."""
 
 import hashlib
 from typing import Any
@@ -12,24 +12,25 @@ from dma_lightning.trainer_state import is_logging_step
 
 
 class MixedWindows(pl.Callback):
-    """Lets all layers with dynamic masks keep every key in some optimizer steps, so that far keys are trained, too.
+    """Lets all layers with dynamic masks keep every key in some optimizer steps, so that far keys are trained too.
 
-    With a window alone, a key has no gradient from queries that do not see it. The first steps keep all keys, the last
-    ones follow the model's own rule, and of those between a share keeps all keys. Seed and number of a step choose, so
-    a resumed run and all processes choose the same, and nothing is saved. The batches of a step are all of one kind.
+    With a window alone, a key gets no gradient from queries that do not see it. The first steps keep all keys and the
+    last steps follow the model's own rule; in between, a share of the steps keeps all keys. The seed and the step's
+    number decide which, so resumed runs and all processes agree, and nothing is saved. All batches of a step are of one
+    kind.
 
-    The model has its own rule again when the backward pass of a batch is done: whatever validates, samples, watches or
-    saves sees no other. Figures of FLOPs, too, are those of its own rule. Logs `dma/keeps_all`.
+    The model gets its own rule back after the backward pass of each batch, so validation, samples, monitors and
+    checkpoints see no other. FLOP figures also assume the model's own rule. Logs `dma/keeps_all`.
 
     Args:
-        share: of the steps between, how likely each is to keep all keys.
-        first: share of trainer.max_steps, from the first on, that all keep all keys.
-        last: share of trainer.max_steps, up to the last, none of which keeps all keys.
+        share: probability that a step in between keeps all keys.
+        first: share of trainer.max_steps, at the start, in which every step keeps all keys.
+        last: share of trainer.max_steps, at the end, in which every step follows the model's own rule.
         seed: of the choice.
 
     Raises:
-        ValueError: if a share is not within 0 and 1, or first and last are more than all steps; at the start of a run,
-            if first or last are shares of no number of steps, or no layer has dynamic masks.
+        ValueError: if a share is not within 0 and 1, or first and last add up to more than 1; at the start of a run, if
+            first or last is set but trainer.max_steps is not, or no layer has dynamic masks.
     """
 
     def __init__(self, share: float = 0.125, first: float = 0.2, last: float = 0.2, seed: int = 0) -> None:
@@ -39,7 +40,7 @@ class MixedWindows(pl.Callback):
                 f"{share}, {first} and {last}; change these"
             )
         self.share, self.first, self.last, self.seed = share, first, last, seed
-        self._own: list[tuple[HasKeepRule, KeepRule]] = []  # mixers that keep all keys now, and their own rules
+        self._own: list[tuple[HasKeepRule, KeepRule]] = []  # mixers that now keep all keys, with their own rules
 
     def keeps_all(self, step: int, max_steps: int) -> bool:
         """Whether an optimizer step, counted from 0, keeps every key."""
@@ -56,7 +57,7 @@ class MixedWindows(pl.Callback):
         if trainer.max_steps < 1 and (self.first or self.last):
             raise ValueError(
                 f"MixedWindows: first {self.first} and last {self.last} are shares of trainer.max_steps: expected at "
-                f"least 1 step, got {trainer.max_steps}; set it, or first and last to 0"
+                f"least 1 step, got {trainer.max_steps}; set it, or set first and last to 0"
             )
         if not _mixers(pl_module):
             raise ValueError(
@@ -67,7 +68,7 @@ class MixedWindows(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._restore()  # of a batch that was skipped
+        self._restore()  # after a batch that was skipped
         if self.keeps_all(trainer.global_step, trainer.max_steps):
             self._own = [(mixer, mixer.keep) for mixer in _mixers(pl_module)]
             every = KeepRule(decoder_of(pl_module).config.max_position_embeddings)
@@ -77,10 +78,10 @@ class MixedWindows(pl.Callback):
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_logging_step(trainer, before_step=True):
             pl_module.log("dma/keeps_all", float(bool(self._own)))
-        self._restore()  # not before: layers that are checkpointed are computed again in the backward pass
+        self._restore()  # not earlier: checkpointed layers are computed again in the backward pass
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self._restore()  # of a batch that had no backward pass
+        self._restore()  # after a batch without a backward pass
 
     def on_validation_start(self, *_: Any) -> None:
         self._restore()
@@ -98,5 +99,5 @@ class MixedWindows(pl.Callback):
 
 
 def _mixers(module: pl.LightningModule) -> list[HasKeepRule]:
-    """Of the layers that keep keys by a rule."""
+    """The mixers of layers that keep keys by a rule."""
     return [mixer for mixer in decoder_of(module).mixers if isinstance(mixer, HasKeepRule)]

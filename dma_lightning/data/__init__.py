@@ -1,12 +1,12 @@
-"""Data modules, all of sequences of one length.
+"""Data modules. All of them give sequences of one length.
 
 - `base`: what they share: batches, loaders, the position in the data; `restoring`: what they take from a checkpoint
-- `text`: text files, as bytes or tokens; `prepared`: what `dma-lightning prepare` has written
-- `drawn`: tasks whose examples are drawn: `mqar` (associative recall), `selective_copy`, `induction`,
-  `needles` (in a haystack of tokens), `text_needles` (in one of text)
+- `text`: text files, as bytes or tokens; `prepared`: folders that `dma-lightning prepare` has written
+- `drawn`: tasks that draw their examples: `mqar` (associative recall), `selective_copy`, `induction`,
+  `needles` (in a haystack of tokens), `text_needles` (in a haystack of text)
 
-Below these: `find_files` and `text_formats` (text as it comes), `arrays`, `shards`, `manifests` and `text_cache`
-(tokens on the disk), `windows` and `samplers` (which part of them a sequence is, and in which order they come).
+Below these: `find_files` and `text_formats` (raw text), `arrays`, `shards`, `manifests` and `text_cache`
+(tokens on disk), `windows` and `samplers` (which tokens form a sequence, and the order of the sequences).
 """
 
 from dma_lightning.data.base import IGNORE_INDEX, Batch, SequenceDataModule

@@ -1,4 +1,4 @@
-"""Arrays on disk: tokens, the bytes of each, and the ends of documents; they are mapped, never read as a whole."""
+"""Arrays on disk: tokens, the bytes of each, and the ends of documents. They are mapped, never read as a whole."""
 
 import io
 import os
@@ -14,30 +14,30 @@ LengthType = Literal["uint8", "uint32"]
 
 
 class LengthWriter:
-    """Writes how many bytes of text each token stands for, in uint8 until one is longer, then all of them in uint32.
+    """Writes how many bytes of text each token stands for: in uint8, or all in uint32 once a token is longer.
 
     Text that a tokenizer drops counts for the next token of the document.
 
     Args:
-        file: to write to, and to read from.
+        file: to write to and to read from.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.dtype_name: LengthType = "uint8"
-        self.dropped = 0  # bytes of the document behind its last token
+        self.dropped = 0  # bytes of the document after its last token
 
     @property
     def dtype(self) -> np.dtype:
-        """Of what is written."""
+        """The dtype of what is written."""
         return np.dtype(self.dtype_name)
 
     def add(self, lengths: np.ndarray, size: int) -> None:
         """Append the lengths of the tokens of a piece of a document.
 
         Args:
-            lengths: bytes from the end of the token before, or from the start of the piece, to that of the token.
-            size: of the piece in bytes.
+            lengths: bytes from the end of the previous token, or from the start of the piece, to the token's end.
+            size: bytes of the piece.
 
         Raises:
             ValueError: if a token stands for 4 GiB or more.
@@ -51,7 +51,7 @@ class LengthWriter:
         self.dropped += left
 
     def end_document(self, tokens: int) -> None:
-        """Let the document end with so many tokens that stand for no text."""
+        """End the document with this many tokens that stand for no text."""
         self.dropped = 0
         self._write(np.zeros(tokens, np.uint8))
 
@@ -67,7 +67,7 @@ class LengthWriter:
         self.file.write(lengths.astype(self.dtype).data)
 
     def _widen(self) -> None:
-        """Write anew what is there, from the end on: what is read next is not overwritten before."""
+        """Rewrite everything as uint32, from the end backward, so that no byte is overwritten before it is read."""
         self.dtype_name, count = "uint32", self.file.tell()
         for start in reversed(range(0, count, _CHUNK)):
             self.file.seek(start)
@@ -78,7 +78,7 @@ class LengthWriter:
 
 
 def mapped(file: str, dtype: str, start: int = 0) -> np.ndarray:
-    """A file from a byte on as an array, without a file descriptor: thousands of shards are mapped at once."""
+    """A file from a byte on, as an array; it holds no file descriptor, so thousands of shards can be mapped at once."""
     size = Path(file).stat().st_size
     if not size:
         return np.empty(0, dtype)
@@ -97,14 +97,14 @@ def mapped_ends(file: Path, tokens: int) -> np.ndarray:
     """Where documents end, int64 `[documents]`.
 
     Args:
-        file: of them.
-        tokens: in the shard.
+        file: the file of ends.
+        tokens: number of tokens in the shard.
 
     Raises:
-        ValueError: if the file is damaged: ends rise, up to the number of tokens.
+        ValueError: if the file is damaged; ends must rise up to the number of tokens.
     """
     documents = (file.stat().st_size - len(_ends_header(0))) // 8
-    header = _ends_header(max(0, documents))  # NumPy's own reader runs Python's parser on what the file says
+    header = _ends_header(max(0, documents))  # not NumPy's own reader, which runs Python's parser on the file's header
     with file.open("rb") as stream:
         found = stream.read(len(header))
     if found == header and file.stat().st_size == ends_size(documents):
@@ -118,12 +118,12 @@ def mapped_ends(file: Path, tokens: int) -> np.ndarray:
 
 
 def ends_size(documents: int) -> int:
-    """Bytes of the file of so many ends."""
+    """Size in bytes of a file with the ends of this many documents."""
     return len(_ends_header(documents)) + 8 * documents
 
 
 def _ends_header(documents: int) -> bytes:
-    """What stands before the ends in their file."""
+    """The header that precedes the ends in their file."""
     header = io.BytesIO()
     description = {"shape": (documents,), "fortran_order": False, "descr": np.lib.format.dtype_to_descr(np.dtype("i8"))}
     np.lib.format.write_array_header_1_0(header, description)

@@ -1,4 +1,4 @@
-"""What every data module of token sequences shares.
+"""The base of every data module of token sequences.
 
 B batch, N length.
 """
@@ -23,7 +23,7 @@ POSITION_KEY = "position"  # in a checkpoint's state of the data
 
 
 class _Position(TypedDict):
-    """What a checkpoint says about the position in the training data; older ones know less."""
+    """What a checkpoint says about the position in the training data; older checkpoints say less."""
 
     epoch: Count
     batches: Count
@@ -37,15 +37,17 @@ class _Position(TypedDict):
 
 
 class Batch(TypedDict):
-    """One batch: what the model reads, and what it must say at each position.
+    """One batch: what the model reads, and what it must predict at each position.
 
-    `input_ids` and `labels` are int64 `[B, N]`; the label of a position is the token to predict there, or
-    `IGNORE_INDEX`. `documents` (int64) and `padding` (bool) `[B, N]` are optional. So is `label_bytes`, int64 `[B]`:
-    how many bytes of source text the labels of each sequence stand for. A token stands for what lies between the end of
-    the token before it in its document and its own end; an end token stands for none. `is_answer`, bool `[B]`,
-    optional, too, says whether the labels of a sequence are one answer, which is right or wrong as a whole. `length`
-    and `depth`, int64 `[B]`, optional, say how many tokens an example that asks for a needle has, and at how many per
-    cent of its haystack the needle stands.
+    `input_ids` and `labels` are int64 `[B, N]`. The label of a position is the token to predict there, or
+    `IGNORE_INDEX`. All other keys are optional:
+
+    - `documents` (int64) and `padding` (bool) `[B, N]`.
+    - `label_bytes`, int64 `[B]`: how many bytes of source text the labels of each sequence stand for. A token stands
+      for the text from the end of the previous token in its document to its own end; an end token stands for none.
+    - `is_answer`, bool `[B]`: whether the labels of a sequence are one answer, which is right or wrong as a whole.
+    - `length` and `depth`, int64 `[B]`: in an example that asks for a needle, its number of tokens, and the needle's
+      place in the haystack in percent.
     """
 
     input_ids: Tensor
@@ -63,15 +65,15 @@ class SequenceDataModule(RestorableDataModule):
 
     A subclass sets `train_set`, `val_set` and `test_set` in `setup`.
 
-    The order of training is decided by `seed_everything` and the epoch alone. Checkpoints carry the position in it, and
-    training goes on exactly there, whatever `num_workers` is. In validation and test every sequence counts once,
-    whatever the number of processes.
+    `seed_everything` and the epoch alone decide the training order. Checkpoints carry the position in it, and training
+    resumes exactly there, whatever `num_workers` is. Validation and test count every sequence once, whatever the
+    number of processes.
 
     Args:
         vocab_size: number of different tokens, passed on to the model.
         sequence_length: tokens in a sequence, passed on to the model.
         batch_size: sequences in a batch of each process.
-        num_workers: processes that load data beside each training process.
+        num_workers: data loading processes per training process.
     """
 
     train_set: Sequences
@@ -80,12 +82,12 @@ class SequenceDataModule(RestorableDataModule):
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Mean length of a token where the data is text, passed on to the model."""
+        """Mean bytes of a token if the data is text, passed on to the model."""
         return None
 
     @property
     def answer_groups(self) -> Mapping[str, Sequence[int]]:
-        """Optional keys of `Batch` that validation tells answers apart by, and the values of each."""
+        """Optional keys of `Batch` by which validation groups answers, with the values of each."""
         return {}
 
     @property
@@ -111,16 +113,16 @@ class SequenceDataModule(RestorableDataModule):
         self.vocab_size, self.sequence_length = vocab_size, sequence_length
         self.batch_size, self.num_workers = batch_size, num_workers
         self._train_sampler: TrainSampler | None = None
-        self._saved: _Position | None = None  # the position of a checkpoint
+        self._saved: _Position | None = None  # the position that a checkpoint holds
 
     def train_dataloader(self) -> DataLoader:
-        """Batches of this process, from the position on.
+        """Batches of this process, from the current position on.
 
         Raises:
-            ValueError: if a checkpoint was made within an epoch of other data or batches, or of another length.
+            ValueError: if a checkpoint from within an epoch has other data, other batches, or another epoch length.
         """
         if not self._batches_trained:
-            self._saved = None  # of a checkpoint that was looked at, not gone on from
+            self._saved = None  # the checkpoint was only inspected; training does not resume from it
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         seed = self._saved["seed"] if self._saved else seed
         position = self._position if self.trainer is not None else None
@@ -128,7 +130,7 @@ class SequenceDataModule(RestorableDataModule):
         self._train_sampler = sampler
         if self._saved and self._saved["batches"]:
             _check_same_batches(self._saved, sampler, self.fingerprint, self._batches_per_epoch)
-        # Lightning asks loaders for their state, and does not see the data module's.
+        # Lightning asks loaders for their state, and does not see that the data module has it.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
         return self._loader(self.train_set, sampler)
 
@@ -139,10 +141,10 @@ class SequenceDataModule(RestorableDataModule):
         return self._eval_loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader:
-        return self._loader(self.test_set)  # Lightning divides it, and gives writers the indices
+        return self._loader(self.test_set)  # Lightning splits it among processes and gives writers the indices
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint carries along: the position in the training data."""
+        """What a checkpoint stores: the position in the training data."""
         sampler = self._train_sampler
         if sampler is None or self.trainer is None:
             return {POSITION_KEY: self._saved} if self._saved else {}
@@ -153,7 +155,7 @@ class SequenceDataModule(RestorableDataModule):
         return {POSITION_KEY: position | order | {"processes": sampler.num_replicas, "batch_size": sampler.batch_size}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the position of a checkpoint; older ones go on by the trainer's count.
+        """Resume at the position of a checkpoint; with an older one, at the trainer's count.
 
         Raises:
             ValueError: if a part of the position is missing or has another type.
@@ -163,13 +165,13 @@ class SequenceDataModule(RestorableDataModule):
 
     @property
     def _processes(self) -> tuple[int, int]:
-        """How many processes share the data, and which of them this is; those that share a model's tensors are one."""
+        """How many processes share the data, and the index of this one; those that split a model's tensors are one."""
         sharing = self.trainer and self.trainer.distributed_sampler_kwargs
         return (sharing["num_replicas"], sharing["rank"]) if sharing else (1, 0)
 
     @property
     def _batches_trained(self) -> int:
-        """In all epochs; loaders with workers are ahead of it."""
+        """Batches trained on in all epochs; loaders with workers run ahead of it."""
         if self.trainer is None:
             return 0
         total = self.trainer.fit_loop.epoch_loop.batch_progress.total
@@ -182,9 +184,9 @@ class SequenceDataModule(RestorableDataModule):
         return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
     def _position(self) -> tuple[int, int]:
-        """Epoch, and how many of its batches were trained on."""
+        """The epoch, and how many of its batches were trained on."""
         done, saved = self._batches_trained, self._saved
-        if saved:  # epochs before may have had another number of batches
+        if saved:  # earlier epochs may have had another number of batches
             done += saved["epoch"] * self._batches_per_epoch + saved["batches"] - saved["batches_trained"]
         return divmod(done, max(1, self._batches_per_epoch))
 
@@ -193,23 +195,23 @@ class SequenceDataModule(RestorableDataModule):
 
     def _loader(self, dataset: Sequences, sampler: Sampler | None = None) -> DataLoader:
         return DataLoader(
-            cast("Dataset[dict[str, Any]]", dataset),  # torch takes whatever has a length and items
+            cast("Dataset[dict[str, Any]]", dataset),  # torch accepts anything with a length and items
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
-            generator=torch.Generator(),  # the global one is the model's alone
+            generator=torch.Generator(),  # the global one belongs to the model
             worker_init_fn=_begin_worker,
         )
 
 
 def _begin_worker(worker: int) -> None:
-    """Preemption and Ctrl+C reach workers, too; they are needed until the training process has saved, and end then."""
+    """Ignore preemption and Ctrl+C in a worker: the training process needs it until it has saved, and then ends it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     if multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent.pid:
-        os._exit(1)  # torch ends workers whose parent is killed later, but not before they have begun
+        os._exit(1)  # torch ends a worker whose parent is killed, but not before the worker has started
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -217,7 +219,7 @@ def _begin_worker(worker: int) -> None:
 def _check_same_batches(
     saved: _Position, sampler: TrainSampler, fingerprint: str | None, batches_per_epoch: int
 ) -> None:
-    """That a position within an epoch means the same.
+    """Check that a position within an epoch still means the same.
 
     Raises:
         ValueError: if it does not.
@@ -225,24 +227,24 @@ def _check_same_batches(
     processes, size = saved["processes"], saved["batch_size"]
     if processes * size != sampler.global_batch:
         raise ValueError(
-            f"the checkpoint was made within an epoch: expected as many sequences in a step as there, {processes} "
+            f"the checkpoint was made within an epoch: expected as many sequences per step as before, {processes} "
             f"processes x batch_size {size}, got {sampler.num_replicas} x {sampler.batch_size}; change either so that "
-            f"the product is {processes * size}, or go on from a checkpoint of an epoch's end"
+            f"the product is {processes * size}, or resume from a checkpoint at the end of an epoch"
         )
     if saved["sequences"] != sampler.count:
         raise ValueError(
             f"the checkpoint was made within an epoch: expected its {saved['sequences']} training sequences, got "
-            f"{sampler.count}; give the same data, or go on from a checkpoint of an epoch's end"
+            f"{sampler.count}; give the same data, or resume from a checkpoint at the end of an epoch"
         )
     if saved.get("fingerprint") not in (None, fingerprint):
         raise ValueError(
-            f"the checkpoint was made within an epoch: expected its training data ({saved['fingerprint']}), got others "
-            f"({fingerprint}); give the same data (and data.special_tokens), or go on from a checkpoint of an epoch's "
-            "end"
+            f"the checkpoint was made within an epoch: expected its training data ({saved['fingerprint']}), got other "
+            f"data ({fingerprint}); give the same data (and data.special_tokens), or resume from a checkpoint at the "
+            "end of an epoch"
         )
     if saved.get("batches_per_epoch") not in (None, batches_per_epoch):
         raise ValueError(
             f"the checkpoint was made within an epoch: expected its {saved['batches_per_epoch']} batches, got "
-            f"{batches_per_epoch}; give the same trainer.limit_train_batches, or go on from a checkpoint of an epoch's "
-            "end"
+            f"{batches_per_epoch}; give the same trainer.limit_train_batches, or resume from a checkpoint at the end "
+            "of an epoch"
         )

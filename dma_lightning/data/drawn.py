@@ -1,4 +1,4 @@
-"""Data that is drawn instead of read: examples of a task, each from a seed of its own.
+"""Data that is drawn instead of read: examples of a task, each with its own seed.
 
 N sequence length.
 """
@@ -13,30 +13,30 @@ from torch.utils.data import Dataset
 
 from dma_lightning.data.base import IGNORE_INDEX, SequenceDataModule, Sequences
 
-SPLIT_STRIDE = 1 << 30  # each split draws its seeds from a range of its own
+SPLIT_STRIDE = 1 << 30  # each split draws its seeds from its own range
 
 
 _random = np.random.RandomState(0)
 
 
 def seeded(seed: int) -> np.random.RandomState:
-    """NumPy's legacy generator, whose draws never change, as new with a seed.
+    """NumPy's legacy generator, whose draws never change, reset to a seed.
 
-    It is the same object at every call, so an example must be drawn before the next one begins: a new one would take a
-    hundred microseconds, as long as to draw an example.
+    Every call returns the same object, so finish one example before you begin the next. A new generator would take
+    a hundred microseconds, as long as drawing an example.
     """
     _random.seed(seed)
     return _random
 
 
 def padded(inputs: np.ndarray, labels: np.ndarray, length: int, token: int) -> dict[str, Tensor]:
-    """An example with padding behind it, as `Batch` has it.
+    """An example with padding at its end, in the format of `Batch`.
 
     Args:
         inputs: int64 `[L]`.
-        labels: likewise.
-        length: N, of the padded one.
-        token: what stands in the padding.
+        labels: int64 `[L]`.
+        length: N, the length with padding.
+        token: the token of the padding.
     """
     input_ids, target = torch.full((length,), token), torch.full((length,), IGNORE_INDEX)
     padding = torch.ones(length, dtype=torch.bool)
@@ -54,18 +54,18 @@ class Shape(Protocol):
 
     @property
     def sequence_length(self) -> int:
-        """N, tokens of an example."""
+        """N, number of tokens in an example."""
 
 
 class Task(Shape, Protocol):
-    """What draws examples of one length, several at once."""
+    """Draws examples of one length, several at once."""
 
     def generate(self, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and labels, int64 `[count, N]`; the label stands where the model must say it, else `IGNORE_INDEX`."""
+        """Inputs and labels, int64 `[count, N]`; a label is the token to predict there, or `IGNORE_INDEX`."""
 
 
 class DrawnExamples(Dataset, ABC):
-    """Answers drawn when asked for, one per seed.
+    """Answers that are drawn on request, one per seed.
 
     Args:
         first_seed: seed of example 0.
@@ -85,11 +85,11 @@ class DrawnExamples(Dataset, ABC):
 
     @abstractmethod
     def draw(self, index: int) -> dict[str, Tensor]:
-        """Inputs and labels `[N]` of an example, and what else a `Batch` says of it; it is an answer, unless told."""
+        """Inputs and labels `[N]` of an example, and other `Batch` keys; `is_answer` is true unless they say not."""
 
 
 class TaskExamples(DrawnExamples):
-    """Examples of a task whose examples have one length."""
+    """Examples of a task that all have one length."""
 
     def __init__(self, task: Task, first_seed: int, count: int) -> None:
         super().__init__(first_seed, count)
@@ -105,17 +105,17 @@ class DrawnDataModule(SequenceDataModule):
 
     Args:
         task: the generator.
-        counts: examples of training, validation and test.
+        counts: number of training, validation and test examples.
         seed: number of the data set; data sets of equal sizes and different seeds share no example.
         batch_size: sequences in a batch of each process.
-        num_workers: processes that load data beside each training process.
+        num_workers: data loading processes per training process.
 
     Raises:
-        ValueError: if a split would be empty, or the seeds of splits would meet.
+        ValueError: if a split would be empty, or the seeds of two splits would overlap.
     """
 
     task_arguments: ClassVar[tuple[str, ...]] = ()
-    """Arguments that say what the examples are."""
+    """Arguments that define the examples."""
 
     def __init__(self, task: Shape, counts: tuple[int, int, int], seed: int, batch_size: int, num_workers: int) -> None:
         super().__init__(task.vocab_size, task.sequence_length, batch_size, num_workers)
@@ -133,7 +133,7 @@ class DrawnDataModule(SequenceDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """All that examples are drawn from; what is None is left out, since older checkpoints do not know it."""
+        """Everything that determines the examples, without arguments that are None, which older checkpoints lack."""
         said = {name: self.hparams[name] for name in (*self.task_arguments, "seed")}
         return ", ".join(f"{name} {value}" for name, value in said.items() if value is not None)
 
@@ -144,11 +144,11 @@ class DrawnDataModule(SequenceDataModule):
         )
 
     def examples(self, split: int, first_seed: int, count: int) -> Sequences:
-        """The examples of training (0), validation (1) or test (2).
+        """The training (0), validation (1) or test (2) examples.
 
         Args:
             split: number of the split.
-            first_seed: of example 0; each further one has the next.
+            first_seed: seed of example 0; each further example has the next seed.
             count: number of examples.
         """
-        return TaskExamples(cast("Task", self.task), first_seed, count)  # a task of another kind has its own
+        return TaskExamples(cast("Task", self.task), first_seed, count)  # tasks of other kinds override this

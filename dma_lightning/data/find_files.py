@@ -1,4 +1,4 @@
-"""Which files hold the text."""
+"""Finds the files that hold the text."""
 
 import glob
 import os
@@ -6,11 +6,11 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-JSONL, COMPRESSED = (".jsonl", ".ndjson"), (".gz", ".zst")  # endings of names, in small letters
+JSONL, COMPRESSED = (".jsonl", ".ndjson"), (".gz", ".zst")  # file name endings, in lower case
 
 
 def text_files(path: str) -> list[Path]:
-    """The files that a path, folder or glob stands for, sorted; folders are searched to the bottom, links too.
+    """The files that a path, folder or glob stands for, sorted; folders are searched recursively, links included.
 
     Raises:
         ValueError: if there is none, or a link points nowhere.
@@ -30,16 +30,16 @@ def user_path(path: str | Path) -> Path:
     """A path with `~` resolved.
 
     Raises:
-        ValueError: if it is in the home of a user that is not known.
+        ValueError: if it names the home of an unknown user.
     """
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"path: expected a known user behind ~, got {str(path)!r}; write the whole path") from error
+        raise ValueError(f"path: expected a known user behind ~, got {str(path)!r}; write the full path") from error
 
 
 def everybody_may_read(files: Iterable[Path]) -> bool:
-    """Whether all users may read the files, and enter every folder that they are in."""
+    """Whether all users may read the files and enter every folder above them."""
     real = [Path(os.path.realpath(file)) for file in files]
     folders = {folder for file in real for folder in file.parents}
     needed = [(file, stat.S_IROTH) for file in real] + [(folder, stat.S_IXOTH) for folder in folders]
@@ -47,7 +47,7 @@ def everybody_may_read(files: Iterable[Path]) -> bool:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """What is below a folder, once, and is not hidden."""
+    """Every file below a folder that is not hidden, once."""
     visited: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True, onerror=_fail):
         if (real := os.path.realpath(place)) in visited:

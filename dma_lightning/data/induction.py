@@ -1,4 +1,4 @@
-"""Induction: say what followed a token when it came before.
+"""Induction: predict what followed a token when it came before.
 
     random tokens … T y … random tokens … T      label: y under the last T, none elsewhere
 
@@ -57,10 +57,10 @@ class InductionDataModule(DrawnDataModule):
         sequence_length: tokens in a sequence.
         train_examples: number of training examples.
         val_examples: number of validation examples.
-        test_examples: number of test examples, which `predict` uses too.
+        test_examples: number of test examples, also used by `predict`.
         seed: number of the data set; data sets of equal sizes and different seeds share no example.
         batch_size: sequences in a batch of each process.
-        num_workers: processes that load data beside each training process.
+        num_workers: data loading processes per training process.
     """
 
     task_arguments = ("vocab_size", "sequence_length")

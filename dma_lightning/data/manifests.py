@@ -1,4 +1,4 @@
-"""What the JSON files of a prepared folder say, and what must hold among them."""
+"""The JSON files of a prepared folder, and the rules that they must meet together."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from dma_lightning.tokenizers import SpecialTokens
 
 TokenType = Literal["uint8", "uint16", "uint32"]
 
-VERSION = 2  # version 1 has no bytes of each token
+VERSION = 2  # version 1 does not store the bytes of each token
 PLAN, MANIFEST, TOKENIZER = "plan.json", "manifest.json", "tokenizer.json"
-_THREADS = 8  # that check shards; more than disks serve at once
+_THREADS = 8  # to check shards; more than disks serve at once
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 SHA256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -26,19 +26,19 @@ SHA256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What is known of a finished shard.
+    """What is known about a finished shard.
 
     Attributes:
         name: of its files.
-        tokens: how many.
-        documents: how many.
+        tokens: number of tokens.
+        documents: number of documents.
         bytes: of their text in UTF-8.
         tokens_sha256: hash of the file of tokens.
         ends_sha256: hash of the file of ends.
         next_file: number of the input file where the next shard begins.
-        next_line: lines of it that are done.
-        lengths_dtype: of the file of each token's bytes; none if tokens are bytes, and in version 1.
-        lengths_sha256: its hash.
+        next_line: lines of that file that are done.
+        lengths_dtype: dtype of the file with each token's bytes; none if tokens are bytes, and in version 1.
+        lengths_sha256: hash of that file.
     """
 
     name: str
@@ -58,44 +58,44 @@ class ShardRecord:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """Of its files, by their names."""
+        """Hashes of its files, by file name."""
         hashes = {f"{self.name}.tokens": self.tokens_sha256, f"{self.name}.ends.npy": self.ends_sha256}
         return hashes | ({} if self.lengths_sha256 is None else {f"{self.name}.lengths": self.lengths_sha256})
 
     def sizes(self, dtype: str) -> dict[str, int]:
-        """Bytes of its files, by their names; `dtype` is that of tokens."""
+        """Sizes of its files in bytes, by file name; `dtype` is the dtype of tokens."""
         numbers = {"tokens": dtype} | ({} if self.lengths_dtype is None else {"lengths": self.lengths_dtype})
         sizes = {f"{self.name}.{ending}": self.tokens * np.dtype(x).itemsize for ending, x in numbers.items()}
         return sizes | {f"{self.name}.ends.npy": ends_size(self.documents)}
 
     def verify(self, folder: Path) -> None:
-        """Read its files again.
+        """Read its files and compare their hashes.
 
         Raises:
-            ValueError: if one is missing or is not what was written.
+            ValueError: if one is missing or differs from what was written.
         """
         for file, digest in self.hashes.items():
             if not (folder / file).is_file() or sha256(folder / file) != digest:
                 raise ValueError(
-                    f"{folder / file}: expected what was written, got other content; the disk may fail. Delete "
-                    f"{self.name}.json and {MANIFEST} there and prepare again, to make the shards from it on anew"
+                    f"{folder / file}: expected what was written, got other content; the disk may be failing. Delete "
+                    f"{self.name}.json and {MANIFEST} there and prepare again, which rebuilds this shard and all later"
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What decides every byte of a prepared folder.
+    """Everything that decides the content of a prepared folder, down to the byte.
 
     Attributes:
         version: of the format.
         tokenizer_sha256: hash of `tokenizer.json`; none if tokens are bytes.
         vocab_size: number of different tokens.
-        dtype: of tokens, the smallest that holds them.
+        dtype: of tokens; the smallest that holds them.
         text_field: which field of a JSONL line is the text.
-        eos_token_id: token behind each document, if there is one.
-        shard_tokens: a shard ends with the document that reaches so many.
-        files: of the text, with size and time of change in ns.
-        special_tokens: whether text that spells a special token became that token, or stayed text.
+        eos_token_id: token at the end of each document, if there is one.
+        shard_tokens: a shard ends with the document that reaches this many tokens.
+        files: text files, each with its size and its modification time in ns.
+        special_tokens: whether text that spells a special token became that token or stayed text.
     """
 
     version: int
@@ -154,7 +154,7 @@ class Manifest(Plan):
 
     @property
     def has_lengths(self) -> bool:
-        """Whether the bytes of each token are written down."""
+        """Whether the folder stores the bytes of each token."""
         return self.version > 1 and self.tokenizer_sha256 is not None
 
     @property
@@ -163,10 +163,10 @@ class Manifest(Plan):
         return self.version > 1 or self.tokenizer_sha256 is None
 
     def verify(self, folder: Path) -> None:
-        """Read all shards again.
+        """Read all shards and check them.
 
         Raises:
-            ValueError: if one is not what was written, or its numbers cannot be those of a text.
+            ValueError: if one differs from what was written, or its numbers are impossible.
         """
         pool = ThreadPoolExecutor(min(_THREADS, cpu_count() or 1))
         checks = pool.map(lambda shard: self._verify_shard(folder, shard), self.shards)
@@ -197,20 +197,20 @@ class _Versioned(msgspec.Struct):
 
 
 def token_type(vocab_size: int) -> TokenType:
-    """The smallest that holds every token."""
+    """The smallest dtype that holds every token."""
     return "uint8" if vocab_size <= 1 << 8 else "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def shard_name(number: int) -> str:
-    """Of the files of a shard."""
+    """The name of a shard's files, without an ending."""
     return f"shard-{number:05d}"
 
 
 def read_records(folder: Path) -> list[ShardRecord]:
-    """The finished shards from the first on.
+    """The records of the finished shards, from the first on.
 
     Raises:
-        ValueError: if what is written of one is damaged.
+        ValueError: if a record is damaged.
     """
     records: list[ShardRecord] = []
     while (path := folder / f"{shard_name(len(records))}.json").exists():
@@ -222,7 +222,7 @@ def read_records(folder: Path) -> list[ShardRecord]:
 
 
 def read_plan(folder: Path) -> Plan:
-    """What a folder was begun with.
+    """The plan that a folder was begun with.
 
     Raises:
         ValueError: if it is damaged or of another version.
@@ -241,7 +241,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a prepared folder.
 
     Raises:
-        ValueError: if there is none, it is damaged or of another version, or a file of a shard has not its size.
+        ValueError: if there is none, if it is damaged or of another version, or if a shard's file has the wrong size.
     """
     path, what = folder / MANIFEST, "a manifest of `dma-lightning prepare`"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Multi-query associative recall (MQAR): look up values by keys that were shown earlier.
+"""Multi-query associative recall (MQAR): look up values by keys that came earlier.
 
     k1 v1 k2 v2 … kn vn | fillers … k2 … fillers … k1 … fillers      labels: v2 under k2, v1 under k1, none elsewhere
 
@@ -20,7 +20,7 @@ class MQARTask:
     Args:
         vocab_size: V; keys are drawn from the lower half (without 0), values from the upper.
         sequence_length: N, even.
-        num_pairs: n, key-value pairs of an example; each is asked for once.
+        num_pairs: n, key-value pairs in an example; each is queried once.
         power: α, exponent of the distribution of the gaps between a pair and its query; 1 is uniform.
         random_fillers: fill the free positions with random tokens instead of 0.
 
@@ -47,7 +47,7 @@ class MQARTask:
         self.slot_probabilities = weights / weights.sum()
 
     def generate(self, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw examples, in the call order of the original generator: all keys, all values, all slots, all fillers.
+        """Draw examples in the order of the original generator: all keys, all values, all slots, all fillers.
 
         Returns:
             Inputs and labels, int64 `[count, N]`; the label stands at the position of the query key.
@@ -74,8 +74,8 @@ class MQARMixture(DrawnExamples):
     """Examples of several tasks in turn, the shorter ones padded with 0.
 
     Args:
-        tasks: of one vocabulary.
-        sequence_length: N, to which all are padded.
+        tasks: tasks with one vocabulary.
+        sequence_length: N, the padded length of all examples.
         first_seed: seed of example 0.
         count: number of examples.
     """
@@ -92,8 +92,8 @@ class MQARMixture(DrawnExamples):
 class MQARDataModule(DrawnDataModule):
     """Multi-query associative recall with training, validation and test examples from disjoint seeds.
 
-    Training may begin with what is easier: with a mixture, training examples have its lengths and numbers of pairs in
-    turn, as those of "Zoology" have. Validation and test examples are of sequence_length and num_pairs alone.
+    A mixture lets training begin with easier examples: training then takes its lengths and numbers of pairs in turn, as
+    "Zoology" does. Validation and test always use sequence_length and num_pairs.
 
     Args:
         vocab_size: number of different tokens; keys come from the lower half, values from the upper.
@@ -101,14 +101,14 @@ class MQARDataModule(DrawnDataModule):
         num_pairs: key-value pairs in an example, at most a quarter of sequence_length.
         power: exponent of the distribution of the gaps between pair and query; 1 is uniform.
         random_fillers: fill free positions with random tokens instead of 0.
-        mixture: length and number of pairs of each kind of training examples, such as [[64, 4], [256, 64]]; those of
-            validation, if there is none.
+        mixture: length and number of pairs of each kind of training example, such as [[64, 4], [256, 64]]. Default:
+            sequence_length and num_pairs, as in validation.
         train_examples: number of training examples.
         val_examples: number of validation examples.
-        test_examples: number of test examples, which `predict` uses too.
+        test_examples: number of test examples, also used by `predict`.
         seed: number of the data set; data sets of equal sizes and different seeds share no example.
         batch_size: sequences in a batch of each process.
-        num_workers: processes that load data beside each training process.
+        num_workers: data loading processes per training process.
     """
 
     task_arguments = ("vocab_size", "sequence_length", "num_pairs", "power", "random_fillers", "mixture")
@@ -148,5 +148,5 @@ class MQARDataModule(DrawnDataModule):
 def _draw(
     random: np.random.RandomState, choices: np.ndarray, size: int, count: int, p: np.ndarray | None = None
 ) -> np.ndarray:
-    """`count` rows of `size` distinct choices."""
+    """`count` rows, each of `size` distinct choices."""
     return np.stack([random.choice(choices, size=size, replace=False, p=p) for _ in range(count)])

@@ -1,10 +1,10 @@
-"""Needles in a haystack of tokens: say the value that was told with a key, wherever that was.
+"""Needles in a haystack of tokens: recall the value that came with a key, wherever it was.
 
     BOS fillers … KEY a1 … aK VAL b1 … bM END … fillers ASK a1 … aK VAL b1 … b(M-1)      labels: b1 … bM
 
-The labels are one answer: b1 under the last VAL, and each further token under the one before it.
+The labels are one answer: b1 under the last VAL, and each further token under the previous one.
 
-L tokens of an example, padding behind it up to N sequence length, K tokens of a key, M tokens of a value.
+L tokens of an example, padded to N sequence length, K tokens of a key, M tokens of a value.
 """
 
 from abc import ABC, abstractmethod
@@ -22,25 +22,25 @@ PAD, BOS, KEY, VAL, ASK, END = range(6)
 Haystack = Literal["fillers", "needles"]
 
 DEPTHS = range(0, 101, 10)
-"""Depths of validation and test examples, in per cent."""
+"""Depths of validation and test examples, in percent."""
 
 
 class HaystackTask(Protocol):
-    """What draws examples that ask for a needle in a haystack."""
+    """Draws examples that ask for a needle in a haystack."""
 
     @property
     def chance(self) -> float:
-        """Share of whole answers that guessing among all that are possible gets right."""
+        """Share of whole answers that a guess among all possible ones gets right."""
 
     def generate(
         self, seed: int, length: int | None = None, depth: float | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and labels, int64 `[L]`; the label of a position is the token to say there, or `IGNORE_INDEX`.
+        """Inputs and labels, int64 `[L]`; the label of a position is the token to predict there, or `IGNORE_INDEX`.
 
         Args:
-            seed: of all that is drawn.
+            seed: of everything that is drawn.
             length: L. Default: drawn.
-            depth: where the asked needle stands, from 0 to 100 per cent. Default: drawn.
+            depth: where the needle in question stands, from 0 to 100 percent. Default: drawn.
         """
 
 
@@ -57,25 +57,26 @@ class PaddedShape(Shape, Protocol):
 
 
 class PaddedTask(HaystackTask, PaddedShape, Protocol):
-    """What draws examples that are padded to one length."""
+    """Draws examples that are padded to one length."""
 
 
 @dataclass(frozen=True)
 class NeedleTask:
     """The generator of examples.
 
-    Tokens 0 to 5 are PAD, BOS, KEY, VAL, ASK and END; then come the symbols of keys, of values, and of fillers.
+    Tokens 0 to 5 are PAD, BOS, KEY, VAL, ASK and END. The symbols of keys, of values and of fillers follow.
 
     Attributes:
         sequence_length: N, the most tokens of an example.
         key_symbols: different tokens of keys.
         value_symbols: different tokens of values.
-        filler_symbols: different fillers; each is drawn by itself.
+        filler_symbols: different fillers, each drawn independently.
         key_length: K.
         value_length: M.
-        num_needles: needles with different keys, of which one is asked for (multikey).
-        values_per_key: needles with the asked key; the answer is their values in the order of the text (multivalue).
-        haystack: what is between: fillers, or as many needles with other keys as there is place for.
+        num_needles: needles with different keys; the question asks for one of them (multikey).
+        values_per_key: needles with the key in question; the answer is all their values in order of appearance
+            (multivalue).
+        haystack: what surrounds the needles: fillers, or as many needles with other keys as fit.
 
     Raises:
         ValueError: if such an example does not exist.
@@ -99,7 +100,7 @@ class NeedleTask:
             raise ValueError(f"haystack: expected one of {list(get_args(Haystack))}, got {self.haystack!r}")
         if self.haystack == "needles" and self.num_needles > 1:
             raise ValueError(
-                f"num_needles: expected 1 in a haystack of needles, got {self.num_needles}; as many are there as fit"
+                f"num_needles: expected 1 in a haystack of needles, got {self.num_needles}; others already fill it"
             )
         if self.sequence_length < self.least_length:
             raise ValueError(
@@ -137,7 +138,7 @@ class NeedleTask:
 
     @property
     def chance(self) -> float:
-        """Share of whole answers that guessing among all values gets right."""
+        """Share of whole answers that a guess among all values gets right."""
         return self.value_symbols**-self.answer_length
 
     @property
@@ -147,21 +148,21 @@ class NeedleTask:
         return self.key_length + 2 + self.answer_length + needles * self.needle_length
 
     def others(self, length: int) -> int:
-        """Needles with other keys than the asked one, in an example of so many tokens."""
+        """Number of needles with keys other than the one in question, in an example of this many tokens."""
         more = (length - self.least_length) // self.needle_length if self.haystack == "needles" else 0
         return self.num_needles - 1 + more
 
     def generate(
         self, seed: int, length: int | None = None, depth: float | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw an example, in the order: length, depth, keys, values, fillers, places.
+        """Draw an example, in this order: length, depth, keys, values, fillers, places.
 
         Args:
-            seed: of all that is drawn.
-            length: L. Default: drawn, from an eighth of N on, or `least_length` if that is more.
-            depth: where the asked needle stands in the haystack, or the first with its key (in a haystack of needles:
-                one with its key): from 0, at the beginning, to 100, before the question (and before needles that come
-                to the same place). Default: drawn.
+            seed: of everything that is drawn.
+            length: L. Default: drawn, from N / 8 or `least_length`, whichever is more, up to N.
+            depth: where the needle in question stands in the haystack, from 0, at the beginning, to 100, just before
+                the question (and before other needles at the same place). Of several needles with the key, this is
+                the first, or in a haystack of needles any one. Default: drawn.
 
         Returns:
             Inputs and labels, int64 `[L]`.
@@ -197,9 +198,9 @@ class NeedleTask:
         return 6 + digits % self.key_symbols
 
     def _order(self, random: np.random.RandomState, asked: int, others: int, fillers: int, depth: float) -> list[int]:
-        """Needles and fillers, numbered behind them, in the order of the text; number 0 stands at the depth.
+        """Needles, and fillers numbered after them, in order of appearance; number 0 stands at the depth.
 
-        Among fillers, it is the first of those that are asked for.
+        Among fillers, number 0 is the first needle with the key in question.
         """
         needles = asked + others
         if self.haystack == "needles":
@@ -212,19 +213,19 @@ class NeedleTask:
 
 
 def grid_lengths(shape: PaddedShape) -> list[int]:
-    """Lengths of validation and test examples: a quarter, a half and all of N, if such examples exist."""
+    """Lengths of validation and test examples: N / 4, N / 2 and N, if such examples exist."""
     return [max(shape.least_length, shape.sequence_length // part) for part in (4, 2, 1)]
 
 
 class NeedleExamples(DrawnExamples):
-    """Examples with padding behind them.
+    """Examples with padding at their ends.
 
     Args:
         task: the generator.
         first_seed: seed of example 0.
         count: number of examples.
-        grid: whether lengths (a quarter, a half and all of N) and depths go in turn, and examples tell them; else they
-            are drawn.
+        grid: whether examples go through lengths (N / 4, N / 2 and N) and depths in turn and report them; otherwise
+            both are drawn.
     """
 
     def __init__(self, task: PaddedTask, first_seed: int, count: int, grid: bool) -> None:
@@ -250,7 +251,7 @@ class HaystackDataModule(DrawnDataModule, ABC):
     """Needles in haystacks; validation and test go through lengths and depths."""
 
     needles: PaddedShape
-    """What validation and test examples are like."""
+    """The sizes of validation and test examples."""
 
     @property
     def answer_groups(self) -> dict[str, list[int]]:
@@ -259,10 +260,10 @@ class HaystackDataModule(DrawnDataModule, ABC):
 
     @abstractmethod
     def task_at(self, length: int) -> HaystackTask:
-        """What draws validation examples of a length, also beyond `sequence_length`; may be called after `setup`.
+        """The generator of validation examples of a length, also beyond `sequence_length`; call it after `setup`.
 
         Args:
-            length: the most tokens of an example, and what `generate` shall be asked for.
+            length: the most tokens of an example, and the length to pass to `generate`.
 
         Raises:
             ValueError: if there are no such examples.
@@ -272,8 +273,8 @@ class HaystackDataModule(DrawnDataModule, ABC):
 class NeedleDataModule(HaystackDataModule):
     """Needles in a haystack of tokens, with training, validation and test examples from disjoint seeds.
 
-    Training examples have lengths between an eighth of sequence_length and all of it, and any depth. Those of
-    validation and test go through depths of 0, 10, ... 100 per cent, and a quarter, a half and all of the length.
+    Training examples have lengths from an eighth of sequence_length up to all of it, and any depth. Validation and
+    test examples go through depths of 0, 10, ... 100 percent, and a quarter, a half and all of the length.
 
     Args:
         sequence_length: the most tokens of an example; shorter ones are padded.
@@ -282,15 +283,15 @@ class NeedleDataModule(HaystackDataModule):
         filler_symbols: different fillers.
         key_length: tokens of a key.
         value_length: tokens of a value.
-        num_needles: needles with different keys, of which one is asked for (multikey).
-        values_per_key: needles with the asked key, whose values are all asked for (multivalue).
-        haystack: what is between: fillers, or needles with other keys, as many as fit.
+        num_needles: needles with different keys; the question asks for one of them (multikey).
+        values_per_key: needles with the key in question; the question asks for all their values (multivalue).
+        haystack: what surrounds the needles: fillers, or as many needles with other keys as fit.
         train_examples: number of training examples.
-        val_examples: number of validation examples; 33 have each depth in each length.
-        test_examples: number of test examples, which `predict` uses too.
+        val_examples: number of validation examples; every 33 cover each depth at each length once.
+        test_examples: number of test examples, also used by `predict`.
         seed: number of the data set; data sets of equal sizes and different seeds share no example.
         batch_size: sequences in a batch of each process.
-        num_workers: processes that load data beside each training process.
+        num_workers: data loading processes per training process.
     """
 
     needles: NeedleTask

@@ -1,4 +1,4 @@
-"""Text that `dma-lightning prepare` has made into shards of tokens, packed to sequences of one length.
+"""Text that `dma-lightning prepare` has turned into shards of tokens, packed into sequences of one length.
 
 N sequence length.
 """
@@ -17,7 +17,7 @@ from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer, FileTokenizer
 
 
 class PreparedDataModule(TokenizedDataModule):
-    """Language modelling on a folder of `dma-lightning prepare`, memory-mapped: no more is read than a batch needs.
+    """Language modeling on a folder of `dma-lightning prepare`, memory-mapped: each batch reads only what it needs.
 
     Training draws windows of all shards in random order. `test` and `predict` use the validation part. `prepare_data`
     reads all shards once and compares their hashes, unless the environment variable DMA_VERIFY_FILES is 0.
@@ -25,16 +25,16 @@ class PreparedDataModule(TokenizedDataModule):
     Args:
         path: the folder.
         sequence_length: tokens in a sequence.
-        separate_documents: let attention and labels stay within each document of a sequence; else a sequence is plain
+        separate_documents: keep attention and labels within each document of a sequence; otherwise a sequence is plain
             text across documents.
-        val_path: another folder of the same tokenizer and special_tokens, for validation.
+        val_path: another folder, with the same tokenizer and special_tokens, for validation.
         val_fraction: share of each shard, at its end, that is kept for validation, unless val_path is given.
         batch_size: sequences in a batch of each process.
-        num_workers: processes that load data beside each training process.
+        num_workers: data loading processes per training process.
 
     Raises:
-        ValueError: if a folder is not finished or damaged, or has other tokens; in `prepare_data`, if a shard is not
-            what was written; in `setup`, if it is too short.
+        ValueError: if a folder is unfinished or damaged, or has other tokens; in `prepare_data`, if a shard differs
+            from what was written; in `setup`, if it is too short.
     """
 
     file_arguments = ("path", "val_path")
@@ -70,13 +70,13 @@ class PreparedDataModule(TokenizedDataModule):
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Mean length of a token in the whole folder; None if the bytes of single tokens are not known."""
+        """Mean bytes of a token in the whole folder; None if the bytes of single tokens are unknown."""
         knows_bytes = all(manifest.knows_bytes for manifest in self._folders.values())
         return self.manifest.bytes / self.manifest.tokens if knows_bytes else None
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the shards', and how long sequences are."""
+        """Hash of the shards' hashes, and the sequence length."""
         hashes = [x for shard in self.manifest.shards for x in (shard.tokens_sha256, shard.ends_sha256)]
         return f"{hashlib.sha256(''.join(hashes).encode()).hexdigest()}-{self.sequence_length}"
 
@@ -85,7 +85,7 @@ class PreparedDataModule(TokenizedDataModule):
         return {self.path: self.manifest} | ({} if self.val_path is None else {self.val_path: self.val_manifest})
 
     def prepare_data(self) -> None:
-        """Check that all shards are what was written. Called on one process per node.
+        """Check that all shards are as they were written. Called on one process per node.
 
         Raises:
             ValueError: if one is not.
@@ -117,10 +117,10 @@ class PreparedDataModule(TokenizedDataModule):
                 )
 
     def _check_val_tokens(self) -> None:
-        """That the text of another folder became tokens as that of training did.
+        """Check that the tokens of the validation folder were made as those for training were.
 
         Raises:
-            ValueError: if it did not.
+            ValueError: if they were not.
         """
         ours, theirs = self.manifest, self.val_manifest
         if theirs.tokenizer_sha256 != ours.tokenizer_sha256:
@@ -155,7 +155,7 @@ def _tokenizer(folder: Path, manifest: Manifest) -> DataTokenizer:
 
 
 def _shards(folder: Path, manifest: Manifest, part: str = "all", val_fraction: float = 0.0) -> list[Shard]:
-    """All tokens of a folder, or the first or last of each shard."""
+    """All tokens of a folder, or the training or validation part of each shard."""
     shards = []
     for record in manifest.shards:
         tokens, border = record.tokens, record.tokens - round(record.tokens * val_fraction)

@@ -1,6 +1,7 @@
-"""Data modules made again from the arguments in a checkpoint, which is data from a stranger.
+"""Rebuilds data modules from the arguments in a checkpoint, which a stranger may have written.
 
-No class that a checkpoint names is imported, and no file that it names is used, unless that is the user's own.
+No class that a checkpoint names is imported. No file that it names is used unless the user's own configuration names
+it too.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,38 +22,38 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 class RestorableDataModule(PlainHyperparameters, pl.LightningDataModule):
-    """A data module that takes from a checkpoint what is safe to take.
+    """A data module that takes from a checkpoint only what is safe to take.
 
-    A checkpoint may name those of this package that are complete.
+    A checkpoint may name any complete data module of this package.
     """
 
     file_arguments: ClassVar[tuple[str, ...]] = ()
-    """Arguments that name files or folders, which are not taken from a stranger's checkpoint."""
+    """Arguments that name files or folders; they are not taken from a stranger's checkpoint."""
 
     @classmethod
     def is_complete(cls) -> bool:
-        """Whether the class makes data, and is no base of others alone."""
+        """Whether the class makes data itself and is not only a base of others."""
         return cls.setup is not pl.LightningDataModule.setup
 
     @classmethod
     def complete_saved(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of a checkpoint, with those that it did not have when it was written."""
+        """Arguments of a checkpoint, completed with those that did not exist when it was written."""
         return arguments
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]  # Lightning's other options are none that data has
+    def load_from_checkpoint(  # type: ignore[override]  # data has none of Lightning's other options
         cls, checkpoint_path: str | Path, weights_only: bool | None = None, **changed: Any
     ) -> "RestorableDataModule":
-        """The data module of a checkpoint, whose arguments are taken as plain values of known fields.
+        """The data module of a checkpoint, whose arguments are read as plain values of known fields.
 
         Args:
-            checkpoint_path: a file of this machine.
+            checkpoint_path: a file on this machine.
             weights_only: true or none; nothing else is read.
             **changed: arguments of `__init__` that replace the checkpoint's.
 
         Raises:
-            ValueError: if the file is damaged or could run code; if it holds unknown arguments, those of another class,
-                or files that the run's own configuration does not name and that are not given here.
+            ValueError: if the file is damaged or could run code; or if it holds unknown arguments, arguments of another
+                class, or files that neither the run's own configuration nor `changed` names.
         """
         path = local_checkpoint(checkpoint_path, weights_only)
         saved = read_checkpoint(path)
@@ -67,14 +68,14 @@ class SavedData:
     class_path: str | None = None
     """Name of the data module's class; None if the checkpoint does not say."""
     kind: type[RestorableDataModule] | None = None
-    """That class, if it is one of ours."""
+    """That class, if it belongs to this package."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Its arguments, without the files below."""
     files: dict[str, str] = field(default_factory=dict)
-    """Files and folders that it names and that the run's own configuration does not, by argument."""
+    """Files and folders, by argument, that the checkpoint names and the run's own configuration does not."""
 
     def module(self, saved: Mapping[str, Any], path: Path, changed: Mapping[str, Any]) -> RestorableDataModule:
-        """The data module; errors are those of `RestorableDataModule.load_from_checkpoint`.
+        """The data module; it raises the errors of `RestorableDataModule.load_from_checkpoint`.
 
         Args:
             saved: what the checkpoint holds.
@@ -104,15 +105,15 @@ class _RunConfig(TypedDict):
 
 
 def data_arguments(saved: Mapping[str, Any], path: Path, kind: type[RestorableDataModule] | None = None) -> SavedData:
-    """Arguments of a data module.
+    """The arguments of a checkpoint's data module.
 
     Args:
         saved: what the checkpoint holds.
-        path: of the checkpoint; its folder's parent may have the configuration of the run.
-        kind: class of the data module, if it does not depend on the checkpoint.
+        path: of the checkpoint; its folder's parent may hold the configuration of the run.
+        kind: class of the data module. Default: the class that the checkpoint names.
 
     Raises:
-        ValueError: if one is unknown or has another type, or they are of another class.
+        ValueError: if an argument is unknown or has another type, or if they belong to another class.
     """
     arguments = saved.get(RestorableDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     what = f"{path}: datamodule_hyper_parameters"
@@ -131,7 +132,7 @@ def data_arguments(saved: Mapping[str, Any], path: Path, kind: type[RestorableDa
 
 
 def _registered(class_path: str | None) -> type[RestorableDataModule] | None:
-    """The data module of ours that a checkpoint names."""
+    """The data module of this package that a checkpoint names."""
     package, _, name = (class_path or "").rpartition(".")
     for kind in _subclasses(RestorableDataModule):
         home = kind.__module__
@@ -148,7 +149,7 @@ def _subclasses(kind: type[RestorableDataModule]) -> Iterator[type[RestorableDat
 
 
 def _configurations(checkpoint: Path) -> Iterator[dict[str, Any]]:
-    """Arguments of the data in the configurations that `fit` wrote beside the checkpoints' folder."""
+    """The data arguments of the configurations that `fit` wrote next to the folder of checkpoints."""
     run = checkpoint.resolve().parent.parent
     for file in (run / "config.yaml", *run.glob("config_from_step_*.yaml")):
         if file.is_file():

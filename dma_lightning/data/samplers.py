@@ -1,4 +1,4 @@
-"""Which sequences each process reads, and in which order."""
+"""Which sequences each process reads, and in what order."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 
 class Sequences(Protocol):
-    """A data set of sequences whose number is known; each is the content of a `Batch` without its dimension B."""
+    """A data set of sequences with a known length; each item is a `Batch` without its dimension B."""
 
     def __len__(self) -> int: ...
 
@@ -19,9 +19,9 @@ class Sequences(Protocol):
 class TrainSampler(DistributedSampler):
     """One process's part of each global batch, in an order that only seed and epoch decide.
 
-    An epoch is a permutation of all sequences, cut into global batches of `ranks * batch_size`; a process takes its
-    slice of each. So any split of a global batch over processes trains on the same sequences in the same step. What is
-    left over at an epoch's end is dropped. That it is a `DistributedSampler` keeps Lightning from replacing it.
+    An epoch is a permutation of all sequences, cut into global batches of `ranks * batch_size`. Each process takes its
+    slice of every global batch. So any number of processes trains on the same sequences in the same step. The rest at
+    an epoch's end is dropped. The class is a `DistributedSampler` so that Lightning does not replace it.
 
     Args:
         count: number of sequences.
@@ -29,11 +29,11 @@ class TrainSampler(DistributedSampler):
         ranks: number of processes.
         rank: of this process.
         seed: of the order.
-        position: gives the epoch, and how many of its batches were trained on; asked whenever an iteration begins.
-            Default: the start of the epoch of `set_epoch`.
+        position: returns the epoch, and how many of its batches were trained on; called when an iteration begins.
+            Default: the start of the epoch that `set_epoch` set.
 
     Raises:
-        ValueError: if there is not one global batch.
+        ValueError: if there are too few sequences for one global batch.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class TrainSampler(DistributedSampler):
         seed: int = 0,
         position: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
-        data: Any = range(count)  # torch asks for a data set, and uses its length alone
+        data: Any = range(count)  # torch expects a data set but uses only its length
         super().__init__(data, num_replicas=ranks, rank=rank, seed=seed)
         self.count, self.batch_size, self.position = count, batch_size, position
         self.global_batch = ranks * batch_size
@@ -67,9 +67,9 @@ class TrainSampler(DistributedSampler):
 
 
 class EvalSampler(DistributedSampler):
-    """Every sequence once, in order; process r takes the r-th of each `ranks`.
+    """Every sequence once, in order; process r takes the r-th of every `ranks` sequences.
 
-    All processes get equally many, as collective operations need it: indices from `count` on are filled up, see
+    Collective operations need the same number from every process, so indices from `count` on fill up the last turn; see
     `PaddedDataset`.
 
     Args:
@@ -79,7 +79,7 @@ class EvalSampler(DistributedSampler):
     """
 
     def __init__(self, count: int, ranks: int = 1, rank: int = 0) -> None:
-        data: Any = range(count)  # as for `TrainSampler`
+        data: Any = range(count)  # as in `TrainSampler`
         super().__init__(data, num_replicas=ranks, rank=rank, shuffle=False)
 
     def __iter__(self) -> Iterator[int]:
@@ -87,11 +87,11 @@ class EvalSampler(DistributedSampler):
 
 
 class PaddedDataset(Dataset):
-    """A data set whose indices from its length on give sequences without labels, which no metric counts.
+    """A data set that returns sequences without labels, which no metric counts, for indices from its length on.
 
     Args:
         dataset: of `Batch` items.
-        ignore_index: the label of no token.
+        ignore_index: the label that stands for no token.
     """
 
     def __init__(self, dataset: Sequences, ignore_index: int) -> None:

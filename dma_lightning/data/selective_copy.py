@@ -1,4 +1,4 @@
-"""Selective copy: say the few tokens that stood among blanks, in order.
+"""Selective copy: repeat the few tokens that stood among blanks, in order.
 
     x1 _ _ x2 _ … _ xM _ _ | ? ? … ?      labels: x1 … xM under the markers, none elsewhere
 
@@ -16,13 +16,13 @@ BLANK = 0
 class SelectiveCopyTask:
     """The generator of examples: N - M places for M data tokens, blanks between them, then M markers.
 
-    Token 0 is the blank, A - 1 the marker, and those between are data.
+    Token 0 is the blank, token A - 1 is the marker, and all tokens between are data.
 
     Args:
         vocab_size: A, at least 3.
         sequence_length: N, at least 2 M.
         num_tokens: M.
-        selective: data tokens stand at random places; else they come first, without blanks between them (plain copy).
+        selective: data tokens stand at random places; otherwise they come first, without blanks between (plain copy).
 
     Raises:
         ValueError: if such an example does not exist.
@@ -63,19 +63,19 @@ class SelectiveCopyTask:
 class SelectiveCopyDataModule(DrawnDataModule):
     """Selective copy, or plain copy, with training, validation and test examples from disjoint seeds.
 
-    Which tokens matter does not depend on who asks, so it is what a mask of one score per key can do best.
+    Which tokens matter does not depend on the query, so this is the best case for a mask of one score per key.
 
     Args:
         vocab_size: number of different tokens: one blank, one marker, and data.
         sequence_length: tokens in a sequence, the markers included; at least twice num_tokens.
         num_tokens: data tokens to copy.
-        selective: data tokens stand at random places among blanks; else they come first (plain copy).
+        selective: data tokens stand at random places among blanks; otherwise they come first (plain copy).
         train_examples: number of training examples.
         val_examples: number of validation examples.
-        test_examples: number of test examples, which `predict` uses too.
+        test_examples: number of test examples, also used by `predict`.
         seed: number of the data set; data sets of equal sizes and different seeds share no example.
         batch_size: sequences in a batch of each process.
-        num_workers: processes that load data beside each training process.
+        num_workers: data loading processes per training process.
     """
 
     task_arguments = ("vocab_size", "sequence_length", "num_tokens", "selective")

@@ -1,12 +1,12 @@
 """Tokens on disk: shards of whole documents, and a manifest that is written last.
 
-- `shard-00000.tokens`: the tokens of its documents, one after the other;
-- `shard-00000.ends.npy`: int64 `[documents]`, where each document ends among them;
+- `shard-00000.tokens`: the tokens of its documents, one document after the other;
+- `shard-00000.ends.npy`: int64 `[documents]`, where each document ends in that file;
 - `shard-00000.lengths`: how many bytes of text each token stands for, unless tokens are bytes;
-- `shard-00000.json`: counts and hashes of these, and where in the input it ends;
+- `shard-00000.json`: counts and hashes of these files, and where in the input the shard ends;
 - `tokenizer.json`, unless tokens are bytes;
-- `plan.json`: what was asked for;
-- `manifest.json`: everything about the finished whole.
+- `plan.json`: the arguments of `prepare`;
+- `manifest.json`: everything about the finished folder.
 """
 
 import contextlib
@@ -22,19 +22,19 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dma_lightning.data.arrays import LengthType, LengthWriter, mapped, mapped_ends
-from dma_lightning.data.manifests import ShardRecord, read_manifest, shard_name  # noqa: F401  # where it was before
+from dma_lightning.data.manifests import ShardRecord, read_manifest, shard_name  # noqa: F401  # its former place
 from dma_lightning.files.atomic import atomic_write
 from dma_lightning.files.reading import sha256
 
 
 class ShardWriter:
-    """Writes one shard; its files have their names only when they are whole.
+    """Writes one shard; its files get their names only when they are complete.
 
     Args:
-        folder: where to.
+        folder: to write to.
         number: of the shard.
         dtype: of tokens.
-        with_lengths: write down how many bytes of text each token stands for.
+        with_lengths: also write how many bytes of text each token stands for.
     """
 
     def __init__(self, folder: Path, number: int, dtype: np.dtype, with_lengths: bool = False) -> None:
@@ -47,7 +47,7 @@ class ShardWriter:
         self.lengths = LengthWriter(_unfinished(self.lengths_path).open("w+b")) if with_lengths else None
 
     def add(self, tokens: np.ndarray, size: int, lengths: np.ndarray | None = None) -> None:
-        """Append tokens of so many bytes of text; for shards with lengths with these, as for `LengthWriter.add`."""
+        """Append the tokens of `size` bytes of text; shards with lengths need `lengths`, as `LengthWriter.add` does."""
         self._write(tokens)
         self.bytes += size
         if self.lengths:
@@ -55,7 +55,7 @@ class ShardWriter:
             self.lengths.add(lengths, size)
 
     def end_document(self, eos: np.ndarray) -> None:
-        """Let a document end here, unless it has no tokens, with a token that stands for no text or with none."""
+        """End a document here, with a token that stands for no text or with none; skip it if it has no tokens."""
         has_tokens = self.tokens > (self.ends[-1] if self.ends else 0)
         eos = eos if has_tokens else eos[:0]
         self._write(eos)
@@ -65,7 +65,7 @@ class ShardWriter:
             self.ends.append(self.tokens)
 
     def finish(self, next_file: int, next_line: int) -> ShardRecord:
-        """Give the files their names."""
+        """Give the files their names, and write the record."""
         lengths: tuple[LengthType, str] | tuple[None, None] = None, None
         if self.lengths:
             _name(self.lengths.file, self.lengths_path)
@@ -80,9 +80,9 @@ class ShardWriter:
         return record
 
     def discard(self) -> None:
-        """Leave nothing."""
+        """Delete all files of the unfinished shard."""
         for file in (self.file, self.lengths.file) if self.lengths else (self.file,):
-            with contextlib.suppress(OSError):  # of a full disk, for what was not written yet
+            with contextlib.suppress(OSError):  # of a full disk, while the rest is flushed
                 file.close()
         for path in (self.path, self.lengths_path):
             _unfinished(path).unlink(missing_ok=True)
@@ -96,19 +96,19 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class Shard:
-    """Part of a shard's tokens, mapped when they are first read, in each process.
+    """Part of a shard's tokens, mapped on first use in each process.
 
     Args:
-        tokens_file: of it.
-        ends_file: of it; None if documents are not told apart.
+        tokens_file: the shard's file of tokens.
+        ends_file: the shard's file of ends; None if documents are not told apart.
         dtype: of tokens.
         start: first token of the part.
-        stop: token behind the part.
-        lengths_file: how many bytes of text each token of the whole shard stands for; None if tokens are bytes, or
-            nobody knows.
-        lengths_dtype: of these.
+        stop: token after the last one of the part.
+        lengths_file: how many bytes of text each token of the whole shard stands for; None if tokens are bytes, or if
+            the lengths are unknown.
+        lengths_dtype: dtype of that file.
         byte_tokens: each token is a byte of text.
-        eos: but for the last token of each document, which is none.
+        eos: the last token of each document is an end token and stands for no text.
     """
 
     tokens_file: str
@@ -134,12 +134,12 @@ class Shard:
         return mapped_ends(Path(self.ends_file), tokens)
 
     def bytes_of(self, start: int, stop: int, without: np.ndarray) -> int | None:
-        """How many bytes of text tokens stand for; None if nobody knows.
+        """How many bytes of text a range of tokens stands for; None if that is unknown.
 
         Args:
-            start: first of them, counted from that of the part.
-            stop: token behind them.
-            without: those that do not count, counted from the first.
+            start: first token, counted from the start of the part.
+            stop: token after the last one.
+            without: tokens that do not count, as offsets from `start`.
         """
         start, stop = start + self.start, stop + self.start
         if self.lengths_file is not None:
@@ -162,17 +162,17 @@ class Shard:
         return mapped(self.lengths_file, self.lengths_dtype)
 
     def __reduce__(self) -> tuple:
-        """To another process goes where the tokens are, not what they are."""
+        """Send another process the places of the tokens, not the tokens."""
         return Shard, tuple(getattr(self, field.name) for field in fields(self))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
+    """Write a JSON file; it appears whole or not at all."""
     write_text(path, json.dumps(content, indent=1))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a text file; it appears whole or not at all."""
     with atomic_write(path) as file:
         file.write(text.encode())
 

@@ -1,4 +1,4 @@
-"""Text as tokens, bytes or those of a tokenizer, packed to sequences of one length."""
+"""Text as bytes or as a tokenizer's tokens, packed into sequences of one length."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ TOKENIZER_KEY, SPECIAL_TOKENS_KEY = "tokenizer_json", "special_tokens"
 
 
 class TokenizedDataModule(SequenceDataModule):
-    """Sequences of a tokenizer's tokens, which checkpoints carry along.
+    """Sequences of a tokenizer's tokens; checkpoints carry the tokenizer along.
 
     A subclass sets `tokenizer` before it calls `__init__`.
     """
@@ -31,11 +31,11 @@ class TokenizedDataModule(SequenceDataModule):
     tokenizer: DataTokenizer
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint carries along: position, and unless tokens are bytes, the tokenizer and how it was used."""
+        """What a checkpoint stores: the position, and unless tokens are bytes, the tokenizer and its special_tokens."""
         return super().state_dict() | self._tokenizer_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint whose model has learned the tokens of this data.
+        """Resume from a checkpoint whose model has learned the tokens of this data.
 
         Raises:
             ValueError: if it was trained with another tokenizer.
@@ -54,28 +54,30 @@ class TokenizedDataModule(SequenceDataModule):
 
 
 class TextDataModule(TokenizedDataModule):
-    """Language modelling on text files, byte by byte or with a tokenizer.
+    """Language modeling on text files, byte by byte or with a tokenizer.
 
-    The text is written once into a memory-mapped array in a cache folder, under a name made from its content, that is
-    as private as the text. Its first part is for training and its last for validation; `test` and `predict` use the
-    validation part as well. Files are read as `prepare` reads them, without a byte order mark. A line feed is added to
-    each that has text. Bytes that are not UTF-8 stay as they are; a tokenizer reads each as U+FFFD.
+    The text is written once into a memory-mapped array in a cache folder. The array's name is made from its content,
+    and the array is as private as the text. The first part of the text is for training, the last for validation;
+    `test` and `predict` also use the validation part. Files are read as `prepare` reads them, without a byte order
+    mark. A line feed is added to each file that has text. Bytes that are not UTF-8 stay as they are; a tokenizer reads
+    each as U+FFFD.
 
     Args:
         path: a file, a folder (all files below it that are not hidden) or a glob. Default: the English help topics
-            that every Python carries (`pydoc_data.topics`).
+            that come with every Python (`pydoc_data.topics`).
         sequence_length: tokens in a sequence.
         val_fraction: share of the text, at its end, that is kept for validation.
         batch_size: sequences in a batch of each process.
-        num_workers: processes that load data beside each training process.
-        cache_dir: where the array is kept. Default: `dma-lightning` in the user's cache folder.
+        num_workers: data loading processes per training process.
+        cache_dir: folder of the array. Default: `dma-lightning` in the user's cache folder.
         tokenizer: a `tokenizer.json` of the library tokenizers, which checkpoints then carry along. Default: bytes.
-        special_tokens: whether text that spells a special token of the tokenizer stays text, or becomes it (parse).
+        special_tokens: whether text that spells a special token of the tokenizer stays text or becomes that token
+            (parse).
 
     Raises:
-        ValueError: if the tokenizer cannot be read; in `prepare_data` or `setup`, if the path holds no text, the text
-            is too short or changes while it is read, or a link is in the place of an array (with a tokenizer, a model
-            that is linked to the data asks for it at once).
+        ValueError: if the tokenizer cannot be read; in `prepare_data` or `setup`, if the path holds no text, if the
+            text is too short or changes during reading, or if a link stands where an array should be. (With a
+            tokenizer, these errors come as soon as a model is linked to the data.)
     """
 
     file_arguments = ("path", "cache_dir", "tokenizer")
@@ -102,12 +104,12 @@ class TextDataModule(TokenizedDataModule):
 
     @classmethod
     def complete_saved(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of a checkpoint; before there was a choice, tokenizers parsed special tokens."""
+        """Arguments of a checkpoint; before the choice existed, tokenizers parsed special tokens."""
         return arguments if arguments.get("tokenizer") is None else {"special_tokens": "parse"} | arguments
 
     @property
     def bytes_per_token(self) -> float:
-        """Mean length of a token; with a tokenizer, the array is written for it."""
+        """Mean bytes of a token; with a tokenizer, this writes the array first."""
         if isinstance(self.tokenizer, ByteTokenizer):
             return 1.0
         self.prepare_data()
@@ -115,11 +117,11 @@ class TextDataModule(TokenizedDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """Hashes of text and tokenizer, and how long sequences are."""
+        """Hashes of text and tokenizer, and the sequence length."""
         return f"{self._cache.array.stem}-{self.sequence_length}"
 
     def prepare_data(self) -> None:
-        """Write the array, unless it is there and whole. Called on one process per node."""
+        """Write the array, unless it is there and complete. Called on one process per node."""
         if self._is_prepared:
             return
         self.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -143,7 +145,7 @@ class TextDataModule(TokenizedDataModule):
             )
 
     def part(self, name: Literal["all", "train", "val"]) -> Shard:
-        """All tokens of the array that `prepare_data` has written, or its first or last."""
+        """All tokens of the array that `prepare_data` has written, or its training or validation part."""
         cache, record = self._cache, self._cache.read()
         tokens, border = record.tokens, record.tokens - round(record.tokens * self.val_fraction)
         start, stop = {"all": (0, tokens), "train": (0, border), "val": (border, tokens)}[name]
@@ -180,7 +182,7 @@ class TextDataModule(TokenizedDataModule):
         return TextCache(self.cache_dir / f"{name}.bin", self.vocab_size, with_lengths)
 
     def _tokens(self) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
-        """Tokens of the text, piece by piece, how many bytes of it each stands for, and the bytes of the piece."""
+        """The text in pieces: the tokens, how many bytes each stands for, and the bytes of the piece."""
         if isinstance(self.tokenizer, ByteTokenizer):
             for chunk in self._unchanged_chunks():
                 yield np.frombuffer(chunk, np.uint8), None, len(chunk)
@@ -190,10 +192,10 @@ class TextDataModule(TokenizedDataModule):
             yield tokens, np.diff(ends, prepend=0), len(piece)
 
     def _unchanged_chunks(self) -> Iterator[bytes]:
-        """The text piece by piece, if it is still the one that the array is named after.
+        """The text in pieces, checked against the text that the array is named after.
 
         Raises:
-            ValueError: at the end, if it is another.
+            ValueError: at the end, if the text has changed.
         """
         digest = hashlib.sha256()
         for chunk in self._chunks():
@@ -202,11 +204,11 @@ class TextDataModule(TokenizedDataModule):
         if digest.hexdigest()[:32] != self._content[0]:
             raise ValueError(
                 f"path: expected a text that nobody changes while it is read, got another at {self.path!r} the second "
-                "time; run again when it is finished"
+                "time; run again when the text is complete"
             )
 
     def _chunks(self) -> Iterator[bytes]:
-        """The whole text, piece by piece."""
+        """The whole text, in pieces."""
         if self.path is None:
             from pydoc_data.topics import topics  # half a megabyte that other corpora do not need
 
@@ -214,7 +216,7 @@ class TextDataModule(TokenizedDataModule):
                 yield topic.encode() + _SEPARATOR
             return
         files = text_files(self.path)
-        for file in files:  # before the first is read
+        for file in files:  # check all before reading the first
             check_plain(file)
         for file in files:
             has_text = False

@@ -2,7 +2,7 @@
 
 - `NAME.bin`: the tokens;
 - `NAME.lengths`: how many bytes of text each token stands for, unless tokens are bytes;
-- `NAME.json`: counts and hashes of these.
+- `NAME.json`: counts and hashes of these files.
 """
 
 import secrets
@@ -22,21 +22,21 @@ from dma_lightning.files.atomic import atomic_write
 from dma_lightning.files.reading import check_regular, read_json, sha256, verifies_content
 
 _VERSION = 1
-_PRIVATE, _PUBLIC = 0o600, 0o666  # the second less the umask
+_PRIVATE, _PUBLIC = 0o600, 0o666  # the umask applies to the second
 
 
 @dataclass(frozen=True)
 class CacheRecord:
-    """What is known of an array.
+    """What is known about an array.
 
     Attributes:
         version: of the format.
-        tokens: how many.
+        tokens: number of tokens.
         bytes: of the text.
-        largest: id of a token; -1 without any.
+        largest: the largest token id; -1 if there are no tokens.
         sha256: hash of the array.
-        lengths_dtype: of the file of lengths, if there is one.
-        lengths_sha256: its hash.
+        lengths_dtype: dtype of the file of lengths, if there is one.
+        lengths_sha256: hash of the file of lengths, if there is one.
     """
 
     version: Annotated[int, msgspec.Meta(ge=_VERSION, le=_VERSION)]
@@ -50,7 +50,7 @@ class CacheRecord:
 
 @dataclass(frozen=True)
 class TextCache:
-    """The files of one text and tokenizer. Several processes may write them at once.
+    """The files of one text with one tokenizer. Several processes may write them at the same time.
 
     Args:
         array: file of the tokens.
@@ -64,29 +64,29 @@ class TextCache:
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest that holds every token."""
+        """The smallest dtype that holds every token."""
         return np.min_scalar_type(self.vocab_size - 1)
 
     @property
     def lengths(self) -> Path:
-        """File of how many bytes of text each token stands for."""
+        """The file of each token's length in bytes of text."""
         return self.array.with_suffix(".lengths")
 
     @property
     def record(self) -> Path:
-        """File of counts and hashes."""
+        """The file of counts and hashes."""
         return self.array.with_suffix(".json")
 
     @property
     def files(self) -> list[Path]:
-        """All of them, in the order in which they are written."""
+        """All files, in the order in which they are written."""
         return [self.array, *([self.lengths] if self.with_lengths else []), self.record]
 
     def is_whole(self) -> bool:
-        """Whether the files are there and can be believed; a warning tells why not, if some are there.
+        """Whether the files are there and valid; if only some are, or one is damaged, a warning says why.
 
         Raises:
-            ValueError: if a link is in the place of one.
+            ValueError: if one of them is a link.
         """
         if not any(file.exists() or file.is_symlink() for file in self.files):
             return False
@@ -95,15 +95,15 @@ class TextCache:
             if verifies_content():
                 self._verify(record)
         except _NotWholeError as error:
-            warnings.warn(f"{error}; the text is read again, and the file is written anew", stacklevel=2)
+            warnings.warn(f"{error}; the text is read again, and the file is rewritten", stacklevel=2)
             return False
         return True
 
     def read(self) -> CacheRecord:
-        """What is known of the array; what can be seen at once is checked.
+        """The record of the array, after quick checks.
 
         Raises:
-            ValueError: if a file is missing, a link, or cannot be what was written.
+            ValueError: if a file is missing or a link, or cannot be what was written.
         """
         for file in self.files:
             if file.is_symlink():
@@ -114,7 +114,7 @@ class TextCache:
             record = read_json(self.record, CacheRecord, "a record of the text cache")
         except PermissionError as error:
             raise ValueError(
-                f"{self.record}: expected a text cache that you may read, got one of another user; name another by "
+                f"{self.record}: expected a text cache that you may read, got another user's; name another with "
                 "data.cache_dir"
             ) from error
         except ValueError as error:
@@ -128,9 +128,9 @@ class TextCache:
         """Write all files.
 
         Args:
-            pieces: of the text: tokens, lengths as for `LengthWriter.add`, and bytes.
+            pieces: of the text, each as its tokens, their lengths as for `LengthWriter.add`, and its bytes.
             text_bytes: of the text.
-            private: whether nobody else may read them.
+            private: whether only this user may read the files.
         """
         suffix, mode = f".{secrets.token_hex(8)}.tmp", _PRIVATE if private else _PUBLIC
         with (
@@ -156,10 +156,10 @@ class TextCache:
             file.write(msgspec.json.encode(asdict(record)))
 
     def make_private(self) -> None:
-        """Let nobody else read the files, whose text has become private."""
+        """Keep other users from reading the files, since the text has become private."""
         for file in self.files:
             if file.stat().st_mode & 0o077:
-                with suppress(OSError):  # of another user, who may have published the text, or on a read-only disk
+                with suppress(OSError):  # another user's files, who may have published the text, or a read-only disk
                     file.chmod(_PRIVATE)
 
     def _check_sizes(self, record: CacheRecord) -> None:
@@ -184,4 +184,4 @@ class TextCache:
 
 
 class _NotWholeError(ValueError):
-    """A file of the cache that cannot be believed."""
+    """A file of the cache is missing or damaged."""

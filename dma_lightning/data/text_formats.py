@@ -1,4 +1,4 @@
-"""Documents in files of text or JSONL, also compressed, read as streams."""
+"""Documents in files of text or JSONL, compressed or not, read as streams."""
 
 import gzip
 import io
@@ -12,26 +12,27 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from dma_lightning.data.find_files import COMPRESSED, JSONL
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer  # from Python 3.12 on in collections.abc
+    from typing_extensions import Buffer  # in collections.abc from Python 3.12 on
 
 _CHUNK = 1 << 20
-_PIECE = 4 << 20  # bytes that a tokenizer takes at once, if no line ends before
-_PACKED = 1 << 16  # bytes that are decompressed at once
+_PIECE = 4 << 20  # bytes that a tokenizer takes at once, unless a line ends earlier
+_PACKED = 1 << 16  # compressed bytes that are read at once
 _BOM = b"\xef\xbb\xbf"
-_NO_TEXT = (".json", ".tar", ".tgz")  # which would pass for text
+_NO_TEXT = (".json", ".tar", ".tgz")  # would otherwise pass for text
 
 _Stream = BinaryIO | gzip.GzipFile
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a document, small enough to be tokenised at once.
+    """Part of a document, small enough to tokenize at once.
 
     Attributes:
-        text: of it.
+        text: of the piece.
         bytes: of the text in UTF-8.
         read: bytes of the file that were read so far, before decompression.
-        next_line: where a document ends, the number of lines up to there, or none for the rest of the file; -1 within.
+        next_line: at the end of a document, the number of lines up to there, or none if it is the whole file; -1
+            within a document.
     """
 
     text: str
@@ -41,18 +42,18 @@ class Piece:
 
 
 def read_documents(path: Path, text_field: str, skip_lines: int = 0) -> Iterator[Piece]:
-    """The documents of a file: of JSONL (`.jsonl`, `.ndjson`) one per line, else the whole; `.gz` and `.zst` too.
+    """The documents of a file: each line of JSONL (`.jsonl`, `.ndjson`), else the whole file; also `.gz` and `.zst`.
 
-    Empty documents are left out, and a byte order mark.
+    Empty documents and a byte order mark are left out.
 
     Args:
         path: of the file.
         text_field: which field of a JSONL line is the text.
-        skip_lines: lines of JSONL to leave out.
+        skip_lines: number of JSONL lines to skip.
 
     Raises:
-        ValueError: if the file is damaged, no UTF-8, an archive or `.json`, or a line is no JSON object with such a
-            field.
+        ValueError: if the file is damaged, not UTF-8, an archive or `.json`, or if a line is not a JSON object with
+            such a field.
     """
     compression, suffix = path.suffix.lower(), _kind(path)
     with path.open("rb") as raw:
@@ -65,13 +66,13 @@ def read_documents(path: Path, text_field: str, skip_lines: int = 0) -> Iterator
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: expected a whole {compression} file: {error}") from error
         except Exception as error:
-            if type(error).__name__ != "ZstdError":  # of a library that need not be there
+            if type(error).__name__ != "ZstdError":  # the optional library may be missing, so compare the name
                 raise
             raise ValueError(f"{path}: expected a whole {compression} file: {error}") from error
 
 
 def check_plain(path: Path) -> None:
-    """Refuse what is no plain text by its name.
+    """Refuse a file whose name says that it is not plain text.
 
     Raises:
         ValueError: if it is JSONL, compressed, an archive or `.json`.
@@ -83,13 +84,13 @@ def check_plain(path: Path) -> None:
 
 
 def plain_chunks(path: Path) -> Iterator[bytes]:
-    """A file of plain text as `read_documents` reads it, piece by piece, whatever its bytes are."""
+    """A file of plain text, read in pieces as `read_documents` does, but with any bytes."""
     with path.open("rb") as stream:
         yield from _chunks(stream)
 
 
 def _chunks(stream: _Stream) -> Iterator[bytes]:
-    """What is in a file, without a byte order mark."""
+    """The content of a file, without a byte order mark."""
     if first := stream.read(_CHUNK).removeprefix(_BOM):
         yield first
     while chunk := stream.read(_CHUNK):
@@ -97,23 +98,23 @@ def _chunks(stream: _Stream) -> Iterator[bytes]:
 
 
 def _kind(path: Path) -> str:
-    """The ending of a name, in small letters, without that of a compression.
+    """The ending of a name, in lower case, without the ending of a compression.
 
     Raises:
-        ValueError: if it is that of an archive, or `.json`.
+        ValueError: if it is the ending of an archive, or `.json`.
     """
     compressed = path.suffix.lower() in COMPRESSED
     suffix = (path.with_suffix("") if compressed else path).suffix.lower()
     if suffix in _NO_TEXT:
         raise ValueError(
             f"{path}: expected text or JSONL, got {suffix}; unpack it, name it .jsonl if each of its lines is a "
-            "document, or leave it out by a glob"
+            "document, or exclude it with a glob"
         )
     return suffix
 
 
 def _decompress(path: Path, compression: str, raw: BinaryIO) -> _Stream:
-    """What is in the file.
+    """The decompressed content of the file.
 
     Raises:
         ValueError: if the library for it is missing.
@@ -131,7 +132,7 @@ def _decompress(path: Path, compression: str, raw: BinaryIO) -> _Stream:
 
 
 def _frames(raw: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
-    """What is in frames of Zstandard, piece by piece; its library's own stream takes a torn frame for a whole one."""
+    """The content of Zstandard frames, in pieces; the library's own stream accepts a truncated frame as a whole one."""
     frame = None
     while packed := raw.read(_PACKED):
         while packed:
@@ -143,7 +144,7 @@ def _frames(raw: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
 
 
 class _Joined(io.RawIOBase):
-    """Pieces as a stream."""
+    """A stream of pieces."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self.pieces, self.rest = pieces, memoryview(b"")
@@ -188,7 +189,7 @@ def _lines(path: Path, stream: _Stream, raw: BinaryIO, text_field: str, skip_lin
 def byte_pieces(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Text in pieces of whole lines, or of whole words if lines are long.
 
-    A tokenizer sees one piece at a time, so where two meet, a token may be another than in the whole.
+    A tokenizer sees one piece at a time, so tokens at the border of two pieces may differ from those of the whole text.
     """
     rest: list[bytes] = []
     size = 0
@@ -207,7 +208,7 @@ def byte_pieces(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _character_end(text: bytes) -> int:
-    """Where the last character begins, so that it is not cut."""
+    """Where the last character begins; a cut there splits no character."""
     end = len(text) - 1
     while end > 0 and text[end] & 0xC0 == 0x80:
         end -= 1
@@ -219,14 +220,14 @@ def _text(path: Path, number: int, line: bytes, text_field: str) -> bytes:
     decoded = _decode(path, number, line)
     try:
         record = json.loads(decoded)
-    except (ValueError, RecursionError) as error:  # also a number of too many digits
+    except (ValueError, RecursionError) as error:  # ValueError also for a number with too many digits
         raise ValueError(f"{path}, line {number}: expected a JSON object: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:40]!r}")
     if not isinstance(text := record.get(text_field), str):
         raise ValueError(
             f"{path}, line {number}: expected a string in the field {text_field!r}, got the fields "
-            f"{ ({name: type(value).__name__ for name, value in record.items()}) }; name another by --text_field"
+            f"{ ({name: type(value).__name__ for name, value in record.items()}) }; name another with --text_field"
         )
     try:
         return text.encode()

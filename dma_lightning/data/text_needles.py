@@ -1,12 +1,12 @@
-"""Needles in a haystack of text: say the code that was told of a word, wherever that was.
+"""Needles in a haystack of text: recall the code of a word, wherever it was given.
 
     BOS sentences … The code of <word> is <6 digits>. … sentences The code of <word> is <6 digits>      labels: digits .
 
-Bytes are tokens. In validation and test the labels are the answer alone: the first digit under the last space of the
-question, and each further byte under the one before it. In training every byte is a label, and most examples are plain
+Bytes are tokens. In validation and test only the answer has labels: the first digit under the last space of the
+question, and each further byte under the previous one. In training every byte has a label, and most examples are plain
 text.
 
-L tokens of an example, padding behind it up to N sequence length.
+L tokens of an example, padded to N sequence length.
 """
 
 import re
@@ -45,22 +45,22 @@ TRAINING_WORDS = tuple(word for word in WORDS if word not in HELD_OUT_WORDS)
 _QUESTION, _ANSWER = "The code of {word} is ", "{code:06d}."
 _CODES = 10**6
 _ANSWER_LENGTH = 7  # bytes
-_SENTENCE_END = re.compile(rb"[.!?][\"')\]]*\s+")  # with the space behind it
+_SENTENCE_END = re.compile(rb"[.!?][\"')\]]*\s+")  # includes the space that follows
 _WORD_END = re.compile(rb"\s+")
 _LOOK_BACK, _LONGEST_WORD = 4096, 64  # bytes
-_MOST_OFF = 0.05  # of a haystack, how far a needle may be moved to the end of a sentence or word
+_MOST_OFF = 0.05  # share of a haystack that a needle may move to reach the end of a sentence or word
 
 
 @dataclass(frozen=True)
 class TextNeedles:
-    """What examples are like.
+    """Settings of the examples.
 
     Attributes:
         sequence_length: N, the most tokens of an example.
         words: of needles.
-        max_needles: the most needles of an example, each of another word.
+        max_needles: the most needles of an example, each with a different word.
         needle_fraction: share of examples with needles; the others are N tokens of text.
-        label_text: whether every byte has a label, or those of the answer alone.
+        label_text: whether every byte has a label, or only those of the answer.
 
     Raises:
         ValueError: if such an example does not exist.
@@ -107,7 +107,7 @@ class TextNeedleTask:
     """The generator of examples.
 
     Attributes:
-        needles: what examples are like.
+        needles: settings of the examples.
         text: bytes of the haystacks, at least N.
     """
 
@@ -136,20 +136,21 @@ class TextNeedleTask:
 
     @property
     def chance(self) -> float:
-        """Share of whole answers that guessing among all codes gets right."""
+        """Share of whole answers that a guess among all codes gets right."""
         return 1 / _CODES
 
     def generate(
         self, seed: int, length: int | None = None, depth: float | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw an example, in the order: whether it has needles, length, depth, words, codes, other depths, text.
+        """Draw an example: first whether it has needles, then length, depth, words, codes, other depths, text.
 
         Args:
-            seed: of all that is drawn.
-            length: L. Default: N for plain text, else drawn, from an eighth of N on, or `least_length` if that is more.
-            depth: where the asked needle stands in the haystack, from 0, at the beginning, to 100, before the question
-                (and before needles that come to the same place); moved to the nearest end of a sentence, or of a
-                word where that is more than 5 per cent of the haystack away. Default: drawn.
+            seed: of everything that is drawn.
+            length: L. Default: N for plain text; otherwise drawn, from N / 8 or `least_length`, whichever is more, up
+                to N.
+            depth: where the needle in question stands in the haystack, from 0, at the beginning, to 100, just before
+                the question (and before other needles at the same place). The needle moves to the nearest end of a
+                sentence, or of a word if the sentence's is more than 5 percent of the haystack away. Default: drawn.
 
         Returns:
             Inputs and labels, int64 `[L]`.
@@ -167,7 +168,7 @@ class TextNeedleTask:
         return inputs, labels
 
     def _question(self, random: np.random.RandomState, length: int | None, depth: float | None) -> bytes:
-        """A haystack with needles, a question about the first that was drawn, and the answer."""
+        """A haystack with needles, a question about the first needle drawn, and the answer."""
         if length is None:
             length = random.randint(max(self.least_length, self.sequence_length // 8), self.sequence_length + 1)
         depth = 100 * random.random_sample() if depth is None else depth
@@ -187,7 +188,7 @@ class TextNeedleTask:
         return b"".join([*parts, hay[done:], asked])
 
     def _passage(self, random: np.random.RandomState, size: int) -> bytes:
-        """Text that begins at a sentence, or anywhere if there is no end of one in a long stretch before."""
+        """Text that begins with a sentence, or anywhere if no sentence ends in a long stretch before."""
         place = random.randint(self.text.stop - self.text.start - size + 1)
         first = max(0, place - _LOOK_BACK)
         ends = _sentence_ends(self.text.tokens[first:place].tobytes())
@@ -196,7 +197,7 @@ class TextNeedleTask:
 
 
 class MixedExamples(NeedleExamples):
-    """Training examples, plain text and needles, whose labels are bytes of text and no answers."""
+    """Training examples, plain text and needles; their labels are bytes of text, not answers."""
 
     def draw(self, index: int) -> dict[str, Tensor]:
         item = super().draw(index)
@@ -205,32 +206,32 @@ class MixedExamples(NeedleExamples):
 
 
 class TextNeedleDataModule(HaystackDataModule):
-    """Needles in a haystack of text, byte by byte, with other words in validation and test than in training.
+    """Needles in a haystack of text, byte by byte; validation and test use different words from training.
 
-    A part of the training examples has 1 to max_needles needles, a length between an eighth of sequence_length and all
-    of it, and a question about one of the needles, which stands at any depth; the others are plain text. Examples of
-    validation and test have one needle. They go through depths of 0, 10, ... 100 per cent, and a quarter, a half and
-    all of the length. Text is read and cached as `TextDataModule` does it.
+    A share of the training examples has 1 to max_needles needles at any depth, a length from an eighth of
+    sequence_length up to all of it, and a question about one of the needles. The others are plain text. Validation and
+    test examples have one needle. They go through depths of 0, 10, ... 100 percent, and a quarter, a half and all of
+    the length. Text is read and cached as `TextDataModule` does it.
 
     Args:
         path: a file, a folder (all files below it that are not hidden) or a glob. Default: the English help topics
-            that every Python carries (`pydoc_data.topics`).
+            that come with every Python (`pydoc_data.topics`).
         sequence_length: the most tokens of an example; shorter ones are padded.
         needle_fraction: share of training examples with needles.
         max_needles: the most needles of a training example.
         val_path: another text, for validation and test.
         val_fraction: share of the text, at its end, that is kept for validation and test, unless val_path is given.
         train_examples: number of training examples.
-        val_examples: number of validation examples; 33 have each depth in each length.
-        test_examples: number of test examples, which `predict` uses too.
+        val_examples: number of validation examples; every 33 cover each depth at each length once.
+        test_examples: number of test examples, also used by `predict`.
         seed: number of the data set; data sets of equal sizes and different seeds share no example.
         batch_size: sequences in a batch of each process.
-        num_workers: processes that load data beside each training process.
-        cache_dir: where the text is kept. Default: `dma-lightning` in the user's cache folder.
+        num_workers: data loading processes per training process.
+        cache_dir: folder of the cached text. Default: `dma-lightning` in the user's cache folder.
 
     Raises:
-        ValueError: if there are no such examples; in `prepare_data` or `setup`, if a path holds no text, or the text is
-            too short or changes while it is read.
+        ValueError: if there are no such examples; in `prepare_data` or `setup`, if a path holds no text, or if the
+            text is too short or changes during reading.
     """
 
     needles: TextNeedles
@@ -256,7 +257,7 @@ class TextNeedleDataModule(HaystackDataModule):
     ) -> None:
         self.mixture = TextNeedles(sequence_length, TRAINING_WORDS, max_needles, needle_fraction, label_text=True)
         self.needles = TextNeedles(sequence_length, HELD_OUT_WORDS)
-        self.tokenizer = ByteTokenizer()  # of pictures and samples
+        self.tokenizer = ByteTokenizer()  # used by pictures and samples
         super().__init__(self.needles, (train_examples, val_examples, test_examples), seed, batch_size, num_workers)
         self.save_hyperparameters()
         self.text = _text(path, cache_dir, val_fraction)
@@ -264,17 +265,17 @@ class TextNeedleDataModule(HaystackDataModule):
 
     @property
     def bytes_per_token(self) -> float:
-        """Mean length of a token."""
+        """Mean bytes of a token."""
         return 1.0
 
     @property
     def fingerprint(self) -> str:
-        """All that training examples are drawn from."""
+        """Everything that determines the training examples."""
         text = self._training_text
         return f"{super().fingerprint}, {text.stop} bytes of {Path(text.tokens_file).stem}"
 
     def prepare_data(self) -> None:
-        """Write the arrays of the texts, unless they are there and whole. Called on one process per node."""
+        """Write the arrays of the texts, unless they are there and complete. Called on one process per node."""
         for text in (self.text, self.val_text):
             if text is not None:
                 text.prepare_data()
@@ -290,7 +291,7 @@ class TextNeedleDataModule(HaystackDataModule):
         return self._asking(replace(self.needles, sequence_length=length))
 
     def _asking(self, needles: TextNeedles) -> TextNeedleTask:
-        """What draws examples of validation and test."""
+        """The generator of validation and test examples."""
         text = self.text.part("val") if self.val_text is None else self.val_text.part("all")
         _check_size(text, needles.sequence_length, "validation")
         return TextNeedleTask(needles, text)
@@ -301,12 +302,12 @@ class TextNeedleDataModule(HaystackDataModule):
 
 
 def _text(path: str | None, cache_dir: str | None, val_fraction: float) -> TextDataModule:
-    """What reads a text. Made within `__init__` above, it would save the arguments of both as its own."""
+    """The reader of a text. Within `__init__` above, it would save the arguments of both classes as its own."""
     return TextDataModule(path, val_fraction=val_fraction, cache_dir=cache_dir)
 
 
 def _check_size(text: Shard, length: int, name: str) -> None:
-    """That examples of a length can be cut out of a text.
+    """Check that a text is long enough for examples of a length.
 
     Raises:
         ValueError: if it is too short.
@@ -319,12 +320,12 @@ def _check_size(text: Shard, length: int, name: str) -> None:
 
 
 def _sentence_ends(text: bytes) -> list[int]:
-    """Where sentences end, behind the space that follows."""
+    """Where sentences end, after the space that follows."""
     return [end.end() for end in _SENTENCE_END.finditer(text)]
 
 
 def _place(hay: bytes, ends: Sequence[int], depth: float) -> int:
-    """Where in a haystack, in which sentences end there, the needle of a depth stands."""
+    """Where the needle of a depth stands in a haystack; `ends` are the ends of its sentences."""
     asked, most = round(depth / 100 * len(hay)), _MOST_OFF * len(hay)
     sentence = min((0, *ends, len(hay)), key=lambda end: abs(end - asked))
     words = (word.end() for word in _WORD_END.finditer(hay, max(0, asked - _LONGEST_WORD), asked + _LONGEST_WORD))

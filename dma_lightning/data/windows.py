@@ -18,18 +18,18 @@ class TokenWindows(Dataset):
     """Consecutive windows of each shard; the label of a token is the token after it.
 
     Args:
-        shards: parts of shards; what is left of one behind its last window is not read.
+        shards: parts of shards; the rest of a part after its last window is not read.
         sequence_length: N, the length of a window.
-        separate_documents: number the documents of a window, from 0, for attention that stays within each; a token that
-            another document follows then has no label.
+        separate_documents: number the documents of a window from 0, for attention that stays within each; the last
+            token of a document then has no label.
 
-    Where the bytes of tokens are known, items have `label_bytes`, see `Batch`.
+    If the bytes of tokens are known, items have `label_bytes`; see `Batch`.
     """
 
     def __init__(self, shards: list[Shard], sequence_length: int, separate_documents: bool = False) -> None:
         self.shards, self.sequence_length, self.separate_documents = shards, sequence_length, separate_documents
         windows = [max(0, shard.stop - shard.start - 1) // sequence_length for shard in shards]
-        self.first = np.cumsum([0, *windows])  # window of each shard
+        self.first = np.cumsum([0, *windows])  # first window of each shard
 
     def __len__(self) -> int:
         return int(self.first[-1])

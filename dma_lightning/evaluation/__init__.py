@@ -1,10 +1,10 @@
-"""What a checkpoint can do, beyond the length that it was trained at, too.
+"""Evaluation of checkpoints, also at lengths beyond the training length.
 
-- `needles`: answers by the length of a haystack and the depth of the needle
-- `lengths`: the test set of its data, at other lengths; `positions`: the loss by position in a document
+- `needles`: answers by haystack length and needle depth
+- `lengths`: the test set of a checkpoint's data, at other lengths; `positions`: the loss by position in a document
 
-Below these: `trained_run` (a checkpoint, and its data at another length), `reading` (with a cache, a chunk at a time),
-`scores` (what labels add up to), `costs` (time and memory) and `reports` (tables and files).
+Below these: `trained_run` (a checkpoint, and its data at another length), `reading` (with a cache, one chunk at a
+time), `scores` (sums over labels), `costs` (time and memory) and `reports` (tables and files).
 """
 
 from dma_lightning.evaluation.lengths import LengthScores, length_scores

@@ -1,4 +1,4 @@
-"""Time and memory of reading a sequence and of going on with it.
+"""Time and memory to read a sequence and to continue it.
 
 B batch, N length.
 """
@@ -14,19 +14,19 @@ from torch import Tensor
 
 from dma_lightning.evaluation.reading import Reader
 
-STEPS = 9  # of decoding, of which the first is not counted
+STEPS = 9  # of decoding; the first does not count
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a batch of sequences of one length costs.
+    """The cost of a batch of sequences of one length.
 
     Attributes:
-        batch_size: sequences that were read at once.
-        prompt_seconds_per_token: time of reading the sequences, divided by all of their tokens.
-        step_seconds: time of a step that makes a token of each sequence, median of several.
-        cache_bytes: memory of the cache of one sequence, room that it has taken for more included.
-        peak_memory_bytes: most memory that was in use, weights included; None on a CPU.
+        batch_size: sequences that are read at once.
+        prompt_seconds_per_token: time to read the sequences, divided by their total number of tokens.
+        step_seconds: time of a step that generates a token for each sequence, median of several.
+        cache_bytes: memory of one sequence's cache, including room reserved for more tokens.
+        peak_memory_bytes: most memory in use, weights included; None on a CPU.
     """
 
     batch_size: int
@@ -37,10 +37,10 @@ class Cost:
 
     @classmethod
     def measured(cls, reader: Reader, input_ids: Tensor) -> "Cost":
-        """Of sequences `[B, N]`, within `reader.inferring()`; they are read twice, and the first time is not counted.
+        """Measure sequences `[B, N]`, within `reader.inferring()`; they are read twice, and only the second counts.
 
         Args:
-            reader: how they are read.
+            reader: reads the sequences.
             input_ids: the sequences, on the reader's device.
         """
         on_gpu = torch.device(reader.device).type == "cuda"
@@ -60,13 +60,13 @@ class Cost:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Memory of all tensors that a cache holds, in itself, in lists and in further objects."""
+    """Memory of all tensors that a cache holds, directly, in lists or in nested objects."""
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _tensors(cache, set())}
     return sum(storages.values())
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """All tensors below a value; objects that refer to each other in a circle are looked into once."""
+    """All tensors below a value; each object is visited once, so circular references do no harm."""
     if isinstance(value, Tensor):
         yield value
     elif id(value) not in seen:
@@ -82,7 +82,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 def _now(device: str) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Time in seconds, once the device has finished its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

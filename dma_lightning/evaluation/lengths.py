@@ -1,4 +1,4 @@
-"""How well a model does at lengths that it was not trained at.
+"""How well a model does at lengths other than the training length.
 
 B batch, N length.
 """
@@ -19,17 +19,17 @@ from dma_lightning.evaluation.scores import Scores
 
 @dataclass(frozen=True)
 class LengthScores:
-    """What came of sequences of one length.
+    """Results for sequences of one length.
 
     Attributes:
         length: N.
-        sequences: how many were read.
-        labels: how many tokens were to be said.
+        sequences: number of sequences read.
+        labels: number of tokens to predict.
         loss: mean over labels, in nats.
         accuracy: share of labels that are the likeliest token.
-        answers: share of whole answers that are right; None if labels are no answers.
+        answers: share of whole answers that are right; None if labels are not answers.
         bits_per_byte: of the text that labels stand for; None if they stand for none.
-        cost: of reading a sequence and going on with it.
+        cost: of reading a sequence and continuing it.
     """
 
     length: int
@@ -42,7 +42,7 @@ class LengthScores:
     cost: Cost
 
     def figures(self) -> dict[str, Any]:
-        """All of it, for a file."""
+        """All values as one dictionary, for a file."""
         return {name: x for name, x in asdict(self).items() if name != "cost"} | asdict(self.cost)
 
 
@@ -50,10 +50,10 @@ def length_scores(reader: Reader, sequences: Sequences, examples: int, batch_siz
     """Score the first sequences of a data set, all of one length.
 
     Args:
-        reader: how they are read.
+        reader: reads the sequences.
         sequences: the data set.
-        examples: how many to read at most.
-        batch_size: how many are read at once.
+        examples: the most sequences to read.
+        batch_size: number of sequences to read at once.
     """
     count = min(examples, len(sequences))
     parts, answers, cost, size = [], [], None, 0
@@ -68,7 +68,7 @@ def length_scores(reader: Reader, sequences: Sequences, examples: int, batch_siz
                 answers.append(parts[-1][batch["is_answer"].cpu()])
             if cost is None:
                 length, cost = batch["input_ids"].shape[1], Cost.measured(reader, batch["input_ids"])
-    assert cost is not None  # of the first batch
+    assert cost is not None  # set with the first batch
     scores = Scores.joined(parts)
     right = Scores.joined(answers).answers if answers else None
     bits = scores.nats.sum().item() / size / math.log(2) if size else None

@@ -1,4 +1,4 @@
-"""Whether a model finds a needle, by the length of the haystack and the depth of the needle.
+"""Whether a model finds a needle, by haystack length and needle depth.
 
 B batch, L tokens of an example, M tokens of an answer.
 """
@@ -19,18 +19,18 @@ from dma_lightning.evaluation.costs import Cost
 from dma_lightning.evaluation.reading import Reader
 from dma_lightning.evaluation.scores import Scores
 
-_TEST = 2  # number of the split from whose seeds examples are drawn
+_TEST = 2  # number of the split whose seeds draw the examples
 _MOST_EXAMPLES = 1 << 20  # of a cell
 
 
 @dataclass(frozen=True)
 class NeedleGrid:
-    """Which examples are asked at each length.
+    """The examples to ask at each length.
 
     Attributes:
-        depths: where the needle stands, from 0 to 100 per cent.
-        examples: how many of each length and depth.
-        batch_size: examples that are read at once.
+        depths: where the needle stands, from 0 to 100 percent.
+        examples: number of examples of each length and depth.
+        batch_size: number of examples to read at once.
 
     Raises:
         ValueError: if a depth or number is out of range.
@@ -42,25 +42,25 @@ class NeedleGrid:
 
     def __post_init__(self) -> None:
         if not self.depths or not all(0 <= depth <= 100 for depth in self.depths):
-            raise ValueError(f"depths: expected at least one, each from 0 to 100 per cent, got {list(self.depths)}")
+            raise ValueError(f"depths: expected at least one, each from 0 to 100 percent, got {list(self.depths)}")
         if not 1 <= self.examples <= _MOST_EXAMPLES:
-            raise ValueError(f"examples: expected 1 to {_MOST_EXAMPLES} of each cell, got {self.examples}")
+            raise ValueError(f"examples: expected 1 to {_MOST_EXAMPLES} per cell, got {self.examples}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What came of the examples of one length and depth.
+    """Results for the examples of one length and depth.
 
     Attributes:
         length: L.
-        depth: in per cent.
-        first_seed: of example 0; each further one has the next.
-        examples: how many there are.
+        depth: in percent.
+        first_seed: seed of example 0; each further example has the next seed.
+        examples: number of examples.
         answers: share of whole answers that are right.
-        accuracy: share of their tokens that are right, each given those before it.
-        loss: mean over these tokens, in nats.
+        accuracy: share of answer tokens that are right, given the true tokens before them.
+        loss: mean over answer tokens, in nats.
     """
 
     length: int
@@ -74,13 +74,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class NeedleRow:
-    """The cells of one length, and what a batch of it costs.
+    """The cells of one length, and the cost of a batch of that length.
 
     Attributes:
         length: L.
-        chance: share of whole answers that guessing among all that are possible gets right.
+        chance: share of whole answers that a guess among all possible ones gets right.
         cells: by depth.
-        cost: of reading a prompt and of answering.
+        cost: of reading a prompt and answering.
     """
 
     length: int
@@ -94,7 +94,7 @@ class NeedleRow:
 
 
 def cell_seed(length: int, depth: float) -> int:
-    """Seed of the first example of a cell: one of the test split, which training and validation do not use."""
+    """Seed of the first example of a cell, from the test split, which training and validation do not use."""
     digest = hashlib.sha256(f"{length} {float(depth)!r}".encode()).digest()
     return _TEST * SPLIT_STRIDE + int.from_bytes(digest[:8], "big") % (SPLIT_STRIDE - _MOST_EXAMPLES)
 
@@ -102,13 +102,13 @@ def cell_seed(length: int, depth: float) -> int:
 def needle_cells(reader: Reader, task: HaystackTask, length: int, grid: NeedleGrid) -> NeedleRow:
     """Ask for needles in haystacks of one length.
 
-    An example does not depend on the other cells, nor on how many are read at once.
+    An example does not depend on the other cells, nor on how many examples are read at once.
 
     Args:
-        reader: how they are read.
+        reader: reads the examples.
         task: draws examples of this length.
         length: L.
-        grid: depths, and how many examples.
+        grid: depths and number of examples.
     """
     drawn = [(cell_seed(length, depth) + i, depth) for depth in grid.depths for i in range(grid.examples)]
     parts, cost = [], None
@@ -119,7 +119,7 @@ def needle_cells(reader: Reader, task: HaystackTask, length: int, grid: NeedleGr
             if cost is None:
                 prompt = inputs[:, : inputs.shape[1] - _answer_length(labels) + 1]
                 cost = Cost.measured(reader, prompt.to(reader.device))
-    assert cost is not None  # of the first batch
+    assert cost is not None  # set with the first batch
     scores = Scores.joined(parts)
     cells = []
     for number, depth in enumerate(grid.depths):
@@ -130,10 +130,10 @@ def needle_cells(reader: Reader, task: HaystackTask, length: int, grid: NeedleGr
 
 
 def answer_scores(reader: Reader, inputs: Tensor, labels: Tensor) -> Scores:
-    """Scores of the answers at the end of examples `[B, L]`, whose tokens are fed one by one, within `inferring`.
+    """Scores of the answers at the end of examples `[B, L]`, fed token by token, within `inferring`.
 
-    All tokens of an answer are the likeliest ones, given the true ones before them, if and only if greedy decoding
-    gives that answer.
+    All tokens of an answer are the likeliest, given the true tokens before them, if and only if greedy decoding gives
+    that answer.
     """
     answer = _answer_length(labels)
     tokens, labels = inputs.to(reader.device), labels[:, labels.shape[1] - answer :].to(reader.device)
@@ -146,18 +146,18 @@ def answer_scores(reader: Reader, inputs: Tensor, labels: Tensor) -> Scores:
 
 
 def means(cells: Sequence[Cell]) -> dict[str, float | None]:
-    """Means over cells, which have equally many examples; None without any."""
+    """Means over cells, which all have the same number of examples; None if there are no cells."""
     names = ("answers", "accuracy", "loss")
     return {name: sum(getattr(cell, name) for cell in cells) / len(cells) if cells else None for name in names}
 
 
 def _answer_length(labels: Tensor) -> int:
-    """M, of the longest answer of a batch."""
+    """M, the length of the longest answer in a batch."""
     return int((labels != IGNORE_INDEX).sum(-1).max())
 
 
 def _examples(task: HaystackTask, length: int, drawn: Sequence[tuple[int, float]]) -> tuple[Tensor, Tensor]:
-    """Inputs and labels `[B, L]` of seeds and depths."""
+    """Inputs and labels `[B, L]` of the examples with these seeds and depths."""
     pairs = [task.generate(seed, length, depth) for seed, depth in drawn]
     inputs, labels = (torch.from_numpy(np.stack(rows)) for rows in zip(*pairs, strict=True))
     return inputs, labels

@@ -1,4 +1,4 @@
-"""How the loss falls with the position in a document, as more context is there.
+"""How the loss falls with the position in a document, as the context grows.
 
 D documents, B of them at once, N positions, K buckets.
 """
@@ -22,13 +22,13 @@ _FIRST = 64  # positions of the first bucket
 
 @dataclass(frozen=True)
 class Bucket:
-    """The loss at some positions, each of which has seen as many tokens before it.
+    """The loss at a range of positions.
 
     Attributes:
-        first: position, from 0.
-        last: position, this one included.
-        documents: how many there are.
-        loss: mean over them, in nats per token.
+        first: first position, counted from 0.
+        last: last position, inclusive.
+        documents: number of documents.
+        loss: mean over documents, in nats per token.
         standard_error: of that mean over documents; None if there is only one.
         bits_per_byte: of the text that the tokens stand for; None if they stand for none.
     """
@@ -57,8 +57,8 @@ def long_documents(
     Args:
         files: text or JSONL, as `prepare` reads them.
         tokenizer: of the model.
-        length: N; a beginning has one token more, the last to be predicted.
-        documents: how many to take at most.
+        length: N; a beginning has one token more, which is only predicted.
+        documents: the most documents to take.
         text_field: which field of a JSONL line is the text.
 
     Raises:
@@ -85,9 +85,9 @@ def position_buckets(reader: Reader, documents: Sequence[Beginning], batch_size:
     """The loss at positions of documents, in buckets whose ends double: 0 to 63, to 127, to 255, ...
 
     Args:
-        reader: how documents are read.
-        documents: of equally many tokens.
-        batch_size: documents that are read at once.
+        reader: reads the documents.
+        documents: beginnings with the same number of tokens.
+        batch_size: number of documents to read at once.
     """
     length = len(documents[0].tokens) - 1
     ends = [_FIRST]
@@ -110,7 +110,7 @@ def position_buckets(reader: Reader, documents: Sequence[Beginning], batch_size:
 
 
 def _bucket_nats(reader: Reader, tokens: Tensor, bucket: Tensor, count: int) -> Tensor:
-    """Sum of the losses of documents `[B, N + 1]` in each bucket, float64 `[B, K]`, within `inferring`."""
+    """Sums of the losses of documents `[B, N + 1]` in each bucket, float64 `[B, K]`, within `inferring`."""
     tokens = tokens.to(reader.device)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     nats = torch.zeros(len(tokens), count, dtype=torch.float64)
@@ -120,12 +120,12 @@ def _bucket_nats(reader: Reader, tokens: Tensor, bucket: Tensor, count: int) -> 
 
 
 def _beginnings(file: Path, tokenizer: DataTokenizer, count: int, text_field: str) -> Iterator[Beginning]:
-    """The first `count` tokens of each document of a file, or all of a shorter one."""
+    """The first `count` tokens of each document of a file; all tokens of a shorter one."""
     tokens: list[np.ndarray] = []
     sizes: list[np.ndarray] = []
     have = 0
     for piece in read_documents(file, text_field):
-        if have < count:  # of the rest, only the end is looked for
+        if have < count:  # skip the rest of the document up to its end
             ids, lengths = _tokens(tokenizer, piece.text)
             tokens, sizes, have = [*tokens, ids], [*sizes, lengths], have + len(ids)
         if piece.next_line != -1:

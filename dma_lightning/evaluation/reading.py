@@ -1,4 +1,4 @@
-"""Sequences read with a cache, a chunk at a time.
+"""Reading sequences with a cache, one chunk at a time.
 
 B batch, N length, n positions of a chunk, V vocabulary.
 """
@@ -13,19 +13,19 @@ from torch import Tensor
 from dma_lightning.generation import Decoder, evaluating
 from dma_lightning.mixers.base import MixerCache
 
-_SHAPES = 128  # that may be compiled: of each length, the first chunk and further ones, of whole batches and the last
+_SHAPES = 128  # to compile: for each length the first and later chunks, of full batches and of the last one
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How sequences are read, so that no more than a chunk and the cache are in memory at once.
+    """Reads sequences so that memory holds no more than a chunk and the cache at once.
 
-    All of it is to be used within `inferring`.
+    Use all methods within `inferring`.
 
     Attributes:
         model: the decoder.
-        device: where it is.
-        chunk_size: positions that are read at once.
+        device: of the model.
+        chunk_size: number of positions to read at once.
         full_cache: keep all keys, for comparison.
 
     Raises:
@@ -43,28 +43,28 @@ class Reader:
 
     @contextmanager
     def inferring(self) -> Iterator[None]:
-        """Without gradients and dropout, and without compiled layers, which each length would compile anew.
+        """A context without gradients, dropout and compiled layers, which would be compiled again for each length.
 
-        FlexAttention cannot do without, and has more shapes here than torch allows by default.
+        FlexAttention is always compiled, and needs more shapes here than torch allows by default.
         """
         with torch.inference_mode(), evaluating(self.model), torch._dynamo.config.patch(recompile_limit=_SHAPES):
             yield
 
     def prompt(self, input_ids: Tensor) -> tuple[list[MixerCache], Tensor]:
-        """What is kept of sequences `[B, N]`, and logits of the token behind them, `[B, V]`."""
+        """The cache after sequences `[B, N]`, and the logits of the next token, `[B, V]`."""
         cache = self.model.new_cache(len(input_ids), self.full_cache)
         for part in input_ids.split(self.chunk_size, dim=1):
             logits = self.model(part, cache=cache, last_only=True)
         return cache, logits[:, -1]
 
     def step(self, token: Tensor, cache: Sequence[MixerCache]) -> Tensor:
-        """Logits behind one more token `[B]` of each sequence, `[B, V]`."""
+        """Logits after one more token `[B]` of each sequence, `[B, V]`."""
         return self.model(token[:, None], cache=cache, last_only=True)[:, -1]
 
     def chunks(
         self, input_ids: Tensor, documents: Tensor | None = None, padding: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Positions of each chunk of sequences `[B, N]` in turn, and their logits `[B, n, V]`."""
+        """Positions of each chunk of sequences `[B, N]` in turn, and the chunk's logits `[B, n, V]`."""
         cache = self.model.new_cache(len(input_ids), self.full_cache)
         for start in range(0, input_ids.shape[1], self.chunk_size):
             part = slice(start, start + self.chunk_size)

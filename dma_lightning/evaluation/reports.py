@@ -1,4 +1,4 @@
-"""What a command says: tables, and a file."""
+"""The output of a command: tables, and a file."""
 
 import json
 import math
@@ -18,10 +18,10 @@ COST_COLUMNS = ("prompt, µs per token", "step, ms", "cache, KiB per sequence", 
 
 
 def new_file(output: Path | None) -> Path | None:
-    """A file that can be written, looked at before the work begins.
+    """A path where a new file can be written, checked before the work begins.
 
     Raises:
-        ValueError: if it is there, or its folder is not.
+        ValueError: if the file exists, or its folder does not.
     """
     if output is None:
         return None
@@ -29,18 +29,18 @@ def new_file(output: Path | None) -> Path | None:
     if output.exists():
         raise ValueError(f"output: expected no such file, since nothing is overwritten, got {output}; name another")
     if not output.parent.is_dir():
-        raise ValueError(f"output: expected a file in a folder that is there, got {output}; make the folder")
+        raise ValueError(f"output: expected a file in an existing folder, got {output}; create the folder")
     return output
 
 
 def write_report(output: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all; figures that are no numbers are null."""
+    """Write a JSON file, whole or not at all; NaN and infinities become null."""
     with atomic_write(output) as file:
         file.write(json.dumps(_plain(content), indent=1, allow_nan=False).encode())
 
 
 def facts(run: TrainedRun, reader: Reader) -> dict[str, Any]:
-    """What figures depend on: checkpoint, device and versions."""
+    """The facts that the results depend on: checkpoint, device and versions."""
     config, weight = run.module.model.config, run.module.model.embed_tokens.weight
     on_gpu = weight.device.type == "cuda"
     return {
@@ -63,29 +63,29 @@ def table_head(columns: Sequence[str]) -> str:
 
 
 def table_row(cells: Iterable[str]) -> str:
-    """A further line of it."""
+    """One more row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
 def percent(share: float | None) -> str:
-    """A share in per cent; a dash if there is none."""
+    """A share in percent; a dash if there is none."""
     return "–" if share is None or math.isnan(share) else f"{100 * share:.1f}"
 
 
 def number(value: float | None) -> str:
-    """A figure with four places; a dash if there is none."""
+    """A number with four decimals; a dash if there is none."""
     return "–" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
 def cost_cells(cost: Cost) -> list[str]:
-    """Those of `COST_COLUMNS`."""
+    """The cells for `COST_COLUMNS`."""
     peak = "–" if cost.peak_memory_bytes is None else f"{cost.peak_memory_bytes / 2**20:,.0f}"
     seconds = (f"{1e6 * cost.prompt_seconds_per_token:.2f}", f"{1e3 * cost.step_seconds:.2f}")
     return [*seconds, f"{cost.cache_bytes / 1024:,.1f}", peak]
 
 
 def _plain(value: Any) -> Any:
-    """The value, with None for what JSON has no number for."""
+    """The value, with None in place of numbers that JSON lacks."""
     if isinstance(value, dict):
         return {name: _plain(x) for name, x in value.items()}
     if isinstance(value, list | tuple):

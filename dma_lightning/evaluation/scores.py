@@ -1,4 +1,4 @@
-"""What the labels of sequences add up to.
+"""Sums over the labels of sequences.
 
 B batch, n positions, V vocabulary.
 """
@@ -14,14 +14,14 @@ from dma_lightning.data.base import IGNORE_INDEX
 from dma_lightning.language_model import token_losses
 
 
-@dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
+@dataclass(frozen=True, eq=False)  # comparing tensors gives no single truth value
 class Scores:
     """Sums over the labels of each sequence `[B]`, on the CPU.
 
     Attributes:
         nats: losses, float64.
-        labels: how many there are, int64.
-        right: how many of them are the likeliest token at their position, int64.
+        labels: number of labels, int64.
+        right: number of labels that are the likeliest token at their position, int64.
     """
 
     nats: Tensor
@@ -30,22 +30,22 @@ class Scores:
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor) -> Self:
-        """Of logits `[B, n, V]` and labels `[B, n]`."""
+        """The scores of logits `[B, n, V]` for labels `[B, n]`."""
         right = (logits.argmax(-1) == labels).sum(-1)  # no token is IGNORE_INDEX
         nats = token_losses(logits, labels).cpu().double().sum(-1)  # not every device has float64
         return cls(nats, (labels != IGNORE_INDEX).sum(-1).cpu(), right.cpu())
 
     @classmethod
     def joined(cls, parts: Sequence["Scores"]) -> Self:
-        """Those of more sequences."""
+        """The scores of all sequences of several parts."""
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("nats", "labels", "right")))
 
     def __add__(self, other: "Scores") -> "Scores":
-        """Of the same sequences, with further labels."""
+        """The scores of the same sequences, with the labels of both."""
         return Scores(self.nats + other.nats, self.labels + other.labels, self.right + other.right)
 
     def __getitem__(self, part: slice | Tensor) -> "Scores":
-        """Some of the sequences: a slice of them, or where a mask `[B]` is True."""
+        """The scores of some sequences: a slice of them, or those where a mask `[B]` is True."""
         return Scores(self.nats[part], self.labels[part], self.right[part])
 
     @property
@@ -60,6 +60,6 @@ class Scores:
 
     @property
     def answers(self) -> float:
-        """Share of the sequences with labels in which all of them are the likeliest token."""
+        """Share of the sequences with labels in which every label is the likeliest token."""
         answers = self.labels > 0
         return ((self.right == self.labels) & answers).sum().double().div(answers.sum()).item()

@@ -16,19 +16,19 @@ from dma_lightning.trained_models import model_of, open_checkpoint
 from dma_lightning.vocabularies import check_vocabulary
 
 LENGTH_FACTORS = (0.25, 0.5, 1, 1.5, 2, 4, 8)
-"""The lengths of an evaluation, in training lengths."""
+"""The default lengths of an evaluation, as multiples of the training length."""
 
 Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedRun:
-    """A checkpoint whose model shall be evaluated.
+    """A checkpoint to evaluate.
 
     Attributes:
         saved: the checkpoint.
         module: its model, in the dtype of its weights.
-        device: where that is.
+        device: of the model.
     """
 
     saved: SavedRun
@@ -40,12 +40,12 @@ class TrainedRun:
         """Read a checkpoint.
 
         Args:
-            path: of it.
-            device: where to compute; by default the GPU if there is one.
-            backend: attention backend, if not the checkpoint's.
+            path: of the checkpoint.
+            device: where to compute. Default: the GPU if there is one.
+            backend: attention backend. Default: the checkpoint's.
 
         Raises:
-            ValueError: if there is no such file or device, or it is damaged.
+            ValueError: if there is no such file or device, or the file is damaged.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         saved = open_checkpoint(path, device)
@@ -53,12 +53,12 @@ class TrainedRun:
 
     @property
     def training_length(self) -> int:
-        """Tokens of a training sequence; of a checkpoint that knows no data, the longest that the model takes."""
+        """Tokens of a training sequence; if the checkpoint names no data, the most tokens that the model takes."""
         longest = self.module.model.config.max_position_embeddings
         return int(self.saved.data.arguments.get("sequence_length", longest))
 
     def lengths(self, lengths: list[int] | None, factors: Sequence[float]) -> list[int]:
-        """The lengths that are asked for, by default multiples of the training length, each once and sorted.
+        """The requested lengths, by default multiples of the training length, each once and sorted.
 
         Raises:
             ValueError: if one is below 1, or there is none.
@@ -70,16 +70,17 @@ class TrainedRun:
         return sorted(set(lengths))
 
     def data(self, path: str | None = None, **changed: Any) -> SequenceDataModule:
-        """The data of the training, with other arguments.
+        """The training's data, with other arguments.
 
         Args:
-            path: text of the user, instead of the one that the checkpoint names. All of it is for the evaluation, or
-                its validation part where data does not take a text for that.
+            path: the user's text, instead of the one that the checkpoint names. All of it is for the evaluation; if the
+                data takes no text for validation alone, only the validation part is.
             changed: further arguments that replace the checkpoint's.
 
         Raises:
-            ValueError: if the checkpoint names no data of ours, takes no such argument, or names files that neither the
-                run's own configuration nor the user does; if the data has tokens that the model does not know.
+            ValueError: if the checkpoint names no data of this package, takes no such argument, or names files that
+                neither the run's own configuration nor the user names; if the data has tokens that the model does not
+                know.
         """
         found, changed = self.saved.data, {name: x for name, x in changed.items() if x is not None}
         if found.kind is None:
@@ -92,25 +93,25 @@ class TrainedRun:
         if strange := (given | changed).keys() - {"sequence_length", *files}:
             raise ValueError(f"{sorted(strange)[0]}: expected none, since {found.kind.__name__} reads no such file")
         if path is not None and "val_path" in files:
-            given["val_path"] = path  # so all of it is for the evaluation
+            given["val_path"] = path  # so that the evaluation uses all of it
         if "cache_dir" in found.files:
-            given["cache_dir"] = None  # arrays may be anywhere
+            given["cache_dir"] = None  # the cache may be anywhere
         changed = given | changed
         if missing := {name: x for name, x in found.files.items() if name not in changed}:
             raise ValueError(
                 f"{self.saved.path}: expected files that its run's configuration names, got {missing}; name your own "
-                f"by {' and '.join(f'--{name}' for name in missing)}"
+                f"with {' and '.join(f'--{name}' for name in missing)}"
             )
         module = self.saved.data_module(**changed)
-        assert isinstance(module, SequenceDataModule)  # as all data of ours
+        assert isinstance(module, SequenceDataModule)  # as is all data of this package
         check_vocabulary(module.vocab_size, self.module.model.vocab_size)
         return module
 
     def haystacks(self, path: str | None = None) -> HaystackDataModule:
-        """The needles that it was trained on; arguments and errors as of `data`.
+        """The needle data that the model was trained on; arguments and errors are those of `data`.
 
         Raises:
-            ValueError: if it was trained on something else.
+            ValueError: if the model was trained on something else.
         """
         kind = self.saved.data.kind
         if kind is not None and not issubclass(kind, HaystackDataModule):
@@ -126,7 +127,7 @@ class TrainedRun:
 
 
 def possible_lengths(lengths: Sequence[int], make: Callable[[int], Made]) -> dict[int, Made]:
-    """What is made of each length; one of which nothing can be made is left out, with a line that says why.
+    """The result of `make` for each length; lengths for which it fails are left out, with a printed reason.
 
     Raises:
         ValueError: if all are left out.

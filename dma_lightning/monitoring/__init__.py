@@ -1,13 +1,13 @@
-"""Callbacks that watch a run, and change nothing in it; what they log is in docs/tensorboard.md.
+"""Callbacks that watch a run and change nothing in it; docs/tensorboard.md lists what they log.
 
-- `speed`: tokens per second, FLOPs and memory; `peaks`: what a device could do
-- `dynamic_masks`, `samples`: masks, scores and texts of a model that trains; `recording`: how layers are looked at
-- `lost_mass`: what the keys hold that masks have dropped; `drifts`: how fast keys fall behind
-- `far_copies`: the loss of what only a memory can copy
-- `text_masks`: pictures of the masks over a text of one's own, without a run
-- `summary`: what a run is, at its start; `progress`: the bar, or lines; `final_metrics`: the last figures beside the
-  arguments; `overview`: which curves TensorBoard shows first
-- `writer`: how pictures, histograms and texts get to loggers
+- `speed`: tokens per second, FLOPs and memory; `peaks`: the peak FLOP/s of a device
+- `dynamic_masks`, `samples`: masks, scores and texts of a model in training; `recording`: how they inspect layers
+- `lost_mass`: attention on keys that masks have dropped; `drifts`: how fast keys fall behind
+- `far_copies`: the loss of tokens that can only be copied from far back
+- `text_masks`: pictures of the masks over any text, without a run
+- `summary`: a table of the run, at its start; `progress`: a bar, or lines; `final_metrics`: the last metrics next to
+  the hyperparameters; `overview`: which curves TensorBoard shows first
+- `writer`: sends pictures, histograms and texts to loggers
 """
 
 from dma_lightning.monitoring.drifts import DriftMonitor

@@ -1,4 +1,4 @@
-"""What drifts have become: how fast keys fall behind, after how many positions, and how far contents can lift them.
+"""What drifts have learned: how fast keys fall behind, after how many positions, and how far contents can lift them.
 
 B batch, N length, G KV heads, L most positions of a sequence.
 """
@@ -23,13 +23,13 @@ _PERCENTS = (10, 50, 90)
 
 @dataclass(frozen=True)
 class DriftSums:
-    """What the drift of a layer does over sequences, as sums: they add up over sequences and processes.
+    """What the drift of a layer does, as sums that add up over sequences and processes.
 
     Attributes:
-        heads: of real positions: how many they are, and the sums of the steps and, if the layer has contents, of
-            contents and of their squares; float64 `[2 or 4, G]`, 0 for heads without a drift.
+        heads: the number of real positions of each head, and the sums over them of the steps and, if the layer has
+            contents, of contents and of squared contents; float64 `[2 or 4, G]`, 0 for heads without a drift.
         ages: how many e-folds have each length from 0 to L, float64 `[L + 1]`.
-        window: positions that the drift is counted by.
+        window: number of positions over which the drift is measured.
     """
 
     heads: Tensor
@@ -45,14 +45,14 @@ class DriftSums:
         packing: Packing | None = None,
         content: Tensor | None = None,
     ) -> "DriftSums":
-        """Of sequences, in O(B G N log N).
+        """The sums over sequences, in O(B G N log N).
 
         Args:
-            drift: says which heads have one.
-            steps: what it is at each position and head, `[B, G, N]`; 0 where padding is.
+            drift: says which heads have a drift.
+            steps: the drift's step at each position and head, `[B, G, N]`; 0 at padding.
             longest: L, at least N.
             packing: documents and padding.
-            content: what ranks are without their drift, `[B, G, N]`, if the layer has ranks.
+            content: the ranks without their drift, `[B, G, N]`, if the layer has ranks.
         """
         padding = None if packing is None else packing.padding
         real = torch.ones_like(steps[:, 0], dtype=torch.bool) if padding is None else ~padding  # [B, N]
@@ -66,12 +66,12 @@ class DriftSums:
         return cls(heads, counts.double(), drift.window)
 
     def figures(self) -> dict[str, Tensor]:
-        """By name, each a scalar; none without a real position.
+        """The figures by name, each a scalar; none if there are no real positions.
 
-        `per_window`, `per_window_min`, `per_window_max`: mean step times the window, in nats; the mean over heads, the
-        least and the largest head.
-        `efold_10`, `efold_50`, `efold_90`: quantiles of e-folds over queries and heads, in positions: the least number
-        that so many per cent do not exceed.
+        `per_window`, `per_window_min`, `per_window_max`: mean step times the window, in nats: the mean over heads, the
+        smallest and the largest head.
+        `efold_10`, `efold_50`, `efold_90`: quantiles of e-folds over queries and heads, in positions: the smallest
+        number that at least this many percent do not exceed.
         `spread`: standard deviation of the content in units of `per_window`, mean over heads.
         """
         positions, steps, *content = self.heads[:, self.heads[0] > 0]
@@ -90,18 +90,18 @@ class DriftSums:
 
 
 def efolds(steps: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
-    """How many positions back of each query the nearest key of its document is that it has left a nat behind.
+    """The distance from each query back to the nearest key of its document that has fallen a nat behind.
 
-    That is the least a > 0 with `d_{t-a+1} + ... + d_t >= 1`, where t - a is a real position of the document of t. A
-    query without such a key has N.
+    That is the smallest a > 0 with `d_{t-a+1} + ... + d_t >= 1`, where t - a is a real position of the document of t. A
+    query without such a key gets N.
 
     Args:
-        steps: d, at least 0, `[B, G, N]`, and 0 where padding is.
+        steps: d, at least 0, `[B, G, N]`, and 0 at padding.
         packing: documents and padding.
 
     Returns:
-        a, int64 `[B, G, N]`, and which queries are real and in the later half of the real positions of their document,
-        bool `[B, N]`: no e-fold of up to half a document is out of the sight of these.
+        a, int64 `[B, G, N]`, and a mask of real queries in the later half of the real positions of their document,
+        bool `[B, N]`. These queries can see every e-fold of up to half a document.
     """
     (batch, _, length), place = steps.shape, torch.arange(steps.shape[-1], device=steps.device)
     packing = packing or Packing()
@@ -111,7 +111,7 @@ def efolds(steps: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tenso
     drifted = drift_sums(steps)
     nat = 1 << FRACTION_BITS
     key = torch.searchsorted(drifted, drifted - nat, right=True) - 1  # the last one with D_j <= D_t - 1, or -1
-    last = place.masked_fill(~real, -1).cummax(-1).values[:, None].expand_as(key)  # padding has the D before it
+    last = place.masked_fill(~real, -1).cummax(-1).values[:, None].expand_as(key)  # padding repeats the D before it
     key = last.gather(-1, key.clamp(min=0)).where(key >= 0, -1)
     age = (place - key).clamp(min=1).where(key >= start[:, None], length)
     seen = real.long().cumsum(-1)
@@ -120,13 +120,13 @@ def efolds(steps: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tenso
 
 
 class DriftMonitor(FirstBatchMonitor):
-    """Logs, at validations, what the drifts of a model have become, layer by layer.
+    """Logs, at validations, what the drifts of a model have learned, layer by layer.
 
-    The figures are those of one more forward pass over the first sequences of the first validation batch, of all
-    processes. Heads without a drift are left out; a model without one logs nothing.
+    The figures come from one extra forward pass over the first sequences of the first validation batch of each process.
+    Heads without a drift are left out; a model without drifts logs nothing.
 
     Args:
-        sequences: how many of the batch.
+        sequences: how many sequences of the batch to use.
 
     Raises:
         ValueError: if the number is below 1.
@@ -155,9 +155,9 @@ class DriftMonitor(FirstBatchMonitor):
         for (i, own), *total in zip(seen.items(), heads, ages, strict=True):
             figures = replace(own, heads=total[0], ages=total[1]).figures()
             tags = {f"drift/layer_{i}/{name}": x for name, x in figures.items()}
-            pl_module.log_dict(tags, sync_dist=True)  # which all processes know, but Lightning would warn
+            pl_module.log_dict(tags, sync_dist=True)  # all processes have the same figures; this avoids a warning
 
 
 def drift_of(mixer: TokenMixer) -> Drift | None:
-    """The drift of a mixer, None if it has none."""
+    """The drift of a mixer, or None if it has none."""
     return next((part for part in mixer.modules() if isinstance(part, Drift)), None)

@@ -19,13 +19,14 @@ from dma_lightning.trainer_state import is_logging_step, logged_step
 class DynamicMaskMonitor(ShowingMonitor):
     """Logs live fraction, births, own keys, lifetimes, and histograms of A and of scores for each layer.
 
-    They are those of one more forward pass, over the first sequence of the batch. Other attentions log nothing.
+    They come from one extra forward pass over the first sequence of the batch. Other attentions log nothing.
 
     Args:
-        every_n_steps: from one time to the next; the first logging step after so many takes part, and the very first.
+        every_n_steps: how often to log; it logs at the first logging step at least this many steps after the last
+            time, and at the very first logging step.
 
     Raises:
-        ValueError: if there are no steps between.
+        ValueError: if it is below 1.
     """
 
     shows = "histograms"
@@ -50,9 +51,9 @@ class DynamicMaskMonitor(ShowingMonitor):
         self.next_step = trainer.global_step + self.every_n_steps
         recorded = record_masks(trainer, decoder_of(pl_module), first_sequence(batch))
         figures = {f"dma/layer_{i}/{name}": x for i, mask in recorded.items() for name, x in mask.figures().items()}
-        values = torch.stack(list(figures.values())).tolist()  # waits for the GPU once, not for each
+        values = torch.stack(list(figures.values())).tolist()  # waits for the GPU once instead of for each figure
         known = {name: x for name, x in zip(figures, values, strict=True) if not math.isnan(x)}
-        for logger in trainer.loggers:  # by itself, since Lightning would write the figures anew at every logging step
+        for logger in trainer.loggers:  # directly, since Lightning would repeat the figures at every logging step
             logger.log_metrics(known, logged_step(trainer))
         shown_by = writers(trainer)
         for i, mixer in mixers.items():
@@ -63,9 +64,9 @@ class DynamicMaskMonitor(ShowingMonitor):
 
 
 def _add_histogram(shown_by: Sequence[Writer], tag: str, values: Tensor, step: int) -> None:
-    """Of the finite ones, if there are any."""
+    """Add a histogram of the finite values, if there are any."""
     if isinstance(values, DTensor):
-        values = values.full_tensor()  # of a sharded parameter: a collective call
+        values = values.full_tensor()  # gathers a sharded parameter: a collective call
     values = values.detach().float()
     values = values[values.isfinite()]
     for writer in shown_by if len(values) else ():

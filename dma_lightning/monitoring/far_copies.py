@@ -18,22 +18,22 @@ from dma_lightning.metrics import MeanLoss
 def far_copies(
     input_ids: Tensor, window: int, documents: Tensor | None = None, padding: Tensor | None = None, order: int = 4
 ) -> Tensor:
-    """Positions whose last tokens stood in their document before, but not within the window.
+    """Positions whose last tokens occurred earlier in their document, but not within the window.
 
-    The tokens `input_ids[t - order + 1 .. t]`, all of one document and none of them padding, stand in the same document
-    also `d` positions earlier, and the least such d is above the window. The token that followed them there, at
-    `t - d + 1`, is what a copy needs; a query that sees the last `window` positions sees it if and only if d is at most
-    the window. N-grams are compared themselves, not by hashes, in O(order * B N log(B N)).
+    The tokens `input_ids[t - order + 1 .. t]`, all in one document and none of them padding, also occur `d` positions
+    earlier in that document, and the smallest such d is larger than the window. A copy needs the token that followed
+    them there, at `t - d + 1`; a query that sees the last `window` positions sees it if and only if d is at most the
+    window. The n-grams themselves are compared, not hashes, in O(order * B N log(B N)).
 
     Args:
         input_ids: integers `[B, N]`.
-        window: positions that a query sees, its own included; padding counts as positions.
+        window: number of positions that a query sees, its own included; padding counts as positions.
         documents: integer ids `[B, N]`; a document is a run of equal ids.
         padding: bool `[B, N]`, True at padded positions.
-        order: how many tokens.
+        order: length of the n-gram in tokens.
 
     Returns:
-        bool `[B, N]`. That the label is the token that followed there is not asked: it is what a copy would say.
+        bool `[B, N]`. The label may differ from the token that followed there, which is what a copy would predict.
 
     Raises:
         ValueError: on wrong shapes or dtypes, or numbers below 1.
@@ -44,23 +44,23 @@ def far_copies(
     whole, gram = _grams(input_ids, Packing.of(documents, padding, batch=len(input_ids), like=input_ids), order)
     same, place = gram.flatten().sort(stable=True)  # places of equal n-grams ascend
     far = torch.zeros_like(same, dtype=torch.bool)
-    far[place[1:]] = (same[1:] == same[:-1]) & (place.diff() > window)  # the nearest place before is too far away
+    far[place[1:]] = (same[1:] == same[:-1]) & (place.diff() > window)  # the nearest earlier place is too far back
     return far.view_as(whole) & whole
 
 
 def _grams(input_ids: Tensor, packing: Packing | None, order: int) -> tuple[Tensor, Tensor]:
-    """Which positions end an n-gram of one document without padding, bool `[B, N]`, and numbers of the n-grams, int64.
+    """Which positions end an n-gram of one document without padding, bool `[B, N]`, and ids of the n-grams, int64.
 
-    Two positions have one number if and only if their n-grams and documents are the same; those without an n-gram share
-    no number with the others.
+    Two positions have the same id if and only if their n-grams and documents are the same. Positions without an n-gram
+    share no id with positions that have one.
     """
     (batch, length), device, packing = input_ids.shape, input_ids.device, packing or Packing()
     place = torch.arange(length, device=device)
     runs = torch.zeros_like(input_ids) if packing.runs is None else packing.runs
     padding = torch.zeros_like(input_ids, dtype=torch.bool) if packing.padding is None else packing.padding
-    document = torch.arange(batch, device=device)[:, None] * length + runs  # a number of its own
+    document = torch.arange(batch, device=device)[:, None] * length + runs  # an id unique in the batch
     tokens, gram, whole = _numbered(input_ids), document, torch.ones_like(padding)
-    for back in range(order):  # one token is added to the n-gram at a time, from the last to the first
+    for back in range(order):  # add one token to the n-gram at a time, from the last to the first
         before = (place - back).clamp(min=0)
         whole = whole & (place >= back) & ~padding[:, before] & (document[:, before] == document)
         gram = _numbered(gram * (batch * length) + tokens[:, before])
@@ -68,9 +68,9 @@ def _grams(input_ids: Tensor, packing: Packing | None, order: int) -> tuple[Tens
 
 
 def _numbered(keys: Tensor) -> Tensor:
-    """Integers in the place of keys of any size, ascending from 0, equal where the keys are; int64 of their shape.
+    """Replace keys of any size by ids that ascend from 0 and are equal where the keys are; int64 of the same shape.
 
-    It is `torch.unique(return_inverse=True)`, but does not wait for the device.
+    Like `torch.unique(return_inverse=True)`, but without waiting for the device.
     """
     ordered, place = keys.flatten().sort()
     number = torch.zeros_like(ordered, dtype=torch.long)
@@ -79,17 +79,17 @@ def _numbered(keys: Tensor) -> Tensor:
 
 
 class FarCopyMonitor(pl.Callback):
-    """Logs the mean validation loss of labels whose last tokens stood in their document before, but beyond a window.
+    """Logs the mean validation loss of labels whose last tokens occurred earlier in their document, beyond a window.
 
-    `far_copies` says which labels these are. Every attention has the figures; to compare attentions, give all of them
-    the same window. They are sums over the batches of all processes.
+    `far_copies` defines these labels. All attentions get the figures; give all of them the same window to compare
+    them. The figures are computed from sums over the batches of all processes.
 
     Args:
-        window: positions that a window sees, such as keys that a query keeps.
-        order: how many tokens must have stood there before.
+        window: number of positions in the window, such as the number of keys that a query keeps.
+        order: how many last tokens must have occurred.
 
     Raises:
-        ValueError: if a number is below 1; in validation, for a module that does not return its token losses.
+        ValueError: if a number is below 1; in validation, if the module does not return its token losses.
     """
 
     def __init__(self, window: int, order: int = 4) -> None:
@@ -112,8 +112,8 @@ class FarCopyMonitor(pl.Callback):
     ) -> None:
         if not isinstance(outputs, Mapping) or "token_losses" not in outputs:
             raise ValueError(
-                f"FarCopyMonitor: expected {type(pl_module).__name__}.validation_step to return `token_losses` as that "
-                f"of LanguageModel does, got {type(outputs).__name__}; return them or leave the callback out"
+                f"FarCopyMonitor: expected {type(pl_module).__name__}.validation_step to return `token_losses`, as "
+                f"LanguageModel does, got {type(outputs).__name__}; return them or leave the callback out"
             )
         labelled = batch["labels"] != IGNORE_INDEX
         copies = labelled & far_copies(
@@ -125,7 +125,7 @@ class FarCopyMonitor(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         figures = {"val/far_copy_loss": self.loss.compute(), "val/far_copy_share": self.share.compute()}
-        pl_module.log_dict(figures, sync_dist=True)  # which all processes know, but Lightning would warn
+        pl_module.log_dict(figures, sync_dist=True)  # all processes have the same figures; this avoids a warning
 
 
 def _check_numbers(window: int, order: int) -> None:

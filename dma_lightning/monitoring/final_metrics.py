@@ -1,13 +1,13 @@
-"""Hyper-parameters beside how far the run came."""
+"""Final metrics next to the hyperparameters."""
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 
 
 class FinalMetrics(pl.Callback):
-    """Writes the last validation's figures beside the hyper-parameters of model and data: TensorBoard's page HPARAMS.
+    """Writes the last validation's metrics next to the hyperparameters of model and data: TensorBoard's page HPARAMS.
 
-    Other loggers have the hyper-parameters from the start, and get the figures at the run's last step.
+    Other loggers have the hyperparameters from the start and get the metrics at the run's last step.
     """
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Which curves TensorBoard shows together, and in which order."""
+"""Which curves TensorBoard shows together, and in what order."""
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -6,7 +6,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from dma_lightning.mixers import DynamicMaskAttention
 from dma_lightning.model import decoder_of
 
-# Title of a chart, and the tags of its curves as regular expressions that are matched from their beginning.
+# Title of a chart, and the tags of its curves as regular expressions that must match at the start.
 _RUN = {
     "loss": ["train/loss$", "val/loss$"],
     "perplexity": ["train/perplexity$", "val/perplexity$"],
@@ -23,10 +23,10 @@ _FIGURES_OF_LAYERS = ("births", "own_key", "mean_lifetime", "live_fraction")
 
 
 class CurveOverview(pl.Callback):
-    """Arranges TensorBoard's page CUSTOM SCALARS: loss, perplexity, learning rate and speed first, layers behind them.
+    """Arranges TensorBoard's page CUSTOM SCALARS: loss, perplexity, learning rate and speed first, then the layers.
 
-    (Its first page has groups in the order of the alphabet, and so `dma` before `train` and `val`.) Each figure of the
-    layers with dynamic mask attention is one chart, with a curve for each layer. The page's address is printed.
+    (TensorBoard's first page sorts groups by name, and so shows `dma` before `train` and `val`.) Each figure of layers
+    with dynamic mask attention is one chart with a curve for each layer. The page's address is printed.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""How many FLOPs a device can do in a second, the denominator of model FLOP/s utilisation."""
+"""The peak FLOP/s of a device, the denominator of model FLOP/s utilization."""
 
 import time
 from functools import cache
@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
-# Dense TFLOP/s of the data sheets where Lightning has none, or those with 2:4 sparsity, which are twice as high.
+# Dense TFLOP/s from data sheets, for GPUs where Lightning has none or has those with 2:4 sparsity, twice as high.
 _DENSE: dict[str, dict[torch.dtype, float]] = {
     "b200": {torch.bfloat16: 2250, torch.float16: 2250, torch.float32: 75, torch.float64: 37},
     "h200 nvl": {torch.bfloat16: 835, torch.float16: 835, torch.float32: 60, torch.float64: 30},
@@ -24,9 +24,9 @@ def compute_dtype(trainer: pl.Trainer) -> torch.dtype:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Peak FLOP/s of a device in a dtype, and where the figure is from.
+    """Peak FLOP/s of a device in a dtype, and where the figure comes from.
 
-    It is that of the data sheet, without sparsity; of a device without one here (such as a CPU) it is measured.
+    The figure is from the data sheet, without sparsity; if none is listed (as for a CPU), it is measured.
     """
     listed = _listed(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
     if listed is None and device.type == "cuda":
@@ -37,7 +37,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def _listed(name: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s of a GPU by its name as the driver says it."""
+    """FLOP/s of a GPU, by its name in the driver."""
     for chip, teraflops in _DENSE.items():
         if set(chip.split()) <= set(name.lower().split()):
             if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
@@ -49,7 +49,7 @@ def _listed(name: str, dtype: torch.dtype) -> float | None:
 @cache
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
     size = 4096 if device.type == "cuda" else 1024
-    x = torch.ones(size, size, device=device, dtype=dtype)  # no random numbers: a run draws the same with and without
+    x = torch.ones(size, size, device=device, dtype=dtype)  # not random, so that the run's random numbers do not change
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
@@ -59,6 +59,6 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a GPU has done what it was asked to; nothing on a CPU."""
+    """Wait until a GPU has finished its work; on a CPU, do nothing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

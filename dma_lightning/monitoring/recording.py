@@ -1,4 +1,4 @@
-"""What layers do over sequences, by one more forward pass; of dynamic masks, in figures.
+"""What layers do over sequences, seen in one extra forward pass, and figures of dynamic masks.
 
 C hidden size, G KV heads, N length.
 """
@@ -27,31 +27,31 @@ class RecordedMask:
     """One layer's mask over one sequence."""
 
     lifetimes: Lifetimes
-    """Of every key, `[1, G, N]`."""
+    """Lifetime of every key, `[1, G, N]`."""
     causal: Lifetimes
     """The keys that a query could see: those of its past in its document, `[1, 1, N]`."""
     scores: Tensor
-    """Of every key, `[1, G, N]`."""
+    """Score of every key, `[1, G, N]`."""
     capacity: int
-    """How many keys a query keeps at most."""
+    """The most keys that a query keeps."""
 
     @property
     def real(self) -> Tensor:
-        """Positions that are no padding, bool `[1, 1, N]`."""
+        """Positions that are not padding, bool `[1, 1, N]`."""
         return self.causal.death > self.causal.birth
 
     @property
     def born(self) -> Tensor:
-        """Keys that their own query sees, bool `[1, G, N]`; the others nobody ever sees."""
+        """Keys that their own query sees, bool `[1, G, N]`; no query ever sees the others."""
         return self.lifetimes.death > self.lifetimes.birth
 
     def figures(self) -> dict[str, Tensor]:
-        """Means over heads and positions, each a scalar; NaN where there is nothing to take the mean of.
+        """Means over heads and positions, each a scalar; NaN if there is nothing to average.
 
         `live_fraction`: keys that queries see, as a share of those that they could see.
-        `births`: of the positions at which a key must go for a new one, the share whose key enters.
-        `own_key`: of all queries, the share that sees the key of its own position.
-        `mean_lifetime`: queries by which a key that enters is seen; the end of the sequence ends it.
+        `births`: share of keys that enter, among positions where a key must leave for a new one.
+        `own_key`: share of all queries that see the key of their own position.
+        `mean_lifetime`: how many queries see a key that enters, up to the end of the sequence.
         """
         lives, could = self.lifetimes.live_counts(), self.causal.live_counts()
         full = (could > self.capacity) & self.real
@@ -64,7 +64,7 @@ class RecordedMask:
         }
 
     def kept_shares(self) -> Tensor:
-        """Share of the later queries of its document by which each key is seen, mean over heads, `[N]`."""
+        """Share of the later queries in its document that see each key, mean over heads, `[N]`."""
         lived = (self.lifetimes.death - self.lifetimes.birth).clamp(min=0)
         possible = (self.causal.death - self.causal.birth).clamp(min=1)
         return (lived / possible).mean(1)[0]
@@ -81,20 +81,20 @@ def first_sequence(batch: Batch) -> Batch:
 
 
 def first_sequences(batch: Batch, count: int) -> Batch:
-    """A copy of the first sequences of a batch, at most so many."""
-    tensors = cast("dict[str, Tensor]", batch)  # a TypedDict says no type for all of its values
+    """A copy of at most the first `count` sequences of a batch."""
+    tensors = cast("dict[str, Tensor]", batch)  # a TypedDict gives its values no common type
     return cast("Batch", {name: x[:count].clone() for name, x in tensors.items()})
 
 
 def dynamic_layers(model: DogeForCausalLM) -> dict[int, DynamicMaskAttention]:
-    """The mixers of a decoder that are dynamic mask attention, by the number of their layer."""
+    """The mixers of a decoder that are dynamic mask attention, by layer number."""
     return {i: mixer for i, mixer in enumerate(model.mixers) if isinstance(mixer, DynamicMaskAttention)}
 
 
 def record_masks(trainer: pl.Trainer, model: DogeForCausalLM, sequence: Batch) -> dict[int, RecordedMask]:
-    """Masks of all layers with dynamic mask attention over a batch of one sequence, by one forward pass.
+    """Masks of all layers with dynamic mask attention over a batch of one sequence, from one forward pass.
 
-    With layers that are sharded among processes, all of them must take part.
+    If layers are sharded among processes, all processes must call it.
     """
     with trainer.precision_plugin.forward_context():
         return masks_over(model, sequence)
@@ -118,19 +118,19 @@ def look_at_layers(
     batch: Batch,
     look: Callable[[Mixer, Tensor, Packing | None], Seen],
 ) -> dict[int, Seen]:
-    """What `look` sees in layers of a model, by one forward pass in evaluation mode.
+    """What `look` sees in layers of a model, in one forward pass in evaluation mode.
 
-    With layers that are sharded among processes, all of them must take part.
+    If layers are sharded among processes, all processes must call it.
 
     Args:
-        trainer: whose precision the pass has.
+        trainer: gives the precision of the pass.
         model: the decoder.
-        layers: mixers of its layers, by the number of the layer.
+        layers: mixers of its layers, by layer number.
         batch: of sequences.
         look: called with the mixer of a layer, its input `[B, N, C]` and the packing.
 
     Returns:
-        What came of each call, by the number of the layer.
+        The result of each call, by layer number.
     """
     with trainer.precision_plugin.forward_context():
         return _look(model, layers, batch, look)
@@ -162,10 +162,10 @@ def _look(
 
 
 class FirstBatchMonitor(pl.Callback, ABC):
-    """Looks at layers at the end of each validation, with the first sequences of its first batch.
+    """Inspects layers at the end of each validation, on the first sequences of its first batch.
 
     Args:
-        sequences: how many of the batch.
+        sequences: how many sequences of the batch to use.
 
     Raises:
         ValueError: if the number is below 1.
@@ -179,11 +179,11 @@ class FirstBatchMonitor(pl.Callback, ABC):
 
     @abstractmethod
     def layers(self, model: DogeForCausalLM) -> Mapping[int, TokenMixer]:
-        """What to look at, by the number of the layer; without any, nothing is done."""
+        """The layers to inspect, by layer number; if there are none, nothing is done."""
 
     @abstractmethod
     def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch) -> None:
-        """Look at the layers with a batch, and log what there is to see."""
+        """Inspect the layers with a batch, and log the result."""
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0

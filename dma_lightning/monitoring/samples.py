@@ -1,4 +1,4 @@
-"""Masks over real text, the keys that are kept longest, and what the model writes.
+"""Masks over real text, the keys that are kept longest, and continuations that the model writes.
 
 G KV heads, N length.
 """
@@ -21,26 +21,26 @@ from dma_lightning.sampling import Sampling
 from dma_lightning.tokenizers import Tokenizer
 from dma_lightning.trainer_state import is_last_step, logged_step
 
-_LIVE, _DEAD, _UNSEEN = (0.13, 0.40, 0.67), (0.87, 0.89, 0.92), (1.0, 1.0, 1.0)  # colours of pairs (query, key)
+_LIVE, _DEAD, _UNSEEN = (0.13, 0.40, 0.67), (0.87, 0.89, 0.92), (1.0, 1.0, 1.0)  # colors of pairs (query, key)
 _GAP = 8  # pixels between heads
-_LEAST_PIXELS = 256  # side of a mask in a picture
+_LEAST_PIXELS = 256  # minimum side of a mask in a picture
 
 
 class SampleMonitor(ShowingMonitor):
     """Shows, after validations, masks over the first validation sequence, its best-kept tokens, and a continuation.
 
-    Masks and kept tokens are those of dynamic mask attention; every attention writes a continuation of the sequence's
-    first half, or, where documents are separate, of the part of it that is the document in the middle. The last
-    validation of a run with `max_steps` always shows them.
+    Only dynamic mask attention has masks and kept tokens. Every attention writes a continuation of the first half of
+    the sequence; if documents are separate, the prompt is only the end of that half, from the start of its last
+    document on. The last validation of a run with `max_steps` always shows everything.
 
     Args:
-        every_n_validations: from one time to the next.
-        layers: how many layers are shown, spread evenly from the first to the last.
-        heads: how many KV heads of a layer are shown.
+        every_n_validations: show them at every n-th validation.
+        layers: how many layers to show, spread evenly from the first to the last.
+        heads: how many KV heads of a layer to show.
         picture_length: how many positions a picture of a mask shows.
         kept_share: share of the tokens that are marked as kept best.
-        max_new_tokens: of the continuation; 0 leaves it out.
-        sampling: how its tokens are chosen; by default drawn at temperature 0.8.
+        max_new_tokens: length of the continuation; 0 leaves it out.
+        sampling: how its tokens are chosen. Default: drawn at temperature 0.8.
         seed: of the tokens that are drawn.
 
     Raises:
@@ -82,7 +82,7 @@ class SampleMonitor(ShowingMonitor):
         self.validations = state_dict["validations"]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Raise `ValueError` for a model that cannot go on with a text."""
+        """Raise `ValueError` if the model cannot continue a text."""
         layers = dynamic_layers(decoder_of(pl_module)).values()
         if stage == "fit" and self.max_new_tokens and any(mixer.near_distance is not None for mixer in layers):
             raise ValueError(
@@ -141,7 +141,7 @@ class SampleMonitor(ShowingMonitor):
         tokenizer: Tokenizer | None,
     ) -> None:
         prompt, rest = prompt_and_rest(sequence, row=0)
-        # In one piece, since processes that share a model must read as often, however long their prompts are.
+        # In one chunk: processes that share a model must call it equally often, however long their prompts are.
         options = {"seed": self.seed, "chunk_size": sequence["input_ids"].shape[1]}
         new = generate(decoder_of(pl_module), prompt[None], self.max_new_tokens, self.sampling, **options)[0]
         if shown_by:
@@ -153,7 +153,7 @@ class SampleMonitor(ShowingMonitor):
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of the items, the first and the last among them, evenly."""
+    """At most `count` of the items, evenly spread, with the first and the last among them."""
     if count >= len(items):
         return list(items)
     places = torch.linspace(0, len(items) - 1, count).round().long().tolist()
@@ -161,7 +161,7 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def text_pieces(tokenizer: Tokenizer | None, tokens: list[int]) -> list[str]:
-    """The text of every token, or its number where there is no tokenizer."""
+    """The text of every token, or its number if there is no tokenizer."""
     if tokenizer is None:
         return [f"{token} " for token in tokens]
     *pieces, rest = tokenizer.decode_stream(tokens)
@@ -175,7 +175,7 @@ def _pieces_of_both(tokenizer: Tokenizer | None, prompt: list[int], more: list[i
 
 
 def marked_text(pieces: Sequence[str], marked: Sequence[bool] | None = None) -> str:
-    """HTML that TensorBoard lets through (others show it, too), with the marked pieces in bold type."""
+    """HTML that TensorBoard lets through (other loggers show it too), with the marked pieces in bold."""
     parts, bold = [], False
     for piece, mark in zip(pieces, marked or [False] * len(pieces), strict=True):
         if mark != bold:
@@ -189,12 +189,12 @@ def marked_text(pieces: Sequence[str], marked: Sequence[bool] | None = None) -> 
 def best_kept(kept: Tensor, capacity: int, share: float) -> Tensor:
     """Which keys are kept best, bool `[N]`: the best `share` of those that could have been dropped.
 
-    The last `capacity` keys are left out, which might be seen by all later queries because these are few.
+    The last `capacity` keys are left out: all later queries might see them, simply because those are few.
 
     Args:
         kept: share of the later queries that see each key, `[N]`.
         capacity: how many keys a query keeps.
-        share: of the keys that are left, how many to take.
+        share: share of the remaining keys to mark.
     """
     candidates = kept[: max(0, len(kept) - capacity)]
     marked = torch.zeros(len(kept), dtype=torch.bool)
@@ -205,8 +205,8 @@ def best_kept(kept: Tensor, capacity: int, share: float) -> Tensor:
 def mask_picture(mask: RecordedMask, heads: int, length: int) -> Tensor:
     """The masks of the first heads over the first positions side by side, RGB `[3, height, width]` from 0 to 1.
 
-    Queries go downwards, keys to the right. Blue is a pair that is visible, grey one that could be, white one of the
-    future, of padding or of another document.
+    Queries run down, keys to the right. A pair is blue if the key is visible, gray if it could be, and white if it is
+    in the future, in padding or in another document.
     """
     visible = _corner(mask.lifetimes, length)[:heads]  # [heads, L, L]
     possible = _corner(mask.causal, length)  # [1, L, L]
@@ -219,6 +219,6 @@ def mask_picture(mask: RecordedMask, heads: int, length: int) -> Tensor:
 
 
 def _corner(lifetimes: Lifetimes, length: int) -> Tensor:
-    """The dense mask `[G, L, L]` of the first positions of a batch of one."""
+    """The dense mask `[G, L, L]` of the first L positions, for a batch of one."""
     birth, death = (x[..., :length].cpu() for x in (lifetimes.birth, lifetimes.death))
     return Lifetimes(birth, death, lifetimes.capacity).to_dense()[0]

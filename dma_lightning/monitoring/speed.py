@@ -1,4 +1,4 @@
-"""Tokens, their speed, utilisation and memory, at logging steps."""
+"""Tokens, their speed, utilization and memory, at logging steps."""
 
 import sys
 import time
@@ -18,22 +18,22 @@ _GIB = 2**30
 
 
 class SpeedMonitor(pl.Callback):
-    """Logs tokens seen, tokens/s and model FLOP/s of a device, utilisation and peak memory.
+    """Logs tokens seen, tokens/s and model FLOP/s of a device, utilization and peak memory.
 
-    Loss, tokens/s and utilisation are also in the progress bar.
+    The progress bar also shows loss, tokens/s and utilization.
 
-    A figure is that of the steps since the last logging step; validation is left out. Between logging steps nothing
-    waits for the device (Lightning's `ThroughputMonitor` does in every step).
+    Each figure covers the steps since the last logging step, without validation. Between logging steps nothing waits
+    for the device (Lightning's `ThroughputMonitor` waits in every step).
 
     Args:
-        peak_flops: FLOP/s that a device can do, the denominator of utilisation. Default: that of the data sheet for
-            the precision of the trainer, without sparsity; measured for devices that are not known, such as CPUs.
+        peak_flops: FLOP/s that a device can do, the denominator of utilization. Default: the data sheet's figure for
+            the precision of the trainer, without sparsity; measured on unknown devices, such as CPUs.
 
     Raises:
         ValueError: if the peak is not positive.
     """
 
-    log_dict: Callable[..., None]  # of the module; Lightning gives it to callbacks
+    log_dict: Callable[..., None]  # the module's; Lightning gives it to callbacks
 
     def __init__(self, peak_flops: float | None = None) -> None:
         if peak_flops is not None and peak_flops <= 0:
@@ -46,7 +46,7 @@ class SpeedMonitor(pl.Callback):
         self.throughput = Throughput(available_flops=peak, world_size=trainer.world_size, window_size=2)
         self.batches = self.sequences = self.tokens = 0
         self.flops = 0.0  # since the last update
-        self.flops_per_token: dict[int, float] = {}  # by length of the sequences
+        self.flops_per_token: dict[int, float] = {}  # by sequence length
         self.paused: float | None = None
         wait_for(pl_module.device)
         self.started = time.perf_counter()
@@ -82,7 +82,7 @@ class SpeedMonitor(pl.Callback):
         if (memory := peak_memory(pl_module.device)) is not None:
             figures["memory/peak_gib"] = memory / _GIB
         self.log_dict(figures)
-        # Tensors on the CPU, since Lightning turns what it shows in the progress bar into numbers in every step.
+        # Tensors on the CPU, since Lightning converts what the progress bar shows to numbers in every step.
         shown = {"loss": trainer.callback_metrics.get("train/loss", torch.nan), "mfu": figures["speed/mfu"]}
         shown["tokens/s"] = figures["speed/tokens_per_s"]
         self.log_dict({name: torch.tensor(float(x)) for name, x in shown.items()}, prog_bar=True, logger=False)
@@ -109,12 +109,12 @@ class SpeedMonitor(pl.Callback):
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Most bytes that PyTorch has held on a GPU, or that the process has had in memory; None where nobody tells."""
+    """Most bytes that PyTorch has held on a GPU, or that the process has had in memory; None on Windows CPUs."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return None
-    import resource  # Unix alone has it
+    import resource  # only on Unix
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

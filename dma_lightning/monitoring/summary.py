@@ -1,4 +1,4 @@
-"""What a run is going to do, in a table before its first step."""
+"""A table of what a run is going to do, printed before its first step."""
 
 import time
 from typing import Any
@@ -13,7 +13,7 @@ from dma_lightning.trainer_state import accumulates, is_logging_step
 
 
 class RunSummary(pl.Callback):
-    """Prints sizes, attention, backend, batch and tokens of a run, and how long it will take once that is measured."""
+    """Prints sizes, attention, backend, batch and tokens of a run, and after a few steps how long it will take."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.printed = self.estimated = False
@@ -34,7 +34,7 @@ class RunSummary(pl.Callback):
     ) -> None:
         if self.estimated or accumulates(trainer):
             return
-        if self.started is None:  # behind the first step, in which layers may be compiled
+        if self.started is None:  # after the first step, which may compile layers
             wait_for(pl_module.device)
             self.started, self.first_step = time.perf_counter(), trainer.global_step
             return
@@ -51,7 +51,7 @@ class RunSummary(pl.Callback):
 
 
 def summary_rows(trainer: pl.Trainer, pl_module: pl.LightningModule, sequences: int, length: int) -> dict[str, str]:
-    """The table for batches `[sequences, length]` of each device: what a line is about, and what it says."""
+    """The table for batches `[sequences, length]` of each device: titles of its rows, and their values."""
     model = decoder_of(pl_module)
     mixer, device, dtype = model.mixers[0], pl_module.device, compute_dtype(trainer)
     accumulated, devices, steps = trainer.accumulate_grad_batches, trainer.world_size, total_steps(trainer)
@@ -73,12 +73,12 @@ def summary_rows(trainer: pl.Trainer, pl_module: pl.LightningModule, sequences: 
     shortest = flops * left * per_step / devices / peak_flops(device, dtype)[0]
     return rows | {
         "run": f"{left:,} steps{done}, {left * per_step:,} tokens, {flops * left * per_step:.3g} FLOPs",
-        "time": f"at least {duration(shortest)}, at a utilisation of 100 %; measured and estimated after a few steps",
+        "time": f"at least {duration(shortest)}, at a utilization of 100%; measured and estimated after a few steps",
     }
 
 
 def duration(seconds: float) -> str:
-    """A time in the two units that tell most: `2 d 3 h`, `1 h 5 min`, `3 min 20 s`, `45 s`."""
+    """A time in its two largest units: `2 d 3 h`, `1 h 5 min`, `3 min 20 s`, `45 s`."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)

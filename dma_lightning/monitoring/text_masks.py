@@ -1,4 +1,4 @@
-"""Pictures of the masks that a trained model makes over a text, without a trainer.
+"""Pictures of a trained model's masks over a text, without a trainer.
 
 N length, G KV heads.
 """
@@ -17,19 +17,19 @@ from dma_lightning.tokenizers import Tokenizer
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_LABELS = 64  # up to so many tokens are written at the axes
-_SIDE = 3.2  # inches of a mask
+_LABELS = 64  # the most tokens that are written on the axes
+_SIDE = 3.2  # side of a mask in inches
 
 
 def draw_text_masks(
     module: LanguageModel, tokenizer: Tokenizer, text: str, layers: Sequence[int] | None = None, block_size: int = 16
 ) -> "Figure":
-    """Draw what each query of a text sees: a row of masks for each layer, one for each KV head.
+    """Draw what each query of a text sees: a row of masks for each layer, one mask for each KV head.
 
     Args:
-        module: a model with dynamic mask attention, as `load_with_tokenizer` gives it.
-        tokenizer: of the text; up to 64 tokens are written at the axes.
-        text: of at most as many tokens as the model takes, and at least one.
+        module: a model with dynamic mask attention, such as `load_with_tokenizer` returns.
+        tokenizer: of the text; up to 64 tokens are written on the axes.
+        text: at least one token, and at most as many as the model takes.
         layers: numbers of the layers to draw. Default: all.
         block_size: side of the outlined blocks (`Lifetimes.draw`).
 

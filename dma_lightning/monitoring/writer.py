@@ -1,4 +1,4 @@
-"""What writes pictures, histograms and texts: TensorBoard and Weights & Biases."""
+"""Writers of pictures, histograms and texts, for TensorBoard and Weights & Biases."""
 
 import io
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +17,7 @@ _BINS = 64
 
 
 class Writer(Protocol):
-    """Shows what is no number, under a tag and a step."""
+    """Shows pictures, histograms and texts under a tag and a step."""
 
     def add_image(self, tag: str, picture: Tensor, step: int) -> None:
         """Show a picture, RGB `[3, height, width]` from 0 to 1."""
@@ -26,7 +26,7 @@ class Writer(Protocol):
         """Show how finite values of any shape are distributed."""
 
     def add_text(self, tag: str, text: str, step: int) -> None:
-        """Show HTML of the few elements that TensorBoard lets through."""
+        """Show HTML, made of the few elements that TensorBoard lets through."""
 
 
 class TensorBoardWriter:
@@ -46,7 +46,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Writes to a run of Weights & Biases, over the step that its logger uses for figures."""
+    """Writes to a run of Weights & Biases, at the step that its logger uses for figures."""
 
     def __init__(self, logger: WandbLogger) -> None:
         self.logger = logger
@@ -59,34 +59,34 @@ class WandbWriter:
         import wandb
 
         counts = np.histogram(values.cpu().numpy(), bins=_BINS)
-        figures: dict[str, Any] = {tag: wandb.Histogram(np_histogram=counts)}  # not floats, but wandb takes them
+        figures: dict[str, Any] = {tag: wandb.Histogram(np_histogram=counts)}  # typed as floats, but wandb takes this
         self.logger.log_metrics(figures, step)
 
     def add_text(self, tag: str, text: str, step: int) -> None:
         import wandb
 
-        page = io.StringIO(text)  # of a string, wandb asks whether it is the name of a file
+        page = io.StringIO(text)  # wandb would check whether a plain string names a file
         figures: dict[str, Any] = {tag: wandb.Html(page)}
         self.logger.log_metrics(figures, step)
 
 
 def writers(trainer: pl.Trainer) -> list[Writer]:
-    """Those of all loggers that show more than numbers; none on other processes than the first."""
+    """The writers of all loggers that show more than numbers; none on processes other than the first."""
     if not trainer.is_global_zero:
         return []
     return [writer for logger in trainer.loggers if (writer := _writer(logger)) is not None]
 
 
 def can_show(trainer: pl.Trainer) -> bool:
-    """Whether there are writers, if not in this process."""
+    """Whether there are writers, perhaps in another process."""
     return any(isinstance(logger, _ABLE) for logger in trainer.loggers)
 
 
 class ShowingMonitor(pl.Callback):
-    """A monitor of pictures, histograms or texts; the first one of a run names, in a line, what loggers cannot show."""
+    """Shows pictures, histograms or texts; the first such monitor of a run names what its loggers cannot show."""
 
     shows: str
-    """What it shows beside figures, in words."""
+    """What it shows besides figures, in words."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it undeclared

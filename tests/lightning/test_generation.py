@@ -307,7 +307,7 @@ def test_bad_input() -> None:
         model.generate(ids[:, :0], 3)
     with pytest.raises(ValueError, match="max_new_tokens >= 0"):
         model.generate(ids, -1)
-    with pytest.raises(ValueError, match="padding: expected True on the left"):
+    with pytest.raises(ValueError, match="padding: expected True only on the left"):
         model.generate(ids, 3, padding=torch.tensor([[False] * 4 + [True], [False] * 5]))
     with pytest.raises(ValueError, match="padding: expected bool"):
         model.generate(ids, 3, padding=torch.zeros(2, 5))

@@ -174,7 +174,7 @@ def test_damaged_files_are_told_in_one_line(change: dict, message: str, tmp_path
         FileTokenizer(path)
     assert str(told.value).startswith(f"{path}: expected a tokenizer.json of the library tokenizers: ")
     assert "\n" not in str(told.value)
-    with pytest.raises(ValueError, match=r"expected what a tokenizer\.json says, got something else: "):
+    with pytest.raises(ValueError, match=r"expected the content of a tokenizer\.json, got something else: "):
         FileTokenizer.of_json(path.read_text())
 
 

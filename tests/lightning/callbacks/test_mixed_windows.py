@@ -291,7 +291,7 @@ def test_shares_out_of_range(arguments: dict[str, float]) -> None:
 
 def test_shares_of_no_number_of_steps() -> None:
     endless = {"max_steps": -1, "max_epochs": 1, "model": {"schedule": "constant"}}
-    with pytest.raises(ValueError, match=r"trainer\.max_steps: expected at least 1 step, got -1; set it, or first and"):
+    with pytest.raises(ValueError, match=r"trainer\.max_steps: expected at least 1 step, got -1; set it, or set"):
         train(Watch(), half(), **endless)
     watch = Watch()
     train(watch, MixedWindows(share=0.5, first=0, last=0), **endless)

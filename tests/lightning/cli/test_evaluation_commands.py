@@ -171,7 +171,7 @@ def test_files_that_a_stranger_names_are_not_read(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     stranger = shutil.copy(text_run, tmp_path / "stranger.ckpt")
-    with pytest.raises(SystemExit, match=r"names, got \{'path': 'text.txt'\}; name your own by --path"):
+    with pytest.raises(SystemExit, match=r"names, got \{'path': 'text.txt'\}; name your own with --path"):
         command("extrapolation", stranger, "--lengths=[8]")
     command("extrapolation", stranger, "--lengths=[8]", "--path=text.txt", "--output=figures.json")
     assert json.loads(Path("figures.json").read_text())["lengths"][0]["sequences"] == 57
@@ -265,7 +265,7 @@ def test_weights_in_bfloat16_stay_so(needles_run: Path, tmp_path: Path, monkeypa
         (["needle", "NEEDLES", "--lengths=[0, 32]"], r"lengths: expected at least one, each at least 1, got \[0, 32\]"),
         (["needle", "NEEDLES", "--depths=[-1]"], "depths: expected at least one, each from 0 to 100"),
         (["needle", "NEEDLES", "--output=text.txt"], "output: expected no such file"),
-        (["needle", "NEEDLES", "--output=no/such/folder"], "output: expected a file in a folder that is there"),
+        (["needle", "NEEDLES", "--output=no/such/folder"], "output: expected a file in an existing folder"),
         (["extrapolation", "RUN", "--lengths=[10000]"], "lengths: expected one that the data can have"),
         (["extrapolation", "RUN", "--examples=0"], "expected examples and batch_size >= 1, got 0 and 16"),
         (["extrapolation", "RUN", "--chunk_size=0"], "chunk_size: expected at least 1, got 0"),

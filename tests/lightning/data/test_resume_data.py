@@ -192,9 +192,9 @@ def test_limited_epochs_go_on_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"batch_size": 5}, r"as many sequences in a step as there, 1 processes x batch_size 4, got 1 x 5; .* is 4"),
+        ({"batch_size": 5}, "as many sequences per step as before, 1 processes x batch_size 4, got 1 x 5; .* is 4"),
         ({"train_examples": 44}, "expected its 45 training sequences, got 44; give the same data"),
-        ({"seed": 1}, r"expected its training data \(.* seed 0\), got others \(.* seed 1\); give the same data"),
+        ({"seed": 1}, r"expected its training data \(.* seed 0\), got other data \(.* seed 1\); give the same data"),
     ],
 )
 def test_what_cannot_go_on_exactly_is_told(tmp_path: Path, changed: dict[str, int], message: str) -> None:
@@ -212,7 +212,7 @@ def test_other_text_is_no_way_on_within_an_epoch(tmp_path: Path) -> None:
     other = make_text(tmp_path)
     file = tmp_path / "a.txt"
     file.write_bytes(file.read_bytes()[::-1])
-    with pytest.raises(ValueError, match=r"expected its training data \(bytes-.*-8\), got others \(bytes-"):
+    with pytest.raises(ValueError, match=r"expected its training data \(bytes-.*-8\), got other data \(bytes-"):
         fit(tmp_path, other, fresh(), checkpoint)
     end = interrupted(tmp_path / "end", make_text(tmp_path), 10, "on_train_batch_end")
     file.write_bytes(file.read_bytes()[::-1])

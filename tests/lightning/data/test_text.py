@@ -222,7 +222,7 @@ def test_pieces_of_text_are_those_of_the_whole(tmp_path: Path) -> None:
     assert tokenizer.encode("the cat the") == [0, 1, 0]
     assert "".join(tokenizer.decode_stream([1, 0], after=[0])) == " cat the"
     assert "".join(tokenizer.decode_stream([1, 0])) == "cat the"
-    with pytest.raises(ValueError, match=r"expected what a tokenizer\.json says"):
+    with pytest.raises(ValueError, match=r"expected the content of a tokenizer\.json"):
         FileTokenizer.of_json("{}")
 
 

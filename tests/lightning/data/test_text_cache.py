@@ -81,7 +81,7 @@ def test_what_is_damaged_is_written_anew_with_a_warning(damage: str, folder: Pat
     whole = content(folder)
     suffix, do, message = DAMAGE[damage]
     do(next((folder / "cache").glob(f"*{suffix}")))
-    with pytest.warns(UserWarning, match=rf"{message}.*; the text is read again, and the file is written anew") as told:
+    with pytest.warns(UserWarning, match=rf"{message}.*; the text is read again, and the file is rewritten") as told:
         module(folder).prepare_data()
     assert len(told) == 1
     assert "\n" not in str(told[0].message)

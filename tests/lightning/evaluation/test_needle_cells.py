@@ -119,9 +119,9 @@ def test_means_are_over_cells() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"depths": ()}, "depths: expected at least one, each from 0 to 100 per cent, got \\[\\]"),
+        ({"depths": ()}, "depths: expected at least one, each from 0 to 100 percent, got \\[\\]"),
         ({"depths": (0, 101)}, "depths: expected at least one"),
-        ({"examples": 0}, "examples: expected 1 to 1048576 of each cell, got 0"),
+        ({"examples": 0}, "examples: expected 1 to 1048576 per cell, got 0"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
     ],
 )
