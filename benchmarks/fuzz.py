@@ -9,10 +9,12 @@ Python and NumPy that shares no code with the packages. The areas, and what one 
 
 - `selection`: `Lifetimes.top_w` with ties, NaN, infinities, documents, padding, kept last and first keys; its counts;
   the slots of segments, in which each visible pair stands exactly once;
+- `drift`: the same with contents and steps in nats, and with integers as ranks, against integers of Python's;
 - `masks`, `intervals`: unions and intersections; block masks, also against torch's `create_block_mask`;
 - `backends`, `triton`, `flex`: output and gradients against softmax in float64 (`triton` by its interpreter if there is
   no GPU, `flex` without gradients);
 - `key_caches`, `triton_caches`, `mixers`: a text cut into any calls, with guesses, chosen rows, documents and padding;
+  `drift_caches`, `drift_triton_caches`: of keys that drift, also from far into a text on;
 - `prepared`, `preparing`, `text`, `tokenizers`, `exports`, `checkpoint_bytes`, `checkpoint_values`: files whose bytes,
   values or kinds are others (a pipe, a folder, a link) are read with exactly the right content, or refused in one line
   that names the file; nothing hangs, starts, is imported, or changed elsewhere;
@@ -134,7 +136,7 @@ def tables(result: Result) -> list[Part]:
 
 def _check_seeds(area: str, seeds: list[int], connection: Connection) -> None:
     os.environ["RUST_BACKTRACE"] = "0"  # of panics that are caught
-    sys.path[:0] = [str(ROOT / "tests" / "fuzz")]
+    sys.path[:0] = [str(ROOT / "tests" / "fuzz"), str(ROOT / "tests")]
     import torch
     from fuzz_areas import AREAS
 
@@ -154,7 +156,7 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # for the processes, before they import Triton
-    sys.path[:0] = [str(ROOT / "tests" / "fuzz")]
+    sys.path[:0] = [str(ROOT / "tests" / "fuzz"), str(ROOT / "tests")]
     from fuzz_areas import AREAS
 
     line = CommandLine(__doc__, "fuzz", duration="about five minutes on one core")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fuzz_backends import check_backends, check_flex, check_triton
 from fuzz_caches import check_key_caches, check_mixers, check_triton_caches
 from fuzz_checkpoints import check_bytes, check_commands, check_resuming, check_values
+from fuzz_drift import check_drift, check_drift_caches, check_drift_triton_caches
 from fuzz_exports import check_exports
 from fuzz_masks import check_intervals, check_masks
 from fuzz_prepared import check_prepared, check_preparing, check_text, check_tokenizers
@@ -28,13 +29,16 @@ class Area:
 
 AREAS = {
     "selection": Area(check_selection),
+    "drift": Area(check_drift),
     "masks": Area(check_masks),
     "intervals": Area(check_intervals),
     "backends": Area(check_backends),
     "triton": Area(check_triton, 20),
     "triton_caches": Area(check_triton_caches, 20),
     "flex": Area(check_flex, 2),
+    "drift_triton_caches": Area(check_drift_triton_caches, 20),
     "key_caches": Area(check_key_caches),
+    "drift_caches": Area(check_drift_caches),
     "mixers": Area(check_mixers),
     "prepared": Area(check_prepared),
     "preparing": Area(check_preparing, 200),

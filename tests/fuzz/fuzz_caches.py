@@ -6,6 +6,7 @@ B batch, H query heads, G KV heads, N length, D head dim.
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def check_key_caches(seed: int) -> None:
     case = replace(case, scale=None, kept=replace(case.kept, window=min(case.kept.window, 60)))
     kind = rng.choice(("dynamic", "dynamic", "dynamic", "full"))
     with told(seed, f"{kind} cache, {case}"):
-        reading = _Reading(case, kind)
+        reading = Reading(case, kind)
         while reading.left:
             reading.call(rng)
 
@@ -39,15 +40,18 @@ def check_triton_caches(seed: int) -> None:
     rng = random.Random(seed)
     case = AttentionCase.drawn(rng, torch.float32, longest=30)
     with told(seed, case):
-        reading = _Reading(replace(case, scale=None), "triton")
+        reading = Reading(replace(case, scale=None), "triton")
         while reading.left:
             reading.call(rng)
 
 
-class _Reading:
-    """Sequences that a cache reads, each as far as it is: what is kept of guesses differs between them."""
+class Reading:
+    """Sequences that a cache reads, each as far as it is: what is kept of guesses differs between them.
 
-    def __init__(self, case: AttentionCase, kind: str) -> None:
+    With a drift, `[B, G, N]` in nats, which the biases of the case contain, the cache begins behind `start` nats.
+    """
+
+    def __init__(self, case: AttentionCase, kind: str, drift: Tensor | None = None, start: float = 0.0) -> None:
         self.case, self.mask, self.full = case, case.mask(), kind == "full"
         self.expected = torch.from_numpy(case.expected()[0])
         batch, kv_heads, length, head_dim = case.inputs[1].shape
@@ -55,7 +59,9 @@ class _Reading:
         options = {"dtype": case.grad.dtype, "backend": "triton" if kind == "triton" else "torch"}
         sizes = (batch, kv_heads, head_dim)
         self.cache = FullCache(batch, kept) if self.full else DynamicMaskCache(*sizes, kept, **options)
-        self.length, self.exact = length, case.grad.dtype == torch.float64
+        self.length, self.drift, self.start = length, drift, start
+        exact = 1e-9 if drift is None else 1e-6  # float64 after 2^29 nats has steps of 1e-7
+        self.allowed = exact if case.grad.dtype == torch.float64 else 2e-3
         self.rows, self.place = list(range(batch)), [0] * batch  # which sequence each row reads, and how far it is
 
     @property
@@ -74,7 +80,10 @@ class _Reading:
         count = min(count, self.left)
         (q, *inputs), ranks = [self._part(x, count) for x in self.case.inputs], self._part(self.case.ranks, count)
         packing = {name: self._packing(x, count) for name, x in self.case.packing.arguments().items()}
-        new = NewKeys(*inputs, ranks, Packing.of(**packing))
+        asked = None
+        if self.drift is not None:
+            asked, inputs[2] = -self._part(self.drift, count) - self.start, inputs[2] + self.start
+        new = NewKeys(*inputs, ranks, Packing.of(**packing), asked)
         if self.full or rng.random() < 0.7:
             out, kept = self.cache.attend(q, new), [count] * len(self.rows)
         else:
@@ -83,7 +92,7 @@ class _Reading:
                 self.cache.commit(torch.tensor(kept))
             else:  # the guess is dropped
                 kept = [0] * len(self.rows)
-        right, allowed = self._part(self.expected, count), 1e-9 if self.exact else 2e-3
+        right, allowed = self._part(self.expected, count), self.allowed
         torch.testing.assert_close(out.double(), right, rtol=allowed, atol=allowed)
         self.place = [place + more for place, more in zip(self.place, kept, strict=True)]
         self._check_kept()
@@ -142,7 +151,7 @@ def _cuts(rng: random.Random, length: int) -> Iterator[tuple[int, int]]:
 
 def _drawn_config(rng: random.Random) -> ModelConfig:
     stride = rng.choice((1, 2, 4))
-    return replace(
+    config = replace(
         _SMALL,
         attention=rng.choice(sorted(MIXERS)),
         backend=rng.choice(("torch", "reference")),
@@ -160,6 +169,20 @@ def _drawn_config(rng: random.Random) -> ModelConfig:
         nsa_window=rng.choice((1, 5, 80)),
         nsa_separate_kv=rng.random() < 0.7,
     )
+    return config if rng.random() < 0.6 else replace(config, **_drawn_drift(rng))
+
+
+def _drawn_drift(rng: random.Random) -> dict[str, Any]:
+    memories = rng.choice((0, 0, 1))
+    return {
+        "drift": rng.choice(("constant", "gate")),
+        "score_form": "exp" if memories and rng.random() < 0.5 else "linear",
+        "memory_heads": memories,
+        "memory_stripes": rng.choice((0, 3)) if memories else 0,
+        "content": rng.choice(("values", "input")),
+        "content_in_bias": rng.random() < 0.6,
+        "drift_range": rng.choice(((0.125, 4.0), (1e-9, 1e-8), (100.0, 1000.0))),
+    }
 
 
 def _mixer(config: ModelConfig, seed: int) -> TokenMixer:

@@ -13,8 +13,13 @@ _LARGEST_EXPONENT = 128  # of float32: from 2**128 on a number is infinite
 _FINEST = 2.0 ** (-149 + 7)  # the step of float32's smallest numbers, less the seven bits that are not compared
 
 
-def comparable(rank: float) -> tuple[int, float]:
-    """What ranks are compared by: 16 mantissa bits of float32, half to even; NaN is largest, and -0.0 is 0.0."""
+def comparable(rank: float | int) -> tuple[int, float | int]:
+    """What ranks are compared by: 16 mantissa bits of float32, half to even; NaN is largest, and -0.0 is 0.0.
+
+    Integers are compared as they are.
+    """
+    if isinstance(rank, int):
+        return 0, rank
     with np.errstate(over="ignore"):
         rank = float(np.float32(rank))
     if math.isnan(rank):
@@ -48,13 +53,17 @@ class Kept:
     keep_last: int = 0
     sinks: int = 0
 
-    def mask(self, ranks: list[float], documents: list[int] | None, padding: list[bool] | None) -> np.ndarray:
+    def mask(
+        self, ranks: list[float] | list[int], documents: list[int] | None, padding: list[bool] | None
+    ) -> np.ndarray:
         """One head's mask, bool `[N, N]` (query, key)."""
         length = len(ranks)
         mask = np.zeros((length, length), dtype=bool)
         starts = document_starts(length, documents, padding)
         real = [padding is None or not padding[t] for t in range(length)]
-        past: list[tuple[tuple[int, float], int]] = []  # (rank, position), ascending: the later of two equals wins
+        past: list[
+            tuple[tuple[int, float | int], int]
+        ] = []  # (rank, position), ascending: the later of two equals wins
         for t in range(length):
             past = past if t and starts[t] == starts[t - 1] else []
             if real[t]:
