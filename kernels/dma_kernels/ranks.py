@@ -78,12 +78,6 @@ def saturated(key_bias: Tensor) -> Tensor:
     return torch.where(key_bias.abs() > largest, key_bias, clamped)
 
 
-def rounded(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bias in a narrower dtype, `saturated` in that one."""
-    largest = torch.finfo(dtype).max / SATURATION
-    return torch.where(bias.isinf(), bias, bias.clamp(-largest, largest)).to(dtype)
-
-
 def as_integers(ranks: Tensor) -> Tensor:
     """What ranks of any kind are compared by, int64 of the same shape: themselves, or their `ordered_bits`."""
     return ranks.detach() if ranks.dtype == torch.int64 else ordered_bits(ranks).long()

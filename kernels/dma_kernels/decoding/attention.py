@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dma_kernels.lifetime_masks import Lifetimes
 from dma_kernels.precision import without_autocast
-from dma_kernels.ranks import rounded
 from dma_kernels.reference import masked_average
+from dma_kernels.wide_biases import are_wide, in_float32
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Lifetimes], Tensor]  # of q, k, v, key_bias
+Attention = Callable[..., Tensor]  # of q, k, v, key_bias and lifetimes; it takes a query_bias by name
 
 
 def decode_attention(
@@ -40,8 +40,7 @@ def decode_attention(
     with without_autocast(q.device):
         q_rows = (q.to(dtype) * q.shape[-1] ** -0.5).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, G, R * n, D]
         bias = key_bias[:, :, None] if query_bias is None else key_bias[:, :, None] + query_bias[..., None]
-        if bias.dtype != dtype:
-            bias = rounded(bias, dtype)
+        bias = in_float32(bias) if are_wide(bias, dtype) else bias.to(dtype)
         if query_bias is not None:
             bias = bias.repeat(1, 1, q.shape[1] // kv_heads, 1)  # [B, G, R * n, C]
         logits = q_rows @ k.to(dtype).transpose(-1, -2) + bias
@@ -64,7 +63,7 @@ def attend_from_last(
         q: `[B, H, n, D]`.
         keys: k and v `[B, G, M, D]`, and the biases of the keys `[B, G, M]`.
         lifetimes: of the M keys.
-        query_bias: `[B, G, n]`, in float64. Biases are rounded relative to that of the first query.
+        query_bias: `[B, G, n]`, float32 or float64; see `fused_attention`.
 
     Returns:
         `[B, H, n, D]`.
@@ -72,5 +71,6 @@ def attend_from_last(
     k, v, key_bias = keys
     past = k.shape[2] - q.shape[2]
     if query_bias is not None:
-        key_bias = rounded(key_bias + query_bias[..., :1], torch.promote_types(q.dtype, torch.float32))
-    return attention(F.pad(q, (0, 0, past, 0)), k, v, key_bias, lifetimes)[:, :, past:]  # nobody asks from the past
+        query_bias = F.pad(query_bias, (past, 0), mode="replicate")
+    q = F.pad(q, (0, 0, past, 0))  # nobody asks from the past
+    return attention(q, k, v, key_bias, lifetimes, query_bias=query_bias)[:, :, past:]
