@@ -262,8 +262,9 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         config = self.model.config
         data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it from outside
         length = getattr(data, "sequence_length", config.max_position_embeddings)
-        if reason := self.model.mixers[0].unused_at(length):
-            rank_zero_warn(reason)
+        reasons = [mixer.unused_at(length) for mixer in self.model.mixers]
+        if all(reasons):  # some layer may keep fewer keys
+            rank_zero_warn(str(reasons[0]))
         if (batch_size := getattr(data, "batch_size", None)) and (reason := self._too_large(batch_size, length)):
             rank_zero_warn(reason)
         if self.global_rank > 0:  # weights are drawn by now; dropout must differ from the first process

@@ -133,9 +133,9 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
             (Hopper GPUs), else `flex`, else `torch` (on a CPU, in float64, for head dims above 256).
         drifting: a drift of the ranks and biases; by default none.
         retention_weight: of the retention loss.
-        retention_target: what it makes ranks foresee, `attention` or `output`.
         qk_norm: whether queries and keys are normalised.
         wide: layers of a model that keep another number of keys.
+        retention_target: what the retention loss makes ranks foresee, `attention` or `output`.
 
     Raises:
         ValueError: if the sizes do not belong together, for an unknown backend or score form, for `exp` where all
@@ -163,9 +163,9 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         backend: Backend = "auto",
         drifting: DriftingRanks | None = None,
         retention_weight: float = 0.0,
-        retention_target: RetentionTarget = "attention",
         qk_norm: bool = True,
         wide: WideLayers | None = None,
+        retention_target: RetentionTarget = "attention",
     ) -> None:
         super().__init__(
             hidden_size, num_heads, num_kv_heads, head_dim, rope_theta, rope_scaling, rms_norm_eps, bias, qk_norm

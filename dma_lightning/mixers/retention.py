@@ -12,8 +12,8 @@ How a mixer calls it, in its forward, with an `x` that its result depends on (su
         loss = retention_loss(q, k, content, drift, positions, self.keep, packing)
         x = with_auxiliary_loss(x, loss, weight)      # of dma_lightning.auxiliary_losses
 
-- `q`, `k` are those that attention takes, after norm and rotary embedding; content and drift are float32, not what
-  autocast makes.
+- `q`, `k` are those that attention takes, after norm and rotary embedding; content is float32 and drift
+  float64, not what autocast makes.
 - `self.step` is the number of the optimizer step, an int64 buffer `[]` that is not saved: compiled layers would be
   compiled again for each new Python number. It must not change between the forward of a layer and its backward, which
   may compute the layer again.

@@ -13,6 +13,7 @@ from dma_kernels.attention.ops import KERNEL_DTYPES
 from dma_lightning.mixers.position_cache import Places
 
 ROWS = 256  # queries whose mask is in memory at once, for all heads of a group
+PAIRS = 1 << 20  # of a query and a key whose logits are in memory at once, for each head
 
 SDPA_OR_FLEX = "PyTorch's scaled_dot_product_attention; FlexAttention on CUDA for documents and padding"
 

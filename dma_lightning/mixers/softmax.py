@@ -16,7 +16,7 @@ from dma_lightning.backends import ATTENTIONS, Backend, check_backend, explain_b
 from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys, merge_heads
 from dma_lightning.mixers.drift import Drift, DriftConfig, Drifted, DriftingCache, add_up
 from dma_lightning.mixers.position_cache import Places, PositionCache
-from dma_lightning.mixers.sdpa import ROWS, SDPA_OR_FLEX, attend_places, lifetime_attention
+from dma_lightning.mixers.sdpa import PAIRS, ROWS, SDPA_OR_FLEX, attend_places, lifetime_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,9 +180,9 @@ def drifting_attention(
     Returns:
         `[B, H, n, D]`.
     """
-    parts = []
-    for start in range(0, q.shape[2], ROWS):
-        part, asked = (x[:, :, start : start + ROWS] for x in (q, query_bias))
-        visible = queries.rows(start, start + ROWS).sees(keys, window).expand(-1, kept["key"].shape[1], -1, -1)
+    parts, rows = [], max(1, min(ROWS, PAIRS // kept["key"].shape[2]))
+    for start in range(0, q.shape[2], rows):
+        part, asked = (x[:, :, start : start + rows] for x in (q, query_bias))
+        visible = queries.rows(start, start + rows).sees(keys, window).expand(-1, kept["key"].shape[1], -1, -1)
         parts.append(decode_attention(part, kept["key"], kept["value"], kept["bias"][..., 0], visible, asked))
     return torch.cat(parts, dim=2)

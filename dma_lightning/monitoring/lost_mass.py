@@ -128,13 +128,14 @@ def lost_mass(
     causal = Lifetimes.causal(length, q.device, packing=packing)
     sample = SampledQueries.of(causal, lifetimes.capacity, queries)
     position, real = (x.expand(len(q), -1) for x in (sample.position, sample.real))
-    rows = []
+    key_bias, rows = key_bias.to(torch.promote_types(key_bias.dtype, dtype)), []
     with torch.autocast(q.device.type, enabled=False):
         for b, t in enumerate(position):
             bias = key_bias[b, :, None]  # [G, 1, N], or [G, Q, N] if near keys have another bias
             if near_bias is not None:
                 is_near = t[:, None] - torch.arange(length, device=t.device) < distance
                 bias = torch.where(is_near, near_bias[b, :, None], bias)
+            bias = bias - key_bias[b].gather(-1, t.expand(len(key_bias[b]), -1))[..., None]  # small, then rounded
             attention = _attention(q[b, :, t].to(dtype), k[b].to(dtype), bias.to(dtype), _visible(causal, b, t))
             rows.append(_row(attention, _visible(causal, b, t), _visible(lifetimes, b, t), t, lifetimes.capacity))
     model, window, best, own_key = (torch.stack(x) for x in zip(*rows, strict=True))

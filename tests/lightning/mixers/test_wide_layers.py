@@ -1,5 +1,6 @@
 """Some layers keep another number of keys: by brute force, in the caches, in a run, and wrong ones."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,6 +65,18 @@ def test_caches_keep_what_their_layers_keep(chunks: list[int]) -> None:
     logits = torch.cat([model(part, cache=caches) for part in tokens.split(chunks, 1)], 1)
     torch.testing.assert_close(logits, model(tokens), rtol=1e-9, atol=1e-9)
     assert [cache.keep for cache in caches] == RULES
+
+
+@pytest.mark.parametrize(("window", "wide", "warns"), [(3, 64, False), (64, 3, False), (64, 64, True)])
+def test_a_run_warns_if_no_layer_drops_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, wide: int, warns: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = [f"keep_window_size={window}", "num_hidden_layers=2", "wide_layers=[0]", f"wide_keep_window_size={wide}"]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        make(tmp_path, "--trainer.max_steps=1", *(f"--model.{flag}" for flag in flags))
+    assert any("no key is ever dropped" in str(x.message) for x in told) is warns
 
 
 def test_a_run_and_its_checkpoint_keep_the_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

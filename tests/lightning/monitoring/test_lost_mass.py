@@ -261,3 +261,11 @@ def test_the_run_is_the_same_with_it(tmp_path: Path) -> None:
 def test_numbers_out_of_range(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
         LostMassMonitor(**{name: 0})
+
+
+def test_a_drift_far_into_a_text_is_seen_as_at_its_beginning() -> None:
+    q, k = torch.randn(1, 4, 90, 8), torch.randn(1, 2, 90, 8)
+    drift = torch.rand(1, 2, 90, dtype=torch.float64).cumsum(-1)
+    mask = Lifetimes.top_w(torch.randn(1, 2, 90), 9)
+    near, far = (lost_mass(q, k, drift + start, mask).model for start in (0.0, 1e6))
+    torch.testing.assert_close(far, near, rtol=1e-6, atol=1e-7)
