@@ -8,12 +8,12 @@ import pytest
 import torch
 from covering import covering
 from exactness import NAMES, assert_as_exact_as_plain, results
+from large_tiles import enlarge_attention_tiles
 from poison import poisoned_buffers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dma_kernels import DynamicMaskCache, Lifetimes, SegmentSlots, fused_attention, segment_attention
-from dma_kernels.attention.configs import KernelConfig
 from dma_kernels.selected_blocks.attention import block_attention
 
 ON_GPU = torch.cuda.is_available()
@@ -33,12 +33,8 @@ ALL = [(*mask, *REST[i % len(REST)]) for i, mask in enumerate(itertools.product(
 
 @pytest.fixture(autouse=True)
 def _large_tiles_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes milliseconds per operation, whatever the size of a tile."""
     if not ON_GPU:
-        for kernel in ("forward", "query_gradients", "key_gradients"):
-            monkeypatch.setattr(
-                f"dma_kernels.attention.kernels.{kernel}.kernel_config", lambda *_: KernelConfig(128, 128, 4, 1)
-            )
+        enlarge_attention_tiles(monkeypatch)
         monkeypatch.setattr("dma_kernels.segments.gather_kernels._TILE", 1 << 17)
 
 

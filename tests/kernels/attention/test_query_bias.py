@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from exactness import results
+from large_tiles import enlarge_attention_tiles
 from poison import poisoned_buffers
 from torch import Tensor
 
@@ -18,7 +19,6 @@ from dma_kernels import (
     reference_attention,
     segment_attention,
 )
-from dma_kernels.attention.configs import KernelConfig
 
 ON_GPU = torch.cuda.is_available()
 # The interpreter's tl.dot multiplies bfloat16 wrong, so it is refused there.
@@ -28,12 +28,8 @@ NAMES = ("out", "dq", "dk", "dv", "dkey_bias", "dquery_bias")
 
 @pytest.fixture(autouse=True)
 def _large_tiles_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes milliseconds per operation, whatever the size of a tile."""
     if not ON_GPU:
-        for kernel in ("forward", "query_gradients", "key_gradients"):
-            monkeypatch.setattr(
-                f"dma_kernels.attention.kernels.{kernel}.kernel_config", lambda *_: KernelConfig(128, 128, 4, 1)
-            )
+        enlarge_attention_tiles(monkeypatch)
 
 
 def make_inputs(
