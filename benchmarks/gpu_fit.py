@@ -170,7 +170,7 @@ def busy_and_waiting(profiled: profile) -> dict[str, float]:
 
 def breakdown(profiled: profile, shape: str) -> dict[str, Any]:
     """Milliseconds of a step: of the GPU by purpose, and of the processor in some of Lightning's actions."""
-    config = read_config(CONFIGS / "model" / f"{shape}.yaml")
+    config = read_config(CONFIGS / "model" / f"{shape}-published.yaml")
     gpu: Counter[str] = Counter()
     largest: Counter[str] = Counter()
     processor: Counter[str] = Counter()

@@ -47,7 +47,7 @@ def measure_step(case: Case, **changes: int) -> Row:
     """Milliseconds of a step, its FLOPs, and its peak memory in GiB."""
     torch.manual_seed(0)
     shape, length, attention = case
-    config = read_config(CONFIGS / "model" / f"{shape}.yaml")
+    config = read_config(CONFIGS / "model" / f"{shape}-published.yaml")
     changes = {"vocab_size": VOCABULARY, "max_position_embeddings": length} | changes
     config = replace(config, attention=attention, **changes)
     with torch.device("cuda"):

@@ -24,7 +24,7 @@ def measure() -> Iterator[Row]:
     factor = torch.ones((), device="cuda")
     for shape in SHAPES:
         with torch.device("cuda"):
-            model = DogeForCausalLM(read_config(CONFIGS / "model" / f"{shape}.yaml"))
+            model = DogeForCausalLM(read_config(CONFIGS / "model" / f"{shape}-published.yaml"))
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         parameters = list(model.parameters())

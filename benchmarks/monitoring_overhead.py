@@ -1,9 +1,9 @@
 """What the callbacks that make a run visible cost on a CPU.
 
-The model and data of `make train` in one thread, without validation. The callbacks of `dma_lightning.monitoring` are on
-and off in turns of 10 steps (on, off, off, on, ...), each with one logging step at its end. The cost is told in seconds
-of the processor, since those of the clock depend on what else the machine does; once as the difference between the
-turns, and once as what passes inside of the callbacks, which varies less. Masks are looked at once in 100 steps of
+The model and data of `make train` with dynamic masks as published, in one thread, without validation. The callbacks of
+`dma_lightning.monitoring` are on and off in turns of 10 steps (on, off, off, on, ...), each with one logging step at
+its end. The cost is told in seconds of the processor, since those of the clock depend on what else the machine does;
+once as the difference between the turns, and once as what passes inside of the callbacks, which varies less. Masks are looked at once in 100 steps of
 both, so twice as often as in a run. Samples come after every second validation; their cost is given beside that of the
 steps between them.
 """
@@ -70,8 +70,8 @@ class TimedSamples(SampleMonitor):
 
 
 def build(folder: str, *args: str) -> DMACLI:
-    """What `make train` runs, logging into a folder."""
-    layers = [f"--config={CONFIGS / name}.yaml" for name in ("model/tiny", "data/pydoc", "trainer/cpu")]
+    """What `make train` runs with masks as published, logging into a folder."""
+    layers = [f"--config={CONFIGS / name}.yaml" for name in ("model/tiny-published", "data/pydoc", "trainer/cpu")]
     quiet = ["--trainer.enable_model_summary=false", f"--trainer.logger.init_args.save_dir={folder}"]
     return build_cli([*layers, *quiet, "--trainer.num_sanity_val_steps=0", *args], run=False)
 

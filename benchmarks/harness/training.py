@@ -42,7 +42,7 @@ SDPA = [
 
 
 class Case(NamedTuple):
-    """What is trained: a model config by name, the length of sequences in tokens, an attention."""
+    """What is trained: a shape of the paper, masks as published; the length of sequences in tokens; an attention."""
 
     shape: str
     length: int
@@ -107,7 +107,8 @@ def build(corpus: Path, case: Case, trainer: dict[str, Any], model: dict[str, An
         trainer: its options by name that differ from the configs.
         model: the same of the model.
     """
-    configs = [f"--config={CONFIGS / name}.yaml" for name in (f"model/{case.shape}", "data/prepared", "trainer/gpu")]
+    names = (f"model/{case.shape}-published", "data/prepared", "trainer/gpu")
+    configs = [f"--config={CONFIGS / name}.yaml" for name in names]
     data = {"path": corpus, "sequence_length": case.length, "batch_size": TOKENS // case.length}
     options = {
         "data": data | {"separate_documents": False},

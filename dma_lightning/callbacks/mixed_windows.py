@@ -7,7 +7,9 @@ import lightning.pytorch as pl
 
 from dma_kernels import KeepRule
 from dma_kernels.keep_rule import HasKeepRule
+from dma_lightning.mixers import DynamicMaskAttention
 from dma_lightning.model import decoder_of
+from dma_lightning.schedules import total_steps
 from dma_lightning.trainer_state import is_logging_step
 
 
@@ -22,15 +24,18 @@ class MixedWindows(pl.Callback):
     The model gets its own rule back after the backward pass of each batch, so validation, samples, monitors and
     checkpoints see no other. FLOP figures also assume the model's own rule. Logs `dma/keeps_all`.
 
+    All steps are those of trainer.max_steps, or else of trainer.max_epochs. `fit` has this callback by default where
+    the model has a retention loss.
+
     Args:
         share: probability that a step in between keeps all keys.
-        first: share of trainer.max_steps, at the start, in which every step keeps all keys.
-        last: share of trainer.max_steps, at the end, in which every step follows the model's own rule.
+        first: share of all steps, at the start, in which every step keeps all keys.
+        last: share of all steps, at the end, in which every step follows the model's own rule.
         seed: of the choice.
 
     Raises:
         ValueError: if a share is not within 0 and 1, or first and last add up to more than 1; at the start of a run, if
-            first or last is set but trainer.max_steps is not, or no layer has dynamic masks.
+            first or last is set but nothing determines the number of steps, or no layer has dynamic masks.
     """
 
     def __init__(self, share: float = 0.125, first: float = 0.2, last: float = 0.2, seed: int = 0) -> None:
@@ -41,6 +46,7 @@ class MixedWindows(pl.Callback):
             )
         self.share, self.first, self.last, self.seed = share, first, last, seed
         self._own: list[tuple[HasKeepRule, KeepRule]] = []  # mixers that now keep all keys, with their own rules
+        self._steps = 0  # of the whole run, where first or last is set
 
     def keeps_all(self, step: int, max_steps: int) -> bool:
         """Whether an optimizer step, counted from 0, keeps every key."""
@@ -54,22 +60,29 @@ class MixedWindows(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if trainer.max_steps < 1 and (self.first or self.last):
-            raise ValueError(
-                f"MixedWindows: first {self.first} and last {self.last} are shares of trainer.max_steps: expected at "
-                f"least 1 step, got {trainer.max_steps}; set it, or set first and last to 0"
-            )
         if not _mixers(pl_module):
             raise ValueError(
                 "MixedWindows: expected layers with dynamic masks, got a model with attention "
                 f"{decoder_of(pl_module).config.attention}; train dma, or leave this callback out"
             )
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.first and not self.last:
+            return
+        steps = total_steps(trainer)
+        if steps is None:
+            raise ValueError(
+                f"MixedWindows: first {self.first} and last {self.last} are shares of all steps: expected "
+                f"trainer.max_steps, or trainer.max_epochs and data of a known length, got max_steps "
+                f"{trainer.max_steps} and max_epochs {trainer.max_epochs}; set max_steps, or first and last to 0"
+            )
+        self._steps = steps
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._restore()  # after a batch that was skipped
-        if self.keeps_all(trainer.global_step, trainer.max_steps):
+        if self.keeps_all(trainer.global_step, self._steps):
             self._own = [(mixer, mixer.keep) for mixer in _mixers(pl_module)]
             every = KeepRule(decoder_of(pl_module).config.max_position_embeddings)
             for mixer, _ in self._own:
@@ -96,6 +109,11 @@ class MixedWindows(pl.Callback):
         for mixer, own in self._own:
             mixer.keep = own
         self._own = []
+
+
+def learns_ranks(module: pl.LightningModule) -> bool:
+    """Whether a retention loss trains the ranks of a model's dynamic masks."""
+    return any(isinstance(x, DynamicMaskAttention) and x.retention_weight > 0 for x in decoder_of(module).mixers)
 
 
 def _mixers(module: pl.LightningModule) -> list[HasKeepRule]:

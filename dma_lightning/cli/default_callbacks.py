@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dma_lightning.callbacks import FitReport, GradientGuard
+from dma_lightning.callbacks import FitReport, GradientGuard, MixedWindows
 from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.cli.parsing import Parser
 from dma_lightning.monitoring import (
@@ -32,6 +32,7 @@ DEFAULT_CALLBACKS: dict[str, type[pl.Callback]] = {
     "curve_overview": CurveOverview,
     "run_summary": RunSummary,
     "progress_bar": ProgressBar,
+    "mixed_windows": MixedWindows,
     "guard": GradientGuard,
     "checkpoint": ResumableCheckpoint,
     "fit_report": FitReport,
@@ -53,7 +54,9 @@ def add_default_callbacks(parser: Parser) -> None:
     parser.add_objects(DEFAULT_CALLBACKS, title)
 
 
-def set_callbacks(options: Namespace, defaults: Mapping[str, pl.Callback | None], fits: bool) -> None:
+def set_callbacks(
+    options: Namespace, defaults: Mapping[str, pl.Callback | None], fits: bool, learns_ranks: bool
+) -> None:
     """Put all callbacks of a run into the trainer's options, the default ones before the listed ones.
 
     A listed callback replaces the default of its class, and any listed progress bar replaces ours. Callbacks that a
@@ -63,6 +66,7 @@ def set_callbacks(options: Namespace, defaults: Mapping[str, pl.Callback | None]
         options: options of the trainer; changed in place.
         defaults: default callbacks by name, None if off.
         fits: whether the run trains; otherwise only the progress bar is used.
+        learns_ranks: whether the model has a retention loss; otherwise the default `MixedWindows` is left out.
     """
     listed = _listed(options)
     names = [x for x in DEFAULT_CALLBACKS if fits or x == "progress_bar"] if not options.barebones else []
@@ -72,6 +76,8 @@ def set_callbacks(options: Namespace, defaults: Mapping[str, pl.Callback | None]
     if "guard" in names and f"{options.precision}" in ("16", "16-mixed") and defaults["guard"] is not None:
         rank_zero_warn("guard: left out, since precision 16-mixed skips steps by itself; --guard null silences this")
         names.remove("guard")
+    if not learns_ranks and "mixed_windows" in names:
+        names.remove("mixed_windows")
     chosen = [defaults[name] for name in names if not _replaces(name, listed)]
     refused = tuple(kind for option, kind in _REFUSED.items() if options[option] in (False, []))
     options.callbacks = [x for x in [*chosen, *listed] if x is not None and not isinstance(x, refused)]

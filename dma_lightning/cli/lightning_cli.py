@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from dma_lightning.callbacks import ContinuationWriter
+from dma_lightning.callbacks.mixed_windows import learns_ranks
 from dma_lightning.checkpoints.io import AtomicCheckpointIO
 from dma_lightning.cli.ckpt_path import (
     LINKS,
@@ -257,7 +258,7 @@ class DMACLI(LightningCLI):
             options.logger = False  # Lightning would create lightning_logs for a few numbers that it prints
         defaults = {name: self._get(self.config_init, name) for name in DEFAULT_CALLBACKS}
         check_flags(self.flags, defaults, options)
-        set_callbacks(options, defaults, fits=self.subcommand in (None, "fit"))
+        set_callbacks(options, defaults, self.subcommand in (None, "fit"), learns_ranks=learns_ranks(self.model))
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()

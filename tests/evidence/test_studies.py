@@ -164,12 +164,13 @@ def test_what_is_only_reported_is_part_of_no_training(tmp_path: Path) -> None:
     assert [found.digest_of(cell) for cell in cells] == [plain.digest_of(cell) for cell in cells]
 
 
-def test_tiny_trains_what_make_train_trains() -> None:
+@pytest.mark.parametrize(("form", "shape"), [("rank-output", "tiny"), ("dma", "tiny-published")])
+def test_tiny_trains_what_make_train_trains(form: str, shape: str) -> None:
     _, found = read_study("tiny")
     cells = {cell: options for cell, options in found.cells(lambda *_: None).items() if cell.seed == 0}
-    cell = next(cell for cell in cells if cell.form == "dma")
+    cell = next(cell for cell in cells if cell.form == form)
     ours = build_cli(found.fit_arguments(cell, cells[cell], {})[1:], run=False)
-    make = [f"--config={CONFIGS / name}.yaml" for name in ("model/tiny", "data/pydoc", "trainer/cpu")]
+    make = [f"--config={CONFIGS / name}.yaml" for name in (f"model/{shape}", "data/pydoc", "trainer/cpu")]
     theirs = build_cli(make, run=False)
     assert dict(ours.model.hparams) == dict(theirs.model.hparams)
     assert dict(ours.datamodule.hparams) == dict(theirs.datamodule.hparams)

@@ -289,9 +289,17 @@ def test_shares_out_of_range(arguments: dict[str, float]) -> None:
         MixedWindows(**arguments)
 
 
+def test_shares_of_the_steps_of_epochs() -> None:
+    """13 batches in each of two epochs, two a step: 14 steps."""
+    watch, epochs = Watch(), {"max_steps": -1, "max_epochs": 2, "val_check_interval": 1.0, "check_val_every_n_epoch": 1}
+    train(watch, MixedWindows(share=0, first=0.5, last=0.5), **epochs)
+    assert [step for step, rules in watch.training.items() if rules == {ALL}] == list(range(7))
+    assert [step for step, rules in watch.training.items() if rules == {OWN}] == list(range(7, 14))
+
+
 def test_shares_of_no_number_of_steps() -> None:
-    endless = {"max_steps": -1, "max_epochs": 1, "model": {"schedule": "constant"}}
-    with pytest.raises(ValueError, match=r"trainer\.max_steps: expected at least 1 step, got -1; set it, or set"):
+    endless = {"max_steps": -1, "max_epochs": -1, "max_time": {"seconds": 1}, "model": {"schedule": "constant"}}
+    with pytest.raises(ValueError, match=r"got max_steps -1 and max_epochs -1; set max_steps, or first and last to 0"):
         train(Watch(), half(), **endless)
     watch = Watch()
     train(watch, MixedWindows(share=0.5, first=0, last=0), **endless)

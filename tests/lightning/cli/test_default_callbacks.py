@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 
-from dma_lightning.callbacks import GradientGuard
+from dma_lightning.callbacks import GradientGuard, MixedWindows
 from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.cli.ckpt_path import run_folders
 from dma_lightning.cli.default_callbacks import DEFAULT_CALLBACKS, check_flags, set_callbacks
@@ -30,11 +30,14 @@ def made(*args: str) -> DMACLI:
         return small_run.cli("fit", "-c", "mqar.yaml", "-c", "trainer/cpu", *args)
 
 
-def callbacks(fits: bool = True, off: tuple[str, ...] = (), **options: object) -> tuple[list[pl.Callback], Namespace]:
+def callbacks(
+    fits: bool = True, off: tuple[str, ...] = (), learns_ranks: bool = True, **options: object
+) -> tuple[list[pl.Callback], Namespace]:
     """All callbacks of a run, and what becomes of the trainer's options; `off` are null."""
     names = ("callbacks", "precision", "logger", "enable_progress_bar", "enable_checkpointing")
     trainer = Namespace(dict.fromkeys(names) | {"barebones": False} | options)
-    set_callbacks(trainer, {x: None if x in off else kind() for x, kind in DEFAULT_CALLBACKS.items()}, fits)
+    defaults = {x: None if x in off else kind() for x, kind in DEFAULT_CALLBACKS.items()}
+    set_callbacks(trainer, defaults, fits, learns_ranks)
     return trainer.callbacks, trainer
 
 
@@ -93,6 +96,8 @@ def test_what_is_off_is_not_replaced_by_lightning() -> None:
 def test_where_there_are_fewer() -> None:
     assert kinds(False) == [ProgressBar]  # of `validate`
     assert kinds(barebones=True) == []
+    assert [x for x in ALL if x not in kinds(learns_ranks=False)] == [MixedWindows]
+    assert MixedWindows in kinds(learns_ranks=False, callbacks=[MixedWindows()])  # who asks for it gets it
     assert LearningRateMonitor not in kinds(logger=False)
     with pytest.warns(UserWarning, match="guard: left out, since precision 16-mixed skips steps by itself"):
         assert [x for x in ALL if x not in kinds(precision="16-mixed")] == [GradientGuard]

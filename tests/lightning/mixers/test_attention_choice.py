@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from dma_lightning import MIXERS, DogeForCausalLM, LanguageModel
 from dma_lightning.cli import build_cli, main
@@ -12,6 +13,14 @@ from dma_lightning.cli.sizes import read_config
 
 ROOT = Path(__file__).parents[3]
 SHAPES = sorted(path.stem for path in (ROOT / "configs/model").glob("*.yaml"))
+CHOSEN = {
+    "drift": "gate",
+    "score_form": "linear",
+    "content": "input",
+    "content_in_bias": False,
+    "retention_weight": 0.1,
+    "retention_target": "output",
+}
 TASKS = {"tiny": ("tiny", "pydoc"), "mqar": ("mqar", "mqar")}
 
 
@@ -26,10 +35,12 @@ def test_parameters_are_those_of_the_specification(shape: str) -> None:
         config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim,
     )  # fmt: skip
     block, hidden = config.nsa_compress_block, config.nsa_compress_hidden
+    gates = kv_heads * (d + 1) if config.drift == "gate" else 0
+    content = kv_heads * d if config.content == "input" else 0
     expected = {
-        "mha": grouped,
-        "swa": grouped,
-        "dma": grouped + kv_heads * dim * kv_heads + kv_heads,
+        "mha": grouped + gates,
+        "swa": grouped + gates,
+        "dma": grouped + kv_heads * dim * kv_heads + kv_heads + gates + content,
         "mla": d * heads * (nope + rope) + d * (rank + rope) + rank + rank * heads * (nope + value) + heads * value * d,
         "nsa": grouped + 4 * d * kv_heads * dim + 2 * dim
         + 2 * (block * dim * hidden + hidden * dim) + 2 * block * dim + 3 * d * heads,
@@ -39,10 +50,23 @@ def test_parameters_are_those_of_the_specification(shape: str) -> None:
     for name, model in models.items():
         assert {sum(p.numel() for p in layer.self_attn.parameters()) for layer in model.layers} == {expected[name]}
     published = {"80m": (1.77, 1.598), "200m": (3.15, 2.818), "680m": (7.08, None), "1.7b": (12.58, None)}
-    if shape in published:  # in millions, without norms
-        assert (expected["mha"] - 2 * dim) / 1e6 == pytest.approx(published[shape][0], abs=0.006)
-        if published[shape][1]:
-            assert (expected["mla"]) / 1e6 == pytest.approx(published[shape][1], abs=0.0006)
+    mha, mla = published.get(shape.removesuffix("-published"), (None, None))  # in millions, without norms
+    if mha and not gates:
+        assert (expected["mha"] - 2 * dim) / 1e6 == pytest.approx(mha, abs=0.006)
+    if mla:
+        assert expected["mla"] / 1e6 == pytest.approx(mla, abs=0.0006)
+
+
+@pytest.mark.parametrize("shape", [x for x in SHAPES if x.endswith("-published")])
+def test_published_shapes_differ_in_dynamic_masks_alone(shape: str) -> None:
+    """As many keys per query, and one form of dynamic masks in all shapes."""
+    chosen, published = (
+        yaml.safe_load((ROOT / f"configs/model/{x}.yaml").read_text())["model"]
+        for x in (shape.removesuffix("-published"), shape)
+    )
+    assert published.pop("keep_window_size") == chosen.pop("keep_window_size") + chosen.pop("keep_last")
+    assert {x: chosen[x] for x in chosen.keys() - published.keys()} == CHOSEN
+    assert published.items() <= chosen.items()
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -91,7 +115,8 @@ def test_a_mistyped_attention_lists_the_known(capfd: pytest.CaptureFixture) -> N
 def test_sizes_command(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     typo = tmp_path / "typo.yaml"
     typo.write_text("model:\n  keep_windw_size: 3\n")
-    monkeypatch.setattr("sys.argv", ["", "sizes", str(ROOT / "configs/model/80m.yaml"), "--sequence_length", "1024"])
+    shape = str(ROOT / "configs/model/80m-published.yaml")
+    monkeypatch.setattr("sys.argv", ["", "sizes", shape, "--sequence_length", "1024"])
     main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(MIXERS)
