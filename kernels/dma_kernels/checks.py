@@ -1,4 +1,4 @@
-"""What every attention backend expects of its tensors."""
+"""Checks of the tensors that every attention backend takes."""
 
 import torch
 from torch import Tensor
@@ -35,13 +35,13 @@ def check_attention_inputs(
     for name, x in {"key_bias": key_bias, "query_bias": query_bias}.items():
         if x is not None and x.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"{name}: expected torch.float32 or torch.float64, got {x.dtype}; compute it in one of these, since "
-                "bits that are rounded off do not come back"
+                f"{name}: expected torch.float32 or torch.float64, got {x.dtype}; compute it in one of these, since a "
+                "later cast does not bring back bits that were rounded off"
             )
 
 
 def check_no_tangents(*inputs: Tensor | None) -> None:
-    """Raise `ValueError` for forward-mode differentiation, which an operation of our own would answer with 0."""
+    """Raise `ValueError` for forward-mode differentiation, for which a custom operation would silently give 0."""
     given = [x for x in inputs if x is not None]
     if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in given):
         raise ValueError("backend 'triton' has no forward-mode derivative (jvp); use backend 'reference' for it")
