@@ -120,12 +120,12 @@ def tables(result: Result) -> list[Part]:
     return [
         Table(
             [[x, *rates("loading", "tokens_per_second", separate_documents=own)] for x, own in loaders.items()],
-            "",
+            "Speed of the loader on a CPU; higher is better:",
             ["million tokens per second", "in the training process", "1 worker", "2 workers"],
         ),
         Table(
             [[x, *rates("preparing", "bytes_per_second", tokenizer=x)] for x in ("bytes", "BPE, 8000 tokens")],
-            "",
+            "Speed of `prepare` on a CPU; higher is better:",
             ["`prepare`, million bytes per second", "1 process", "2 processes"],
         ),
     ]
