@@ -2,7 +2,7 @@
 
 The text: 64 MB of random words in documents of 50 to 5,000 bytes, as JSONL. The loader draws sequences of 4,096 bytes
 in batches of 8 and random order from shards of 8 million tokens, in the page cache; it is checked first, against the
-text with its borders. `prepare` tokenises a quarter of the text. Median [min - max] of 3 passes.
+text with its borders. `prepare` tokenizes a quarter of the text. Median [min - max] of 3 passes.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
     python benchmarks/gpu_block_attention.py [--xl CHECKOUT] [--fla CHECKOUT]
 
 The checkouts are of github.com/XunhaoLai/native-sparse-attention-triton and github.com/fla-org/flash-linear-attention.
-Given the blocks that each query has chosen: 16 of 64 tokens, by random keys, so that neighbours share few of them. Ours
+Given the blocks that each query has chosen: 16 of 64 tokens, by random keys, so that neighbors share few of them. Ours
 includes making the tiles. bfloat16, batch 1, head dim 128. Each figure is minimum, median and maximum in milliseconds.
 """
 

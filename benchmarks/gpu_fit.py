@@ -1,4 +1,4 @@
-"""Training through `dma-lightning fit` on one GPU: tokens/s, utilisation, and where the time of a step goes.
+"""Training through `dma-lightning fit` on one GPU: tokens/s, utilization, and where the time of a step goes.
 
     python benchmarks/gpu_fit.py 80m      or 1.7b
 
@@ -7,7 +7,7 @@ step out of a vocabulary of 32,768, in sequences of one length without document 
 80m run as CUDA graphs, and those of 1.7b are computed again for the backward. Validation and checkpoints are off, all
 else is as configured. `mha` takes cuDNN's attention where it can.
 
-Speed and utilisation are what `SpeedMonitor` logs at each logging step after the second: minimum, median and maximum.
+Speed and utilization are what `SpeedMonitor` logs at each logging step after the second: minimum, median and maximum.
 What a logging step costs is how much longer it and the step behind it take on the GPU than two others. Behind these
 steps PyTorch's profiler looks at a few more: how long the GPU is at work, and how long it waits between kernels.
 Milliseconds of kernels by what they are for, and of the processor in Lightning's hooks for data and in callbacks, are

@@ -112,25 +112,26 @@ class WideLayers:
 class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCache]):
     """Causal self-attention in which every query keeps the `keep_window_size` best-ranked keys of its past.
 
-    The rank of a key comes from the values at its position. It selects the key, and a bias made of it is added to the
-    key's logits, so the selection is trained. With `A = 0`, as initialised, this is exactly a sliding window of
-    `keep_window_size + keep_last` positions, plus the sinks.
+    The rank of a key is computed from the values at its position. Ranks select keys. A bias that is computed from the
+    rank is also added to the logits of the key, so gradients train the selection. At initialization, `A` is 0, and this
+    is exactly a sliding window of `keep_window_size + keep_last` positions, plus the sinks.
 
     Args:
         hidden_size: C, width of input and output.
         num_heads: H, query heads.
         num_kv_heads: G, key and value heads; H must be a multiple of it. Default: H.
         head_dim: D, even. Default: C / H.
-        keep_window_size: keys that a query keeps.
-        keep_last: last positions that are visible whatever their rank; the others are chosen from the keys before.
-        sinks: first keys of each document that stay visible besides.
-        score_form: what is added to the logits, `exp(rank)` or the rank itself (`linear`).
+        keep_window_size: number of best-ranked keys that a query keeps.
+        keep_last: number of last positions that are visible whatever their rank; the best-ranked keys are chosen from
+            the positions before these.
+        sinks: number of first keys of each document that also stay visible.
+        score_form: the bias that is added to the logits, `exp(rank)` (`exp`) or the rank itself (`linear`).
         rope_theta: base of the rotary embedding.
         rope_scaling: positions are divided by it before the rotary embedding.
         rms_norm_eps: epsilon of the RMSNorm on queries and keys.
         bias: whether the projections and Δ have a bias.
-        backend: `triton`, `flex`, `torch` or `reference`; `auto` is `triton` on CUDA where its tests have passed
-            (Hopper GPUs), else `flex`, else `torch` (on a CPU, in float64, for head dims above 256).
+        backend: `triton`, `flex`, `torch` or `reference`. `auto` is `triton` on GPUs on which its tests have passed
+            (Hopper), `flex` on other GPUs, and `torch` otherwise (on a CPU, in float64, for head dims above 256).
         drifting: a drift of the ranks and biases; by default none.
         retention_weight: weight of the retention loss.
         qk_norm: whether queries and keys are normalized.
