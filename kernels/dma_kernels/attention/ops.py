@@ -73,7 +73,7 @@ def fused_attention(
     check_kernels_can(q.dtype, q.shape[-1])
     check_no_tangents(q, k, v, key_bias, query_bias)
     if slots is not None and segment_length is not None:
-        raise ValueError("expected segment_length or slots, got both; slots have their segment length")
+        raise ValueError("expected either segment_length or slots, got both; slots have their own segment length")
     if not q.numel():
         biases = key_bias if query_bias is None else key_bias + query_bias
         return q * (k.sum() + v.sum() + biases.sum()).to(q.dtype)  # empty, and differentiable in all
