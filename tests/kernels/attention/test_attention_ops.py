@@ -190,7 +190,7 @@ def test_slots_serve_many_calls(device: str) -> None:
     slots = SegmentSlots.of(mask, 2, KV_HEADS)
     with torch.no_grad():
         assert torch.equal(fused_attention(*inputs, mask, slots=slots), fused_attention(*inputs, mask))
-    with pytest.raises(ValueError, match=r"slots: expected slots for .* got those for batch 2, 2 KV heads"):
+    with pytest.raises(ValueError, match=r"slots: expected slots for .* got slots for batch 2, 2 KV heads"):
         fused_attention(*(x[:1] for x in inputs), mask, slots=slots)
 
 
