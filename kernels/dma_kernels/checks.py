@@ -9,7 +9,7 @@ from dma_kernels.lifetime_masks import Lifetimes
 def check_attention_inputs(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None, query_bias: Tensor | None = None
 ) -> None:
-    """Raise `ValueError` unless q `[B, H, N, D]`, k and v `[B, G, N, D]` and biases `[B, G, N]` belong together."""
+    """Raise `ValueError` unless q `[B, H, N, D]`, k and v `[B, G, N, D]` and biases `[B, G, N]` match."""
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"expected q [B, H, N, D] and k [B, G, N, D], got {list(q.shape)} and {list(k.shape)}")
     batch, heads, length, head_dim = q.shape

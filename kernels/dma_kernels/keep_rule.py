@@ -8,7 +8,7 @@ class KeepRule:
     """A query keeps its last positions, the best-ranked keys before them, and the first keys of its document.
 
     Keys compete once they are no longer among the last positions. So a query with enough real keys before it sees
-    exactly w + r keys, and its sinks besides. It sees fewer if some of its last positions are padding.
+    exactly w + r keys, plus its sinks. It sees fewer if some of its last positions are padding.
 
     Attributes:
         window: w, the number of best-ranked keys among those at least r positions back.

@@ -81,7 +81,7 @@ class Lifetimes:
         padding: Tensor | None = None,
         packing: Packing | None = None,
     ) -> "Lifetimes":
-        """Every query sees its whole past, within its document. Arguments as `sliding_window`."""
+        """Every query sees its whole past, within its document. Arguments as in `sliding_window`."""
         return cls.sliding_window(length, length, device, documents=documents, padding=padding, packing=packing)
 
     @classmethod
@@ -137,7 +137,7 @@ class Lifetimes:
         documents: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> "Lifetimes":
-        """The first `count` real keys of each document, visible to its end. Other arguments as `sliding_window`."""
+        """The first `count` real keys of each document, visible to its end. Other arguments as in `sliding_window`."""
         check_at_least("count", count, 1)
         birth, packing = _positions(length, device, documents, padding)
         death = torch.where(is_sink(count, birth, packing), length, birth)

@@ -33,7 +33,7 @@ def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor | No
         `[B, G, N]` in float32 (float64 if `values` are), also under autocast.
 
     Raises:
-        ValueError: if the shapes do not belong together.
+        ValueError: if the shapes do not match.
 
     Source: arXiv 2508.02124v6, equation 3, before the exponential.
     """

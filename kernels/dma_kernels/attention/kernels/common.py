@@ -1,4 +1,4 @@
-"""What the attention kernels share: where a tile of queries stands, which slots it sees, and their logits.
+"""What the attention kernels share: the positions of a tile of queries, the slots that it sees, and their logits.
 
 Rows of a tile of queries are pairs of position and head of the group: row r is query r // R of the segment, in head
 r % R. So heads that share keys load them only once.
