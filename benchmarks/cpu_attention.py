@@ -106,9 +106,10 @@ def tables(result: Result) -> list[Part]:
     return [
         Table(
             result["rows"],
-            f"**`make bench`**: `sdpa` is PyTorch's dense causal attention; float32, batch 1, {shape['heads']} query "
-            f"and {shape['kv_heads']} KV heads, head dim {shape['head_dim']}, w = {shape['window']}, selection "
-            f"included; median [min - max] of separate processes ({cpu_of(result)}).",
+            "**`make bench`**: time of forward and backward passes of attention on a CPU, and peak memory; lower is "
+            f"better. `sdpa` is PyTorch's dense causal attention. float32, batch 1, {shape['heads']} query and "
+            f"{shape['kv_heads']} KV heads, head dim {shape['head_dim']}, w = {shape['window']}, selection included; "
+            f"median [min - max] of separate processes ({cpu_of(result)}).",
             ["", "N", "forward ms", "backward ms", "peak MB"],
             lambda row: [
                 f"`{row['backend']}`",

@@ -58,9 +58,9 @@ def tables(result: Result) -> list[Part]:
     return [
         Table(
             zip(rows[::2], rows[1::2], strict=True),
-            "**`python benchmarks/cpu_decode.py`**: decoding with the tiny model, w = 64, batch 1, float32; the full "
-            "cache is for comparison, and selects anew at every token; median [min - max] "
-            f"({cpu_of(result)}).",
+            "**`python benchmarks/cpu_decode.py`**: time per decoded token on a CPU, and size of the cache, with the "
+            "tiny model; lower is better. w = 64, batch 1, float32. The full cache is for comparison, and repeats the "
+            f"whole selection at every token. Median [min - max] ({cpu_of(result)}).",
             ["tokens read", "small cache, ms per token", "MB", "full cache, ms per token", "MB"],
             lambda pair: [length_of(pair[0]), *(x for row in pair for x in (interval(row["ms"]), f"{row['mb']:.2f}"))],
             labels=0,

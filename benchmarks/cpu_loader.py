@@ -2,7 +2,7 @@
 
 The text: 64 MB of random words in documents of 50 to 5,000 bytes, as JSONL. The loader draws sequences of 4,096 bytes
 in batches of 8 and random order from shards of 8 million tokens, in the page cache; it is checked first, against the
-text with its borders. `prepare` tokenises a quarter of the text. Median [min - max] of 3 passes.
+text with its borders. `prepare` tokenizes a quarter of the text. Median [min - max] of 3 passes.
 """
 
 import contextlib
@@ -120,12 +120,12 @@ def tables(result: Result) -> list[Part]:
     return [
         Table(
             [[x, *rates("loading", "tokens_per_second", separate_documents=own)] for x, own in loaders.items()],
-            "",
+            "Speed of the loader on a CPU; higher is better:",
             ["million tokens per second", "in the training process", "1 worker", "2 workers"],
         ),
         Table(
             [[x, *rates("preparing", "bytes_per_second", tokenizer=x)] for x in ("bytes", "BPE, 8000 tokens")],
-            "",
+            "Speed of `prepare` on a CPU; higher is better:",
             ["`prepare`, million bytes per second", "1 process", "2 processes"],
         ),
     ]

@@ -131,7 +131,8 @@ def tables(result: Result) -> list[Part]:
         [f"`{area}`", f"{row['cases']:,}", f"{row['seconds']:,.0f}", row["failed"]]
         for area, row in result["areas"].items()
     ]
-    return [Table(rows, "", ["area", "cases", "seconds of a core", "failed"])]
+    caption = "Drawn cases by area, the time that they took on a CPU, and how many failed, which should be none:"
+    return [Table(rows, caption, ["area", "cases", "seconds of a core", "failed"])]
 
 
 def _check_seeds(area: str, seeds: list[int], connection: Connection) -> None:

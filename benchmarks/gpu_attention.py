@@ -170,30 +170,31 @@ def tables(result: Result) -> list[Part]:
     return [
         Table(
             chain.from_iterable(map(attention_rows, result["attention"])),
-            "**`python benchmarks/gpu_attention.py`**: milliseconds of forward and backward given selection and plan, "
-            "gathers and the gradient of the scores included, and of these two beside (the last line of each shape "
-            f"counts them in); cuDNN and FlashAttention-2 are PyTorch's dense causal attention; {setting}, random "
-            f"scores; median [min - max] of {result['shape']['repeats']} ({gpu_of(result)}).",
+            "**`python benchmarks/gpu_attention.py`**: milliseconds of forward and backward passes of attention on a "
+            "GPU; lower is better. Gathers and the gradient of the key biases are included. The last line of each "
+            "shape has the times of selection and plan alone, and the speedup of everything together. cuDNN and "
+            f"FlashAttention-2 are PyTorch's dense causal attention; {setting}, random ranks; median [min - max] of "
+            f"{result['shape']['repeats']} ({gpu_of(result)}).",
             ["heads, N, w", "", "`flex`", *DENSE, "FlexAttention, natural order", "`flex` against cuDNN"],
             labels=2,
         ),
         Table(
             result["masks"],
-            "Milliseconds to build a block mask of 16 query and 4 KV heads, lifetimes given:",
-            ["N", *(f"`{name.replace(',', '`,')}" for name in mask_names), ""],
+            "Milliseconds to build a block mask of 16 query and 4 KV heads from given lifetimes; lower is better:",
+            ["N", *(f"`{name.replace(',', '`,')}" for name in mask_names), "speedup"],
             lambda row: [length_of(row), *(interval(row[name]) for name in mask_names), mask_ratio(row)],
         ),
         Table(
             result["bias_gradients"],
-            "Ways to the gradient of the key biases, milliseconds at 32k, w = 1024, over segments; the `flex` backend "
-            "takes the last, with FlexAttention computing dq alone:",
+            "Milliseconds of attention over segments at 32k, w = 1024, by the way to compute the gradient of the key "
+            "biases; lower is better. The `flex` backend uses the last one, and FlexAttention computes dq alone:",
             ["", "forward", "backward"],
             lambda row: [row["way"], *(interval(row[x]) if x in row else "" for x in ("forward", "backward"))],
         ),
         Table(
             [["GiB", *(f"{row.get('train_gib', row.get('forward_gib')):.2f}" for row in memory)]],
-            "Peak GPU memory of selection, plan, forward and backward at 16 query and 4 KV heads, w = 1024 (the same "
-            "bytes in every run):",
+            "Peak GPU memory of selection, plan, forward and backward together, with 16 query and 4 KV heads, "
+            "w = 1024; lower is better (every run takes the same number of bytes):",
             ["N", *("1M, forward only" if "forward_gib" in row else length_of(row) for row in memory)],
         ),
     ]

@@ -3,7 +3,7 @@
     python benchmarks/gpu_block_attention.py [--xl CHECKOUT] [--fla CHECKOUT]
 
 The checkouts are of github.com/XunhaoLai/native-sparse-attention-triton and github.com/fla-org/flash-linear-attention.
-Given the blocks that each query has chosen: 16 of 64 tokens, by random keys, so that neighbours share few of them. Ours
+Given the blocks that each query has chosen: 16 of 64 tokens, by random keys, so that neighbors share few of them. Ours
 includes making the tiles. bfloat16, batch 1, head dim 128. Each figure is minimum, median and maximum in milliseconds.
 """
 
@@ -112,10 +112,11 @@ def tables(result: Result) -> list[Part]:
     return [
         Table(
             rows,
-            "**`python benchmarks/gpu_block_attention.py`**: milliseconds of NSA's selected branch, given the blocks "
-            "of each query (16 of 64 tokens, by random keys), bfloat16, batch 1, head dim 128, beside the Triton "
-            "kernels of XunhaoLai (9bea856) and of flash-linear-attention (bc3b101d, which takes groups of 16 heads or "
-            "more) and dense attention; ours makes its tiles in that time; median [min - max] of 3 "
+            "**`python benchmarks/gpu_block_attention.py`**: milliseconds of the selected branch of native sparse "
+            "attention on a GPU; lower is better. The blocks of each query are given (16 of 64 tokens, chosen with "
+            "random keys). bfloat16, batch 1, head dim 128. It is compared with the Triton kernels of XunhaoLai "
+            "(9bea856) and of flash-linear-attention (`fla`, bc3b101d, which takes only groups of 16 heads or more), "
+            "and with dense attention. The time of `ours` includes making its tiles. Median [min - max] of 3 "
             f"({gpu_of(result)}).",
             ["heads, N", "", "ours", "native-sparse-attention-triton", "fla", *(f"{name}, dense" for name in DENSE)],
             labels=2,

@@ -1,4 +1,4 @@
-"""Training through `dma-lightning fit` on one GPU: tokens/s, utilisation, and where the time of a step goes.
+"""Training through `dma-lightning fit` on one GPU: tokens/s, utilization, and where the time of a step goes.
 
     python benchmarks/gpu_fit.py 80m      or 1.7b
 
@@ -7,7 +7,7 @@ step out of a vocabulary of 32,768, in sequences of one length without document 
 80m run as CUDA graphs, and those of 1.7b are computed again for the backward. Validation and checkpoints are off, all
 else is as configured. `mha` takes cuDNN's attention where it can.
 
-Speed and utilisation are what `SpeedMonitor` logs at each logging step after the second: minimum, median and maximum.
+Speed and utilization are what `SpeedMonitor` logs at each logging step after the second: minimum, median and maximum.
 What a logging step costs is how much longer it and the step behind it take on the GPU than two others. Behind these
 steps PyTorch's profiler looks at a few more: how long the GPU is at work, and how long it waits between kernels.
 Milliseconds of kernels by what they are for, and of the processor in Lightning's hooks for data and in callbacks, are
@@ -256,22 +256,24 @@ def tables(small: Result, large: Result) -> list[Part]:
     return [
         Table(
             zip(*([row for row in rows if row["attention"] == name] for name in ("dma", "mha")), strict=True),
-            "**`python benchmarks/gpu_fit.py 80m`** and **`1.7b`**: the same through `dma-lightning fit` with "
-            "`configs/trainer/gpu.yaml`, layers compiled, those of 80m as CUDA graphs, those of 1.7b computed again "
-            "for the backward; thousand tokens per second and utilisation, as `SpeedMonitor` logs them, median "
-            f"[min - max] of 3 intervals (80m: {gpu_of(small)}; 1.7b: {gpu_of(large)}):",
+            "**`python benchmarks/gpu_fit.py 80m`** and **`1.7b`**: thousand tokens per second and utilization of "
+            "`dma-lightning fit` on a GPU, on the same tokens as above; higher is better. The trainer is "
+            "`configs/trainer/gpu.yaml`. Layers are compiled; those of 80m run as CUDA graphs, and those of 1.7b are "
+            "computed again for the backward. `SpeedMonitor` logs the figures; median [min - max] of 3 intervals "
+            f"(80m: {gpu_of(small)}; 1.7b: {gpu_of(large)}):",
             ["model, N", "`dma`", "`mha`", "speed of `dma` / `mha`"],
             speed_cells,
         ),
         Table(
             rows,
-            "Milliseconds of such a step by what the GPU's kernels are for, from PyTorch's profiler, how long the GPU "
-            "waits between them, and what the processor spends on data and in callbacks in a step that does not log "
-            "(launches that wait for a busy GPU included); the last column says how much longer a step takes that "
-            "logs, which is each 25th with that config, median of 3. A GPU waits longer in steps that are profiled "
-            "than in those that are measured, by much at 1.7b, 4k, `dma`, whose parts are more than the step. Kernels "
-            "of 80m are those of a short run without CUDA graphs, in which the GPU is cooler and they are faster than "
-            f"in the measured one: {in_words(next(row for row in rows if row['attention'] == 'dma'))}:",
+            "Milliseconds of such a step, divided by what they are spent on; lower is better. PyTorch's profiler says "
+            "what the GPU's kernels are for, and how long the GPU waits between them. The two columns for the "
+            "processor show its time for data and callbacks in a step that does not log, including launches that wait "
+            "for a busy GPU. The last column shows how much longer a step takes that logs, as every 25th step does "
+            "with this config (median of 3). The GPU waits longer in profiled steps than in measured ones: for 1.7b, "
+            "4k, `dma`, so much longer that the parts add up to more than the step. Kernels of 80m come from a short "
+            "run without CUDA graphs, in which the GPU is cooler and the kernels are faster than in the measured run. "
+            f"{in_words(next(row for row in rows if row['attention'] == 'dma'))}:",
             ["", "step", *GPU_PARTS, "waiting", *(f"processor: {x}" for x in BESIDE), "logging, once in 25 steps"],
             time_cells,
         ),
@@ -297,7 +299,7 @@ def time_cells(row: Row) -> list[str]:
 def in_words(row: Row) -> str:
     """What the GPU does in the measured run."""
     return (
-        f"in that, `dma` at 4k computes for {row['busy_ms']:.1f} ms of a step and waits for {row['waiting_ms']:.1f}, "
+        f"There, `dma` at 4k computes for {row['busy_ms']:.1f} ms of a step and waits for {row['waiting_ms']:.1f}, "
         f"at {row['watts']:.0f} of {row['most_watts']:.0f} W "
         f"and {row['clock_mhz']:.0f} of {row['largest_clock_mhz']:.0f} MHz"
     )

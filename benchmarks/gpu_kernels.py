@@ -129,26 +129,27 @@ def tables(result: Result) -> list[Part]:
     return [
         Table(
             result["attention"],
-            "**`python benchmarks/gpu_kernels.py`**: milliseconds of forward and backward together, selection, plan, "
-            "gathers and the gradient of the scores included, scores given; bfloat16, batch 1, head dim 128, random "
-            f"ranks; median [min - max] of 3 ({gpu_of(result)}).",
+            "**`python benchmarks/gpu_kernels.py`**: milliseconds of a forward and backward pass of attention on a "
+            "GPU; lower is better. Ranks are given; selection, plan, gathers and the gradient of the key biases are "
+            f"included. bfloat16, batch 1, head dim 128, random ranks; median [min - max] of 3 ({gpu_of(result)}).",
             ["heads, N, w", "`triton`", "as a CUDA graph", "`flex`", *DENSE, "`triton` against cuDNN"],
             lambda row: [shape_of(row), *(interval(row[name]) for name in names), against_dense(row)],
         ),
         Table(
             part_rows,
-            "The parts by themselves (one gather or sum of three):",
+            "Milliseconds of each part by itself (of the three gathers and three sums, one each); lower is better. In "
+            "the last two rows, TFLOP/s; higher is better:",
             ["16/4 heads, 32k", *(f"w = {row['window']}, head dim {row['head_dim']}" for row in parts)],
         ),
         Table(
             [[interval(row["ms"]) for row in result["processes"]]],
-            "Forward and backward at 32k, w = 1024, by the kind of ranks, milliseconds:",
+            "Milliseconds of a forward and backward pass at 32k, w = 1024, for each kind of ranks; lower is better:",
             [row["ranks"] for row in result["processes"]],
             labels=0,
         ),
         Table(
             result["lengths"],
-            "By length, w = 1024, 16/4 heads:",
+            "Milliseconds and peak memory by length, w = 1024, 16/4 heads; lower is better:",
             ["N", "forward + backward ms", "selection ms", graph, "plan ms", graph, "peak GiB"],
             lambda row: [length_of(row), *(interval(row[name]) for name in beside), f"{row['train_gib']:.2f}"],
         ),

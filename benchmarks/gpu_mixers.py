@@ -87,11 +87,11 @@ def tables(result: Result) -> list[Part]:
     return [
         Table(
             [[case, *own] for case, own in rows.items()],
-            "**`python benchmarks/gpu_mixers.py`**: milliseconds of a training step of a whole model on 32,768 random "
-            "tokens in sequences of N, and its peak memory, with each attention; bf16-mixed, fused AdamW; layers of "
-            "80m compiled, those of 1.7b not compiled and computed again for the backward; median [min - max] of 5 and "
-            f"3 ({gpu_of(result)}). Compiled steps of `dma` and `swa` at 80m wait for the processor, which CUDA graphs "
-            "spare, below:",
+            "**`python benchmarks/gpu_mixers.py`**: milliseconds of a training step of a whole model on a GPU, and its "
+            "peak memory, with each attention; lower is better. A step takes 32,768 random tokens in sequences of N; "
+            "bf16-mixed, fused AdamW. Layers of 80m are compiled; those of 1.7b are not, and are computed again for "
+            f"the backward. Median [min - max] of 5 steps of 80m and 3 of 1.7b ({gpu_of(result)}). At 80m, the steps "
+            "of `dma` and `swa` wait for the processor; with CUDA graphs (next section) they do not:",
             ["model, N", *dict.fromkeys(f"`{row['attention']}`" for row in result["steps"])],
         )
     ]

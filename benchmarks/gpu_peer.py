@@ -65,10 +65,11 @@ def tables(result: Result) -> list[Part]:
     return [
         Table(
             rows,
-            "**`python benchmarks/gpu_peer.py`**: beside the compact Triton kernel of flash-sparse-attn 1.2.3, which "
-            "takes one set of w keys per head for the whole sequence (and so looks into the future, and is another "
-            f"model); 16/4 heads, selection included on both sides, milliseconds ({gpu_of(result)}).",
-            ["N, w", "", "`triton`", "flash-sparse-attn, compact", ""],
+            "**`python benchmarks/gpu_peer.py`**: milliseconds of our attention and of the compact Triton kernel of "
+            "flash-sparse-attn 1.2.3 on a GPU; lower is better. That kernel selects one set of w keys per head for the "
+            "whole sequence, so it looks into the future and is another model. 16/4 heads, selection included on both "
+            f"sides ({gpu_of(result)}).",
+            ["N, w", "", "`triton`", "flash-sparse-attn, compact", "speedup"],
             labels=2,
         )
     ]

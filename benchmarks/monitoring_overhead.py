@@ -3,9 +3,9 @@
 The model and data of `make train` with dynamic masks as published, in one thread, without validation. The callbacks of
 `dma_lightning.monitoring` are on and off in turns of 10 steps (on, off, off, on, ...), each with one logging step at
 its end. The cost is told in seconds of the processor, since those of the clock depend on what else the machine does;
-once as the difference between the turns, and once as what passes inside of the callbacks, which varies less. Masks are looked at once in 100 steps of
-both, so twice as often as in a run. Samples come after every second validation; their cost is given beside that of the
-steps between them.
+once as the difference between the turns, and once as what passes inside of the callbacks, which varies less. Masks are
+looked at once in 100 steps of both, so twice as often as in a run. Samples come after every second validation; their
+cost is given beside that of the steps between them.
 """
 
 import tempfile

@@ -25,8 +25,9 @@ def tables(kernels: dict[str, Any], small: dict[str, Any], large: dict[str, Any]
             ["sequence", "keys per query", "DMA", "dense attention (cuDNN)", "speedup"],
             labels=0,
         ),
-        f"*Forward and backward pass of one attention layer on an {kernels['environment']['gpu']}, selection\n"
-        "included: bfloat16, head dim 128, 32 query and 8 KV heads (16 and 4 in the last row), `triton` backend.*",
+        f"*Time of a forward and backward pass of one attention layer on an {kernels['environment']['gpu']}; lower is\n"
+        "better. Selection included, bfloat16, head dim 128, 32 query and 8 KV heads (16 and 4 in the last row),\n"
+        "`triton` backend.*",
         f"Whole models train at {speeds(small)} times the speed of full attention at 4k, 16k and 32k tokens\n"
         f"(80M parameters), and at {speeds(large)} times with 1.7B. A decoding step of one layer takes {step:.0f} µs\n"
         f"at any length; dense attention takes {dense:.0f} µs at 128k. See [all measurements](docs/benchmarks.md).",

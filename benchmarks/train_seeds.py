@@ -53,16 +53,18 @@ def tables(mqar: Result, *texts: Result) -> list[Part]:
     return [
         Table(
             [(x, run) for x, text in zip(("3.11", "3.12", "3.13"), texts, strict=True) for run in text["runs"]],
-            f"**`make train`**: validation on the last tenth of the text ({cpu_of(texts[0])}; the corpora of the other "
-            "Python versions were trained on with the same interpreter). A seed ends elsewhere on another processor, "
-            "or when sums are taken in another order; how far, the seeds show.",
+            "**`make train`**: bits per byte on the last tenth of the text, before and after training on a CPU; lower "
+            f"is better ({cpu_of(texts[0])}; the corpora of the other Python versions were trained on with the same "
+            "interpreter). On another processor, or with sums in another order, the same seed gives another result; "
+            "the spread of the seeds shows how different.",
             ["corpus: help topics of", "seed", "bits per byte at start", "at end", "seconds in all"],
             lambda row: [f"Python {row[0]}", *text_cells(row[1])],
         ),
         Table(
             [[run["seed"], *(f"{100 * value:.2f} %" for _, value in run["curve"])] for run in runs],
-            f"**`make mqar`**: accuracy on 1,000 unseen examples; {solved} of {len(runs)} seeds end at 98 % or more, "
-            f"in {min(seconds):.0f} - {max(seconds):.0f} s each, some of them beside other work ({cpu_of(mqar)}).",
+            "**`make mqar`**: accuracy of recall on 1,000 unseen examples, during training on a CPU; higher is better. "
+            f"{solved} of {len(runs)} seeds end at 98 % or more, in {min(seconds):.0f} - {max(seconds):.0f} s each, "
+            f"some of them while other work ran ({cpu_of(mqar)}).",
             ["seed", *(f"step {step}" for step, _ in runs[0]["curve"])],
         ),
     ]

@@ -1,4 +1,4 @@
-"""Losses of single layers besides the main loss; nobody has to collect them.
+"""Losses of single layers in addition to the main loss; they need not be collected.
 
 A layer passes its output through `with_auxiliary_loss`. The backward pass of the main loss then trains the layer's own
 loss too. So layers that are compiled or recomputed need not return their losses.

@@ -120,7 +120,7 @@ with warnings.catch_warnings(record=True) as told:
     assert not told, told
     from {package} import {old}
     assert {old} is {package}.{old} is {package}.{new}
-assert [str(x.message) for x in told] == ["{package}.{old}: {new} is its name now"], told
+assert [str(x.message) for x in told] == ["{package}.{old} is called {new} now"], told
 assert told[0].category is FutureWarning and told[0].filename == "<string>", told[0]
 assert not hasattr({package}, "Nothing")
 """

@@ -19,7 +19,7 @@ class Table:
 
     Attributes:
         rows: of the file, or made of them.
-        caption: what was measured, and on what; empty if the page says so in other words.
+        caption: what was measured, on what, and whether lower or higher is better; empty if the page says so itself.
         columns: their heads.
         cells: what stands in a row, None where a column says nothing of it. Default: the row itself.
         labels: how many columns from the left hold words, not numbers.

@@ -1,10 +1,11 @@
-"""The token mixers by name: everything that `attention:` of a model's configuration can say.
+"""The token mixers by name: the choices for `attention:` in a model's configuration.
 
-- `base`: what a decoder asks of a mixer, and what those with heads share
-- `dynamic_mask`, `softmax` (all of the past, or a window), `latent`, `native_sparse`: one mixer a file, behind what it
-  takes of a configuration
-- `sdpa`: attention by PyTorch's own kernels under a given mask; `position_cache`: a cache of positions
-- `retention`: a loss that trains ranks to foresee attention
+- `base`: the interface of a mixer, and what all mixers with query and KV heads share
+- `dynamic_mask`, `softmax` (the whole past, or a window), `latent`, `native_sparse`: one mixer per file, with the
+  settings that it reads
+- `drift`, `drifting_ranks`: ranks and biases that fall behind with age; `far_content`: two biases per key
+- `sdpa`: attention with a given mask by PyTorch's own kernels; `position_cache`: a cache of positions
+- `retention`: a loss that trains ranks to predict attention
 - `native_sparse_blocks`: the blocks of native sparse attention
 """
 

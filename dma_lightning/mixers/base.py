@@ -1,4 +1,4 @@
-"""What a decoder asks of the part of a layer that mixes tokens, and what those with heads have in common.
+"""The interface of a token mixer, the part of a layer that mixes tokens; and what all mixers with KV heads share.
 
 B batch, N length, C hidden size, H query heads, G KV heads, D head dim.
 """
@@ -21,56 +21,56 @@ from dma_lightning.rotary import apply_rope
 
 @dataclass(frozen=True, kw_only=True)
 class MixerConfig:
-    """What mixers of any kind take of a model's configuration."""
+    """The settings that all mixers read."""
 
     hidden_size: int = 128
     """Width of the residual stream."""
     num_attention_heads: int = 4
     """Number of query heads."""
     num_key_value_heads: int = 2
-    """Number of key and value heads; the query heads must be a multiple of it."""
+    """Number of key and value heads; the number of query heads must be a multiple of it."""
     head_dim: int | None = None
-    """Width of a head, even; by default hidden_size / num_attention_heads."""
+    """Width of a head, an even number; by default hidden_size / num_attention_heads."""
     rope_theta: float = 10_000.0
     """Base of the rotary position embedding."""
     rope_scaling: float = 1.0
-    """Positions are divided by it before the rotary embedding (position interpolation); 1 leaves them as they are."""
+    """Positions are divided by this before the rotary embedding (position interpolation); 1 does not change them."""
     rms_norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
     attention_bias: bool = False
-    """Whether the projections of the attention, Δ included, have a bias (not: gates and compression of nsa, and what
-    mla makes of its latent vectors)."""
+    """Whether the projections of the attention have a bias, Δ included. The gates and the compression of nsa and the
+    up-projection of mla's latent vectors never have one."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
     qk_norm: bool = True
-    """Whether an RMSNorm with learned scales is applied to each head of queries and keys (mla has none)."""
+    """Whether each head of queries and keys gets an RMSNorm with learned scales (mla does not have it)."""
     backend: Backend = "auto"
-    """Attention backend of dma, swa and nsa (mha, mla and a window that holds the whole sequence are PyTorch's
-    own): auto (the fastest that can), triton (CUDA), flex (compiled FlexAttention; trains on CUDA only), torch (any
-    device), or reference (O(N²), for tests)."""
+    """Attention backend of dma, swa and nsa: auto (the fastest one that supports the inputs), triton (CUDA), flex
+    (compiled FlexAttention; trains only on CUDA), torch (any device), or reference (O(N²), for tests). mha, mla and a
+    window that holds the whole sequence use PyTorch's own attention."""
 
 
 class MixerCache(Protocol):
-    """What a token mixer keeps of the tokens that it has read."""
+    """The state that a token mixer keeps of the tokens it has read."""
 
-    if TYPE_CHECKING:  # it may be computed
+    if TYPE_CHECKING:  # a cache may compute it
 
         @property
         def length(self) -> Tensor:
             """Positions read so far, int64 `[B]`."""
 
-    else:  # a property would forbid a cache that inherits from this to set it
+    else:  # with a property here, a subclass could not assign it
         length: Tensor
 
     def select(self, rows: Tensor) -> None:
-        """Keep these sequences, in this order; a row may be named several times."""
+        """Keep these sequences, in this order; a row may occur several times."""
 
 
 Cache = TypeVar("Cache", bound=MixerCache)
 
 
 class HeadShape(TypedDict):
-    """What a model's configuration says of heads: the arguments of `GroupedQueryMixer`."""
+    """The arguments of `GroupedQueryMixer`, as a model's configuration gives them."""
 
     hidden_size: int
     num_heads: int
@@ -84,19 +84,19 @@ class HeadShape(TypedDict):
 
 
 class TokenMixer(nn.Module, ABC, Generic[Cache]):
-    """Mixes the tokens of a sequence causally; all that a decoder knows of an attention.
+    """Mixes the tokens of a sequence causally. This is all that a decoder knows of an attention.
 
-    A subclass is made from a `ModelConfig`, and found by the name under which `MIXERS` holds it. For type checkers, it
-    may say what its cache is: `class MyMixer(TokenMixer[MyCache])`.
+    A subclass is made from a `ModelConfig`, and found by its name in `MIXERS`. For type checkers, it may name the class
+    of its cache: `class MyMixer(TokenMixer[MyCache])`.
 
     Attributes:
-        auxiliary_parameters: names of those parameters, within the mixer, that only an auxiliary loss trains
-            (`dma_lightning.auxiliary_losses`). Their gradients are clipped by a norm of their own, so that such a loss
-            does not shorten the step of the others.
-        undecayed_parameters: names of matrices, within the mixer, that weight decay leaves alone, as it does vectors.
-        selection_parameters: names of the parameters, within the mixer, that decide which keys are kept.
-        drawn_apart: names of linear maps, within the mixer, whose initial weights come from random numbers of their
-            own. If no others are drawn besides those of another mixer, models of both start alike.
+        auxiliary_parameters: names of the mixer's parameters that only an auxiliary loss trains
+            (`dma_lightning.auxiliary_losses`). Their gradients are clipped by their own norm, so such a loss does not
+            shorten the step of other parameters.
+        undecayed_parameters: names of the mixer's matrices that have no weight decay, as vectors have none.
+        selection_parameters: names of the mixer's parameters that decide which keys are kept.
+        drawn_apart: names of the mixer's linear maps whose initial weights come from separate random numbers. If two
+            mixers differ only in such maps, all other weights of their models start the same.
     """
 
     auxiliary_parameters: Sequence[str] = ()
@@ -125,8 +125,8 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
         """The mixer of one layer.
 
         Args:
-            config: the `ModelConfig`; a mixer of ours names the part of it that stands beside itself. What a subclass
-                takes besides are the `attention_args` of the configuration.
+            config: the `ModelConfig`. Mixers of this package name the part of it that is defined beside them. Other
+                mixers find their own settings in `attention_args`.
         """
 
     @abstractmethod
@@ -136,12 +136,12 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
         packing: Packing | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Mix within each sequence, and with what its cache has read before.
+        """Mix the tokens within each sequence, and with those that its cache has read before.
 
         Args:
             x: `[B, N, C]`.
-            packing: documents, of which each sees itself alone, and padding, which nobody sees.
-            cache: of `new_cache`; x goes on where it ends, and is added to it. For inference.
+            packing: documents, whose queries see only keys of their own document, and padding, which no query sees.
+            cache: made by `new_cache`; x continues where it ends, and is added to it. For inference.
 
         Returns:
             `[B, N, C]`.
@@ -151,10 +151,10 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
         """
 
     def place(self, layer: int, num_layers: int) -> None:
-        """Become the mixer of a layer, by its number from 0, before weights are loaded; most are the same in all."""
+        """Set up for a layer, numbered from 0, before weights are loaded; most mixers are the same in all layers."""
 
     def begin_step(self, step: int) -> None:
-        """Take note of the number of the optimizer step that the next forward passes are for; most need not know."""
+        """Called with the number of the optimizer step before its forward passes; most mixers ignore it."""
 
     @abstractmethod
     def new_cache(self, batch: int, full: bool = False) -> Cache:
@@ -162,14 +162,14 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
 
         Args:
             batch: B.
-            full: keep every position, for comparison, also where fewer are enough.
+            full: keep every position, for comparison, even if fewer are enough.
         """
 
     @abstractmethod
     def mixing_flops(self, length: int) -> float:
-        """FLOPs of a token's forward pass besides the products with weights, the mean over `length` positions.
+        """FLOPs per token of a forward pass without the products with weights, as a mean over `length` positions.
 
-        A multiplication and an addition are two.
+        A multiplication and an addition count as two.
         """
 
     @abstractmethod
@@ -177,11 +177,11 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
         """Numbers that the cache of a sequence holds after `length` positions."""
 
     def computed_by(self, device: torch.device, dtype: torch.dtype) -> str:
-        """What computes the mixing of a whole sequence with such tensors and why, in words for a summary."""
+        """What computes the mixing of a whole sequence on this device in this dtype, and why; text for a summary."""
         return "PyTorch"
 
     def unused_at(self, length: int) -> str | None:
-        """Why sequences of this length do not train all of the mixer, or None if they do."""
+        """Why sequences of this length do not train the whole mixer, or None if they do."""
         return None
 
 
@@ -197,10 +197,10 @@ class GroupedQueryMixer(TokenMixer[Cache]):
         rope_scaling: positions are divided by it before the rotary embedding.
         rms_norm_eps: epsilon of the RMSNorm on queries and keys.
         bias: whether the projections have a bias.
-        qk_norm: whether queries and keys are normalised.
+        qk_norm: whether queries and keys are normalized.
 
     Raises:
-        ValueError: if the sizes do not belong together.
+        ValueError: if the sizes do not match.
     """
 
     def __init__(
@@ -219,8 +219,8 @@ class GroupedQueryMixer(TokenMixer[Cache]):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(
-                f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads} (of a model: "
-                "num_attention_heads and num_key_value_heads)"
+                f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}; in the "
+                "configuration of a model, they are num_attention_heads and num_key_value_heads"
             )
         if head_dim is None and hidden_size % num_heads:
             raise ValueError(
@@ -241,7 +241,7 @@ class GroupedQueryMixer(TokenMixer[Cache]):
 
     @staticmethod
     def shape_of(config: MixerConfig) -> HeadShape:
-        """The arguments above of a model's configuration."""
+        """The arguments above, from a model's configuration."""
         return {
             "hidden_size": config.hidden_size,
             "num_heads": config.num_attention_heads,
@@ -255,12 +255,12 @@ class GroupedQueryMixer(TokenMixer[Cache]):
         }
 
     def heads(self, x: Tensor, projection: nn.Module, norm: nn.RMSNorm | None = None) -> Tensor:
-        """Projected, and normalised, `[B, heads, N, D]`."""
+        """`x` projected to heads `[B, heads, N, D]`, and normalized if `norm` is given."""
         y = projection(x).unflatten(-1, (-1, self.head_dim))
         return (y if norm is None else normalised(y, norm)).transpose(1, 2)
 
     def queries_keys_values(self, x: Tensor, cache: MixerCache | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[B, H, N, D]` and keys `[B, G, N, D]` after QK-norm, if any, and rotation, and values; checks x."""
+        """Queries `[B, H, N, D]`, keys and values `[B, G, N, D]`, after QK-norm and rotation; checks x."""
         check_mixer_input(x, self.q_proj.weight)
         positions = positions_of(x, cache)
         q = self.rotated(self.heads(x, self.q_proj, self.q_norm), positions)
@@ -273,30 +273,30 @@ class GroupedQueryMixer(TokenMixer[Cache]):
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """`[B, H, N, D] -> [B, N, H * D]`, as an output projection takes it."""
+    """`[B, H, N, D] -> [B, N, H * D]`, the input of an output projection."""
     return x.transpose(1, 2).flatten(2)
 
 
 def packed(
     x: Tensor, packing: Packing | Tensor | None, documents: Tensor | None = None, padding: Tensor | None = None
 ) -> Packing | None:
-    """The packing of x `[B, N, C]`, given as one, or as documents and padding `[B, N]`; None if there is none.
+    """The packing of x `[B, N, C]`, given as a packing or as documents and padding `[B, N]`; None if there is none.
 
     Raises:
-        ValueError: if documents or padding do not fit x, or come beside a packing.
+        ValueError: if documents or padding do not fit x, or are given together with a packing.
     """
     if not isinstance(packing, Packing):
         documents = documents if packing is None else packing
-        if x.ndim != 3 or not x.shape[-1]:  # which is told later
+        if x.ndim != 3 or not x.shape[-1]:  # the forward pass raises for this
             return Packing.of(documents, padding)
         return Packing.of(documents, padding, batch=len(x), like=x[..., 0])
     if documents is not None or padding is not None:
-        raise ValueError("expected documents and padding, or a packing, got both; a packing has them")
+        raise ValueError("expected either documents and padding or a packing, got both; a packing contains them")
     return None if packing.documents is None and packing.padding is None else packing
 
 
 def _packing(forward: Callable[..., Tensor], takes_tensors: bool) -> Callable[..., Tensor]:
-    """A `forward` to which documents and padding may also come one by one, by name or as `(x, documents, padding)`."""
+    """A `forward` that also takes documents and padding separately, by name or as `(x, documents, padding)`."""
 
     @wraps(forward)
     def taking(
@@ -323,7 +323,7 @@ def _packing(forward: Callable[..., Tensor], takes_tensors: bool) -> Callable[..
 
 
 def normalised(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """`x` after a norm, in its own dtype; torch fuses a norm only where its weight has the dtype of `x`."""
+    """`x` after a norm, in its own dtype. The norm runs in the dtype of its weight, since only then torch fuses it."""
     return norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
@@ -331,7 +331,7 @@ def positions_of(x: Tensor, cache: MixerCache | None) -> Tensor | None:
     """Positions of x `[B, N, C]`, int64 `[B, N]`; None if they are 0 … N-1.
 
     Raises:
-        ValueError: if the cache is one of another number of sequences.
+        ValueError: if the cache is for another number of sequences, or on another device.
     """
     if cache is None:
         return None
@@ -346,7 +346,7 @@ def positions_of(x: Tensor, cache: MixerCache | None) -> Tensor | None:
 
 
 def check_mixer_input(x: Tensor, weight: Tensor) -> None:
-    """Raise `ValueError` unless x is `[B, N >= 1, C]` and fits the first weight `[..., C]`."""
+    """Raise `ValueError` unless x is `[B, N >= 1, C]` and fits the weight `[..., C]` in size, dtype and device."""
     if x.ndim != 3 or x.shape[-1] != weight.shape[-1] or x.shape[1] == 0:
         raise ValueError(f"expected x [B, N >= 1, {weight.shape[-1]}], got {list(x.shape)}")
     if x.device != weight.device or (x.dtype != weight.dtype and not _autocasts(x)):
@@ -357,18 +357,18 @@ def check_mixer_input(x: Tensor, weight: Tensor) -> None:
 
 
 def check_even(name: str, size: int) -> None:
-    """Raise `ValueError` unless a size can be rotated."""
+    """Raise `ValueError` unless a size is even, as the rotary embedding needs."""
     if size < 2 or size % 2:
         raise ValueError(f"{name}: rotary embedding needs an even number >= 2, got {size}")
 
 
 def mean_keys(length: int, window: int | None = None) -> float:
-    """How many keys a query sees, on average over `length` positions, if it sees the last `window` or all."""
+    """How many keys a query sees on average over `length` positions: the last `window` of its past, or all."""
     window = length if window is None else min(window, length)
     return window - window * (window - 1) / (2 * length)
 
 
 def _autocasts(x: Tensor) -> bool:
-    """Whether a linear layer would convert `x` by itself."""
+    """Whether autocast would convert `x` in a linear layer."""
     device = x.device.type
     return x.is_floating_point() and device != "meta" and torch.is_autocast_enabled(device)

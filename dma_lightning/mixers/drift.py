@@ -1,11 +1,11 @@
-"""A drift of ranks and biases: each new position lets all keys before it fall behind, as much as its step says.
+"""A drift of ranks and biases: with each new position, all keys before it fall behind by the step of that position.
 
     D_j = d_1 + ... + d_j,  d_l >= 0        rank_j = content_j + D_j        bias_tj = content_j + D_j - D_t
 
 Ranks are compared as exact integers, and biases are rounded after the subtraction. A query's D_t is the same for all of
-its keys, so softmax does not see it. A drift of 0 leaves the ranks as they are; a
-large one makes the selection a sliding window, and the bias a decay with age: ALiBi with a learned slope if all steps
-are equal, the forget gate of the Forgetting Transformer if the layer's input decides them.
+its keys, so softmax ignores it. A drift of 0 does not change the ranks. A large drift makes the selection a sliding
+window. The bias decays with age: with equal steps it is ALiBi with a learned slope, and with steps that depend on the
+layer's input it is the forget gate of the Forgetting Transformer.
 
 B batch, N length, C hidden size, G KV heads.
 
@@ -31,31 +31,31 @@ _LARGEST_STEP = 8.0  # two such steps forget everything
 
 @dataclass(frozen=True, kw_only=True)
 class DriftConfig(MixerConfig):
-    """What a drift takes of a model's configuration."""
+    """The settings that a drift reads."""
 
     drift: DriftForm = "none"
-    """dma, swa, mha: how ranks and biases fall behind with every position: none, constant (a learned slope for each KV
-    head), or gate (steps that the layer's input decides). With dma, selection follows; the others have the bias
-    alone."""
+    """dma, swa, mha: how keys fall behind with every position: none (they do not), constant (a learned slope for each
+    KV head), or gate (steps that depend on the layer's input). In dma, ranks and biases fall behind, so the selection
+    changes too. In swa and mha, only biases do."""
     drift_range: tuple[float, float] = (0.125, 4.0)
-    """dma, swa, mha: least and largest drift of a KV head at the start, in nats per window (keep_window_size +
-    keep_last of dma, sliding_window of swa and mha). The heads of all layers have values between in geometric steps,
-    and each layer has small and large ones."""
+    """dma, swa, mha: smallest and largest initial drift of a KV head, in nats per window (keep_window_size + keep_last
+    in dma, sliding_window in swa and mha). The heads of all layers get values between the two, in geometric steps. Each
+    layer has small and large ones."""
 
 
 class Drift(nn.Module):
     """Steps d_l of each position and KV head.
 
     Args:
-        form: `constant`, d = exp(theta) / window with a learned theta, or `gate`, d = softplus(W x + b), at most 8,
+        form: `constant`, d = exp(theta) / window with a learned theta; or `gate`, d = softplus(W x + b), limited to 8,
             with W = 0 at the start.
         hidden_size: C.
         num_kv_heads: G.
-        window: positions that drifts are counted by.
-        drift_range: least and largest drift of a head at the start, in nats per window.
+        window: number of positions in the unit "nats per window".
+        drift_range: smallest and largest initial drift of a head, in nats per window.
 
     Raises:
-        ValueError: for an unknown form, or a range that is none of positive numbers.
+        ValueError: for an unknown form, or a range that is not two positive numbers, the smaller one first.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class Drift(nn.Module):
         self.rate = nn.Parameter(torch.zeros(num_kv_heads))  # theta, or b of the gate
         self.weight = nn.Parameter(torch.zeros(num_kv_heads, hidden_size)) if form == "gate" else None
         self.register_buffer("drifts", torch.ones(num_kv_heads, dtype=torch.bool), persistent=False)
-        self.drifts: Tensor  # which heads do; the others have steps of 0
+        self.drifts: Tensor  # which heads have a drift; the others have steps of 0
         self.place(0, 1)
 
     @classmethod
     def from_config(cls, config: DriftConfig, window: int) -> Self | None:
-        """That of a configuration, counted by a window; None if it has none.
+        """The drift of a configuration, in nats per `window` positions; None if it has none.
 
         Raises:
-            ValueError: as above.
+            ValueError: as for the class.
         """
         if config.drift == "none":
             return None
@@ -87,12 +87,12 @@ class Drift(nn.Module):
 
     @torch.no_grad()
     def place(self, layer: int, num_layers: int, without: int = 0) -> None:
-        """Set the drifts at the start to those of a layer.
+        """Set the initial drifts to those of a layer.
 
         Args:
             layer: number of the layer, from 0.
-            num_layers: how many there are.
-            without: how many of its heads, the first ones, have no drift.
+            num_layers: number of layers of the model.
+            without: this many first heads of the layer have no drift.
         """
         heads = self.num_kv_heads
         self.drifts.copy_(torch.arange(heads) >= without)
@@ -103,7 +103,7 @@ class Drift(nn.Module):
         self.rate.copy_(nats.log() if self.form == "constant" else (nats / self.window).expm1().log())
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        """Steps `[B, G, N]` for the layer's input x `[B, N, C]`, in at least float32; 0 where `padding` `[B, N]` is."""
+        """Steps `[B, G, N]` for the layer's input x `[B, N, C]`, in at least float32; 0 at padding `[B, N]`."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         rate = self.rate.to(dtype)[:, None]  # [G, 1]
         if self.weight is None:
@@ -119,8 +119,8 @@ class Drifted(NamedTuple):
     """How far the keys have drifted up to each position, `[B, G, N]`.
 
     Attributes:
-        units: D as an integer, in units of 2^-32 nats (`dma_kernels.fixed_point`); what ranks are made of.
-        nats: D in float64, with the gradients of the steps; what biases are made of. NaN from a NaN step on.
+        units: D as an integer, in units of 2^-32 nats (`dma_kernels.fixed_point`), for ranks.
+        nats: D in float64, with gradients to the steps, for biases. NaN from a NaN step on.
     """
 
     units: Tensor
@@ -130,17 +130,17 @@ class Drifted(NamedTuple):
     def query_bias(self) -> Tensor:
         """-D_t of the queries, `[B, G, N]`.
 
-        Softmax does not see it, and its exact gradient is 0. But it makes a small number of the bias of a key, which
-        is only then rounded. And the gradients of the keys' D are sums of rounded numbers, and those of the steps are
-        sums of them over all later positions: without the queries' side, which is rounded likewise, they are wrong by
-        per cents in bfloat16.
+        Softmax ignores it, and its exact gradient is 0. It serves two purposes. First, it makes the bias of a key small
+        before it is rounded. Second, the gradients of the keys' D are sums of rounded numbers, and the gradient of a
+        step is the sum of these over all later positions. The queries' gradients are rounded in the same way. Without
+        them, the gradients of the steps would be wrong by several percent in bfloat16.
         """
         return -self.nats
 
 
 @torch.library.custom_op("dma_lightning::suffix_sum", mutates_args=())
 def _suffix_sum(x: Tensor) -> Tensor:
-    """Sums of what is here and behind, in float64; an operation, since torch.compile cannot build them for a GPU."""
+    """Sum of each number and all after it, in float64. A custom operation: torch.compile cannot build it for a GPU."""
     return x.double().flip(-1).cumsum(-1).flip(-1)
 
 
@@ -172,17 +172,17 @@ _in_nats.register_autograd(_gradient_of_steps, setup_context=_note_dtype)
 
 
 def add_up(steps: Tensor, start: Tensor | None = None) -> Drifted:
-    """D of steps `[B, G, N]` in nats; `start`, D of what came before in units, int64 `[B, G]`, is 0 by default."""
+    """D of steps `[B, G, N]` in nats; `start` is D before them, in units, int64 `[B, G]`, by default 0."""
     units = drift_sums(steps.detach(), start)
     return Drifted(units, _in_nats(steps, units))
 
 
 class DriftingCache:
-    """A cache of keys, and how far their heads have drifted. For inference.
+    """A cache of keys, and the drift of their heads so far. For inference.
 
     Args:
         keys: the cache of the keys.
-        total: drift of all positions read so far, in units of 2^-32 nats, int64 `[B, G]`.
+        total: sum of the drift over all positions read so far, in units of 2^-32 nats, int64 `[B, G]`.
     """
 
     def __init__(self, keys: Any, total: Tensor) -> None:
@@ -194,7 +194,7 @@ class DriftingCache:
 
     @classmethod
     def empty(cls, keys: Any, batch: int, drift: Drift) -> Self:
-        """Around an empty cache of keys, for heads with a drift."""
+        """A drifting cache around an empty cache of keys."""
         return cls(keys, torch.zeros(batch, drift.num_kv_heads, dtype=torch.int64, device=drift.rate.device))
 
     @property
@@ -203,12 +203,12 @@ class DriftingCache:
         return self.keys.length
 
     def select(self, rows: Tensor) -> None:
-        """Keep these sequences, in this order; a row may be named several times."""
+        """Keep these sequences, in this order; a row may occur several times."""
         self.keys.select(rows)
         self.total, self.broken, self.read = (x.index_select(0, rows) for x in (self.total, self.broken, self.read))
 
     def advance(self, steps: Tensor) -> Drifted:
-        """D of new positions, with what has been read before; their drift is added to the total."""
+        """D of new positions, which continues from the positions read before; the total is updated."""
         units, nats = add_up(steps.detach(), self.total)
         nats = nats.masked_fill(self.broken[..., None], torch.nan)
         self.total, self.broken, self.read = units[..., -1], nats[..., -1].isnan(), self.read + steps.shape[-1]

@@ -1,6 +1,6 @@
-"""Ranks and biases of keys whose heads drift, beside heads that rank as published.
+"""Ranks and biases of keys in layers with a drift, where some heads may rank without a drift, as published.
 
-A head with a drift is a window whose edge its content can move; one without is a memory. A layer may have both.
+A head with a drift is a window whose edge its content can move. A head without one is a memory. A layer may have both.
 
 B batch, N length, C hidden size, G KV heads.
 """
@@ -22,55 +22,56 @@ Content = Literal["values", "input"]
 ContentInBias = bool | Literal["far"]
 
 _OPTIONS = ("content", "content_in_bias", "memory_heads", "memory_every", "memory_stripes")
-_STRIPE = 4.0  # nats by which a key of a head's own stripe outranks others, until contents learn better
-_LARGEST_CONTENT = 8.0  # of the layer's input, in nats
+_STRIPE = 4.0  # nats that a key on a head's own stripe is ahead of others, until contents have learned more
+_LARGEST_CONTENT = 8.0  # bound of a content that comes from the layer's input, in nats
 
 
 @dataclass(frozen=True, kw_only=True)
 class DriftingRanksConfig(DriftConfig):
-    """What ranks with a drift take of a model's configuration."""
+    """The settings that ranks with a drift read."""
 
     content: Content = "values"
-    """dma with a drift: what ranks come from besides the drift: the values at a position, as published, or the layer's
-    input by a linear map that is 0 at the start."""
+    """dma with a drift: what makes the content of a rank, its part without the drift: the values at a position, as
+    published (values), or the layer's input through a linear map that starts at 0 (input)."""
     content_in_bias: ContentInBias = True
-    """dma with a drift: whether that content is added to the logits, too (true), to those of keys that are no longer
-    among the last `keep_last` positions (far; to train alone, since caches do not know it), or ranks keys alone
-    (false)."""
+    """dma with a drift: whether content is also added to the logits: of all keys (true), of none, so that it only ranks
+    keys (false), or of keys that are no longer among the last `keep_last` positions (far; only for training, since
+    caches do not support it)."""
     memory_heads: float = 0.0
-    """dma with a drift: KV heads of a layer that have none, and rank and add biases as published; below 1, their
-    share."""
+    """dma with a drift: number of KV heads of a layer that have no drift, and rank and add biases as published; below
+    1, their share."""
     memory_every: int = 1
-    """dma with a drift: every so many layers have memory heads, from the first on."""
+    """dma with a drift: every how many layers there are memory heads, starting with the first layer."""
     memory_stripes: int = 0
-    """dma with memory heads: such a head prefers every so many-th position, and the next one the positions after these,
-    so that heads remember different keys and together all; 0: they have no preference."""
+    """dma with memory heads: S. Each memory head prefers every S-th position, and the next head prefers the positions
+    right after these. So the heads remember different keys, and together all of them. 0: no preference."""
 
 
 class DriftedKeys(NamedTuple):
-    """What a layer makes of its keys, `[B, G, N]` each; with a drift, ranks are int64, and biases float64."""
+    """Ranks and biases of a layer's keys, `[B, G, N]` each; with a drift, ranks are int64 and biases float64."""
 
     rank: Tensor
     key_bias: Tensor
-    drifted: Drifted | None = None  # if heads drift
-    near_bias: Tensor | None = None  # bias of keys among the last positions, if theirs is another one
+    drifted: Drifted | None = None  # only with a drift
+    near_bias: Tensor | None = None  # bias of keys among the last positions, if it differs
 
 
 class DriftingRanks(nn.Module):
     """Adds a drift to the ranks of a layer.
 
     Args:
-        drift: of all KV heads.
+        drift: the drift of all KV heads.
         hidden_size: C.
         content: `values` or `input`.
-        content_in_bias: whether the content is part of the bias; `far`: of keys that are not among the last positions.
-        memory_heads: how many KV heads, or which share of them below 1, have no drift.
-        memory_every: every so many layers have such heads.
+        content_in_bias: whether the content is part of the bias; `far`: only for keys that are no longer among the last
+            positions.
+        memory_heads: how many KV heads have no drift; below 1, their share.
+        memory_every: every how many layers there are such heads.
         memory_stripes: S. Memory head m, counted over all layers, ranks the keys at positions j with j mod S = m mod S
-            above others. With 0 all positions are alike.
+            above others. With 0, it treats all positions alike.
 
     Raises:
-        ValueError: for an unknown content, more memory heads than there are, or stripes without such heads.
+        ValueError: for an unknown content, more memory heads than KV heads, or stripes without memory heads.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class DriftingRanks(nn.Module):
         count = memory_heads * heads if memory_heads < 1 else memory_heads
         if not 0 <= count <= heads or count != int(count):
             raise ValueError(
-                f"memory_heads: expected from 0 to {heads} KV heads, or a share that is a whole number of them, got "
+                f"memory_heads: expected 0 to {heads} KV heads, or a share below 1 that gives a whole number, got "
                 f"{memory_heads}"
             )
         if not isinstance(content_in_bias, bool) and content_in_bias != "far":
@@ -99,22 +100,22 @@ class DriftingRanks(nn.Module):
             raise ValueError(f"memory_every: expected at least 1, got {memory_every}")
         if memory_stripes < 0 or (memory_stripes and not count):
             raise ValueError(
-                f"memory_stripes: expected 0, or a number of stripes and memory heads that share them, got "
-                f"{memory_stripes} with memory_heads {memory_heads}"
+                f"memory_stripes: expected 0, or at least 1 with memory_heads above 0, got {memory_stripes} with "
+                f"memory_heads {memory_heads}"
             )
         self.drift, self.content_in_bias = drift, content_in_bias
         self.memory_heads, self.memory_every, self.stripes = int(count), memory_every, memory_stripes
         self.register_buffer("stripe", torch.zeros(heads, dtype=torch.int64), persistent=False)
-        self.stripe: Tensor  # of each head
+        self.stripe: Tensor  # number of each head's stripe
         self.weight = nn.Parameter(torch.zeros(heads, hidden_size)) if content == "input" else None
         self.place(0, 1)
 
     @classmethod
     def from_config(cls, config: DriftingRanksConfig, window: int) -> Self | None:
-        """Those of a configuration, counted by a window; None if it has no drift.
+        """The drifting ranks of a configuration, in nats per `window` positions; None if it has no drift.
 
         Raises:
-            ValueError: if it has none, but asks for what only a drift can have.
+            ValueError: if it has no drift, but sets options that need one.
         """
         drift = Drift.from_config(config, window)
         options = {name: getattr(config, name) for name in _OPTIONS}
@@ -123,12 +124,12 @@ class DriftingRanks(nn.Module):
         defaults = DriftingRanksConfig()
         if changed := {name: value for name, value in options.items() if value != getattr(defaults, name)}:
             raise ValueError(
-                f"drift: expected constant or gate with {changed}, got none; name a drift, or leave these out"
+                f"drift: expected constant or gate with {changed}, got none; set a drift, or remove these options"
             )
         return None
 
     def place(self, layer: int, num_layers: int) -> None:
-        """Set which heads have a drift, and how much at the start, as it is for a layer."""
+        """Set which heads of a layer have a drift, and their initial drifts."""
         self.drift.place(layer, num_layers, 0 if layer % self.memory_every else self.memory_heads)
         if self.stripes:
             first = layer // self.memory_every * self.memory_heads
@@ -151,17 +152,17 @@ class DriftingRanks(nn.Module):
 
         Args:
             x: the layer's input `[B, N, C]`.
-            rank: as published, `[B, G, N]`.
-            key_bias: likewise.
-            packing: documents, which change nothing, and padding, which does not drift.
-            cache: what has been read before; it is advanced.
+            rank: ranks as published, `[B, G, N]`.
+            key_bias: biases as published, same shape.
+            packing: documents, which make no difference here, and padding, which has steps of 0.
+            cache: the cache of the positions before, which is advanced.
         """
         steps = self.drift(x, None if packing is None else packing.padding)
         content = self.content(x, rank)
         if self.stripes:
             rank = rank + _STRIPE * self._on_stripe(x, cache)
         drifted = add_up(steps) if cache is None else cache.advance(steps)
-        # Times 0, not left out, so that DDP gets the gradients that it waits for, and a NaN shows in the loss.
+        # Content is multiplied by 0 and not left out: DDP waits for all gradients, and a NaN must show in the loss.
         bias = drifted.nats + content * float(self.content_in_bias is not False)
         drifts = self.drift.drifts[:, None]
         near = torch.where(drifts, drifted.nats, key_bias) if self.content_in_bias == "far" else None
@@ -176,7 +177,7 @@ class DriftingRanks(nn.Module):
         return position[:, None] % self.stripes == self.stripe[:, None]
 
     def content(self, x: Tensor, rank: Tensor) -> Tensor:
-        """What ranks are without their drift, `[B, G, N]`; arguments as of `forward`."""
+        """Ranks without their drift, `[B, G, N]`; arguments as in `forward`."""
         if self.weight is None:
             return rank
         dtype = torch.promote_types(x.dtype, torch.float32)

@@ -41,37 +41,37 @@ from dma_lightning.mixers.retention import RetentionQueries, RetentionTarget, ch
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicMaskConfig(DriftingRanksConfig):
-    """What dynamic mask attention takes of a model's configuration."""
+    """The settings that dynamic mask attention reads."""
 
     keep_window_size: int = 64
     """dma: number of best-ranked past keys that a query attends to."""
     keep_last: int = 0
-    """dma: number of last positions that are visible whatever their rank; the best-ranked keys are chosen from those
-    before them."""
+    """dma: number of last positions that are visible whatever their rank; the best-ranked keys are chosen from the
+    positions before these."""
     sinks: int = 0
-    """dma: number of first keys of each document that stay visible besides."""
+    """dma: number of first keys of each document that also stay visible."""
     wide_layers: tuple[int, ...] = ()
-    """dma: layers, counted from 0, that keep another number of best-ranked keys, `wide_keep_window_size`."""
+    """dma: layers, counted from 0, that keep `wide_keep_window_size` best-ranked keys."""
     wide_keep_window_size: int = 0
-    """dma: how many keys these keep instead of `keep_window_size`."""
+    """dma: number of best-ranked keys that the `wide_layers` keep, instead of `keep_window_size`."""
     score_form: ScoreForm = "exp"
     """dma: bias that a key's rank adds to its logits: exp(rank), or the rank itself (linear). exp overflows above a
     rank of 88.7, which shows as a loss of NaN. Heads with a drift are always linear."""
     retention_weight: float = 0.0
-    """dma: weight of a loss that trains ranks, without their drift, to foresee attention to keys far behind, such as
-    0.1; 0 for none. Such keys need to be seen: callbacks.MixedWindows."""
+    """dma: weight, such as 0.1, of a loss that trains ranks, without their drift, to predict attention to far keys; 0
+    for none. Training steps must see such keys: use callbacks.MixedWindows."""
     retention_target: RetentionTarget = "attention"
-    """dma: what ranks shall foresee: the attention that a key gets, or its effect on the output, in which keys count
-    little that say what others say."""
+    """dma: what ranks learn to predict: the attention that a key gets (attention), or its effect on the output
+    (output). The effect of a key is small if its value is close to the mean of all values."""
 
 
 @dataclass(frozen=True)
 class WideLayers:
-    """Layers that keep more keys, or fewer, than the others.
+    """Layers that keep more or fewer keys than the others.
 
     Attributes:
-        layers: their numbers, from 0.
-        keep_window_size: best-ranked keys that each of their queries keeps.
+        layers: their numbers, counted from 0.
+        keep_window_size: number of best-ranked keys that each query in these layers keeps.
 
     Raises:
         ValueError: without layers, for a number below 0, or a size below 1.
@@ -83,23 +83,23 @@ class WideLayers:
     def __post_init__(self) -> None:
         if not self.layers or min(self.layers) < 0:
             raise ValueError(
-                f"wide_layers: expected numbers of layers, from 0, with wide_keep_window_size "
-                f"{self.keep_window_size}, got {list(self.layers)}; name them, or set both back"
+                f"wide_layers: expected numbers of layers, counted from 0, with wide_keep_window_size "
+                f"{self.keep_window_size}, got {list(self.layers)}; list the layers, or remove both settings"
             )
         check_at_least("wide_keep_window_size", self.keep_window_size, 1)
 
     @classmethod
     def from_config(cls, config: DynamicMaskConfig) -> Self | None:
-        """Those of a configuration, or None."""
+        """The wide layers of a configuration, or None."""
         if not config.wide_layers and not config.wide_keep_window_size:
             return None
         return cls(tuple(config.wide_layers), config.wide_keep_window_size)
 
     def has(self, layer: int, num_layers: int) -> bool:
-        """Whether a layer is one of them.
+        """Whether a layer is one of these layers.
 
         Raises:
-            ValueError: if they are not all among the model's layers.
+            ValueError: if the model has fewer layers than a number says.
         """
         if max(self.layers) >= num_layers:
             raise ValueError(
@@ -112,34 +112,35 @@ class WideLayers:
 class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCache]):
     """Causal self-attention in which every query keeps the `keep_window_size` best-ranked keys of its past.
 
-    The rank of a key comes from the values at its position. It selects the key, and a bias made of it is added to the
-    key's logits, so the selection is trained. With `A = 0`, as initialised, this is exactly a sliding window of
-    `keep_window_size + keep_last` positions, plus the sinks.
+    The rank of a key is computed from the values at its position. Ranks select keys. A bias that is computed from the
+    rank is also added to the logits of the key, so gradients train the selection. At initialization, `A` is 0, and this
+    is exactly a sliding window of `keep_window_size + keep_last` positions, plus the sinks.
 
     Args:
         hidden_size: C, width of input and output.
         num_heads: H, query heads.
         num_kv_heads: G, key and value heads; H must be a multiple of it. Default: H.
         head_dim: D, even. Default: C / H.
-        keep_window_size: keys that a query keeps.
-        keep_last: last positions that are visible whatever their rank; the others are chosen from the keys before.
-        sinks: first keys of each document that stay visible besides.
-        score_form: what is added to the logits, `exp(rank)` or the rank itself (`linear`).
+        keep_window_size: number of best-ranked keys that a query keeps.
+        keep_last: number of last positions that are visible whatever their rank; the best-ranked keys are chosen from
+            the positions before these.
+        sinks: number of first keys of each document that also stay visible.
+        score_form: the bias that is added to the logits, `exp(rank)` (`exp`) or the rank itself (`linear`).
         rope_theta: base of the rotary embedding.
         rope_scaling: positions are divided by it before the rotary embedding.
         rms_norm_eps: epsilon of the RMSNorm on queries and keys.
         bias: whether the projections and Δ have a bias.
-        backend: `triton`, `flex`, `torch` or `reference`; `auto` is `triton` on CUDA where its tests have passed
-            (Hopper GPUs), else `flex`, else `torch` (on a CPU, in float64, for head dims above 256).
+        backend: `triton`, `flex`, `torch` or `reference`. `auto` is `triton` on GPUs on which its tests have passed
+            (Hopper), `flex` on other GPUs, and `torch` otherwise (on a CPU, in float64, for head dims above 256).
         drifting: a drift of the ranks and biases; by default none.
-        retention_weight: of the retention loss.
-        qk_norm: whether queries and keys are normalised.
+        retention_weight: weight of the retention loss.
+        qk_norm: whether queries and keys are normalized.
         wide: layers of a model that keep another number of keys.
-        retention_target: what the retention loss makes ranks foresee, `attention` or `output`.
+        retention_target: what the retention loss trains ranks to predict, `attention` or `output`.
 
     Raises:
-        ValueError: if the sizes do not belong together, for an unknown backend or score form, for `exp` where all
-            heads have a drift, or a negative weight.
+        ValueError: if the sizes do not match, for an unknown backend or score form, for `exp` if all heads have a
+            drift, or for a negative weight.
 
     Source: arXiv 2508.02124v6, section 3; details as in the Doge model of Hugging Face Transformers.
     """
@@ -172,13 +173,13 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         )  # fmt: skip
         check_backend(backend)
         self.keep = KeepRule(keep_window_size, keep_last, sinks)
-        self.own_keep = self.keep  # also in steps in which `MixedWindows` keeps every key
+        self.own_keep = self.keep  # stays the same in steps in which `MixedWindows` keeps every key
         self.wide = wide
         self.score_form, self.backend = score_form, backend
         self.A = nn.Parameter(torch.zeros(self.num_kv_heads))
-        with torch.random.fork_rng(devices=[]):  # other weights start as they do beside other mixers
+        with torch.random.fork_rng(devices=[]):  # so that all other weights start as with other mixers
             self.dt_proj = nn.Linear(self.num_kv_heads * self.head_dim, self.num_kv_heads, bias=bias)  # Δ
-        rank_bias(self.A.detach(), score_form)  # an unknown form is an error now, not in the first step
+        rank_bias(self.A.detach(), score_form)  # an unknown form raises now, and not in the first step
         self.drifting = drifting
         if drifting is not None:
             self._check_drifting(drifting)
@@ -193,16 +194,16 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         self.step: Tensor
 
     def _check_drifting(self, drifting: DriftingRanks) -> None:
-        """Raise `ValueError` if the drift does not go with the scores or the rule."""
+        """Raise `ValueError` if the drift does not fit the score form or the keep rule."""
         if self.score_form != "linear" and not drifting.has_memories:
             raise ValueError(
-                f"score_form: expected linear with a drift, since exp of a rank with one is not a decay, got "
+                f"score_form: expected linear with a drift, since with exp the bias would not decay with age, got "
                 f"{self.score_form!r}; set score_form linear, or give some heads no drift (memory_heads)"
             )
         if drifting.content_in_bias == "far" and not self.keep.last:
             raise ValueError(
-                "keep_last: expected at least 1 with content_in_bias far, got 0; set content_in_bias true, which is "
-                "the same without last positions"
+                "keep_last: expected at least 1 with content_in_bias far, got 0; set content_in_bias true, which means "
+                "the same if keep_last is 0"
             )
 
     @classmethod
@@ -261,7 +262,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
 
     @property
     def near_distance(self) -> int | None:
-        """How many last positions have a bias of their own, that of `near_bias`; None if all keys have one bias."""
+        """How many last positions have a separate bias, given by `near_bias`; None if all keys have one bias."""
         far = self.drifting is not None and self.drifting.content_in_bias == "far"
         return self.own_keep.last if far else None
 
@@ -278,7 +279,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
     def _retention_loss(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, drifted: Drifted | None, packing: Packing | None
     ) -> Tensor:
-        """That of this layer, with its weight; it trains what contents are made of, and nothing before."""
+        """The layer's retention loss with its weight; it trains only the parameters that make the content of ranks."""
         content = self._content(x.detach(), v.detach())
         positions = RetentionQueries(self.own_keep.capacity).at(self.step, x.shape[1], x.device)
         nats = None if drifted is None else drifted.nats
@@ -296,7 +297,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         return self.drifting(x, ranks, key_bias, packing, cache)
 
     def content(self, x: Tensor) -> Tensor:
-        """What the ranks of keys are without a drift, `[B, G, N]`, for the layer's input x `[B, N, C]`."""
+        """The content of keys, their ranks without a drift, `[B, G, N]`, for the layer's input x `[B, N, C]`."""
         return self._content(x, self.heads(x, self.v_proj))
 
     def _content(self, x: Tensor, v: Tensor) -> Tensor:
@@ -313,7 +314,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
     ) -> tuple[Lifetimes, Tensor]:
         """The mask that a forward pass over x `[B, N, C]` selects, and the bias of every key `[B, G, N]`.
 
-        Where content counts for far keys alone, the bias is that of far keys.
+        If only far keys have their content in the bias, this is the bias of far keys.
         """
         packing = packed(x, packing, documents, padding)
         keys = self._ranked(x, self.heads(x, self.v_proj), packing)
@@ -324,15 +325,15 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
 
         Args:
             batch: B.
-            full: keep every key, for comparison or to change the rule of the cache later.
+            full: keep every key, for comparison or to change the cache's keep rule later.
 
-        The small cache holds keys and values in the dtype of autocast, if it is on, or of the weights. It steps by a
-        Triton kernel where the module's backend is `triton`, else by plain PyTorch.
+        The small cache holds keys and values in the dtype of autocast if it is on, and otherwise in that of the
+        weights. Its steps run as a Triton kernel if the module's backend is `triton`, and otherwise in plain PyTorch.
         """
         if self.near_distance is not None:
             raise ValueError(
-                "content_in_bias: expected true or false to generate or to read by a cache, got far, which is for "
-                "training alone; call the model without a cache"
+                "content_in_bias: expected true or false to generate or to use a cache, got far, which works only in "
+                "training; call the model without a cache"
             )
         keys = self._new_key_cache(batch, full)
         if self.drifting is None:
@@ -357,7 +358,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         return flops if self.near_distance is None else 2 * flops  # `attend_with_far_bias`
 
     def cache_elements(self, length: int) -> int:
-        """Keys, values and biases; besides these, the rank and position of each key are kept."""
+        """Keys, values and biases; the rank and position of each key, which the cache also keeps, do not count."""
         return min(length, self.keep.capacity) * self.num_kv_heads * (2 * self.head_dim + 1)
 
     def computed_by(self, device: torch.device, dtype: torch.dtype) -> str:
@@ -369,6 +370,6 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
             return None
         sizes = f"keep_window_size {self.keep.window}" + f" + keep_last {self.keep.last}" * (self.keep.last > 0)
         return (
-            f"{sizes} >= sequence length {length}: no key is ever dropped, so the selection is never exercised; lower "
+            f"{sizes} >= sequence length {length}: no key is ever dropped, so the selection is not trained; lower "
             "keep_window_size to train it"
         )

@@ -1,9 +1,10 @@
-"""Attention in which the content of a key is added to its logits only from some distance on.
+"""Attention in which the content of a key is added to its logits only from a certain distance on.
 
-Backends know one bias per key. So every key stands twice in a sequence of twice the length: where it arrives, with its
-bias as a near key, and `distance` positions later, with its bias as a far one. The first ends where the second begins.
+Backends take one bias per key. So every key occurs twice, in a sequence of twice the length: at its own position with
+its bias as a near key, and `distance` positions later with its bias as a far key. The first copy dies when the second
+is born.
 
-    slot 2t: far copy of key t - distance, which no query asks from        slot 2t + 1: key and query t
+    slot 2t: far copy of key t - distance, without a query        slot 2t + 1: key and query t
 
 B batch, N length, H query heads, G KV heads, D head dim.
 """
@@ -29,15 +30,15 @@ def attend_with_far_bias(
     """`attention` with two biases per key; it costs twice as much.
 
     Args:
-        attention: of q, k, v, a bias per key and lifetimes.
+        attention: a function of q, k, v, a bias per key, and lifetimes.
         q: `[B, H, N, D]`.
         k: `[B, G, N, D]`.
         v: same shape.
-        near_bias: what is added to the logits of queries less than `distance` positions behind a key, `[B, G, N]`.
-        far_bias: what is added to those of later queries, same shape.
-        lifetimes: the mask, in which every real key lives for `distance` positions or to its document's end.
+        near_bias: added to a key's logits for queries less than `distance` positions after it, `[B, G, N]`.
+        far_bias: added to its logits for later queries, same shape.
+        lifetimes: the mask, in which every real key lives at least for `distance` positions or to its document's end.
         distance: at least 1.
-        query_bias: as `attention` takes it, `[B, G, N]`.
+        query_bias: passed to `attention`, `[B, G, N]`.
 
     Returns:
         `[B, H, N, D]`.

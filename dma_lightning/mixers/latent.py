@@ -28,12 +28,12 @@ from dma_lightning.rotary import apply_rope
 
 @dataclass(frozen=True, kw_only=True)
 class LatentConfig(MixerConfig):
-    """What latent attention takes of a model's configuration."""
+    """The settings that latent attention reads."""
 
     kv_lora_rank: int = 32
-    """mla: numbers of the latent vector of a token."""
+    """mla: width of the latent vector of a token."""
     qk_rope_head_dim: int = 16
-    """mla: channels of a query and key that are rotated, even."""
+    """mla: channels of a query and key that are rotated, an even number."""
     qk_nope_head_dim: int = 16
     """mla: channels of a query and key that are not rotated."""
     v_head_dim: int = 32
@@ -43,15 +43,16 @@ class LatentConfig(MixerConfig):
 class LatentAttention(TokenMixer[PositionCache]):
     """Causal self-attention whose keys and values are made from a latent vector and one rotated key for all heads.
 
-    Trained in its expanded form, with keys and values of every head. Decoding is absorbed: the latent vectors serve as
-    keys and values themselves, and only they and the rotated keys are kept. Both give the same, up to rounding.
+    It trains in the expanded form, with keys and values for every head. It decodes in the absorbed form, in which the
+    latent vectors themselves serve as keys and values: the cache holds only them and the rotated keys. Both forms give
+    the same results, up to rounding.
 
     Args:
         hidden_size: C, width of input and output.
         num_heads: H.
-        kv_lora_rank: L, numbers of the latent vector.
+        kv_lora_rank: L, width of the latent vector.
         qk_rope_head_dim: R, channels of a query and key that are rotated; even.
-        qk_nope_head_dim: P, channels that are not.
+        qk_nope_head_dim: P, channels that are not rotated.
         v_head_dim: V, channels of a value.
         rope_theta: base of the rotary embedding.
         rope_scaling: positions are divided by it before the rotary embedding.
@@ -61,8 +62,8 @@ class LatentAttention(TokenMixer[PositionCache]):
     Raises:
         ValueError: if a size is out of range.
 
-    Source: arXiv 2405.04434, section 2.1, without a latent vector of queries; parameter names as in the DeepSeek-V3
-        model of Hugging Face Transformers, halves rotated instead of pairs.
+    Source: arXiv 2405.04434, section 2.1, without a latent vector for queries. Parameter names as in the DeepSeek-V3
+        model of Hugging Face Transformers, but the rotation pairs the two halves of the channels, not neighbors.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class LatentAttention(TokenMixer[PositionCache]):
         return SDPA_OR_FLEX
 
     def mixing_flops(self, length: int) -> float:
-        """Of the expanded form."""
+        """FLOPs of the expanded form."""
         channels = self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim
         return 2 * self.num_heads * channels * mean_keys(length)
 
@@ -162,7 +163,7 @@ class LatentAttention(TokenMixer[PositionCache]):
         k_rotated: Tensor,
         packing: Packing | None,
     ) -> Tensor:
-        """Attention with keys and values of every head, `[B, H, N, V]`."""
+        """Attention with keys and values for every head, `[B, H, N, V]`."""
         kv = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k_plain, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         q = torch.cat([q_plain, q_rotated], dim=-1)
@@ -173,6 +174,6 @@ class LatentAttention(TokenMixer[PositionCache]):
         return lifetime_attention(q, k, v, mask, self.scale)
 
     def _up(self) -> tuple[Tensor, ...]:
-        """The matrices that make plain keys `[H, P, L]` and values `[H, V, L]` of a latent vector."""
+        """The matrices that make plain keys `[H, P, L]` and values `[H, V, L]` from a latent vector."""
         weight = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
         return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)

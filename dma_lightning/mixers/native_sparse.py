@@ -26,59 +26,62 @@ from dma_lightning.mixers.position_cache import Places, PositionCache
 from dma_lightning.mixers.sdpa import attend_places, masked_attention
 from dma_lightning.mixers.softmax import window_attention
 
-_GATHERED = 1 << 25  # elements of gathered keys that are in memory at once
-_WEIGHED = 1 << 26  # weights of compressed blocks that are
+_GATHERED = 1 << 25  # limit for elements of gathered keys in memory at once
+_WEIGHED = 1 << 26  # limit for weights of compressed blocks in memory at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class NativeSparseConfig(MixerConfig):
-    """What native sparse attention takes of a model's configuration."""
+    """The settings that native sparse attention reads."""
 
     nsa_compress_block: int = 16
     """nsa: tokens of a compressed block."""
     nsa_compress_stride: int = 8
-    """nsa: tokens from one compressed block to the next; both kinds of blocks are multiples of it."""
+    """nsa: tokens from one compressed block to the next; the sizes of both kinds of blocks must be multiples of it."""
     nsa_compress_hidden: int = 32
     """nsa: hidden width of the network that compresses a block."""
     nsa_select_block: int = 16
     """nsa: tokens of a block that is selected as a whole."""
     nsa_select_count: int = 4
-    """nsa: number of blocks that a query attends to: the first, its own, the one before, and the best of the others."""
+    """nsa: number of selected blocks per query: the first one, its own, the one before its own, and the best others."""
     nsa_window: int = 32
-    """nsa: number of last positions that a query attends to besides, its own included."""
+    """nsa: number of last positions that a query also attends to, its own included."""
     nsa_separate_kv: bool = True
-    """nsa: whether each of the three branches has keys and values of its own."""
+    """nsa: whether each of the three branches has separate keys and values."""
 
 
 class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
-    """Causal self-attention by three branches, each weighted by a sigmoid gate per query head.
+    """Causal self-attention with three branches, each weighted by a sigmoid gate per query head.
 
-    Blocks of keys and values are compressed to one each by a network; what a group's heads give to them chooses, for
-    every query, `nsa_select_count` blocks of tokens (always the first, the own and the one before); and the last
-    `nsa_window` positions are seen besides. The choice itself has no gradient.
+    The compressed branch attends to blocks of keys and values, each compressed to one key and one value by a network.
+    The selected branch attends to the tokens of `nsa_select_count` blocks per query. These are always the first block,
+    the query's own and the one before, and then those with the most weight in the compressed branch, summed over the
+    heads of a group. The choice itself has no gradient. The third branch attends to the last `nsa_window` positions.
 
-    Blocks lie on one grid over the row, also with documents: a compressed block counts only within one document, and
-    the first block of a document is the one that it begins in. So a document that begins between two multiples of the
-    block sizes is seen a little differently than alone.
+    Blocks lie on one grid over the whole row, also with documents. A compressed block is seen only if it lies within
+    one document, and the first block of a document is the block in which it begins. So a document that does not begin
+    at a multiple of the block sizes gives slightly different results than it would alone.
 
     Args:
         nsa_compress_block: l, tokens of a compressed block.
-        nsa_compress_stride: s, tokens from one to the next; l and the selection block are multiples.
+        nsa_compress_stride: s, tokens from one compressed block to the next; l and the selection block are multiples.
         nsa_compress_hidden: hidden width of the network that compresses.
         nsa_select_block: tokens of a selection block.
-        nsa_select_count: blocks that a query attends to.
+        nsa_select_count: number of selected blocks per query.
         nsa_window: positions of the window, the query's own included.
-        nsa_separate_kv: keys and values of its own for each branch, as in the paper; else one of all.
-        initializer_range: standard deviation of what is added to the tokens of a compressed block by their place.
-        backend: of the window and the selected branch. The selected one has Triton kernels, which `auto` takes where it
-            takes `triton` and the blocks allow, and else gathers the keys of a few queries at a time.
+        nsa_separate_kv: whether each branch has separate keys and values, as in the paper, or all share them.
+        initializer_range: standard deviation of the learned vectors that are added to the tokens of a compressed block
+            by their place in it.
+        backend: backend of the window and the selected branch. The selected branch has Triton kernels. `auto` uses them
+            where it chooses `triton` and they support the blocks. Otherwise the selected branch gathers the keys of a
+            few queries at a time.
         shape: the arguments of `GroupedQueryMixer`.
 
     Raises:
-        ValueError: if the sizes do not belong together, or for an unknown backend.
+        ValueError: if the sizes do not match, or for an unknown backend.
 
-    Source: arXiv 2502.11089, section 3; where it is silent: compressed keys are made of keys before the rotary
-        embedding, and rotated by the position of their first token; of equal blocks the later is chosen.
+    Source: arXiv 2502.11089, section 3. Our choices where it does not say: compressed keys are made from keys before
+        the rotary embedding and rotated by the position of their first token; of equal blocks, the later is chosen.
     """
 
     def __init__(
@@ -162,7 +165,7 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
         return NativeSparseCache(batch, None if full else self.window, self.grid, self.q_proj.weight.device)
 
     def mixing_flops(self, length: int) -> float:
-        """With the network that compresses, whose weights are used for each block instead of each token."""
+        """FLOPs, corrected for the compressing network, whose weights are used per block and not per token."""
         grid, position = self.grid, torch.arange(length)
         blocks = ((position + 1 - grid.compress_block).div(grid.compress_stride, rounding_mode="floor") + 1).clamp(0)
         own = position // grid.select_block
@@ -180,11 +183,11 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
 
     def cache_elements(self, length: int) -> int:
         blocks = self.grid.compressed(length)
-        waiting = length - blocks * self.grid.compress_stride  # for their block
+        waiting = length - blocks * self.grid.compress_stride  # tokens whose block is not whole yet
         return 2 * self.num_kv_heads * self.head_dim * (length + blocks + waiting + min(length, self.window))
 
     def compressed(self, k: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of whole blocks `[B, G, Nc, D]`, from block number `first` on; k is not rotated yet."""
+        """Keys and values of whole blocks `[B, G, Nc, D]`, starting with number `first`; `k` is before rotation."""
         k, v = self.compress_k(k), self.compress_v(v)
         position = (first + torch.arange(k.shape[2], device=k.device)) * self.grid.compress_stride
         return self.rotated(k, position[None]), v
@@ -192,7 +195,7 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
     def _keys(self, x: Tensor) -> dict[str, Tensor]:
         """Keys of each branch before the rotary embedding, `[B, G, N, D]`."""
         k = self.heads(x, self.k_proj, self.k_norm)
-        norms = cast("dict[str, nn.RMSNorm]", dict(self.extra_k_norm.items()))  # none without QK-norm
+        norms = cast("dict[str, nn.RMSNorm]", dict(self.extra_k_norm.items()))  # empty without QK-norm
         extra = {kind: self.heads(x, proj, norms.get(kind)) for kind, proj in self.extra_k_proj.items()}
         return dict.fromkeys(("compress", "select", "window"), k) | extra
 
@@ -202,7 +205,7 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
         return dict.fromkeys(("compress", "select", "window"), self.heads(x, self.v_proj)) | extra
 
     def _by_kernels(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether Triton kernels compute the selected branch of such tensors; by name also what they refuse."""
+        """Whether Triton kernels compute the selected branch; `triton` by name is used even if they will then raise."""
         chosen = resolve_backend(self.backend, device.type, device.index, dtype, self.head_dim)
         if self.backend == "auto" and chosen == "triton":
             return kernels_take(self.grid.select_block, self.head_dim, dtype)
@@ -218,7 +221,7 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
         keys: Places,
         by_kernels: bool,
     ) -> tuple[Tensor, Tensor]:
-        """What the compressed and the selected branch give, `[B, H, n, D]`; some queries at a time."""
+        """Outputs of the compressed and the selected branch, `[B, H, n, D]`, computed for some queries at a time."""
         grid, length, first = self.grid, q.shape[2], queries.first_of(keys)
         gathered = max(1, k.shape[0]) * self.num_kv_heads * grid.select_count * grid.select_block * self.head_dim
         weighed = max(1, q.shape[0] * q.shape[1] * grid.compressed(k.shape[2]))
@@ -236,7 +239,7 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
             if by_kernels:
                 continue
             arguments = (part, k, v, chosen[-1], places.position, first[:, here], keys.padding, grid.select_block)
-            if length > rows and torch.is_grad_enabled():  # gathered keys are gathered again for the backward
+            if length > rows and torch.is_grad_enabled():  # the backward gathers the keys again, to save memory
                 selected.append(checkpoint(block_attention_reference, *arguments, use_reentrant=False))
             else:
                 selected.append(block_attention_reference(*arguments))
@@ -246,13 +249,13 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
 
 
 class BlockCompression(nn.Module):
-    """One vector for each block of tokens of a KV head, by a network over its tokens and their places in it.
+    """One vector for each block of tokens of a KV head, by a network over the tokens and their places in the block.
 
     Args:
         grid: sizes of blocks.
         head_dim: D.
         hidden: width of the network's hidden layer.
-        std: standard deviation of the places at initialisation.
+        std: standard deviation of the vectors for the places at initialization.
     """
 
     def __init__(self, grid: BlockGrid, head_dim: int, hidden: int, std: float) -> None:
@@ -266,7 +269,7 @@ class BlockCompression(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, G, N, D]` to `[B, G, Nc, D]`, Nc the blocks that are whole."""
+        """`[B, G, N, D]` to `[B, G, Nc, D]`, where Nc is the number of whole blocks."""
         if x.shape[2] < self.grid.compress_block:
             return x[:, :, :0]
         blocks = x.unfold(2, self.grid.compress_block, self.grid.compress_stride)  # [B, G, Nc, D, l]
@@ -274,11 +277,11 @@ class BlockCompression(nn.Module):
 
 
 class NativeSparseCache:
-    """Keys and values of all tokens, of all whole blocks, of tokens that wait for theirs, and of the window.
+    """Keys and values of all tokens, of all whole blocks, of tokens whose block is not whole yet, and of the window.
 
     Args:
         batch: B.
-        window: positions to keep for the window; all if None.
+        window: number of positions to keep for the window; all if None.
         grid: sizes of blocks.
         device: where the cache is.
     """
@@ -286,7 +289,7 @@ class NativeSparseCache:
     def __init__(self, batch: int, window: int | None, grid: BlockGrid, device: torch.device) -> None:
         self.tokens, self.window = PositionCache(batch, device=device), PositionCache(batch, window, device)
         self.grid = grid
-        self._waiting: tuple[Tensor, Tensor] | None = None  # from the first token of the next block on
+        self._waiting: tuple[Tensor, Tensor] | None = None  # starting with the first token of the next block
         self._compressed: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -296,7 +299,7 @@ class NativeSparseCache:
 
     @torch.no_grad()
     def extend_compressed(self, mixer: NativeSparseAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all blocks that are whole with new tokens `[B, G, n, D]`, before the rotary embedding."""
+        """Add new tokens `[B, G, n, D]`, before the rotary embedding; returns keys and values of all whole blocks."""
         if self._waiting is not None:
             k, v = (torch.cat(pair, dim=2) for pair in zip(self._waiting, (k, v), strict=True))
         new = mixer.compressed(k, v, 0 if self._compressed is None else self._compressed[0].shape[2])
@@ -310,7 +313,7 @@ class NativeSparseCache:
         return self._compressed
 
     def select(self, rows: Tensor) -> None:
-        """Keep these sequences, int64 `[B']`, in this order; a row may be named several times."""
+        """Keep these sequences, int64 `[B']`, in this order; a row may occur several times."""
         self.tokens.select(rows)
         self.window.select(rows)
         for name in ("_waiting", "_compressed"):

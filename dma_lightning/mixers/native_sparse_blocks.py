@@ -1,7 +1,7 @@
-"""Blocks of native sparse attention: which a query sees compressed, and which it chooses to attend to.
+"""Blocks of native sparse attention: which compressed blocks a query sees, and which blocks it selects.
 
-Blocks lie on one grid over the sequence. A compressed block i has the tokens i s … i s + l - 1, a selection block j the
-tokens j b … (j + 1) b - 1.
+Blocks lie on one grid over the sequence. Compressed block i has the tokens i s … i s + l - 1, and selection block j has
+the tokens j b … (j + 1) b - 1.
 
 B batch, H query heads, G KV heads, R = H / G group, n queries, M keys, Nc compressed blocks, Nb selection blocks, m
 chosen blocks, D head dim.
@@ -27,13 +27,13 @@ class BlockGrid:
 
     Attributes:
         compress_block: l, tokens of a compressed block.
-        compress_stride: s, from one compressed block to the next.
+        compress_stride: s, tokens from one compressed block to the next.
         select_block: b, tokens of a selection block.
-        select_count: blocks that a query chooses, the forced ones (first, own and the one before) included; if it is
-            below 3, the latest of these.
+        select_count: number of blocks that a query chooses, including the forced ones (the first, its own and the one
+            before). If it is below 3, only the latest of these are chosen.
 
     Raises:
-        ValueError: if a size is below 1, or the stride divides not both kinds of blocks.
+        ValueError: if a size is below 1, or a block size is not a multiple of the stride.
     """
 
     compress_block: int
@@ -51,17 +51,19 @@ class BlockGrid:
             )
 
     def compressed(self, length: int) -> int:
-        """Compressed blocks that are whole after so many tokens."""
+        """Number of whole compressed blocks in `length` tokens."""
         return max(0, (length - self.compress_block) // self.compress_stride + 1)
 
     def importance(self, weights: Tensor, keys: int) -> Tensor:
-        """Weights of compressed blocks `[..., Nc]`, summed over selection blocks by shared tokens in strides.
+        """Importance of each selection block, from weights of compressed blocks `[..., Nc]`.
+
+        It is the sum of the weights, each times the number of strides that the two blocks share.
 
         Returns:
-            `[..., Nb]`, of the blocks of so many keys.
+            `[..., Nb]`, for all selection blocks of `keys` tokens.
         """
         before, step = self.compress_block // self.compress_stride - 1, self.select_block // self.compress_stride
-        offset = torch.arange(-before, step, device=weights.device)  # from the first compressed block that begins there
+        offset = torch.arange(-before, step, device=weights.device)  # from the first compressed block that starts in it
         shared = torch.minimum(offset + before + 1, torch.full_like(offset, step)) - offset.clamp(min=0)
         blocks = -(-keys // self.select_block)
         missing = (blocks - 1) * step + len(offset) - before - weights.shape[-1]
@@ -69,7 +71,7 @@ class BlockGrid:
         return (near * shared).sum(-1)
 
     def sees_compressed(self, queries: Places, keys: Places) -> Tensor:
-        """Which compressed blocks queries see, bool `[B, 1, n, Nc]`: whole ones of real tokens of their document."""
+        """Which compressed blocks queries see, bool `[B, 1, n, Nc]`: those with only real tokens of their document."""
         start = torch.arange(self.compressed(keys.position.shape[0]), device=keys.run.device) * self.compress_stride
         end = start + self.compress_block - 1
         padded = F.pad(keys.padding.long().cumsum(-1), (1, 0))
@@ -81,15 +83,16 @@ class BlockGrid:
     def choose(self, q: Tensor, compressed_keys: Tensor, first: Tensor, queries: Places, keys: Places) -> Tensor:
         """The blocks of each query, int64 `[B, G, n, m]`, m at most `select_count`; -1 where there are fewer.
 
-        The importance of a block is what the group's heads together give to the compressed blocks that overlap it, and
-        is compared with 16 mantissa bits; of equal ones the later is chosen. All heads of a group choose the same.
+        The importance of a block is the attention, summed over the heads of a group, to the compressed blocks that
+        overlap it. It is compared with 16 mantissa bits, and of equal blocks the later is chosen. All heads of a group
+        choose the same blocks.
 
         Args:
             q: `[B, H, n, D]`, rotated.
             compressed_keys: `[B, G, Nc, D]`.
             first: first position of each query's document, int64 `[B, n]`.
-            queries: where the queries stand.
-            keys: where all keys stand, from position 0 on.
+            queries: places of the queries.
+            keys: places of all keys, from position 0.
         """
         weights = _group_weights(q, compressed_keys, self.sees_compressed(queries, keys))
         importance = self.importance(weights, keys.position.shape[0])  # [B, G, n, Nb]

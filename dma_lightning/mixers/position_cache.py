@@ -1,4 +1,4 @@
-"""Tensors of past positions for decoding: all of them, or a ring of the last few.
+"""Tensors of past positions for decoding: of all positions, or of the last few in a ring.
 
 B batch, n new positions, M positions that are kept.
 """
@@ -13,12 +13,12 @@ from dma_kernels.packing import Packing, document_runs
 
 @dataclass(frozen=True)
 class Places:
-    """Where keys or queries stand.
+    """Position, document and padding of keys or queries.
 
     Attributes:
         position: int64 `[M]`.
-        run: number of the document, int64 `[B, M]`.
-        padding: bool `[B, M]`.
+        run: number of the document in its row, int64 `[B, M]`; -1 for padding before the first document.
+        padding: bool `[B, M]`, True at padded positions.
     """
 
     position: Tensor
@@ -26,11 +26,11 @@ class Places:
     padding: Tensor
 
     def rows(self, start: int, end: int) -> "Places":
-        """Some of them, in order."""
+        """The places from index `start` up to, not including, `end`."""
         return Places(self.position[start:end], self.run[:, start:end], self.padding[:, start:end])
 
     def first_of(self, keys: "Places") -> Tensor:
-        """First position of each query's document, int64 `[B, n]`, of keys from position 0 on that hold the queries."""
+        """First position of each query's document, int64 `[B, n]`; `keys` are all positions up to the last query."""
         none = torch.full((keys.run.shape[0], keys.run.shape[1] + 1), keys.run.shape[1], device=keys.run.device)
         first = none.scatter_reduce(1, keys.run + 1, keys.position.expand_as(keys.run), "amin")
         return first.gather(1, self.run + 1)  # runs count from -1
@@ -43,13 +43,13 @@ class Places:
 
 
 class PositionCache:
-    """Named tensors of every position, or of the last `window` ones in a ring. For inference.
+    """Named tensors of every position, or of the last `window` positions in a ring. For inference.
 
-    All sequences have read as many positions, padding included.
+    All sequences have read the same number of positions, padding included.
 
     Args:
         batch: B.
-        window: how many positions to keep; all by default, in memory that doubles when it is full.
+        window: how many positions to keep. By default all are kept, in memory that doubles whenever it is full.
         device: where the cache is.
 
     Attributes:
@@ -64,7 +64,7 @@ class PositionCache:
         self._position = torch.zeros(0, dtype=torch.int64, device=device)
         self.device = self._position.device
         self._run, self._padding = (torch.zeros(batch, 0, dtype=x, device=device) for x in (torch.int64, torch.bool))
-        # Of the last real position: its document, and the number of it.
+        # Of the last real position: the id of its document, and the document's number.
         self._document, self._last_run = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
         self._started = torch.zeros(batch, dtype=torch.bool, device=device)
 
@@ -74,7 +74,7 @@ class PositionCache:
         return torch.full((self.batch,), self.count, device=self.device)
 
     def place(self, new: int, packing: Packing | None) -> Places:
-        """Where the next `new` positions stand; a document that goes on has the number that it had.
+        """Places of the next `new` positions; a document that continues keeps its number.
 
         Raises:
             ValueError: if documents or padding are not `[B, new]` on the cache's device.
@@ -82,7 +82,7 @@ class PositionCache:
         position = torch.arange(self.count, self.count + new, device=self.device)
         if packing is not None:
             packing.check_fits(self.batch, position)
-        if packing is None or (packing.documents is None and packing.padding is None):  # the document goes on
+        if packing is None or (packing.documents is None and packing.padding is None):  # the document continues
             none = torch.zeros(self.batch, new, dtype=torch.bool, device=self.device)
             return Places(position, self._last_run[:, None].expand(-1, new), none)
         documents, padding = packing.documents, packing.padding
@@ -90,24 +90,27 @@ class PositionCache:
         documents = self._document[:, None].expand(-1, new) if documents is None else documents.long()
         before = torch.cat([self._document[:, None], documents], dim=1)
         runs = document_runs(before, torch.cat([~self._started[:, None], padding], dim=1))[:, 1:]
-        begun = self._started[:, None] | ((~padding).cumsum(1) > 0)  # padding in front belongs to no document
+        begun = self._started[:, None] | ((~padding).cumsum(1) > 0)  # padding before the first document has none
         return Places(position, torch.where(begun, self._last_run[:, None] + runs, -1), padding)
 
     @torch.no_grad()
     def extend(self, packing: Packing | None, **new: Tensor) -> tuple[dict[str, Tensor], Places, Places]:
-        """Keep new positions; what was kept and these, where all of them stand, and where the new ones do.
+        """Keep new positions.
 
         Args:
-            packing: documents and padding of the new ones.
+            packing: documents and padding of the new positions.
             new: tensors `[B, ..., n, D]`.
 
+        Returns:
+            The tensors of all kept positions, new ones included; their places; and the places of the new positions.
+
         Raises:
-            ValueError: if documents or padding do not fit, or tensors are not like those that are kept.
+            ValueError: if documents or padding do not fit, or tensors do not match those that are kept.
         """
         self._check(new)
         size = next(iter(new.values())).shape[-2]
         places = self.place(size, packing)
-        if self.window is not None and size == 1 and self._position.shape[0] == self.window:  # the oldest gives way
+        if self.window is not None and size == 1 and self._position.shape[0] == self.window:  # overwrite the oldest
             self._write(places, new, self.count % self.window)
             kept, all_places = self._kept, Places(self._position, self._run, self._padding)
         elif self.window is None:
@@ -121,7 +124,7 @@ class PositionCache:
             self._keep_last(kept, all_places, self.count + size, self.window)
         if packing is not None and packing.documents is not None:
             order = torch.arange(1, size + 1, device=self.device)
-            last = torch.where(places.padding, 0, order).amax(-1)  # the last real one, from 1
+            last = torch.where(places.padding, 0, order).amax(-1)  # last real position, counted from 1
             at = (last - 1).clamp(min=0)[:, None]
             self._document = torch.where(last > 0, packing.documents.long().gather(1, at)[:, 0], self._document)
             self._last_run = torch.where(last > 0, places.run.gather(1, at)[:, 0], self._last_run)
@@ -130,7 +133,7 @@ class PositionCache:
         return kept, all_places, places
 
     def select(self, rows: Tensor) -> None:
-        """Keep these sequences, int64 `[B']`, in this order; a row may be named several times."""
+        """Keep these sequences, int64 `[B']`, in this order; a row may occur several times."""
         self._kept = {name: x.index_select(0, rows) for name, x in self._kept.items()}
         for name in ("_run", "_padding", "_document", "_last_run", "_started"):
             setattr(self, name, getattr(self, name).index_select(0, rows))
@@ -155,7 +158,7 @@ class PositionCache:
         self._run[:, start:end], self._padding[:, start:end] = places.run, places.padding
 
     def _grow(self, needed: int, places: Places, new: dict[str, Tensor]) -> None:
-        """Take memory for so many positions, and as many again, unless there is enough."""
+        """Make room for `needed` positions; if memory grows, it at least doubles."""
         if needed <= self._position.shape[0]:
             return
         memory = max(2 * self._position.shape[0], needed)
@@ -175,7 +178,7 @@ class PositionCache:
         )
 
     def _joined(self, places: Places, new: dict[str, Tensor]) -> tuple[dict[str, Tensor], Places]:
-        """What is kept, by position, and the new behind it."""
+        """The kept tensors, sorted by position, followed by the new ones; and the places of all."""
         order = self._position.argsort()
         kept = {name: x.index_select(-2, order) for name, x in self._kept.items()}
         kept = {name: torch.cat([kept[name], x], dim=-2) if name in kept else x for name, x in new.items()}
@@ -187,7 +190,7 @@ class PositionCache:
         return kept, Places(position, run, padding)
 
     def _keep_last(self, kept: dict[str, Tensor], places: Places, count: int, window: int) -> None:
-        """Keep the last `window` of what is there, each where the ring has its position."""
+        """Keep the last `window` positions, each in its place in the ring."""
         size = min(window, places.position.shape[0])
         shift = count % window if size == window else 0
         last = places.rows(places.position.shape[0] - size, places.position.shape[0])

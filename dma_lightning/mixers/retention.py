@@ -1,25 +1,25 @@
-"""The retention loss: it trains what a key's rank is made of to foresee how much later queries attend to the key.
+"""The retention loss: it trains the content of a key's rank to predict how much later queries attend to the key.
 
-A few queries are drawn. For each, the attention that it pays to keys far behind it is the target; a softmax over the
-contents of these keys, each with its drift, is the prediction. If keys were attended to at a rate of exp(rank), with a
-decay that is common to all, this cross entropy would be Cox's partial likelihood of the rates, and to keep the
-best-ranked keys would keep most of what is attended to.
+In each step, a few queries are sampled. For each, the target is its attention to keys far behind it. The prediction is
+a softmax over the contents of these keys, each with its drift. Suppose that keys are attended to at a rate of
+exp(rank), with a decay that all keys share. Then this cross entropy is Cox's partial likelihood of the rates, and
+keeping the best-ranked keys keeps most of the attention.
 
-How a mixer calls it, in its forward, with an `x` that its result depends on (such as its output):
+A mixer calls it in its forward, with an `x` that its result depends on, such as its output:
 
     if self.training and torch.is_grad_enabled() and cache is None:
         positions = self.retention_queries.at(self.step, N, x.device)
         loss = retention_loss(q, k, content, drift, positions, self.keep, packing)
         x = with_auxiliary_loss(x, loss, weight)      # of dma_lightning.auxiliary_losses
 
-- `q`, `k` are those that attention takes, after norm and rotary embedding; content is float32 and drift
-  float64, not what autocast makes.
-- `self.step` is the number of the optimizer step, an int64 buffer `[]` that is not saved: compiled layers would be
-  compiled again for each new Python number. It must not change between the forward of a layer and its backward, which
-  may compute the layer again.
-- `weight` is that of the whole loss over the number of layers, so that their mean is trained.
-- The loss is computed where nothing is far, too: it is 0 then, and gives zero gradients. DDP waits for every gradient.
-- The mixer names the parameters of content in `auxiliary_parameters`, so that they are clipped apart from the others.
+- `q` and `k` are the inputs of attention, after norm and rotary embedding. Content must be float32 and drift float64,
+  also under autocast.
+- `self.step` is the number of the optimizer step, in an int64 buffer `[]` that is not saved. With a Python number,
+  layers would be compiled again for each step. The step must not change between a layer's forward and its backward,
+  which may compute the layer again.
+- `weight` is the weight of the whole loss, divided by the number of layers, so that the mean over layers is trained.
+- The loss is also computed if no key is far. Then it is 0 and gives zero gradients, since DDP waits for every gradient.
+- The mixer names the parameters of content in `auxiliary_parameters`, so that they are clipped separately.
 
 B batch, H query heads, G KV heads, R = H / G group, N length, M sampled queries, D head dim.
 """
@@ -39,19 +39,19 @@ from dma_kernels.precision import without_autocast
 
 RetentionTarget = Literal["attention", "output"]
 
-FLOOR = 0.01  # mass that is added for each query, so that heads which attend to nothing far do not fit noise
+FLOOR = 0.01  # mass that is added for each query, so that heads with little attention to far keys do not fit noise
 _FRACTION_BITS = 24  # of u: integers, so that all devices draw the same positions
-_GOLDEN, _SEED_FACTOR = 0x9E3779B1, 0x85EBCA6B  # 2^32 over the golden ratio, and an odd number that is unlike it
+_GOLDEN, _SEED_FACTOR = 0x9E3779B1, 0x85EBCA6B  # 2^32 over the golden ratio, and an unrelated odd number
 
 
 @dataclass(frozen=True)
 class RetentionQueries:
-    """Which queries are sampled in a step: one in each of so many equal parts of the positions from `window` on.
+    """Which queries are sampled in a step: positions from `window` on are cut into equal parts, with one query in each.
 
     Attributes:
         window: w, first position that may be sampled.
-        count: M, how many there are; all positions if there are fewer.
-        seed: steps of another seed sample other positions.
+        count: M, the number of queries; if there are fewer positions, all of them.
+        seed: different seeds sample different positions.
     """
 
     window: int
@@ -66,15 +66,15 @@ class RetentionQueries:
         """Ascending positions `w + floor((i + u)(N - w) / M)`, i from 0 to M - 1, with one u in [0, 1) per step.
 
         u moves by the golden ratio from step to step, which covers [0, 1) evenly. All devices and processes get the
-        same, and nobody's random state changes.
+        same positions, and no random state changes.
 
         Args:
             step: number of the optimizer step, below 2^31; an int, or int64 `[]`.
             length: N.
-            device: of the positions. Default: the CPU.
+            device: device of the positions. Default: the CPU.
 
         Returns:
-            int64 `[min(M, N - w)]`, without repetition; none if N <= w.
+            int64 `[min(M, N - w)]`, without repetition; empty if N <= w.
         """
         beyond = max(length - self.window, 0)
         count = min(self.count, beyond)
@@ -101,7 +101,7 @@ def retention_loss(
     packing: Packing | None = None,
     values: Tensor | None = None,
 ) -> Tensor:
-    """Cross entropy of the attention that sampled queries pay to far keys, and of what content and drift foresee.
+    """Cross entropy between the attention of sampled queries to far keys and its prediction from content and drift.
 
     A query's far keys are at least `keep.last` and a quarter of `keep.window` behind it, in its document, real, and no
     sinks. The target is the attention over all real keys of the document's past, with the drift but without content
@@ -112,24 +112,24 @@ def retention_loss(
     over all rows of the batch. Only queries that are real and have far keys count. If there are none, the loss is 0.
 
     Args:
-        q: queries `[B, H, N, D]` as attention takes them.
+        q: queries `[B, H, N, D]`, as attention takes them.
         k: keys `[B, G, N, D]`, H a multiple of G.
-        content: what each key's rank has besides the drift, in nats, `[B, G, N]`, float32 (float64 if q is). It alone
-            gets a gradient.
-        drift: sum of the decays up to each key, in nats, `[B, G, N]`, float32 or float64; its differences are taken
-            before it is rounded. None: there is no decay.
-        positions: of the sampled queries, int64 `[M]`; see `RetentionQueries`.
-        keep: which keys are sinks, and how far is far.
+        content: each key's rank without its drift, in nats, `[B, G, N]`, float32 (float64 if q is). Only it gets a
+            gradient.
+        drift: sum of the decays up to each key, in nats, `[B, G, N]`, float32 or float64. Differences are taken before
+            rounding. None: there is no decay.
+        positions: positions of the sampled queries, int64 `[M]`; see `RetentionQueries`.
+        keep: the keep rule; it says which keys are sinks, and from which distance on keys are far.
         packing: documents and padding.
-        values: `[B, G, N, D]`. If given, the target is not the attention a alone but `a_j |v_j - m|`, where m is the
-            mean value of all keys that the query may attend to, divided by its sum over these keys. A key that gets
-            attention but says what all say, as an attention sink may, counts little.
+        values: `[B, G, N, D]`. If given, the target is not the attention a_j but `a_j |v_j - m|`, divided by its sum
+            over all keys that the query may attend to; m is the mean value of these keys. So a key counts little if its
+            value is close to the mean, even if it gets much attention, as an attention sink may.
 
     Returns:
-        The mean over groups, `[]` in float32 (float64 if q is). Memory is `[B, H, M, N]`.
+        The mean over groups, `[]` in float32 (float64 if q is). It needs memory for `[B, H, M, N]`.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not belong together.
+        ValueError: if shapes, dtypes or devices do not match.
     """
     check_attention_inputs(q, k, k, content)
     if drift is not None and (drift.shape != content.shape or drift.device != content.device):
@@ -139,7 +139,7 @@ def retention_loss(
         )
     if values is not None and (values.shape[:-1] != content.shape or values.device != content.device):
         raise ValueError(
-            f"values: expected {list(content.shape)} on {content.device} as content, with a further dimension, got "
+            f"values: expected {list(content.shape)} on {content.device} as content, plus a last dimension, got "
             f"{list(values.shape)} on {values.device}"
         )
     if positions.ndim != 1 or positions.dtype != torch.int64 or positions.device != q.device:
@@ -182,7 +182,7 @@ def _seen_and_far(content: Tensor, positions: Tensor, keep: KeepRule, packing: P
 
 @torch.no_grad()
 def _decay(content: Tensor, drift: Tensor | None, positions: Tensor) -> Tensor:
-    """What each key has lost at each sampled query, as a number of nats of at most 0; `[B, G, M or 1, N]`."""
+    """The decay of each key at each sampled query, in nats, at most 0; `[B, G, M or 1, N]`."""
     if drift is None:
         return torch.zeros_like(content)[:, :, None]
     return (drift[:, :, None] - drift[:, :, positions, None]).to(content.dtype)
@@ -190,9 +190,9 @@ def _decay(content: Tensor, drift: Tensor | None, positions: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _target(q: Tensor, k: Tensor, decay: Tensor, seen: Tensor, values: Tensor | None) -> Tensor:
-    """What queries `[B, H, M, D]` have of the keys they see, the mean over a group's heads, `[B, G, M, N]`.
+    """Attention of queries `[B, H, M, D]` to the keys they see, as a mean over a group's heads, `[B, G, M, N]`.
 
-    That is their attention, or with values its effect on the output. NaN for a query that sees no key.
+    With values, it is the effect of this attention on the output. NaN for a query that sees no key.
     """
     grouped = q.to(decay.dtype).unflatten(1, (k.shape[1], -1))  # [B, G, R, M, D]
     logits = grouped @ k.to(decay.dtype)[:, :, None].transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, G, R, M, N]

@@ -1,4 +1,4 @@
-"""Attention under masks that are no dynamic ones, by PyTorch's own kernels.
+"""Attention with masks other than dynamic masks, by PyTorch's own kernels.
 
 B batch, H query heads, G KV heads, n queries, M keys, D head dim.
 """
@@ -13,7 +13,7 @@ from dma_kernels.attention.ops import KERNEL_DTYPES
 from dma_lightning.mixers.position_cache import Places
 
 ROWS = 256  # queries whose mask is in memory at once, for all heads of a group
-PAIRS = 1 << 20  # of a query and a key whose logits are in memory at once, for each head
+PAIRS = 1 << 20  # pairs of query and key whose logits are in memory at once, for each head
 
 SDPA_OR_FLEX = "PyTorch's scaled_dot_product_attention; FlexAttention on CUDA for documents and padding"
 
@@ -37,7 +37,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
 
 
 def lifetime_attention(q: Tensor, k: Tensor, v: Tensor, mask: Lifetimes, scale: float | None = None) -> Tensor:
-    """`masked_attention` over lifetimes: on CUDA by FlexAttention, which skips blocks that nobody sees."""
+    """`masked_attention` over lifetimes; on CUDA, it uses FlexAttention, which skips empty blocks."""
     if q.is_cuda and q.dtype in KERNEL_DTYPES and min(q.shape[-1], v.shape[-1]) >= 16:
         return flex_mask_attention(q, k, v, mask, scale)
     return masked_attention(q, k, v, mask.to_dense(), scale)
@@ -52,9 +52,9 @@ def attend_places(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`masked_attention` of queries to the past of their documents, a few queries at a time.
+    """`masked_attention` of queries to the past of their documents, for a few queries at a time.
 
-    The heads of a group are more queries of their KV head, since PyTorch would copy the keys for each of them.
+    The heads of a group are passed as additional queries of one head. Otherwise PyTorch would copy the keys for each.
     """
     group, parts = q.shape[1] // k.shape[1], []
     for part, start in zip(q.split(ROWS, dim=2), range(0, q.shape[2], ROWS), strict=True):

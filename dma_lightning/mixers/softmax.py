@@ -1,4 +1,4 @@
-"""Attention to all of the past, or to a sliding window of it.
+"""Attention to the whole past, or to a sliding window of it.
 
 B batch, N length, C hidden size, H query heads, G KV heads, D head dim.
 """
@@ -21,28 +21,28 @@ from dma_lightning.mixers.sdpa import PAIRS, ROWS, SDPA_OR_FLEX, attend_places, 
 
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindowConfig(DriftConfig):
-    """What attention to a sliding window takes of a model's configuration."""
+    """The settings that attention to a sliding window reads."""
 
     sliding_window: int = 64
     """swa: number of last positions that a query attends to, its own included."""
 
 
 class MultiHeadAttention(GroupedQueryMixer[PositionCache | DriftingCache]):
-    """Causal self-attention to all of the past, by PyTorch's `scaled_dot_product_attention`.
+    """Causal self-attention to the whole past, by PyTorch's `scaled_dot_product_attention`.
 
-    With documents or padding the mask is one of lifetimes; on CUDA FlexAttention skips what nobody sees.
+    With documents or padding, lifetimes give the mask, and on CUDA FlexAttention skips empty blocks.
 
     Args:
-        backend: of windows that are shorter than the sequence, and of biases, see `SlidingWindowAttention`.
-        drift: of the biases, a decay with age; by default none.
+        backend: backend for windows shorter than the sequence and for biases; see `SlidingWindowAttention`.
+        drift: drift of the biases, a decay with age; by default none.
         shape: the arguments of `GroupedQueryMixer`.
 
     Raises:
-        ValueError: if the sizes do not belong together, or for an unknown backend.
+        ValueError: if the sizes do not match, or for an unknown backend.
     """
 
     window: int | None = None
-    """How many positions a query sees, its own included; all of the past if None."""
+    """How many positions a query sees, its own included; the whole past if None."""
 
     def __init__(self, *, backend: Backend = "auto", drift: Drift | None = None, **shape: Any) -> None:
         super().__init__(**shape)
@@ -103,14 +103,14 @@ class SlidingWindowAttention(MultiHeadAttention):
     """Causal self-attention to the last `sliding_window` positions, the query's own included.
 
     Args:
-        sliding_window: w; the mask is one of lifetimes, and the cache a ring of so many positions.
+        sliding_window: w. Lifetimes give the mask, and the cache is a ring of w positions.
         backend: `triton`, `flex` or `torch`; `auto` as for `DynamicMaskAttention`. A window that holds the whole
-            sequence is `MultiHeadAttention`, whatever the backend.
-        drift: of the biases, a decay with age; by default none.
+            sequence is computed as `MultiHeadAttention`, whatever the backend.
+        drift: drift of the biases, a decay with age; by default none.
         shape: the arguments of `GroupedQueryMixer`.
 
     Raises:
-        ValueError: if the sizes do not belong together, or for an unknown backend.
+        ValueError: if the sizes do not match, or for an unknown backend.
     """
 
     def __init__(
@@ -137,16 +137,16 @@ def window_attention(
     packing: Packing | None = None,
     drifted: Drifted | None = None,
 ) -> Tensor:
-    """Attention of a whole sequence to its last `window` positions, or to all of its past; differentiable.
+    """Attention of each query in a sequence to its last `window` positions, or to its whole past; differentiable.
 
     Args:
         q: `[B, H, N, D]`.
         k: `[B, G, N, D]`.
         v: `[B, G, N, D]`.
-        window: positions that a query sees, its own included; all by default.
+        window: number of positions that a query sees, its own included; None for all.
         backend: name of an attention backend, or `auto`.
         packing: documents and padding.
-        drifted: by how much keys fall behind; by default they do not.
+        drifted: how far the keys have drifted; by default there is no drift.
 
     Returns:
         `[B, H, N, D]`.
@@ -167,15 +167,15 @@ def window_attention(
 def drifting_attention(
     q: Tensor, kept: dict[str, Tensor], queries: Places, keys: Places, window: int | None, query_bias: Tensor
 ) -> Tensor:
-    """Attention of new positions to those of a cache, with a drift; a few queries at a time.
+    """Attention of new positions to those of a cache, with a drift; computed for a few queries at a time.
 
     Args:
         q: `[B, H, n, D]`.
-        kept: `key` and `value` `[B, G, M, D]`, and `bias` `[B, G, M, 1]`, D of the keys in float64.
-        queries: where the queries stand.
-        keys: where the keys do.
-        window: positions that a query sees; None for all.
-        query_bias: -D of the queries in float64, `[B, G, n]`; added to those of the keys before the sum is rounded.
+        kept: `key` and `value` `[B, G, M, D]`, and `bias` `[B, G, M, 1]`, the drift of the keys in float64.
+        queries: places of the queries.
+        keys: places of the keys.
+        window: number of positions that a query sees; None for all.
+        query_bias: minus the drift of the queries in float64, `[B, G, n]`; added to the keys' drift before rounding.
 
     Returns:
         `[B, H, n, D]`.

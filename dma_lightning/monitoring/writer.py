@@ -86,7 +86,7 @@ class ShowingMonitor(pl.Callback):
     """Shows pictures, histograms or texts; the first such monitor of a run names what its loggers cannot show."""
 
     shows: str
-    """What it shows besides figures, in words."""
+    """What it shows in addition to figures, in words."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it undeclared

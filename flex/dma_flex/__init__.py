@@ -1,11 +1,12 @@
-"""Masks for FlexAttention: exact block masks and mods of lifetimes, and attention over them. Needs torch only.
+"""Masks for FlexAttention: exact block masks and mods from lifetimes, and attention with them. It needs only torch.
 
-- `mods`: mask and score mods of lifetimes; `block_masks`: their block masks, without looking at N x N
-  (`triton_block_tables`: on CUDA)
-- `mask_attention`: attention under one block mask of the whole sequence
+- `mods`: mask and score mods from lifetimes; `block_masks`: block masks, without visiting N x N pairs
+  (`triton_block_tables`: the same on CUDA)
+- `mask_attention`: attention with one block mask over the whole sequence
 - `segment_plan`, `segment_attention`: attention over segments, O(N·w)
 
-`SegmentPlan`, the old name of `FlexPlan`, gives it with a FutureWarning; what it held of the slots is in `plan.slots`.
+`SegmentPlan` is the old name of `FlexPlan`. It still works, with a FutureWarning. Its fields about slots are now in
+`plan.slots`.
 """
 
 from dma_flex.block_masks import block_mask, interval_block_mask

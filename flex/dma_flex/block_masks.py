@@ -1,8 +1,9 @@
-"""FlexAttention block masks of lifetimes, exact, without evaluating a single pair of query and key.
+"""Exact FlexAttention block masks from lifetimes, without evaluating any pair of query and key.
 
-A key that lives in [birth, death) touches the blocks of queries from `birth // s` to `(death - 1) // s` and covers
-those from `ceil(birth / s)` up to `death // s`. A block of keys is empty where none of its keys touches, full where
-all of them cover, partial elsewhere: O(K + blocks) work, where `create_block_mask` does O(N²) per head.
+A key that lives in [birth, death) touches the blocks of queries from `birth // s` to `(death - 1) // s`, and covers
+those from `ceil(birth / s)` to `death // s - 1`. A block of keys is empty for a block of queries that none of its keys
+touches, full for one that all of its keys cover, and partial otherwise. This takes O(K + blocks) work per head;
+`create_block_mask` takes O(N²).
 
 B batch, H query heads, G KV heads, K keys, s block size, C blocks of keys, Q blocks of queries.
 """
@@ -26,13 +27,13 @@ _TABLE_NAMES = (
 
 
 def block_mask(lifetimes: Lifetimes, q_len: int, block_size: int = 128, num_heads: int | None = None) -> BlockMask:
-    """The block mask of a mask, keys in their natural order, for any `flex_attention` call.
+    """The block mask of a mask for any `flex_attention` call, with keys in their natural order.
 
     Use it like this::
 
         flex_attention(q, k, v, block_mask=block_mask(lifetimes, N, num_heads=H), enable_gqa=True)
 
-    Runs without waiting for the device, inside `torch.compile` too, and equals `create_block_mask` on the same mask.
+    It never waits for the device, works inside `torch.compile` too, and equals `create_block_mask` on the same mask.
 
     Args:
         lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
@@ -44,13 +45,13 @@ def block_mask(lifetimes: Lifetimes, q_len: int, block_size: int = 128, num_head
         A BlockMask with one table per *query* head (or one for all, if the mask has one head).
 
     Raises:
-        ValueError: if q_len is not the mask's length, the block size no power of two, or H no multiple of G,
-            or not given where G is more than 1.
+        ValueError: if q_len is not the mask's length, the block size is not a power of two, or H is not a multiple of
+            G or is missing although G is more than 1.
     """
     if q_len != lifetimes.length:
         raise ValueError(
             f"q_len: expected {lifetimes.length}, the length of the mask, got {q_len}; "
-            "build the lifetimes for the length of the queries"
+            "build lifetimes with the length of the queries"
         )
     return interval_block_mask(lifetimes.birth, lifetimes.death, q_len, block_size, num_heads)
 
@@ -58,7 +59,7 @@ def block_mask(lifetimes: Lifetimes, q_len: int, block_size: int = 128, num_head
 def interval_block_mask(
     birth: Tensor, death: Tensor, q_len: int, block_size: int = 128, num_heads: int | None = None
 ) -> BlockMask:
-    """The block mask of K keys that live in [birth, death) among `q_len` queries; K need not be q_len.
+    """The block mask of K keys that live in [birth, death) among `q_len` queries; K can differ from q_len.
 
     Args:
         birth: int32 `[B or 1, G or 1, K]`.
@@ -68,7 +69,7 @@ def interval_block_mask(
         num_heads: H, query heads, a multiple of G; needed if G is more than 1.
 
     Raises:
-        ValueError: if the block size is no power of two, or shapes or heads do not belong together.
+        ValueError: if the block size is not a power of two, or shapes or heads do not match.
     """
     check_block_size(block_size)
     mask_mod = lifetime_mask_mod(birth, death, num_heads)
@@ -81,7 +82,7 @@ def interval_block_mask(
 def mask_of_tables(
     tables: Sequence[Tensor], mask_mod: MaskMod, seq_lengths: tuple[int, int], block_size: int
 ) -> BlockMask:
-    """A BlockMask of what `block_tables` returns, for `seq_lengths` of queries and keys."""
+    """A BlockMask from the tables of `block_tables`; `seq_lengths` are the numbers of queries and keys."""
     named: dict[str, Any] = dict(zip(_TABLE_NAMES, tables, strict=True))
     return BlockMask(
         seq_lengths=seq_lengths,
@@ -94,7 +95,7 @@ def mask_of_tables(
 def _plain_tables(
     birth: Tensor, death: Tensor, q_len: int, block_size: int, num_heads: int | None = None
 ) -> list[Tensor]:
-    """Copies, since the outputs of an operation must not share memory."""
+    """Copies of the reference's tables, since the outputs of an operation must not share memory."""
     return [x.clone() for x in block_tables_reference(birth, death, q_len, block_size, num_heads)]
 
 
@@ -104,11 +105,12 @@ def block_tables(
 ) -> list[Tensor]:
     """The eight tables of a BlockMask in its order, int32, by query head (or one head for all).
 
-    By Triton kernels on CUDA, else by `block_tables_reference`; the same bits. Arguments as `interval_block_mask`.
+    Triton kernels make them on CUDA, and `block_tables_reference` elsewhere, with the same bits. Arguments as in
+    `interval_block_mask`.
 
     Returns:
-        How many partial blocks of keys each block of queries has, `[B, H, Q]`, and their indices, `[B, H, Q, C]`; the
-        same of full ones; then both by blocks of keys, `[B, H, C]` and `[B, H, C, Q]`.
+        The number of partial blocks of keys for each block of queries, `[B, H, Q]`, and their indices, `[B, H, Q, C]`;
+        the same for full blocks; then all four again by blocks of keys, `[B, H, C]` and `[B, H, C, Q]`.
     """
     return _plain_tables(birth, death, q_len, block_size, num_heads)
 
@@ -136,7 +138,7 @@ def block_tables_reference(
 
 
 def empty_tables(death: Tensor, q_len: int, block_size: int, num_heads: int | None = None) -> list[Tensor]:
-    """Room for what `block_tables` returns."""
+    """Uninitialized tensors for the results of `block_tables`."""
     rows = death.shape[0], _table_heads(death, num_heads)
     q_blocks, key_blocks = -(-q_len // block_size), -(-death.shape[-1] // block_size)
     by_query, by_key = (q_blocks, key_blocks), (key_blocks, q_blocks)
@@ -150,7 +152,7 @@ def _(birth: Tensor, death: Tensor, q_len: int, block_size: int, num_heads: int 
 
 
 def _table_heads(death: Tensor, num_heads: int | None) -> int:
-    """Query heads, since FlexAttention on CUDA looks up head % table_heads: tables by KV head would be wrong."""
+    """Query heads: FlexAttention on CUDA looks up head % table_heads, so tables by KV head would be wrong."""
     heads = death.shape[1]
     return heads * heads_per_row(heads, num_heads) if heads > 1 else 1
 
@@ -163,11 +165,11 @@ def classify_blocks(birth: Tensor, death: Tensor, q_len: int, block_size: int) -
     q_blocks, key_blocks = -(-q_len // block_size), -(-death.shape[-1] // block_size)
     birth, death = birth.clamp(0, q_len), death.clamp(0, q_len)
     lives = death > birth
-    # Shifts, not divisions: torch 2.13 compiles arange // s into wrong numbers on a CPU.
+    # Shifts instead of divisions: on a CPU, torch 2.13 compiles arange // s into code that gives wrong numbers.
     bits = block_size.bit_length() - 1
     begin, end = (birth + block_size - 1) >> bits, death >> bits  # the blocks that a key covers
 
-    # +1 where the blocks that it touches begin, -1 behind their end, summed up along the queries.
+    # +1 at the first block that a key touches, -1 after the last, summed along the queries.
     first, behind = birth >> bits, (death + block_size - 1) >> bits
     row = (torch.arange(death.shape[-1], device=death.device) >> bits) * (q_blocks + 1)
     steps = torch.zeros(*death.shape[:-1], key_blocks * (q_blocks + 1), dtype=torch.int32, device=death.device)
@@ -175,7 +177,7 @@ def classify_blocks(birth: Tensor, death: Tensor, q_len: int, block_size: int) -
     steps = steps.scatter_add(-1, row + behind, -lives.int())
     touched = steps.unflatten(-1, (key_blocks, q_blocks + 1)).cumsum(-1, dtype=torch.int32)[..., :q_blocks] > 0
 
-    # All keys of a block cover what lies between the last of their beginnings and the first of their ends.
+    # All keys of a block cover the blocks from the last of their beginnings to the first of their ends.
     missing = (0, -death.shape[-1] % block_size)
     begin = F.pad(begin, missing, value=0).unflatten(-1, (key_blocks, block_size)).amax(-1, keepdim=True)
     end = F.pad(end, missing, value=0).unflatten(-1, (key_blocks, block_size)).amin(-1, keepdim=True)
@@ -185,11 +187,11 @@ def classify_blocks(birth: Tensor, death: Tensor, q_len: int, block_size: int) -
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of each row are True, `[..., R]`, and their indices, followed by those of the others."""
+    """How many blocks of each row are True, `[..., R]`, and the indices of these, followed by those of the others."""
     seen = blocks.cumsum(-1, dtype=torch.int32)  # [..., R, C]
     place = torch.arange(1, blocks.shape[-1] + 1, dtype=torch.int32, device=blocks.device)
     count = seen[..., -1:]
-    # The i-th True stands where i of them have been seen first, the i-th other likewise.
+    # The i-th True is at the first place where i of them have been seen, and likewise for the others.
     true = torch.searchsorted(seen, place.expand_as(seen).contiguous(), out_int32=True)
     false = torch.searchsorted(place - seen, place - count, out_int32=True)
     return count.squeeze(-1).contiguous(), torch.where(place <= count, true, false)

@@ -19,9 +19,9 @@ from dma_kernels.checks import check_attention_inputs, check_lifetimes
 def flex_mask_attention(q: Tensor, k: Tensor, v: Tensor, lifetimes: Lifetimes, scale: float | None = None) -> Tensor:
     """Softmax attention over the live keys, for masks whose blocks of 128 are mostly empty or full, such as documents.
 
-    Where the live keys of a query are scattered, as in a dynamic mask, `flex_segment_attention` skips far more. Trains
-    on CUDA, infers on CUDA and CPU, where FlexAttention gives 0 for a NaN in q or k. The first call with new shapes
-    compiles.
+    If the live keys of a query are scattered, as in a dynamic mask, `flex_segment_attention` skips far more. It trains
+    on CUDA, and infers on CUDA and CPU. On the CPU, FlexAttention gives 0 for a NaN in q or k. The first call with new
+    shapes compiles.
 
     Args:
         q: `[B, H, N, D]`, float32, bfloat16 or float16.
@@ -34,7 +34,7 @@ def flex_mask_attention(q: Tensor, k: Tensor, v: Tensor, lifetimes: Lifetimes, s
         `[B, H, N, Dv]`. A query without any key gives 0.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not belong together, or a gradient is asked for on a CPU.
+        ValueError: if shapes, dtypes or devices do not match, or a gradient is needed on a CPU.
         RuntimeError: at torch.compile's recompile limit.
     """
     check_attention_inputs(q, k, k)

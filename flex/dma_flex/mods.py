@@ -1,7 +1,7 @@
-"""Mask and score mods over lifetimes, for any `flex_attention` call.
+"""Mask and score mods from lifetimes, for any `flex_attention` call.
 
 Each factory returns a new closure over tensors. `torch.compile` compares closures by their code, so a call with new
-tensors of the same shapes runs the graph that is already there.
+tensors of the same shapes reuses the compiled graph.
 
 B batch, H query heads, G KV heads, K keys.
 """
@@ -26,7 +26,7 @@ def lifetime_mask_mod(birth: Tensor, death: Tensor, num_heads: int | None = None
         A mask mod that takes the *query* head, as `flex_attention(..., enable_gqa=True)` gives it.
 
     Raises:
-        ValueError: if the shapes or heads do not belong together.
+        ValueError: if the shapes or heads do not match.
     """
     if birth.shape != death.shape:
         raise ValueError(f"birth and death must have one shape, got {list(birth.shape)} and {list(death.shape)}")
@@ -46,12 +46,12 @@ def key_bias_score_mod(bias: Tensor, num_heads: int | None = None, query_bias: T
     Args:
         bias: floating `[B or 1, G or 1, K]`.
         num_heads: H, query heads, a multiple of G; needed if G is more than 1.
-        query_bias: what is added to all logits of a query, floating `[B or 1, G or 1, Q]` for Q queries. Softmax does
-            not see it, but the sum of both biases is made in their dtype before it is rounded to that of the logits: in
-            float64, with minus the drift of the queries, biases are as exact far into a text as at its beginning.
+        query_bias: added to all logits of a query, floating `[B or 1, G or 1, Q]` for Q queries. Softmax ignores it.
+            But both biases are added in their own dtype before the sum is rounded to the dtype of the logits. So in
+            float64, and with minus the drift of the queries, biases are as exact far into a text as at its beginning.
 
     Raises:
-        ValueError: if the shape or heads do not belong together.
+        ValueError: if the shape or heads do not match.
     """
     batch_and_head = _batch_and_head_of(bias, num_heads)
     if query_bias is not None:
@@ -79,12 +79,12 @@ def heads_per_row(kv_heads: int, num_heads: int | None) -> int:
     """How many query heads share one of `kv_heads` rows.
 
     Raises:
-        ValueError: if `num_heads` is not a multiple of `kv_heads`, or is none where there are several.
+        ValueError: if `num_heads` is not a multiple of `kv_heads`, or is None although `kv_heads` is more than 1.
     """
     if num_heads is None and kv_heads > 1:
         raise ValueError(
-            f"num_heads: expected the number of query heads, since the mask has {kv_heads} heads of its own, got none; "
-            f"give num_heads={kv_heads}, or with grouped queries a multiple of it"
+            f"num_heads: expected the number of query heads, since the mask has {kv_heads} heads, got none; "
+            f"give num_heads={kv_heads}, or a multiple of it for grouped queries"
         )
     num_heads = kv_heads if num_heads is None else num_heads
     if num_heads < 1 or num_heads % kv_heads:
@@ -93,7 +93,7 @@ def heads_per_row(kv_heads: int, num_heads: int | None) -> int:
 
 
 def _batch_and_head_of(x: Tensor, num_heads: int | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Where in `x` [B or 1, G or 1, K] batch b and query head h are found; checks shape and heads."""
+    """A function that finds batch b and query head h in `x` [B or 1, G or 1, K]; checks shape and heads."""
     if x.ndim != 3:
         raise ValueError(f"expected [B or 1, G or 1, K], got {list(x.shape)}")
     batches, heads = int(x.shape[0] > 1), int(x.shape[1] > 1)

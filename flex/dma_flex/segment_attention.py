@@ -37,28 +37,30 @@ def flex_segment_attention(
 ) -> Tensor:
     """Softmax attention over the live keys, with a bias for each key, by FlexAttention.
 
-    Trains on CUDA, differentiable in q, k, v and key_bias; infers on CUDA and CPU. The first call with new shapes
-    compiles.
+    It trains on CUDA, where it is differentiable in q, k, v and key_bias, and infers on CUDA and CPU. The first call
+    with new shapes compiles.
 
     Args:
         q: `[B, H, N, D]`, float32, bfloat16 or float16; products are accumulated in float32.
         k: `[B, G, N, D]`, H a multiple of G.
         v: `[B, G, N, D]`.
-        key_bias: what is added to the logits of each key, float32 or float64 `[B, G, N]`.
+        key_bias: added to the logits of each key, float32 or float64 `[B, G, N]`.
         lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
         scale: factor of q·k, by default `1 / sqrt(D)`.
-        segment_length: S, a multiple of 128 (or rounded up to one), by default about the mask's capacity.
-        plan: `FlexPlan.of` these lifetimes, if they are used more than once; it is taken on trust.
-        query_bias: what is added to all logits of a query, float32 or float64 `[B, G, N]`. Softmax does not see it; but
-            if key_bias is float64, biases are rounded to float32 after that of their segment's first query is added.
-            It must not require a gradient, which FlexAttention does not give; backends `triton` and `torch` do.
+        segment_length: S, rounded up to a multiple of 128; by default about the mask's capacity.
+        plan: `FlexPlan.of` these lifetimes, to use it more than once. It is not checked that it belongs to the
+            lifetimes.
+        query_bias: added to all logits of a query, float32 or float64 `[B, G, N]`. Softmax ignores it. But if key_bias
+            is float64, the query bias of each segment's first query is added to the key biases before they are rounded
+            to float32. It must not require a gradient, which FlexAttention does not give; the backends `triton` and
+            `torch` do.
 
     Returns:
         `[B, H, N, D]` in the dtype of q. A query without any key gives 0.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not belong together, or FlexAttention cannot do what is asked.
-        RuntimeError: where torch.compile's recompile limit would end in a dense O(N²) run.
+        ValueError: if shapes, dtypes or devices do not match, or FlexAttention does not support them.
+        RuntimeError: at torch.compile's recompile limit, which would otherwise lead to a dense O(N²) run.
     """
     if query_bias is not None and query_bias.requires_grad and torch.is_grad_enabled():
         raise ValueError(
@@ -69,7 +71,7 @@ def flex_segment_attention(
     check_lifetimes(lifetimes, k)
     _check_flex_can(q, k, v, key_bias)
     if plan is not None and segment_length is not None:
-        raise ValueError("expected segment_length or plan, got both; a plan has its segment length")
+        raise ValueError("expected either segment_length or plan, got both; a plan has its own segment length")
     (batch, heads, length), kv_heads = q.shape[:3], k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if batch == 0:
@@ -77,9 +79,9 @@ def flex_segment_attention(
     plan = FlexPlan.of(lifetimes, batch, heads, kv_heads, segment_length) if plan is None else plan
     plan.check_fits(q, k)
     _check_grid(plan, q)
-    # Outside what is compiled, so that lengths of one class share it.
+    # Outside the compiled function, so that all lengths of one class share it.
     q, k, v, key_bias = (plan.slots.fill_up(x) for x in (q, k, v, key_bias))
-    if query_bias is not None:  # float32 biases need none, and compile no second time for it
+    if query_bias is not None:  # float32 biases do not need it, and without it are not compiled a second time
         query_bias = plan.slots.fill_up(query_bias) if key_bias.dtype == torch.float64 else None
     with without_autocast(q.device):
         if torch.compiler.is_compiling():
@@ -90,14 +92,14 @@ def flex_segment_attention(
 
 @contextmanager
 def told_recompile_limit(q: Tensor) -> Iterator[None]:
-    """Let the error at torch.compile's limit say what to do."""
+    """Make the error at torch.compile's limit say what to do."""
     try:
         yield
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise RuntimeError(
             "backend 'flex' has been compiled for as many shapes, dtypes and modes as "
             f"torch._dynamo.config.recompile_limit = {torch._dynamo.config.recompile_limit} allows, "
-            f"and q {list(q.shape)} in {q.dtype} is another; pad to fewer lengths, or raise the limit"
+            f"and q {list(q.shape)} in {q.dtype} needs one more; pad to fewer lengths, or raise the limit"
         ) from error
 
 
@@ -118,7 +120,7 @@ def _attend(
 def _attend_with_gradients(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, query_bias: Tensor | None, plan: FlexPlan, scale: float
 ) -> Tensor:
-    """The same in training: FlexAttention takes keys, values and bias as constants and computes dq."""
+    """`_attend` in training: FlexAttention takes keys, values and bias as constants, and computes only dq."""
     slots = plan.slots
     q_seg, k_seg, v_seg = slots.split_queries(q), slots.gather(k), slots.gather(v)
     bias, copies = slots.gather_biases(key_bias.detach(), query_bias), slots.copies
@@ -134,10 +136,10 @@ def _attend_with_gradients(
 def _attend_on_cpu(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, query_bias: Tensor | None, plan: FlexPlan, scale: float
 ) -> Tensor:
-    """The same without gradients, and with NaN made visible.
+    """`_attend` on a CPU, without gradients, and with NaN made visible.
 
-    FlexAttention's CPU kernel loses NaN logits in the maximum of a row and returns 0. So keys that are not finite, or
-    have a bias of NaN, get an infinite bias, and queries that are not finite an output of NaN.
+    FlexAttention's CPU kernel loses NaN logits in the maximum of a row, and returns 0. So keys that are not finite, or
+    have a bias of NaN, get an infinite bias. Queries that are not finite get an output of NaN.
     """
     broken = ~q.isfinite().all(-1, keepdim=True)
     bias = torch.where(k.isfinite().all(-1) & ~key_bias.isnan(), key_bias, torch.inf)
@@ -150,7 +152,7 @@ def _attend_on_cpu(
 
 
 def _flex_arguments(q: Tensor, k: Tensor, bias: Tensor, plan: FlexPlan, scale: float) -> dict[str, Any]:
-    """What every call of FlexAttention here has in common."""
+    """The arguments that all calls of FlexAttention here share."""
     return {
         "score_mod": key_bias_score_mod(bias, q.shape[1]),
         "block_mask": plan.block_mask,
@@ -162,14 +164,14 @@ def _flex_arguments(q: Tensor, k: Tensor, bias: Tensor, plan: FlexPlan, scale: f
 
 @cache
 def _compiled_attend() -> Callable[..., Tensor]:
-    """`_attend`, compiled; made on first use, since that loads torch's compiler and Triton."""
-    # fullgraph: at the recompile limit this raises, where torch.compile otherwise falls back to O(N²) in eager mode.
+    """`_attend`, compiled; made on first use, since it loads torch's compiler and Triton."""
+    # With fullgraph, the recompile limit raises. Otherwise torch.compile would fall back to O(N²) in eager mode.
     return torch.compile(_attend, fullgraph=True, dynamic=False)
 
 
 @torch.library.custom_op("dma_flex::materialize", mutates_args=())
 def _materialize(x: Tensor) -> Tensor:
-    """A copy that the compiler cannot see through: on a CPU, FlexAttention cannot be fused with what is around it."""
+    """A copy that the compiler cannot fuse: on a CPU, it fails to fuse FlexAttention with the code around it."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -179,10 +181,10 @@ def _(x: Tensor) -> Tensor:
 
 
 class _WithKeyGradients(torch.autograd.Function):
-    """The output of an attention that took keys, values and bias as constants, with their gradients.
+    """Adds the gradients of keys, values and bias to the output of an attention that took them as constants.
 
-    FlexAttention's own gradient of a captured bias is one atomic addition per pair of query and key, and costs as
-    much as the rest of its backward. So FlexAttention computes dq alone, and one key-major kernel the rest.
+    FlexAttention's own gradient of a captured bias makes one atomic addition per pair of query and key, and costs as
+    much as the rest of its backward. So FlexAttention computes dq alone, and one key-major kernel computes the rest.
     """
 
     @staticmethod
@@ -206,7 +208,7 @@ class _WithKeyGradients(torch.autograd.Function):
 
 def _for_query_gradient(mask: BlockMask) -> BlockMask:
     """The same mask, but with empty tables by keys: FlexAttention's backward then computes dq and skips dk and dv."""
-    assert mask.q_num_blocks is not None  # it comes of `mask_of_tables`
+    assert mask.q_num_blocks is not None  # the mask comes from `mask_of_tables`
     none = torch.zeros_like(mask.q_num_blocks)
     return BlockMask(
         seq_lengths=mask.seq_lengths,
@@ -224,7 +226,7 @@ def _for_query_gradient(mask: BlockMask) -> BlockMask:
 
 
 def _kernel_options(q: Tensor) -> dict[str, int]:
-    """Tiles of the forward kernel, where others than FlexAttention's own were faster on an H200."""
+    """Tiles of the forward kernel, for cases in which they are faster than FlexAttention's own on an H200."""
     if not q.is_cuda or q.dtype == torch.float32 or q.shape[-1] > 128:
         return {}
     columns, stages = (64, 2) if q.shape[-1] <= 64 else (32, 3)
@@ -232,7 +234,7 @@ def _kernel_options(q: Tensor) -> dict[str, int]:
 
 
 def _check_grid(plan: FlexPlan, q: Tensor) -> None:
-    """Raise `ValueError` for more segments than FlexAttention's CUDA kernels can take as a batch."""
+    """Raise `ValueError` if there are more segments than FlexAttention's CUDA kernels can take as a batch."""
     segments = plan.slots.birth.shape[0]
     if q.is_cuda and segments > 65_535:
         raise ValueError(
@@ -257,7 +259,7 @@ def _check_flex_can(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor) -> None:
 
 
 def check_differentiable(q: Tensor, *others: Tensor) -> None:
-    """Raise `ValueError` if a gradient is asked for where FlexAttention has none."""
+    """Raise `ValueError` if a gradient is needed where FlexAttention has none."""
     if not q.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in (q, *others)):
         raise ValueError(
             f"backend 'flex' trains on CUDA only, got tensors on {q.device} that require a gradient; "

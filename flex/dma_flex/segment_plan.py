@@ -1,4 +1,4 @@
-"""Segments as the batch of a FlexAttention call: which key stands where, and the block mask of every segment.
+"""Segments as the batch of a FlexAttention call: which key is in which slot, and the block mask of every segment.
 
 B batch, H query heads, G KV heads, N length, T segments, S segment length, K slots, Z = B * T.
 """
@@ -21,8 +21,8 @@ class FlexPlan:
     """Everything about a mask that attention over its segments needs; valid for all tensors of one shape.
 
     Attributes:
-        slots: which key stands where, for sequences that are filled up to `slots.length` positions, whole segments.
-        block_mask: block mask of S queries and K slots, batch Z.
+        slots: which key is in which slot, for sequences filled up to the whole segments of `slots.length` positions.
+        block_mask: block mask of S queries and K slots, with Z as its batch.
     """
 
     slots: SegmentSlots
@@ -38,18 +38,18 @@ class FlexPlan:
         segment_length: int | None = None,
         block_size: int = 128,
     ) -> "FlexPlan":
-        """Plan the attention of `[batch, num_heads, N, D]` queries over a mask.
+        """Plan the attention of queries `[batch, num_heads, N, D]` with a mask.
 
         Args:
             lifetimes: the mask, for `batch` or 1 sequences and `num_kv_heads` or 1 heads.
             batch: B.
             num_heads: H, a multiple of `num_kv_heads`.
             num_kv_heads: G.
-            segment_length: S, rounded up to a multiple of the block size; by default the mask's capacity is.
+            segment_length: S, by default the mask's capacity; rounded up to a multiple of the block size.
             block_size: of the block mask, a power of two.
 
         Raises:
-            ValueError: if sizes do not belong together, or a key is not born at its own position.
+            ValueError: if sizes do not match, or a key is not born at its own position.
         """
         check_block_size(block_size)
         if batch < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
@@ -83,8 +83,8 @@ class FlexPlan:
 def padded_length(length: int, capacity: int, segment_length: int | None, block_size: int) -> tuple[int, int]:
     """Segment length S and the length, a multiple of it, that a sequence is filled up to.
 
-    FlexAttention is compiled for every shape, so lengths fall into few classes: powers of two up to one segment, and
-    above that, numbers of segments with at most three significant bits.
+    FlexAttention is compiled for each shape, so lengths are rounded up to one of a few: powers of two up to one
+    segment, and above that, numbers of segments with at most three significant bits.
 
     Raises:
         ValueError: if the segment length is below 1.
@@ -107,7 +107,7 @@ def _plan_segments(
 ) -> list[Tensor]:
     """Row, birth, death, first, slot and block tables of a `FlexPlan`.
 
-    One opaque operation, because what mods capture inside a compiled model must come out of one.
+    It is one opaque operation, because tensors that mods capture inside a compiled model must be outputs of one.
     """
     row, birth, death, first, slot = segment_slots(
         birth, death, capacity, batch, num_kv_heads, length, segment_length, block_size
@@ -117,7 +117,7 @@ def _plan_segments(
 
 
 plan_segments = torch.library.custom_op("dma_flex::plan_segments", _plan_segments, mutates_args=())
-plan_segments.register_fake(_plan_segments)  # its shapes follow from the arguments alone
+plan_segments.register_fake(_plan_segments)  # its shapes depend only on the arguments
 
 
 def _power_of_two(value: int) -> int:

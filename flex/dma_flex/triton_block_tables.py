@@ -1,8 +1,8 @@
-"""Triton kernels behind `block_tables`: one pass over the keys, one over the blocks, two launches in all.
+"""Triton kernels behind `block_tables`: one pass over the keys, and one over the blocks.
 
-The first writes a code for each block of queries and keys: 0 empty, 1 partial, 2 full. The second orders the codes of
-each row and each column into FlexAttention's tables, once per query head. No atomics on global memory, no sorting, and
-the device is never waited for.
+The first launch writes a code for each pair of a block of queries and a block of keys: 0 empty, 1 partial, 2 full. The
+second orders the codes of each row and each column into FlexAttention's tables, once per query head. There are no
+atomics on global memory, no sorting, and no waiting for the device.
 
 B batch, H query heads, G KV heads, K keys, C blocks of keys, Q blocks of queries.
 """
@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_THREADS = 128  # of a program; a tile with fewer elements would stand in several threads at once
-_TILE = 1024  # elements of a program at a time
-# Compiled once for all lengths and strides: no kernel gains from knowing that one of them is 1 or a multiple of 16.
+_THREADS = 128  # of a program; a tile with fewer elements would be held by several threads at once
+_TILE = 1024  # elements that a program handles at a time
+# Compiled once for all lengths and strides: no kernel is faster if one of them is known to be 1 or a multiple of 16.
 _SIZES = [
     *("heads", "keys", "key_blocks", "q_len", "q_blocks", "q_tiles", "group"),
     *("birth_b", "birth_g", "birth_k", "death_b", "death_g", "death_k"),
@@ -23,7 +23,7 @@ _SIZES = [
 
 @triton.jit
 def _steps_in_window(b_block, m_b, BLOCK_Q: tl.constexpr):
-    """How many of the block numbers are 0, 1, ..., BLOCK_Q - 1; others are left out."""
+    """How often each of 0, 1, ..., BLOCK_Q - 1 occurs among the block numbers; other numbers are ignored."""
     return tl.histogram(b_block, BLOCK_Q, mask=m_b & (b_block >= 0) & (b_block < BLOCK_Q))
 
 
@@ -34,14 +34,14 @@ def _classify_kernel(
     BITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """Write the codes of one block of keys, as `classify_blocks` finds them."""
-    i_row = tl.program_id(0).to(tl.int64)  # of batch, head and block of keys
+    i_row = tl.program_id(0).to(tl.int64)  # batch, head and block of keys together
     i_head, first_key = i_row // key_blocks, i_row % key_blocks << BITS
     behind_keys = first_key + (1 << BITS)
     p_birth += i_head // heads * birth_b + i_head % heads * birth_g
     p_death += i_head // heads * death_b + i_head % heads * death_g
     # A block that reaches beyond the last key is never full.
     full_from, full_to = tl.full([], 0, tl.int32), tl.where(behind_keys > keys, 0, q_blocks).to(tl.int32)
-    touching = tl.full([], 0, tl.int32)  # keys that touch the last block of queries so far and the next
+    touching = tl.full([], 0, tl.int32)  # keys that touch both the last block of queries so far and the next
     for start in range(0, q_blocks, BLOCK_Q):
         b_steps = tl.zeros([BLOCK_Q], tl.int32)
         for i_k in range(first_key, tl.minimum(behind_keys, keys), BLOCK_K):
@@ -53,7 +53,7 @@ def _classify_kernel(
             b_death = tl.minimum(tl.maximum(b_death, 0), q_len).to(tl.int32)
             full_from = tl.maximum(full_from, tl.max((b_birth - 1 >> BITS) + 1))
             full_to = tl.minimum(full_to, tl.min(b_death >> BITS))
-            # +1 where the blocks that a key touches begin, -1 behind their end, to be summed up along the queries.
+            # +1 at the first block that a key touches, -1 after the last, to be summed along the queries.
             m_lives = m_k & (b_death > b_birth)
             b_steps += _steps_in_window((b_birth >> BITS) - start, m_lives, BLOCK_Q)
             b_steps -= _steps_in_window((b_death - 1 >> BITS) + 1 - start, m_lives, BLOCK_Q)
@@ -77,7 +77,7 @@ def _order_rows(
     p_code, p_count, p_index, i_tile, rows, columns, stride_r, stride_c, group,
     KIND: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Count the blocks of one kind in each row, and store their numbers, followed by those of the others."""
+    """Count the blocks of one kind in each row, and store their indices, followed by those of the others."""
     i_head = i_tile // tl.cdiv(rows, BLOCK_R)
     o_r = i_tile % tl.cdiv(rows, BLOCK_R) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < rows
@@ -90,7 +90,7 @@ def _order_rows(
     for start in range(0, columns, BLOCK_C):
         o_c = start + tl.arange(0, BLOCK_C)
         b_kind = _load_kind(p_rows, m_r, o_c, columns, stride_c, KIND)  # [BLOCK_R, BLOCK_C]
-        b_seen = b_before[:, None] + tl.cumsum(b_kind, 1)  # of the kind, up to and with this block
+        b_seen = b_before[:, None] + tl.cumsum(b_kind, 1)  # blocks of the kind up to this one, itself included
         b_place = tl.where(b_kind == 1, b_seen - 1, b_count[:, None] + o_c[None, :] - b_seen)
         b_number = tl.broadcast_to(o_c[None, :], BLOCK_R, BLOCK_C)
         m_index = m_r[:, None] & (o_c < columns)[None, :]
@@ -106,7 +106,7 @@ def _order_kernel(
     q_tiles, q_blocks, key_blocks, group,
     BLOCK_QR: tl.constexpr, BLOCK_QC: tl.constexpr, BLOCK_KR: tl.constexpr, BLOCK_KC: tl.constexpr,
 ):  # fmt: skip
-    """Order the blocks of keys of some blocks of queries, or, in the later programs, the other way round."""
+    """Order the blocks of keys for some blocks of queries; in the later programs, the other way around."""
     i_tile = tl.program_id(0).to(tl.int64)
     if i_tile < q_tiles:
         _order_rows(p_code, p_kv_count, p_kv, i_tile, q_blocks, key_blocks, 1, q_blocks, group,
@@ -121,7 +121,7 @@ def _order_kernel(
 
 
 def launch_block_tables(birth: Tensor, death: Tensor, tables: list[Tensor], *, q_len: int, block_size: int) -> None:
-    """Write `block_tables` of int32 lifetimes `[B, G, K]` into the room of `empty_tables`."""
+    """Write the `block_tables` of int32 lifetimes `[B, G, K]` into `tables`, made by `empty_tables`."""
     (batch, heads, keys), (q_blocks, key_blocks) = death.shape, tables[1].shape[2:]
     code = torch.empty(batch, heads, key_blocks, q_blocks, dtype=torch.uint8, device=death.device)
     if not code.numel():
@@ -141,6 +141,6 @@ def launch_block_tables(birth: Tensor, death: Tensor, tables: list[Tensor], *, q
 
 
 def _tile(columns: int) -> tuple[int, int]:
-    """Rows and columns of a tile; longer rows take several."""
+    """Rows and columns of a tile; longer rows take several tiles."""
     width = min(max(triton.next_power_of_2(columns), 16), 256)
     return _TILE // width, width

@@ -1,6 +1,6 @@
 """Dynamic mask attention: its meaning in plain PyTorch, from ranks to attention, and Triton kernels beside it.
 
-The rooms, in the order in which a key passes through them:
+The parts, in the order in which a key passes through them:
 
 - `ranks`: ranks and biases of keys (`rank_kernels`: for Triton); `keep_rule`: how many of them a query keeps;
   `fixed_point`: ranks that drift, as integers; `packing`: documents and padding
@@ -11,12 +11,12 @@ The rooms, in the order in which a key passes through them:
 - `decoding`: attention token by token, with an exact cache of constant size
 - `selected_blocks`: the selected branch of native sparse attention
 
-Used by all of them:
+Shared by these parts:
 
-- `checks`: what they expect of their tensors; `precision`: sums beside autocast; `wide_biases`: biases in float64
-- `primitives`: what kernels of several rooms compute in the same way, such as the running softmax
-- `launching`: how operations come to their kernels; `tune`: configurations for a GPU
-- `drawing`: pictures of masks; `renamed`: old names, which go on working with a notice
+- `checks`: checks of tensor arguments; `precision`: full precision inside autocast; `wide_biases`: biases in float64
+- `primitives`: code that the kernels of several parts share, such as the running softmax
+- `launching`: connects operations to their kernels; `tune`: finds the configurations for a GPU
+- `drawing`: pictures of masks; `renamed`: old names, which keep working with a warning
 """
 
 from dma_kernels.attention.ops import fused_attention

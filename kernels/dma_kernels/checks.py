@@ -1,4 +1,4 @@
-"""What every attention backend expects of its tensors."""
+"""Checks of the tensors that every attention backend takes."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from dma_kernels.lifetime_masks import Lifetimes
 def check_attention_inputs(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None, query_bias: Tensor | None = None
 ) -> None:
-    """Raise `ValueError` unless q `[B, H, N, D]`, k and v `[B, G, N, D]` and biases `[B, G, N]` belong together."""
+    """Raise `ValueError` unless q `[B, H, N, D]`, k and v `[B, G, N, D]` and biases `[B, G, N]` match."""
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"expected q [B, H, N, D] and k [B, G, N, D], got {list(q.shape)} and {list(k.shape)}")
     batch, heads, length, head_dim = q.shape
@@ -35,13 +35,13 @@ def check_attention_inputs(
     for name, x in {"key_bias": key_bias, "query_bias": query_bias}.items():
         if x is not None and x.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"{name}: expected torch.float32 or torch.float64, got {x.dtype}; compute it in one of these, since "
-                "bits that are rounded off do not come back"
+                f"{name}: expected torch.float32 or torch.float64, got {x.dtype}; compute it in one of these, since a "
+                "later cast does not bring back bits that were rounded off"
             )
 
 
 def check_no_tangents(*inputs: Tensor | None) -> None:
-    """Raise `ValueError` for forward-mode differentiation, which an operation of our own would answer with 0."""
+    """Raise `ValueError` for forward-mode differentiation, for which a custom operation would silently give 0."""
     given = [x for x in inputs if x is not None]
     if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in given):
         raise ValueError("backend 'triton' has no forward-mode derivative (jvp); use backend 'reference' for it")

@@ -1,4 +1,4 @@
-"""A picture of a mask. Matplotlib is imported on the first call only; it is an optional dependency."""
+"""Pictures of masks. Matplotlib is an optional dependency, and is imported on the first call."""
 
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PIXELS = 384  # of a picture in a notebook, at least
+_PIXELS = 384  # least side of a picture in a notebook
 _EMPTY, _PARTIAL, _FULL = "#c8c8c8", "#e08214", "#1b7837"
 
 
 def draw_mask(mask: Tensor, block_size: int = 16, axes: "Axes | None" = None) -> "Figure":
-    """Draw one bool mask `[queries, keys]`; a block is outlined grey if empty, orange if partial, green if full.
+    """Draw one bool mask `[queries, keys]`; a block is outlined gray if empty, orange if partial, green if full.
 
     Args:
-        mask: what is visible.
+        mask: True where a query sees a key.
         block_size: side of the outlined blocks.
-        axes: where to draw; by default in a figure of its own.
+        axes: where to draw; by default in a new figure.
 
     Raises:
         ValueError: if `mask` is not two-dimensional, or `block_size` is below 1.
@@ -47,19 +47,19 @@ def draw_mask(mask: Tensor, block_size: int = 16, axes: "Axes | None" = None) ->
             corner = (column * block_size - 0.42, row * block_size - 0.42)
             axes.add_patch(Rectangle(corner, block_size - 0.16, block_size - 0.16, fill=False, ec=color, lw=1))
     axes.set(xlabel="key j", ylabel="query t", xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
-    figure: Any = axes.figure  # which may be a SubFigure, if the axes that are given are in one
+    figure: Any = axes.figure  # a SubFigure, if the given axes are in one
     return figure
 
 
 def mask_png(birth: Tensor, death: Tensor) -> bytes | None:
-    """A PNG of the mask of one head, for notebooks; of a long one, evenly spaced queries and keys.
+    """A PNG of the mask of one head, for notebooks; a long mask is drawn at evenly spaced queries and keys.
 
     Args:
         birth: first query that sees each key, `[N]`.
-        death: first later one that does not, `[N]`.
+        death: first later query that no longer sees it, `[N]`.
 
     Returns:
-        The file; None without Matplotlib.
+        The bytes of the file; None without Matplotlib.
     """
     place = torch.linspace(0, len(death) - 1, min(len(death), _PIXELS), device=death.device).round().long()
     visible = (birth[place] <= place[:, None]) & (place[:, None] < death[place])

@@ -1,17 +1,17 @@
-"""Ranks with a drift as integers, so that their order is exact however long a text is.
+"""Ranks with a drift as integers, so that their order is exact in a text of any length.
 
     rank_j = content_j + D_j        D_j = d_1 + ... + d_j, d_l >= 0
 
-Near position 1,000,000 a float32 sum has steps of 0.06 nats, and keys that differ by less would count as equal. So
-contents and steps are rounded to whole units of 2^-32 nats, half to even, and added up in int64 (Q31.32). Sums of
-integers do not depend on how they are cut: a whole sequence, its chunks, and its tokens one by one give the same ranks
-if their contents and steps are the same.
+Near 1,000,000 nats, a float32 sum has steps of 0.06 nats, so keys that differ by less would count as equal. So contents
+and steps are rounded to whole units of 2^-32 nats, half to even, and added up in int64 (Q31.32). A sum of integers does
+not depend on how it is divided: a whole sequence, its chunks, and its tokens one by one give the same ranks if their
+contents and steps are the same.
 
-- *Range.* Contents and D end at 2^29 nats, about 5.4e8: for D that is 67 million tokens at 8 nats each. Larger ones,
-  and infinities, become that bound. Keys whose D has reached it are told apart by content alone.
-- *Small numbers.* A step below 2^-33 nats is none. Equal ranks are a sliding window, since the later key wins.
-- *NaN.* A NaN content is the largest integer of all, so its key is selected and the NaN shows in the loss. A NaN step
-  is none here; whoever makes biases of steps has to let it show there.
+- *Range.* Contents and D are limited to 2^29 nats, about 5.4e8. D reaches that after 67 million tokens at 8 nats each.
+  Larger numbers and infinities become that bound. Keys whose D has reached it differ by content alone.
+- *Small numbers.* A step below 2^-33 nats counts as 0. Equal ranks give a sliding window, since the later key wins.
+- *NaN.* A NaN content becomes the largest integer, so its key is selected and the NaN shows in the loss. A NaN step
+  counts as 0 here. Code that makes biases out of steps must let the NaN show in the biases.
 
 B batch, G KV heads, N length.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 FRACTION_BITS = 32
 UNIT = 2.0**-FRACTION_BITS  # nats
-LARGEST = 1 << 61  # of a content and of D, in units; content + D, or two D, still fit into int64
+LARGEST = 1 << 61  # bound of a content and of D, in units; content + D, or the sum of two D, still fits into int64
 NAN_RANK = (1 << 63) - 1
 
 
@@ -34,17 +34,17 @@ def in_units(nats: Tensor) -> Tensor:
 def drift_sums(steps: Tensor, start: Tensor | None = None) -> Tensor:
     """D of every position in units.
 
-    An operation of its own, since torch.compile cannot build all sums for a GPU.
+    It is a custom operation, since torch.compile cannot build all sums for a GPU.
 
     Args:
-        steps: d in nats, at least 0, floating `[..., N]`; NaN and negative ones count as 0.
+        steps: d in nats, at least 0, floating `[..., N]`; NaN and negative steps count as 0.
         start: D of what came before, in units, int64 `[...]`; by default 0.
 
     Returns:
         int64 `[..., N]`, ascending.
     """
     sums = in_units(steps).clamp(min=0).cumsum(-1)
-    beyond = (sums < 0) | (sums > LARGEST)  # a sum that no longer fits becomes negative first
+    beyond = (sums < 0) | (sums > LARGEST)  # the first sum that overflows is negative
     sums = sums.masked_fill(beyond.int().cummax(-1).values.bool(), LARGEST)
     return sums if start is None else (sums + start[..., None]).clamp(max=LARGEST)
 
@@ -55,12 +55,12 @@ def _(steps: Tensor, start: Tensor | None = None) -> Tensor:
 
 
 def drifted_ranks(content: Tensor, drift: Tensor) -> Tensor:
-    """Ranks int64 of contents in nats and D in units, of one shape."""
+    """int64 ranks from contents in nats and D in units, all of one shape."""
     return (in_units(content) + drift).masked_fill(content.isnan(), NAN_RANK)
 
 
 def ranks_of_steps(content: Tensor, steps: Tensor, padding: Tensor | None = None) -> Tensor:
-    """Ranks int64 `[B, G, N]` of contents and steps.
+    """int64 ranks `[B, G, N]` from contents and steps.
 
     Args:
         content: floating `[B, G, N]`, in nats.
@@ -68,11 +68,14 @@ def ranks_of_steps(content: Tensor, steps: Tensor, padding: Tensor | None = None
         padding: bool `[B, N]`, True where steps do not count.
 
     Raises:
-        ValueError: if steps are not like contents, or some are negative. To look at them waits for the device; under
-            torch.compile nobody looks, and negative steps count as 0.
+        ValueError: if steps are not floating or differ from contents in shape or device, or if some are negative. The
+            check for negative steps waits for the device. Under torch.compile it is left out, and they count as 0.
     """
     if not content.is_floating_point():
-        raise ValueError(f"ranks: expected floating, in nats, with a drift, got {content.dtype}; add it to them first")
+        raise ValueError(
+            f"ranks: expected a floating dtype, in nats, when a drift is given, got {content.dtype}; integer ranks "
+            "must already include the drift"
+        )
     if steps.shape != content.shape or steps.device != content.device or not steps.is_floating_point():
         raise ValueError(
             f"drift: expected floating {list(content.shape)} on {content.device}, a step in nats for each key, got "

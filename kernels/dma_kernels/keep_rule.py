@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 class KeepRule:
     """A query keeps its last positions, the best-ranked keys before them, and the first keys of its document.
 
-    Keys compete once they are no longer among the last positions, so a query with that many real keys behind it sees
-    exactly w + r, whatever their ranks, unless some of its last positions are padding, and its sinks besides.
+    Keys compete once they are no longer among the last positions. So a query with enough real keys before it sees
+    exactly w + r keys, plus its sinks. It sees fewer if some of its last positions are padding.
 
     Attributes:
-        window: w, best-ranked keys of those that are at least r positions behind.
-        last: r, last positions, whatever their rank.
-        sinks: s, first keys of each document, whatever their rank.
+        window: w, the number of best-ranked keys among those at least r positions back.
+        last: r, the number of last positions that are kept whatever their rank.
+        sinks: s, the number of first keys of each document that are kept whatever their rank.
 
     Raises:
-        ValueError: if a number is not whole or out of range; the message has its name in configurations.
+        ValueError: if a number is not whole or out of range; the message uses its name in configurations.
     """
 
     window: int
@@ -35,7 +35,7 @@ class KeepRule:
 
 
 class HasKeepRule:
-    """What keeps keys by a rule, whose sizes have their names in configurations, too.
+    """A base class for what has a keep rule; it also gives the rule's sizes under their names in configurations.
 
     Attributes:
         keep: the rule.
@@ -54,7 +54,7 @@ class HasKeepRule:
 
     @property
     def keep_last(self) -> int:
-        """Last positions that it keeps whatever their rank."""
+        """Last positions that a query keeps, whatever their rank."""
         return self.keep.last
 
     @keep_last.setter
@@ -63,7 +63,7 @@ class HasKeepRule:
 
     @property
     def sinks(self) -> int:
-        """First keys of a document that it keeps besides."""
+        """First keys of a document that a query also keeps."""
         return self.keep.sinks
 
     @sinks.setter
@@ -75,7 +75,7 @@ class HasKeepRule:
 
 
 def check_at_least(name: str, value: int, least: int) -> None:
-    """Raise `ValueError` unless a size is a whole number of at least so much."""
+    """Raise `ValueError` unless a size is a whole number that is at least `least`."""
     if value is None or isinstance(value, float | str | bool):
         raise ValueError(f"{name}: expected a whole number, got {value!r}")
     if value < least:

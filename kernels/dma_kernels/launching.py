@@ -1,7 +1,7 @@
-"""How custom operations come to their Triton kernels.
+"""Connects custom operations to their Triton kernels.
 
-An operation on CUDA imports its kernels when it first runs, so importing this package needs no Triton, and launches
-them on the GPU of its tensors.
+On CUDA, an operation imports its kernels when it first runs, so importing this package does not need Triton. It
+launches them on the GPU where its tensors are.
 """
 
 import functools
@@ -17,7 +17,7 @@ Implementation = Callable[..., Any]
 
 
 def on_device_of_first(function: Implementation) -> Implementation:
-    """The function with the GPU of its first argument as the current one, on which Triton launches."""
+    """Make the GPU of the first argument current while a function runs, since Triton launches on the current GPU."""
 
     @functools.wraps(function)
     def guarded(first: Tensor, *others: Any, **options: Any) -> Any:
@@ -30,11 +30,11 @@ def on_device_of_first(function: Implementation) -> Implementation:
 def register_launch(
     operation: CustomOpDef, *, without_triton: Implementation | None = None
 ) -> Callable[[Implementation], Implementation]:
-    """Let the decorated function, which launches kernels, be what an operation does on CUDA.
+    """Decorate the function that launches an operation's kernels: the operation calls it on CUDA.
 
     Args:
-        operation: of `torch.library.custom_op`; the function that defines it remains in use on other devices.
-        without_triton: used instead where there is no Triton for the GPU; by default kernels are launched, or fail.
+        operation: made by `torch.library.custom_op`; other devices still use the function that defines it.
+        without_triton: used instead if there is no Triton for the GPU. By default, the launch then fails.
     """
 
     def register(launch: Implementation) -> Implementation:
@@ -42,7 +42,7 @@ def register_launch(
 
         @operation.register_kernel("cuda")
         def _(*arguments: Any) -> Any:
-            if without_triton is None or has_triton():  # not asked before, since it imports Triton
+            if without_triton is None or has_triton():  # called only here, since it imports Triton
                 return guarded(*arguments)
             return without_triton(*arguments)
 

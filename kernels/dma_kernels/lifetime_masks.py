@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 class Lifetimes:
     """Every key lives in one interval of queries; a causal mask is two integers per key.
 
-    Masks combine as `a | b` (a query sees the keys of both) and `a & b` (the keys that are in both). Documents and
-    padding are arguments of the constructors instead: cutting a finished selection at a document's border would
-    leave queries without keys, because those of other documents had evicted theirs.
+    Masks combine as `a | b` (a query sees the keys of either mask) and `a & b` (only the keys that are in both).
+    Documents and padding do not combine this way. They are arguments of the constructors: if a finished selection were
+    cut at the border of a document, queries could be left without keys, because keys of another document had already
+    pushed out their own.
 
     Attributes:
         birth: first query that sees the key, its own position, int32 `[B or 1, G or 1, N]`.
-        death: first later query that no longer sees it, same shape; `death <= birth`: nobody sees the key.
-        capacity: a static bound on the keys that are alive at once.
-        born_at_position: whether `birth` is known to be each key's own position, as it is in every constructor below.
+        death: first later query that no longer sees it, same shape. If `death <= birth`, no query sees the key.
+        capacity: an upper bound on the number of keys that are alive at once.
+        born_at_position: whether `birth` is known to be each key's own position. It is in every constructor below.
 
     Raises:
         ValueError: if the tensors are not int32 of one shape `[B or 1, G or 1, N]`, or the capacity is below 1.
@@ -80,7 +81,7 @@ class Lifetimes:
         padding: Tensor | None = None,
         packing: Packing | None = None,
     ) -> "Lifetimes":
-        """Every query sees its whole past, within its document. Arguments as `sliding_window`."""
+        """Every query sees its whole past, within its document. Arguments as in `sliding_window`."""
         return cls.sliding_window(length, length, device, documents=documents, padding=padding, packing=packing)
 
     @classmethod
@@ -102,7 +103,7 @@ class Lifetimes:
             device: where to build the mask; by default where `documents` or `padding` are.
             documents: integer document ids `[B, N]`, as in `top_w`.
             padding: bool `[B, N]`, True at padded positions, as in `top_w`; they count as positions of the window.
-            packing: both, if they are packed already.
+            packing: documents and padding together, if they are packed already.
 
         Raises:
             ValueError: on wrong shapes, dtypes or devices, or sizes below 1.
@@ -122,7 +123,7 @@ class Lifetimes:
         documents: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> "Lifetimes":
-        """The last `count` positions, to be united with another mask; the same as `sliding_window`."""
+        """The last `count` positions, for a union with another mask; the same as `sliding_window`."""
         check_at_least("count", count, 1)
         return cls.sliding_window(length, count, device, documents=documents, padding=padding)
 
@@ -136,7 +137,7 @@ class Lifetimes:
         documents: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> "Lifetimes":
-        """The first `count` real keys of each document, visible to its end. Other arguments as `sliding_window`."""
+        """The first `count` real keys of each document, visible to its end. Other arguments as in `sliding_window`."""
         check_at_least("count", count, 1)
         birth, packing = _positions(length, device, documents, padding)
         death = torch.where(is_sink(count, birth, packing), length, birth)
@@ -157,22 +158,23 @@ class Lifetimes:
         """The dynamic mask: each query sees the `keep_window_size` best-ranked keys of its own past.
 
         With `keep_last`, each query sees its last positions and the best-ranked keys before them. Documents and
-        padding are arguments of the selection itself: keys of another document never evict yours.
+        padding take part in the selection itself: keys of another document never push out yours.
 
         Args:
-            ranks: `[B, G, N]`, of two equal ones the later key wins. Floating ranks are compared in float32 with 16
-                mantissa bits, int64 ones as integers.
-            keep_window_size: W, how many keys a query keeps; more than N means all of them.
+            ranks: `[B, G, N]`. Of two equal ranks, the later key wins. Floating-point ranks are compared in float32
+                with 16 mantissa bits, and int64 ranks as integers.
+            keep_window_size: W, how many keys a query keeps; if it is more than N, all of them.
             documents: integer document ids `[B, N]`. A document is a run of equal ids; ids at padded positions
-                are ignored. Each document is attended to by itself alone.
-            padding: bool `[B, N]`, True at padded positions, anywhere; nobody sees these keys and they count
-                for nothing in the selection.
-            keep_last: the last so many positions are visible whatever their rank, and a key competes with others
-                only when it is no longer among them.
-            sinks: the first so many real keys of each document stay visible to its end.
+                are ignored. Queries see only keys of their own document.
+            padding: bool `[B, N]`, True at padded positions, which can be anywhere. No query sees these keys, and the
+                selection ignores them.
+            keep_last: this many last positions are visible whatever their rank. A key competes with others only once
+                it is no longer among them.
+            sinks: this many first real keys of each document stay visible to its end.
             drift: by how many nats each position lets the keys before it fall behind, floating `[B, G, N]`, at least 0.
-                The rank of a key is then its own number in nats plus the sum of the drift up to it, which padding
-                leaves out; both as integers, in units of 2^-32 nats (`dma_kernels.fixed_point`). By default none.
+                The rank of a key is then its entry in `ranks`, in nats, plus the sum of the drift up to its position,
+                without padded positions. Both are integers in units of 2^-32 nats (`dma_kernels.fixed_point`). By
+                default there is no drift.
 
         Raises:
             ValueError: on wrong shapes, dtypes or devices, or numbers out of range.
@@ -185,7 +187,7 @@ class Lifetimes:
 
     @classmethod
     def selected(cls, ranks: Tensor, keep: KeepRule, packing: Packing | None = None) -> "Lifetimes":
-        """`top_w` of a rule and a packing that are made already.
+        """`top_w`, for a keep rule and a packing that exist already.
 
         Raises:
             ValueError: if ranks or packing have another shape, dtype or device.
@@ -195,7 +197,7 @@ class Lifetimes:
         packing.check_fits(ranks.shape[0], ranks)
         birth = torch.arange(length, dtype=torch.int32, device=ranks.device)[None, None]
         death = deaths_by_rank(ranks.detach(), packing.runs, packing.padding, keep.window)
-        if keep.last:  # the competition is the same, so much later
+        if keep.last:  # the competition is the same, this many positions later
             death = (death + min(keep.last, length)).clamp(max=length)
         if keep.sinks:
             death = torch.where(is_sink(keep.sinks, birth, packing), length, death)
@@ -227,8 +229,8 @@ class Lifetimes:
     def __or__(self, other: "Lifetimes") -> "Lifetimes":
         """The keys that are visible in either mask.
 
-        Masks of the constructors always unite to one interval per key. Others are compared by value, which waits
-        for the device.
+        The union of masks from the constructors always has one interval per key. For other masks, the values are
+        checked, which waits for the device.
 
         Raises:
             ValueError: as for `&`, and if a key would get two intervals.
@@ -243,7 +245,7 @@ class Lifetimes:
                 ends = [x[first].item() for x in (birth, death, other_birth, other_death)]
                 raise ValueError(
                     f"the union leaves key {first} (batch, head, position) with two intervals, [{ends[0]}, {ends[1]}) "
-                    f"and [{ends[2]}, {ends[3]}); one interval of queries per key is all that a mask can hold"
+                    f"and [{ends[2]}, {ends[3]}); a mask can hold only one interval of queries per key"
                 )
             birth, death = torch.where(lives, birth, other_birth), torch.where(lives, death, other_death)
             other_birth, other_death = (
@@ -269,18 +271,18 @@ class Lifetimes:
         return torch.broadcast_tensors(self.birth, self.death, other.birth, other.death)
 
     def check_segmentable(self) -> None:
-        """Raise `ValueError` unless the mask can be cut into segments; looks at the values of masks made by hand."""
+        """Raise `ValueError` unless the mask can be cut into segments; for masks made by hand, reads their values."""
         if self.born_at_position:
             return
         position = torch.arange(self.length, device=self.birth.device)
         if (self.birth != position).any():
             raise ValueError(
-                "expected every key to be born at its own position, birth[..., j] == j; "
-                "masks with other births can be drawn and made into block masks, not cut into segments"
+                "expected every key to be born at its own position, birth[..., j] == j; masks with other births can be "
+                "drawn and turned into block masks, but not cut into segments; use `block_mask` for them"
             )
         if (self.live_counts() > self.capacity).any():
             raise ValueError(
-                f"capacity: expected at least the {self.live_counts().max()} keys that are alive at once, "
+                f"capacity: expected at least {self.live_counts().max()}, the number of keys alive at once, "
                 f"got {self.capacity}"
             )
 
@@ -316,7 +318,7 @@ def _positions(
     """Birth of every key, int32 `[1, 1, N]`, and the packing; checks the arguments."""
     check_at_least("length", length, 1)
     if packing is not None and not (documents is None and padding is None):
-        raise ValueError("expected documents and padding, or a packing, got both; a packing has them")
+        raise ValueError("expected either documents and padding or a packing, got both; a packing contains them")
     pair = (documents, padding) if packing is None else (packing.documents, packing.padding)
     given = [x for x in pair if x is not None]
     if device is None and given:

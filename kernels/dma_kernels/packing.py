@@ -14,10 +14,10 @@ class Packing:
     """Which document each position belongs to, and which positions are padding; made once for a batch, by `of`.
 
     Attributes:
-        documents: integer ids `[B, N]`; a document is a run of equal ids, and is attended to by itself alone. None if
-            each row is one document.
-        padding: bool `[B, N]`, True at padded positions, which nobody sees; None if there are none.
-        runs: number of each position's document along the row, int64 `[B, N]`, ascending from 0; None without ids.
+        documents: integer ids `[B, N]`; a document is a run of equal ids, and its queries see only its own keys. None
+            if each row is one document.
+        padding: bool `[B, N]`, True at padded positions, which no query sees; None if there are none.
+        runs: number of each position's document in its row, int64 `[B, N]`, counted from 0; None without ids.
     """
 
     documents: Tensor | None = None
@@ -26,7 +26,7 @@ class Packing:
 
     def __post_init__(self) -> None:
         if (self.documents is None) != (self.runs is None):
-            raise ValueError("expected documents with their runs, got one without the other; use Packing.of")
+            raise ValueError("expected both documents and runs, got one without the other; use Packing.of")
 
     @classmethod
     def of(
@@ -37,13 +37,13 @@ class Packing:
         batch: int | None = None,
         like: Tensor | None = None,
     ) -> "Packing | None":
-        """Documents and padding `[B, N]` packed; None without either.
+        """The packing of documents and padding, each `[B, N]` or None; None if both are.
 
         Args:
             documents: integer ids.
             padding: bool, True at padded positions.
-            batch: B. Default: as the first of both has it.
-            like: `[..., N]`, whose length and device they must have. Default: the first of both.
+            batch: B. Default: that of the first one given.
+            like: a tensor `[..., N]`, whose length and device they must have. Default: the first one given.
 
         Raises:
             ValueError: on a wrong shape, dtype or device.
@@ -83,7 +83,7 @@ def document_ends(runs: Tensor) -> Tensor:
 
 
 def check_packing(documents: Tensor | None, padding: Tensor | None, batch: int, like: Tensor) -> None:
-    """Raise `ValueError` unless document ids and padding are `[batch, N]`, N and the device being those of `like`."""
+    """Raise `ValueError` unless document ids and padding are `[batch, N]`, with the N and device of `like`."""
     expected = (batch, like.shape[-1] if like.ndim else 1)
     for name, x in (("documents", documents), ("padding", padding)):
         if x is not None and x.ndim != 2:
@@ -98,5 +98,5 @@ def check_packing(documents: Tensor | None, padding: Tensor | None, batch: int, 
     if padding is not None and padding.dtype != torch.bool:
         raise ValueError(
             f"padding: expected bool with True at padded positions, got {padding.dtype}; "
-            "from a 0/1 attention mask use `attention_mask == 0`"
+            "for a 0/1 attention mask, give `attention_mask == 0`"
         )

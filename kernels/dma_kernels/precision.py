@@ -1,4 +1,4 @@
-"""Computing in full precision inside somebody's autocast region."""
+"""Full precision inside a caller's autocast region."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -6,7 +6,7 @@ import torch
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """A region in which matrix products keep the precision of their inputs."""
-    if device.type == "meta":  # has no autocast; asking is_autocast_available would break the graph in torch 2.11
+    """A context in which matrix products keep the precision of their inputs."""
+    if device.type == "meta":  # no autocast there; in torch 2.11, is_autocast_available would break the graph
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -1,7 +1,7 @@
-"""What kernels of several rooms compute in the same way: logits, the running softmax, and where queries lie.
+"""Code that several kernels share: logits, the running softmax, and pointers to queries.
 
-Logits are in base 2. A running softmax is a sum of values, the maximum of the logits so far and the sum of their
-weights; both sums are relative to that maximum.
+Logits are in base 2. A running softmax holds the weighted sum of values, the maximum of the logits so far, and the sum
+of their weights. Both sums are relative to that maximum.
 
 Rows are queries, M of them; K keys of a tile, D head dim, P parts.
 """
@@ -15,26 +15,26 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def row_pointers(p_x, i_b, o_h, o_n, stride_b, stride_h, stride_n, BLOCK_D: tl.constexpr):
-    """Where the lines of `[B, H, N, D]` lie that belong to rows, [M, BLOCK_D]."""
+    """Pointers to the vectors of `[B, H, N, D]` that belong to the rows, [M, BLOCK_D]."""
     o_x = i_b * stride_b + o_h.to(tl.int64) * stride_h + o_n.to(tl.int64) * stride_n
     return p_x + o_x[:, None] + tl.arange(0, BLOCK_D)[None, :]
 
 
 @triton.jit
 def scaled_products(b_x, b_y, scale, PRECISION: tl.constexpr):
-    """Logits of all pairs of a line of `b_x` [M, D] and one of `b_y` [K, D], but for biases, [M, K]."""
+    """Logits without biases, [M, K], of all pairs of a row of `b_x` [M, D] and a row of `b_y` [K, D]."""
     return tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION) * (scale * LOG2_E)
 
 
 @triton.jit
 def finite_shift(b_max):
-    """What to subtract from logits of this maximum or log-sum-exp: 0 if nothing is seen, so P is 0 and not NaN."""
+    """The maximum or log-sum-exp to subtract from logits; 0 where nothing is seen, so that P is 0 and not NaN."""
     return tl.where(b_max == -float("inf"), 0.0, b_max)
 
 
 @triton.jit
 def online_softmax_step(b_max, b_sum, b_logits):
-    """Let a running softmax see logits [M, K]: their weights, what the sums so far decay by, new maximum and sum."""
+    """Add logits [M, K] to a running softmax: gives their weights, the decay of the old sums, new maximum and sum."""
     b_new = tl.maximum(b_max, tl.max(b_logits, axis=1))
     b_shift = finite_shift(b_new)
     b_p = tl.exp2(b_logits - b_shift[:, None])
@@ -44,13 +44,13 @@ def online_softmax_step(b_max, b_sum, b_logits):
 
 @triton.jit
 def add_values(b_out, b_p, b_decay, b_v, PRECISION: tl.constexpr):
-    """Let the sum of values decay, and add the values [K, D] of a step; loaded after it, they arrive meanwhile."""
+    """Decay the sum of values, and add the values [K, D] of a step; load these after it, so that the two overlap."""
     return tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision=PRECISION)
 
 
 @triton.jit
 def merge_parts(b_out, b_max, b_sum, b_outs, b_maxs, b_sums):
-    """A running softmax [M, D], [M], [M] and those of other keys, [P, M, D], [P, M], [P, M], as one."""
+    """Merge a running softmax [M, D], [M], [M] with those of other keys, [P, M, D], [P, M], [P, M]."""
     b_new = tl.maximum(b_max, tl.max(b_maxs, axis=0))
     b_shift = finite_shift(b_new)
     b_weight, b_decay = tl.exp2(b_maxs - b_shift[None, :]), tl.exp2(b_max - b_shift)
@@ -72,12 +72,12 @@ def log_sum_exp(b_max, b_sum):
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """The least head dim from `head_dim` on that kernels take as a tile: a power of two from 16."""
+    """The head dim of a tile in kernels: the least power of two that is at least `head_dim` and 16."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
 def float32_precision() -> str:
-    """`ieee` or `tf32`, as torch's settings ask for; the rule of FlexAttention's own kernels."""
+    """`ieee` or `tf32`, by torch's settings, as FlexAttention's own kernels do it."""
     setting = torch.backends.cuda.matmul.fp32_precision
     exact = torch.get_float32_matmul_precision() == "highest" if setting == "none" else setting == "ieee"
     return "ieee" if exact else "tf32"

@@ -1,4 +1,4 @@
-"""What Triton kernels compare ranks by, and the biases that they add."""
+"""How Triton kernels compare ranks, and bound the biases that they add."""
 
 import torch
 import triton
@@ -14,7 +14,7 @@ _HALF, _KEPT = tl.constexpr((1 << (DROPPED_MANTISSA_BITS - 1)) - 1), tl.constexp
 
 @triton.jit
 def ordered_bits(b_rank):
-    """`ranks.ordered_bits` of float32."""
+    """`ranks.ordered_bits`, for float32."""
     b_bits = b_rank.to(tl.int32, bitcast=True)
     b_bits = tl.where((b_bits & 0x7FFFFFFF) > 0x7F800000, _NAN, b_bits)
     b_odd = (b_bits >> _DROPPED) & 1  # round half to even
@@ -25,7 +25,7 @@ def ordered_bits(b_rank):
 
 @triton.jit
 def saturated(bias):
-    """`ranks.saturated` of float32."""
+    """`ranks.saturated`, for float32."""
     below = tl.where(bias > LARGEST_BIAS, LARGEST_BIAS, bias)  # keeps NaN
     bounded = tl.where(below < -LARGEST_BIAS, -LARGEST_BIAS, below)
     return tl.where(tl.abs(bias) == _INFINITY, bias, bounded)

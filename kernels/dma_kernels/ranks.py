@@ -1,4 +1,4 @@
-"""Ranks and biases of keys: what selects a key, and what is added to its logits.
+"""Ranks and biases of keys: ranks select keys, and biases are added to their logits.
 
 B batch, G KV heads, N length, D head dim.
 """
@@ -13,27 +13,27 @@ from dma_kernels.precision import without_autocast
 
 ScoreForm = Literal["exp", "linear"]
 
-# float32 has 23 mantissa bits; comparing 16 of them makes the same selection out of matrix products
-# whose last bits depend on their shape (training, chunked prefill and decoding differ in it).
+# float32 has 23 mantissa bits. Only 16 are compared, because the last bits of a matrix product depend on its shape, and
+# training, chunked prefill and decoding, whose shapes differ, must select the same keys.
 DROPPED_MANTISSA_BITS = 7
 CANONICAL_NAN = 0x7FC00000
-SATURATION = 4  # biases end at the largest number of their dtype over this
+SATURATION = 4  # biases are bounded by the largest number of their dtype, divided by this
 
 
 def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor | None = None) -> Tensor:
     """Rank of every key, `A · softplus(Δ v)`: the learned number that selection compares.
 
     Args:
-        values: un-rotated values of all KV heads, `[B, G, N, D]`, any floating dtype.
+        values: values of all KV heads, without rotation, `[B, G, N, D]`, any floating dtype.
         A: one factor per KV head, `[G]`.
         dt_weight: the map Δ from the values of all KV heads to one number per KV head, `[G, G * D]`.
         dt_bias: its bias, `[G]`; by default none.
 
     Returns:
-        `[B, G, N]` in float32 (float64 if `values` are), whatever autocast says.
+        `[B, G, N]` in float32 (float64 if `values` are), also under autocast.
 
     Raises:
-        ValueError: if the shapes do not belong together.
+        ValueError: if the shapes do not match.
 
     Source: arXiv 2508.02124v6, equation 3, before the exponential.
     """
@@ -51,7 +51,7 @@ def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor | No
     with without_autocast(values.device):
         v_cat = values.transpose(1, 2).flatten(2).to(dtype)  # [B, N, G * D]
         u = F.linear(v_cat, dt_weight.to(dtype), None if dt_bias is None else dt_bias.to(dtype))
-        # Contiguous, as the gradient is: else torch takes a wrong stride for granted when it traces softplus' backward.
+        # Contiguous, as the gradient is: otherwise torch assumes a wrong stride when it traces softplus' backward.
         u = u.transpose(1, 2).contiguous()  # [B, G, N]
         return A.to(dtype)[:, None] * F.softplus(u)
 
@@ -59,8 +59,8 @@ def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor | No
 def rank_bias(ranks: Tensor, form: ScoreForm = "exp") -> Tensor:
     """Bias of every key, which is added to its logits: `exp(rank)`, or the rank itself for `"linear"`.
 
-    Both forms are monotone in the rank, so they select the same keys; selection always compares ranks. In float32 `exp`
-    overflows above a rank of 88.7: the bias is infinite, every query that sees the key gets NaN, and so does the loss.
+    Selection always compares ranks, so both forms select the same keys. In float32, `exp` overflows above a rank of
+    88.7: the bias is then infinite, and every query that sees the key gets NaN, as does the loss.
     """
     if form not in get_args(ScoreForm):
         raise ValueError(f"score_form: expected one of {list(get_args(ScoreForm))}, got {form!r}")
@@ -68,10 +68,10 @@ def rank_bias(ranks: Tensor, form: ScoreForm = "exp") -> Tensor:
 
 
 def saturated(key_bias: Tensor) -> Tensor:
-    """What attention adds to the logits of each key: finite biases, up to a quarter of their dtype's largest number.
+    """Key biases as attention adds them to logits: limited in size to a quarter of their dtype's largest number.
 
-    So neither the factor log2(e) nor the sum with q·k overflows. Keys beyond the bound have equal biases, which get no
-    gradient. Infinities and NaN stay as they are, so that they show.
+    So neither the product with log2(e) nor the sum with q·k overflows. Keys beyond the bound have equal biases, which
+    get no gradient. Infinities and NaN stay as they are, so that they show.
     """
     largest = torch.finfo(key_bias.dtype).max
     clamped = key_bias.clamp(-largest / SATURATION, largest / SATURATION)
@@ -79,15 +79,15 @@ def saturated(key_bias: Tensor) -> Tensor:
 
 
 def as_integers(ranks: Tensor) -> Tensor:
-    """What ranks of any kind are compared by, int64 of the same shape: themselves, or their `ordered_bits`."""
+    """The int64 integers by which ranks are compared, same shape: int64 ranks themselves, `ordered_bits` of others."""
     return ranks.detach() if ranks.dtype == torch.int64 else ordered_bits(ranks).long()
 
 
 def ordered_bits(ranks: Tensor) -> Tensor:
-    """Integers that compare as the ranks do, after rounding these to 16 mantissa bits.
+    """Integers that compare as ranks do once these are rounded to 16 mantissa bits.
 
-    Every NaN becomes the one positive NaN, which is largest of all, so that it is selected and shows in
-    the loss; -0.0 equals +0.0.
+    Every NaN becomes the same positive NaN, which is the largest rank. So its key is selected, and the NaN shows in
+    the loss. -0.0 equals +0.0.
 
     Args:
         ranks: any floating dtype, any shape; compared in float32.
@@ -100,5 +100,5 @@ def ordered_bits(ranks: Tensor) -> Tensor:
     odd = (bits >> DROPPED_MANTISSA_BITS) & 1  # round half to even
     rounded = (bits + half + odd) & -(1 << DROPPED_MANTISSA_BITS)
     rounded = rounded.masked_fill(ranks.isnan(), CANONICAL_NAN)
-    ordered = rounded ^ ((rounded >> 31) & 0x7FFFFFFF)  # negative floats order by falling magnitude
+    ordered = rounded ^ ((rounded >> 31) & 0x7FFFFFFF)  # among negative floats, a larger magnitude is a lower rank
     return ordered.masked_fill((rounded & 0x7FFFFFFF) == 0, 0)

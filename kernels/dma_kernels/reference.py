@@ -29,7 +29,7 @@ def reference_mask(
     sinks: int = 0,
     drift: Tensor | None = None,
 ) -> Tensor:
-    """The dynamic mask by its definition: a top-w over each query's own past. Arguments as `Lifetimes.top_w`.
+    """The dynamic mask by its definition: a top-w over each query's own past. Arguments as in `Lifetimes.top_w`.
 
     Returns:
         bool `[B, G, N, N]` (query, key).
@@ -100,22 +100,22 @@ def reference_attention(
         q: `[B, H, N, D]`.
         k: `[B, G, N, D]`, H a multiple of G.
         v: `[B, G, N, D]`.
-        key_bias: what is added to the logits of each key, float32 or float64 `[B, G, N]`; here and in every other
-            backend, as `saturated` leaves it.
+        key_bias: added to the logits of each key, float32 or float64 `[B, G, N]`. Here and in every other backend,
+            `saturated` limits it first.
         mask: bool `[B or 1, G or 1, N, N]` (query, key), True where the query sees the key.
         scale: factor of q·k, by default `1 / sqrt(D)`.
         return_lse: also return the log-sum-exp of each query's logits.
-        query_bias: what is added to all logits of a query, float32 or float64 `[B, G, N]`. It does not change the
-            output, and the log-sum-exp leaves it out; its gradient is the sum of dS over the keys of a query and the
-            heads of the group, which is 0 but for rounding. If key_bias is float64 and q is not, the sum of both is
+        query_bias: added to all logits of a query, float32 or float64 `[B, G, N]`. It does not change the output, and
+            the log-sum-exp leaves it out. Its gradient is the sum of dS over the keys of a query and the heads of the
+            group, which is 0 except for rounding. If key_bias is float64 and q is not, the sum of both biases is
             rounded to float32.
 
     Returns:
-        Output `[B, H, N, D]` in the dtype of q, and on request the log-sum-exp `[B, H, N]` in float32 (float64 if q or
-        key_bias is). A query without any key gives 0 and -inf.
+        Output `[B, H, N, D]` in the dtype of q, and with `return_lse` the log-sum-exp `[B, H, N]` in float32 (float64
+        if q or key_bias is). A query without any key gives 0 and -inf.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not belong together.
+        ValueError: if shapes, dtypes or devices do not match.
 
     Source: arXiv 2508.02124v6, equations 5 and 6.
     """
@@ -141,7 +141,7 @@ def reference_attention(
 
 
 def _dense_bias(key_bias: Tensor, query_bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """What is added to logits, `[B, G, N or 1, N]`, and how much of it is a query's, `[B, G, N]`, if any can be."""
+    """The sum that is added to logits, `[B, G, N or 1, N]`, and each query's part of it, `[B, G, N]`, or None."""
     if not are_wide(key_bias, dtype):
         return saturated(key_bias).to(dtype)[:, :, None], None
     shift = torch.zeros_like(key_bias) if query_bias is None else shift_of(query_bias)
@@ -149,8 +149,8 @@ def _dense_bias(key_bias: Tensor, query_bias: Tensor | None, dtype: torch.dtype)
 
 
 def unseen(query_bias: Tensor) -> Tensor:
-    """0 with the gradient of a query bias, to add to logits: softmax cancels the bias, but not how it rounds them."""
-    return (query_bias - query_bias.detach()).nan_to_num()  # of infinities, too
+    """0 with the gradient of a query bias, to add to logits: the bias itself cancels in softmax, but rounds them."""
+    return (query_bias - query_bias.detach()).nan_to_num()  # infinite biases give NaN, too
 
 
 def masked_average(logits: Tensor, mask: Tensor, v: Tensor) -> Tensor:
@@ -175,8 +175,8 @@ def masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def _fill_masked(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits with masked ones at -inf, and which rows have no key above that; these rows are filled with 0."""
-    # A finite fill keeps rows without a key free of NaN, in the backward too; the caller clears their result.
+    """Logits with masked entries at -inf, and which rows have no key above -inf; these rows are filled with 0."""
+    # The finite fill keeps NaN out of rows without a key, also in the backward. The caller clears their result.
     seen = mask & (logits != -torch.inf)
     empty = ~seen.any(-1)
     fill = torch.zeros_like(empty, dtype=logits.dtype).masked_fill(~empty, -torch.inf)

@@ -1,4 +1,4 @@
-"""Old names of what a package offers: they give what has a new one, and say so once."""
+"""Old names, which keep working: they warn once, and give what has a new name now."""
 
 import functools
 import sys
@@ -11,20 +11,20 @@ Result = TypeVar("Result")
 
 
 def giving_renamed(package: str, **new: Any) -> Callable[[str], Any]:
-    """A package's `__getattr__`, by which each old name gives `new[name]`, with one FutureWarning in a process."""
+    """A package's `__getattr__`: each old name gives `new[name]`, with one FutureWarning per process."""
 
     def attribute(name: str) -> Any:
         if name not in new:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        warnings.warn(f"{package}.{name}: {new[name].__name__} is its name now", FutureWarning, stacklevel=2)
-        # `from package import name` asks twice.
+        warnings.warn(f"{package}.{name} is called {new[name].__name__} now", FutureWarning, stacklevel=2)
+        # Kept, since `from package import name` looks the name up twice.
         return vars(sys.modules[package]).setdefault(name, new[name])
 
     return attribute
 
 
 def taking_renamed(**new: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Let a function take arguments by their old names, too, with a FutureWarning."""
+    """Let a function also take arguments by their old names, with a FutureWarning."""
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         @functools.wraps(function)
@@ -33,7 +33,7 @@ def taking_renamed(**new: str) -> Callable[[Callable[Parameters, Result]], Calla
                 if old not in options:
                     continue
                 if new[old] in options:
-                    raise TypeError(f"{function.__name__}() got {new[old]}, and {old}, its old name")
+                    raise TypeError(f"{function.__name__}() got both {new[old]} and its old name, {old}; give only one")
                 warnings.warn(f"{function.__name__}: {old} is called {new[old]} now", FutureWarning, stacklevel=2)
                 options[new[old]] = options.pop(old)
             return function(*arguments, **options)

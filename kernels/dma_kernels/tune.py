@@ -1,9 +1,9 @@
-"""Measure the attention kernels by tile, warps, stages and registers, and keep the fastest for this kind of GPU.
+"""Find the fastest tiles, warps, stages and registers of the attention kernels on this GPU, and keep them in a file.
 
-    python -m dma_kernels.tune      a few minutes; later processes on such a GPU find the file
+    python -m dma_kernels.tune      takes a few minutes; later processes on such a GPU find the file
 
-16 query and 4 KV heads, N = 32k (8k in float32), w = 1024, random ranks. Kernels are compiled by several processes
-first. See `attention/configs.py` for where the file is kept, and how to pin another.
+The measurement uses 16 query and 4 KV heads, N = 32k (8k in float32), w = 1024 and random ranks. Several processes
+compile all kernels first. `attention/configs.py` says where the file is kept, and how to choose another one.
 """
 
 import argparse
@@ -47,7 +47,7 @@ _CONFIGS: dict[int, list[tuple[int, ...]]] = {  # by bytes of an element
     ],
     4: [(64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 4, 1), (16, 16, 4, 1)],
 }
-_SHARE = 0.78  # of a thread's registers, for the accumulators
+_SHARE = 0.78  # the largest share of a thread's registers that accumulators may take
 
 
 class Case(NamedTuple):
@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
 
 class Inputs(TypedDict):
-    """What every kernel takes: queries, keys in segment order, and where these live."""
+    """Arguments of every kernel: queries, keys in segment order, and the keys' lifetimes."""
 
     q: Tensor
     k: Tensor
@@ -71,7 +71,7 @@ class Inputs(TypedDict):
 
 
 def cases() -> list[Case]:
-    """All that are measured: those whose sums fit into registers."""
+    """All cases that are measured: those whose sums fit into registers."""
     every = (
         Case(kernel, size, head_dim, KernelConfig(*config))
         for size, configs in _CONFIGS.items()
@@ -83,13 +83,13 @@ def cases() -> list[Case]:
 
 
 def _accumulators(case: Case) -> float:
-    """Registers of a thread that hold sums over all columns."""
+    """How many registers of a thread hold sums over all columns."""
     sums = 2 if case.kernel == "key gradients" else 1
     return sums * case.config.rows * case.head_dim / (32 * case.config.warps)
 
 
 def make_arguments(element_bytes: int, head_dim: int) -> Inputs:
-    """Random inputs of that size, on the GPU."""
+    """Random inputs with this element size and head dim, on the GPU."""
     torch.manual_seed(0)
     dtype, length = (torch.bfloat16, 32768) if element_bytes == 2 else (torch.float32, 8192)
     q, k, v = (
@@ -104,7 +104,7 @@ def make_arguments(element_bytes: int, head_dim: int) -> Inputs:
 
 
 def launcher(case: Case, arguments: Inputs) -> Callable[[], object]:
-    """The launch of a case; its time does not depend on the numbers."""
+    """The launch of a case; its time does not depend on the values of its inputs."""
     rest: dict[str, Any] = {"scale": case.head_dim**-0.5, "segment_length": _WINDOW, "config": case.config}
     grad, lse = torch.randn_like(arguments["q"]), torch.full(arguments["q"].shape[:3], 12.0, device="cuda")
     if case.kernel == "forward":
@@ -115,7 +115,7 @@ def launcher(case: Case, arguments: Inputs) -> Callable[[], object]:
 
 
 def compile_case(case: Case) -> str | None:
-    """Fill Triton's cache on disk; what went wrong, if a configuration does not fit the GPU."""
+    """Compile into Triton's cache on disk; returns the error if a configuration does not fit the GPU."""
     try:
         launcher(case, make_arguments(case.element_bytes, case.head_dim))()
     except (OutOfResources, torch.OutOfMemoryError) as error:
@@ -124,7 +124,7 @@ def compile_case(case: Case) -> str | None:
 
 
 def measure(case: Case, error: str | None) -> dict[str, Any]:
-    """Median of a case in milliseconds, or why there is none."""
+    """A row with the median time of a case in milliseconds, or with its error."""
     row: dict[str, Any] = case._asdict()
     if error:
         return row | {"error": error}
@@ -145,10 +145,10 @@ def mark_fastest(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Compile, measure, print, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="another file, to be named by DMA_KERNEL_CONFIGS")
+    parser.add_argument("--out", type=Path, help="write to this file instead; name it in DMA_KERNEL_CONFIGS")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("expected a GPU to measure on, found none")
+        raise SystemExit("expected a CUDA GPU to measure on, got none; run this on a machine that has one")
     todo = cases()
     workers = min(8, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -1,8 +1,8 @@
-"""Biases in float64, of which attention in float32 adds what a query sees to its logits.
+"""Biases in float64, for attention that computes in float32.
 
-A drift adds up along a text, and float32 has steps of 0.06 near 1,000,000: neighboring keys would get biases that
-differ by far more, or less, than they should. But softmax does not see what all keys of a query have in common. So a
-query bias, which for a drift is minus that of the query, is added first, in float64, and the small sum is rounded.
+A drift adds up along a text. Near 1,000,000, float32 has steps of 0.06, so the biases of neighboring keys would differ
+by far more, or less, than they should. But softmax ignores what all keys of a query have in common. So a query bias is
+added first, in float64, and the small sum is rounded. For a drift, the query bias is minus the drift of the query.
 
 B batch, G KV heads, N length.
 """
@@ -14,7 +14,7 @@ from dma_kernels.ranks import saturated
 
 
 def shift_of(query_bias: Tensor) -> Tensor:
-    """What to add to key biases before they are rounded: a query bias in float64, 0 where it is not finite.
+    """The number to add to key biases before they are rounded: a query bias in float64, 0 where it is not finite.
 
     A constant: the output does not depend on it.
     """
@@ -23,7 +23,7 @@ def shift_of(query_bias: Tensor) -> Tensor:
 
 
 def in_float32(bias: Tensor) -> Tensor:
-    """Float64 biases in float32, `saturated`: large ones get the largest bias, and only infinities are infinite."""
+    """Float64 biases in float32, `saturated`: large ones become the largest bias, and only infinities stay infinite."""
     largest = torch.finfo(torch.float32).max
     return saturated(bias.where(bias.isinf(), bias.clamp(-largest, largest)).float())
 

@@ -327,7 +327,7 @@ def test_bad_inputs(device: str) -> None:
     with pytest.raises(ValueError, match=r"key_bias: expected torch\.float32"):
         flex_segment_attention(q, k, v, scores.bfloat16(), mask)
     plan = FlexPlan.of(mask, 2, HEADS, KV_HEADS)
-    with pytest.raises(ValueError, match="expected segment_length or plan, got both"):
+    with pytest.raises(ValueError, match="expected either segment_length or plan, got both"):
         flex_segment_attention(q, k, v, scores, mask, segment_length=128, plan=plan)
     with pytest.raises(ValueError, match="num_heads a multiple of num_kv_heads, got 2, 3 and 2"):
         FlexPlan.of(mask, 2, 3, KV_HEADS)
@@ -372,7 +372,7 @@ def test_the_recompile_limit_is_an_error(device: str, monkeypatch: pytest.Monkey
     try:
         with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
             attend(16)
-            message = r"recompile_limit = 1 allows, and q \[1, 1, 128, 32\] .* is another"
+            message = r"recompile_limit = 1 allows, and q \[1, 1, 128, 32\] .* needs one more"
             with pytest.raises(RuntimeError, match=message):
                 attend(32)
     finally:

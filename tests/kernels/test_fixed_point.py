@@ -147,7 +147,7 @@ def test_a_drift_compiles_to_one_graph() -> None:
         ({"drift": torch.zeros(2, 3, 8, dtype=torch.long)}, "drift: expected floating .* a step in nats for each key"),
         ({"drift": torch.zeros(2, 3, 8, device="meta")}, "drift: expected floating .* on cpu"),
         ({"drift": torch.full((2, 3, 8), -0.5)}, r"drift: expected steps of at least 0 nats, got -0\.5; clamp them"),
-        ({"ranks": torch.zeros(2, 3, 8, dtype=torch.long)}, "ranks: expected floating, in nats, with a drift"),
+        ({"ranks": torch.zeros(2, 3, 8, dtype=torch.long)}, "ranks: expected a floating dtype, in nats, when"),
     ],
 )
 def test_bad_drift(arguments: dict[str, object], message: str) -> None:

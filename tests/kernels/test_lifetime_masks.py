@@ -188,7 +188,7 @@ def test_documents_and_padding_of_the_constructors() -> None:
 
 def test_masks_by_hand_are_checked_before_they_are_cut() -> None:
     causal = Lifetimes.causal(8)
-    with pytest.raises(ValueError, match="capacity: expected at least the 8 keys that are alive at once, got 3"):
+    with pytest.raises(ValueError, match="capacity: expected at least 8, the number of keys alive at once, got 3"):
         SegmentSlots.plain(Lifetimes(causal.birth, causal.death, 3), 1, 1)
     with pytest.raises(ValueError, match="born at its own position"):
         SegmentSlots.plain(Lifetimes(causal.birth + 1, causal.death, 8), 1, 1)

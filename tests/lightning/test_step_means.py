@@ -93,7 +93,7 @@ def test_a_step_without_labels_is_a_step_with_zero_gradients(accumulate: int) ->
 
 
 def test_unequal_batches_are_no_jump_of_the_loss() -> None:
-    """With a step of 2 labelled sequences of 8, weighing batches equally would make the others four times as large."""
+    """With a step of 2 labeled sequences of 8, weighing batches equally would make the others four times as large."""
     guard = GradientGuard(spike="stop", window=1, spike_factor=1.5)
     labels = [32, 0, 0, 0, 0, 0, 0, 32] + [32] * 8
     found = steps(labels, 2, 4, guard)

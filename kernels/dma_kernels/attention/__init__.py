@@ -1,7 +1,7 @@
 """Attention over segments.
 
 - `torch_backend`: in plain PyTorch, on any device
-- `ops`: by Triton kernels, as operations with gradients; `kernels`: the kernels, one pass a file
-- `key_gradients`: what FlexAttention's backward leaves out, as an operation
+- `ops`: attention by Triton kernels, as operations with gradients; `kernels`: the kernels, one file for each pass
+- `key_gradients`: the gradients that FlexAttention's backward is not used for, as an operation
 - `configs`: tiles of the kernels by GPU, head dim and dtype
 """

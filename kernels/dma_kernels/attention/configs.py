@@ -1,10 +1,10 @@
 """Tiles, warps, pipeline stages and registers of the attention kernels.
 
-Which configuration is fastest depends on the GPU, the size of an element and the head dim, hardly on anything else.
-None is measured while training: that would delay the first step, fail inside a CUDA graph, and give other bits in the
-next run. A table of one GPU is here; `python -m dma_kernels.tune` measures that of another and keeps it in a file that
-every later process on such a GPU finds. The environment variable `DMA_KERNEL_CONFIGS` names a file to use instead, or
-is `builtin` for the table here.
+Which configuration is fastest depends on the GPU, the size of an element and the head dim, and hardly on anything else.
+Nothing is measured during training: that would delay the first step, fail inside a CUDA graph, and could change the
+bits of the next run. This file has the table of one GPU. `python -m dma_kernels.tune` measures another GPU, and writes
+a file that every later process on such a GPU finds. The environment variable `DMA_KERNEL_CONFIGS` names a file to use
+instead, or is `builtin` for the table here.
 """
 
 import functools
@@ -20,14 +20,14 @@ Kernel = Literal["forward", "query gradients", "key gradients"]
 
 
 class KernelConfig(NamedTuple):
-    """How a kernel is cut.
+    """Sizes of a kernel's tiles, and how its programs run.
 
     Attributes:
         rows: of a tile that stays in registers: queries, or keys for the key gradients; a power of two from 16.
         columns: of a tile that passes by: slots, or queries for the key gradients; a power of two from 16.
         warps: of a program, a power of two.
         stages: of the pipeline that loads tiles.
-        registers: of a thread at most, so that several programs fit on a core; None leaves it to the compiler.
+        registers: limit per thread, so that several programs fit on a multiprocessor; None leaves it to the compiler.
     """
 
     rows: int
@@ -69,7 +69,7 @@ def kernel_config(kernel: Kernel, x: torch.Tensor, block_d: int) -> KernelConfig
 
 @functools.cache
 def _table(device: torch.device) -> Table:
-    """The table of a device, with what its file leaves out taken from the built-in one."""
+    """The table of a device; entries that its file leaves out come from the built-in table."""
     pinned = os.environ.get("DMA_KERNEL_CONFIGS")
     if pinned == "builtin" or device.type != "cuda":
         return BUILTIN
@@ -89,14 +89,14 @@ def read_table(path: Path) -> Table:
     """The fastest configurations of a file that `dma_kernels.tune` wrote.
 
     Raises:
-        ValueError: if the file is missing or says something else.
+        ValueError: if the file is missing or has other contents.
     """
     try:
         return _table_of(_read_json(path))
     except (OSError, RecursionError, ValueError) as error:
         raise ValueError(
             f"{path}: expected a table of kernel configurations: {error}; "
-            f"write one by `python -m dma_kernels.tune --out {path}`, or set DMA_KERNEL_CONFIGS=builtin"
+            f"write one with `python -m dma_kernels.tune --out {path}`, or set DMA_KERNEL_CONFIGS=builtin"
         ) from error
 
 
@@ -113,12 +113,12 @@ def _table_of(content: Any) -> Table:
         raise ValueError("rows: expected a list of objects")
     fastest = {f"rows[{i}]": row for i, row in enumerate(rows) if row.get("fastest")}
     if not fastest:
-        raise ValueError("rows: expected one that is marked as the fastest, got none")
+        raise ValueError("rows: expected at least one that is marked as the fastest, got none")
     return {_place(at, row): _config(at, row) for at, row in fastest.items()}
 
 
 def _place(at: str, row: dict[str, Any]) -> tuple[Kernel, int, int]:
-    """Which entry of the table a row is."""
+    """The entry of the table that a row describes."""
     allowed = {"kernel": get_args(Kernel), "element_bytes": (2, 4), "head_dim": (64, 128, 256)}
     for name, values in allowed.items():
         _check_one_of(f"{at}.{name}", row.get(name), values)
@@ -126,7 +126,7 @@ def _place(at: str, row: dict[str, Any]) -> tuple[Kernel, int, int]:
 
 
 def _config(at: str, row: dict[str, Any]) -> KernelConfig:
-    """What a row says; its registers may be left out."""
+    """The configuration in a row; its registers may be left out."""
     config = row.get("config")
     if not isinstance(config, list) or len(config) not in (4, 5):
         raise ValueError(f"{at}.config: expected a list of {KernelConfig._fields}, got {str(config)[:99]}")
@@ -138,6 +138,6 @@ def _config(at: str, row: dict[str, Any]) -> KernelConfig:
 
 
 def _check_one_of(what: str, value: Any, values: tuple[Any, ...]) -> None:
-    """Raise `ValueError` unless a value and its type are one of several: 1.0 and True are not 1."""
+    """Raise `ValueError` unless a value is one of several and of the same type: 1.0 and True are not 1."""
     if not any(type(value) is type(x) and value == x for x in values):
         raise ValueError(f"{what}: expected one of {list(values)}, got {str(value)[:99]!r}")

@@ -1,8 +1,8 @@
 """Gradients of keys, values and key biases of an attention over intervals, in one key-major pass.
 
-An attention kernel whose backward takes keys, values and bias as constants gives dq. This gives the rest, from what
-its forward leaves behind. With P = exp(logits - lse), dS = P (dO v - D), D = rowsum(dO O), over the queries t that
-see key j, in all heads of its group:
+If the backward of an attention kernel takes keys, values and bias as constants, it gives only dq. This operation gives
+the other gradients, from the results of the forward. With P = exp(logits - lse), dS = P (dO v - D), D = rowsum(dO O),
+summed over the queries t that see key j, in all heads of its group:
 
     dk_j = scale · sum_t dS_tj q_t        dv_j = sum_t P_tj dO_t        dbias_j = sum_t dS_tj
 
@@ -39,8 +39,8 @@ def key_gradients(
         v: `[Z, G, K, D]`.
         bias: `[Z, G, K]`.
         birth: first query that sees a key, int32 `[Z, G or 1, K]`.
-        death: first later query that no longer does, same shape.
-        lse: log-sum-exp of the logits, natural, `[Z, H, S]`; -inf for a query without keys.
+        death: first later query that no longer sees it, same shape.
+        lse: log-sum-exp of the logits, in base e, `[Z, H, S]`; -inf for a query without keys.
         delta: rowsum(dO · O), `[Z, H, S]`.
         grad_out: gradient of the attention's output, `[Z, H, S, D]`.
         scale: factor of q·k.
@@ -85,14 +85,14 @@ def key_gradients_reference(
     grad_out: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`key_gradients` with all of P and dS at once, in at least float32."""
+    """`key_gradients` in plain PyTorch: it makes all of P and dS at once, in at least float32."""
     dtype, kv_heads = torch.promote_types(q.dtype, torch.float32), k.shape[1]
     q, grad_out, lse, delta = (x.to(dtype).unflatten(1, (kv_heads, -1)) for x in (q, grad_out, lse, delta))
     k_wide, v_wide, bias = (x.to(dtype)[:, :, None] for x in (k, v, bias))  # a group of 1
     query = torch.arange(q.shape[-2], device=q.device)[:, None]
     visible = (birth[:, :, None, None] <= query) & (query < death[:, :, None, None])  # [Z, G or 1, 1, S, K]
 
-    lse = lse.masked_fill(lse == -torch.inf, 0)  # nobody to look at, or all at -inf: P is 0, not NaN
+    lse = lse.masked_fill(lse == -torch.inf, 0)  # a query without keys, or with all logits at -inf: P is 0, not NaN
     logits = q @ k_wide.mT * scale + bias[..., None, :]  # [Z, G, R, S, K]
     p = torch.where(visible, (logits - lse[..., None]).exp(), 0)
     ds = torch.where(visible, p * (grad_out @ v_wide.mT - delta[..., None]), 0)

@@ -40,37 +40,40 @@ def fused_attention(
 ) -> Tensor:
     """Softmax attention over the live keys, with a bias for each key, by Triton kernels.
 
-    Differentiable in q, k, v and biases; the same bits in every run. A NaN in v, which also makes the rank of its key
-    NaN, or an infinity shows in all queries of a segment that pass over the key's tile, also in earlier ones.
+    It is differentiable in q, k, v and biases, and gives the same bits in every run. A NaN or infinity in v shows in
+    all queries of a segment that pass over the key's tile, also in earlier ones. (A NaN in v also makes the rank of its
+    key NaN.)
 
     Args:
         q: `[B, H, N, D]`, float32, bfloat16 or float16; products are accumulated in float32.
         k: `[B, G, N, D]`, H a multiple of G.
         v: `[B, G, N, D]`.
-        key_bias: what is added to the logits of each key, float32 or float64 `[B, G, N]`.
+        key_bias: added to the logits of each key, float32 or float64 `[B, G, N]`.
         lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
         scale: factor of q·k, by default `1 / sqrt(D)`.
-        segment_length: S, rounded up to a multiple of 128; by default the mask's capacity is.
-        slots: `SegmentSlots.of` these lifetimes, if they are used more than once; they are taken on trust.
-        query_bias: what is added to all logits of a query, float32 or float64 `[B, G, N]`. Softmax does not see it. Its
-            gradient is the sum of dS over the keys of a query and the heads of the group: 0 but for the rounding that
-            is in the gradients of key_bias, too. Where key_bias is float32, the output has the same bits without it.
-            Float64 key biases are rounded to float32 after that of their segment's first query is added: with minus
-            the drift of the queries, they are as exact far into a text as at its beginning. Without a query bias they
-            are rounded as they are. None costs nothing.
+        segment_length: S, by default the mask's capacity; rounded up to a multiple of 128.
+        slots: `SegmentSlots.of` these lifetimes, to use them more than once. It is not checked that they belong to the
+            lifetimes.
+        query_bias: added to all logits of a query, float32 or float64 `[B, G, N]`. Softmax ignores it. Its gradient is
+            the sum of dS over the keys of a query and the heads of the group: 0 except for rounding, which the
+            gradients of key_bias have too. If key_bias is float32, the output has the same bits without it. If key_bias
+            is float64, the query bias of each segment's first query is added to the key biases before they are rounded
+            to float32. If the query bias is minus the drift of the queries, key biases are then as exact far into a
+            text as at its beginning. Without a query bias, float64 key biases are rounded as they are. None costs
+            nothing.
 
     Returns:
         `[B, H, N, D]` in the dtype of q. A query without any key gives 0.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not belong together, or the kernels cannot do what is asked.
+        ValueError: if shapes, dtypes or devices do not match, or the kernels do not support them.
     """
     check_attention_inputs(q, k, v, key_bias, query_bias)
     check_lifetimes(lifetimes, k)
     check_kernels_can(q.dtype, q.shape[-1])
     check_no_tangents(q, k, v, key_bias, query_bias)
     if slots is not None and segment_length is not None:
-        raise ValueError("expected segment_length or slots, got both; slots have their segment length")
+        raise ValueError("expected either segment_length or slots, got both; slots have their own segment length")
     if not q.numel():
         biases = key_bias if query_bias is None else key_bias + query_bias
         return q * (k.sum() + v.sum() + biases.sum()).to(q.dtype)  # empty, and differentiable in all
@@ -101,7 +104,7 @@ def check_kernels_can(dtype: torch.dtype, head_dim: int) -> None:
 
 
 def check_machine(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise `ValueError` for a machine on which the kernels cannot compute in a dtype, naming what can."""
+    """Raise `ValueError` for a machine on which the kernels cannot compute in a dtype, naming a backend that can."""
     if not has_triton_package():
         raise ValueError("backend 'triton' needs the package triton; install it, or use backend 'flex' or 'torch'")
     if device.type == "cuda":
@@ -115,7 +118,7 @@ def check_machine(device: torch.device, dtype: torch.dtype) -> None:
         raise ValueError(
             f"backend 'triton' runs on CUDA, got tensors on {device}; use backend 'torch', or 'flex' to infer on a CPU"
         )
-    if dtype == torch.bfloat16 and _interpreted():  # whose tl.dot multiplies the bits of bfloat16 as integers
+    if dtype == torch.bfloat16 and _interpreted():  # its tl.dot multiplies the bits of bfloat16 as integers
         raise ValueError(
             f"backend 'triton' under Triton's interpreter computes in float32 or float16, got {dtype}; use one of these"
         )
@@ -146,15 +149,15 @@ def attend_slots(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output and log-sum-exp in base 2, and keys, values and saturated biases in segment order, for the backward.
 
-    Arguments as `fused_attention` and `SegmentSlots`; head dims in steps of 16 bytes. The log-sum-exp is that of logits
-    with the biases that are returned, so relative to the same number of their segment if key_bias is float64. Beside
-    that, query_bias is in no logit: it is an argument for the sake of its gradient.
+    Arguments as in `fused_attention` and `SegmentSlots`; head dims in steps of 16 bytes. The log-sum-exp is that of
+    logits with the returned biases. So if key_bias is float64, it is relative to the number that is added to the biases
+    of its segment. Otherwise query_bias is added to no logit, and is an argument only because it has a gradient.
     """
     check_machine(q.device, q.dtype)  # here, since torch.compile cannot trace it
     from dma_kernels.attention.kernels.forward import launch_forward
     from dma_kernels.segments.gather_kernels import launch_gather_biases, launch_gather_rows
 
-    rows = (first.numel() - 1) // (k.shape[0] * k.shape[1])  # of each head, those behind its end included
+    rows = (first.numel() - 1) // (k.shape[0] * k.shape[1])  # rows of each head, including those after its end
     k_seg, v_seg = (launch_gather_rows(x, row, head_rows=rows) for x in (k, v))
     bias = launch_gather_biases(key_bias, query_bias, row, segment_length=segment_length)
     out, lse = launch_forward(q, k_seg, v_seg, bias, birth, death, scale=scale, segment_length=segment_length)
@@ -181,10 +184,10 @@ def attend_slots_backward(
     query_bias: bool = False,
     wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v `[B, G, N, D]`, key_bias `[B, G, N]` and a query bias; k, v and bias in segment order.
+    """Gradients of q, k, v `[B, G, N, D]`, key_bias `[B, G, N]` and query_bias; k, v and bias come in segment order.
 
-    That of key_bias is float32, or float64 if `wide`. The last is of each head, float32 `[B, H, N]`, and of no elements
-    unless `query_bias` asks for it.
+    The gradient of key_bias is float32, or float64 if `wide`. That of query_bias is given for each head, float32
+    `[B, H, N]`, and is empty unless `query_bias` is True.
     """
     from dma_kernels.attention.kernels.common import aligned
     from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
@@ -233,13 +236,13 @@ def _bias_dtype(wide: bool) -> torch.dtype:
 
 
 def _positions_first(q: Tensor) -> Tensor:
-    """A new `[B, H, N, D]` that lies in memory as `[B, N, H, D]`, as the output projection wants it."""
+    """A new `[B, H, N, D]` whose memory has the order `[B, N, H, D]`, as the output projection needs it."""
     batch, heads, length, head_dim = q.shape
     return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
 def _empty_query_bias_gradient(q: Tensor, asked: bool) -> Tensor:
-    """A new float32 `[B, H, N]`, or no memory at all, since an operation cannot return None."""
+    """A new float32 `[B, H, N]`, or an empty tensor if it is not needed, since an operation cannot return None."""
     return q.new_empty(q.shape[:3] if asked else (0,), dtype=torch.float32)
 
 
@@ -249,7 +252,7 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> N
     ctx.wide = key_bias.dtype == torch.float64
     ctx.query_bias_dtype = None if query_bias is None else query_bias.dtype
     ctx.save_for_backward(q, k, v, bias, out, lse, first, slot, birth, death)
-    ctx.set_materialize_grads(False)  # of all that has no gradient but the output
+    ctx.set_materialize_grads(False)  # only the output has a gradient; make no zeros for the others
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:

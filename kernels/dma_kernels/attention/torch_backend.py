@@ -49,28 +49,28 @@ def segment_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the live keys, with a bias for each key; differentiable in q, k, v and biases.
 
-    A NaN or infinity in k or v shows in all queries of a segment that holds the key, also in earlier ones.
+    A NaN or infinity in k or v shows in all queries of every segment that holds the key, also in earlier queries.
 
     Args:
         q: `[B, H, N, D]`, float64, float32, bfloat16 or float16; computed in at least float32.
         k: `[B, G, N, D]`, H a multiple of G.
         v: `[B, G, N, D]`.
-        key_bias: what is added to the logits of each key, float32 or float64 `[B, G, N]`.
+        key_bias: added to the logits of each key, float32 or float64 `[B, G, N]`.
         lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
         scale: factor of q·k, by default `1 / sqrt(D)`.
         segment_length: S, by default about the mask's capacity.
         return_lse: also return the log-sum-exp of each query's logits.
-        query_bias: what is added to all logits of a query, float32 or float64 `[B, G, N]`. It does not change the
-            output, and the log-sum-exp leaves it out; its gradient is the sum of dS over the keys of a query and the
-            heads of the group, which is 0 but for rounding. If key_bias is float64 and q is not, biases are rounded to
-            float32 after that of their segment's first query is added.
+        query_bias: added to all logits of a query, float32 or float64 `[B, G, N]`. It does not change the output, and
+            the log-sum-exp leaves it out. Its gradient is the sum of dS over the keys of a query and the heads of the
+            group, which is 0 except for rounding. If key_bias is float64 and q is not, the query bias of each segment's
+            first query is added to the key biases before they are rounded to float32.
 
     Returns:
-        Output `[B, H, N, D]` in the dtype of q, and on request the log-sum-exp `[B, H, N]` in float32 (float64 if q or
-        key_bias is). A query without any key gives 0 and -inf.
+        Output `[B, H, N, D]` in the dtype of q, and with `return_lse` the log-sum-exp `[B, H, N]` in float32 (float64
+        if q or key_bias is). A query without any key gives 0 and -inf.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not belong together.
+        ValueError: if shapes, dtypes or devices do not match.
     """
     check_attention_inputs(q, k, v, key_bias, query_bias)
     check_lifetimes(lifetimes, k)
@@ -101,7 +101,7 @@ def segment_attention(
 def _slot_biases(
     slots: SegmentSlots, key_bias: Tensor, query_bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """What is added to logits, `[Z, G, K]`, and how much of it is the segment's, `[Z, G]`, if any can be."""
+    """The sum that is added to logits, `[Z, G, K]`, and each segment's part of it, `[Z, G]`, or None."""
     if not are_wide(key_bias, dtype):
         return slots.gather_plain(saturated(key_bias).to(dtype)[..., None]).squeeze(-1), None
     bias = slots.gather_biases_plain(key_bias, query_bias)

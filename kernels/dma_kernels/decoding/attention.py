@@ -14,7 +14,7 @@ from dma_kernels.precision import without_autocast
 from dma_kernels.reference import masked_average
 from dma_kernels.wide_biases import are_wide, in_float32
 
-Attention = Callable[..., Tensor]  # of q, k, v, key_bias and lifetimes; it takes a query_bias by name
+Attention = Callable[..., Tensor]  # takes q, k, v, key_bias and lifetimes, and query_bias as a keyword
 
 
 def decode_attention(
@@ -28,7 +28,7 @@ def decode_attention(
         v: `[B, G, C, D]`.
         key_bias: `[B, G, C]`.
         visible: bool `[B, G, C]`, or `[B, G, n, C]` if queries differ.
-        query_bias: `[B, G, n]`, added to the biases of keys before these are rounded; by default 0.
+        query_bias: `[B, G, n]`, added to the key biases before these are rounded; by default 0.
 
     Returns:
         `[B, H, n, D]` in the dtype of q; 0 for a query that sees nothing.
@@ -36,7 +36,7 @@ def decode_attention(
     dtype, kv_heads = torch.promote_types(q.dtype, torch.float32), k.shape[1]
     if visible.ndim == 3:
         visible = visible[:, :, None].expand(-1, -1, q.shape[2], -1)
-    v = v.masked_fill(~visible.any(2)[..., None], 0)  # a weight of 0 does not stop a NaN that has died
+    v = v.masked_fill(~visible.any(2)[..., None], 0)  # a dead key may hold a NaN, and 0 times NaN is NaN
     with without_autocast(q.device):
         q_rows = (q.to(dtype) * q.shape[-1] ** -0.5).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, G, R * n, D]
         bias = key_bias[:, :, None] if query_bias is None else key_bias[:, :, None] + query_bias[..., None]
@@ -56,10 +56,10 @@ def attend_from_last(
     lifetimes: Lifetimes,
     query_bias: Tensor | None,
 ) -> Tensor:
-    """Attention of the last n of M positions by a backend.
+    """Attention from the last n of M positions, computed by a backend.
 
     Args:
-        attention: how to attend.
+        attention: the function of a backend.
         q: `[B, H, n, D]`.
         keys: k and v `[B, G, M, D]`, and the biases of the keys `[B, G, M]`.
         lifetimes: of the M keys.
@@ -72,5 +72,5 @@ def attend_from_last(
     past = k.shape[2] - q.shape[2]
     if query_bias is not None:
         query_bias = F.pad(query_bias, (past, 0), mode="replicate")
-    q = F.pad(q, (0, 0, past, 0))  # nobody asks from the past
+    q = F.pad(q, (0, 0, past, 0))  # zeros as queries of the past, whose outputs are dropped
     return attention(q, k, v, key_bias, lifetimes, query_bias=query_bias)[:, :, past:]

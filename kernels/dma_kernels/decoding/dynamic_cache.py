@@ -1,8 +1,9 @@
-"""Keys and values of the past for decoding: all that a query can still see, and nothing else.
+"""A cache for decoding: it holds the past keys and values that a query can still see, and nothing else.
 
-A key that is out of the top-w never returns, so a cache of w + r + s slots is exact: the last r positions, the w
-best-ranked keys before them and the first s keys of the document. Its shape does not depend on how much has been read.
-A sink that is no longer among the best is remembered as unranked, since it has lost its place for good.
+A key that has left the top-w never returns, so a cache of w + r + s slots is exact: it holds the last r positions, the
+w best-ranked keys before them, and the first s keys of the document. Its shape does not depend on the number of
+positions read. A sink that is no longer among the best stays in the cache as unranked, since it cannot become ranked
+again.
 
 B batch, H query heads, G KV heads, n new positions, D head dim, C slots, M = C + n.
 
@@ -29,59 +30,60 @@ from dma_kernels.selection.ops import deaths_by_rank
 
 StepBackend = Literal["torch", "triton"]
 
-FEW = 64  # up to so many positions are cheaper as rows of one dense product
-_WIDEST = {"rank": torch.int64, "key_bias": torch.float64}  # if the keys have a drift
+FEW = 64  # up to this many positions, one dense product is cheaper
+_WIDEST = {"rank": torch.int64, "key_bias": torch.float64}  # dtypes for keys with a drift
 
 
 class KeyCache(Protocol):
-    """What a decoder layer asks of a cache."""
+    """What a decoder layer needs of a cache."""
 
-    if TYPE_CHECKING:  # it may be computed
+    if TYPE_CHECKING:  # a cache may compute it
 
         @property
         def length(self) -> Tensor:
             """Positions read so far, int64 `[B]`."""
 
-    else:  # a property would forbid a cache that inherits from this to set it
+    else:  # with a property here, a subclass could not assign it
         length: Tensor
 
     def attend(self, q: Tensor, new: NewKeys, attention: Attention = segment_attention) -> Tensor:
-        """Attend from new positions to the cache and themselves, and keep their keys. See `DynamicMaskCache`."""
+        """Attend from new positions to the cache and each other, and keep their keys. See `DynamicMaskCache`."""
 
     def select(self, rows: Tensor) -> None:
-        """Keep these sequences, in this order; a row may be named several times."""
+        """Keep these sequences, in this order; a row may occur several times."""
 
 
 @dataclass
 class _Chunk:
-    """New keys behind those of the cache, and until when each lives, counted in slots: new key i is number C + i."""
+    """The keys of the cache, followed by new ones, and their deaths, counted in slots: new key i is number C + i."""
 
     slots: Slots
     ranked_death: Tensor
     death: Tensor
     real: Tensor
     document: Tensor
-    number: Tensor  # of a new key in its document, from 1
+    number: Tensor  # number of a new key in its document, from 1
 
 
 class DynamicMaskCache(HasKeepRule):
-    """The exact cache of one layer: `keep_window_size + keep_last + sinks` slots per KV head, whatever has been read.
+    """The exact cache of one layer: `keep_window_size + keep_last + sinks` slots per KV head, for a text of any length.
 
-    For inference: nothing that it computes has a gradient. All is on the device, in fixed shapes, without waiting for
-    it; a step of one position changes its tensors in place, as CUDA graphs need it. The first keys that it keeps decide
-    whether its ranks are floating or int64, and whether its biases are float64.
+    It is for inference: nothing that it computes has a gradient. It works on the device, in fixed shapes, and never
+    waits for the device. A step of one position changes its tensors in place, as CUDA graphs need. The first keys that
+    it keeps decide whether its ranks are floating or int64, and whether its biases are float64.
 
     Args:
         batch: B.
         num_kv_heads: G.
         head_dim: D.
-        keep: which keys a query keeps, of which w may stand as a number alone; memory for all is taken at once.
-        dtype: of keys and values.
+        keep: which keys a query keeps; a number alone stands for w. Memory for all slots is allocated at once.
+        dtype: dtype of keys and values.
         device: where the cache is.
-        backend: of steps of one position: `triton` is one kernel, for CUDA and what `fused_attention` takes.
+        backend: for steps of one position. `triton` is one kernel; it needs CUDA, and the dtypes and head dims that
+            `fused_attention` takes.
 
     Attributes:
-        keep: that rule.
+        keep: the keep rule.
         state: all tensors.
 
     Raises:
@@ -111,11 +113,11 @@ class DynamicMaskCache(HasKeepRule):
             check_kernels_can(dtype, head_dim)
             check_machine(self.state.key.device, dtype)
         self.backend = backend
-        self._started = False  # whether any slot can hold a key; known without looking at the device
+        self._started = False  # whether any slot can hold a key, known without waiting for the device
         self._pending: _Chunk | None = None
 
     def _change(self, **sizes: int) -> None:
-        raise ValueError(f"expected the sizes that the cache was made with, {self.keep}, got {sizes}; make another one")
+        raise ValueError(f"expected the sizes that the cache was made with, {self.keep}, got {sizes}; make a new cache")
 
     @property
     def capacity(self) -> int:
@@ -129,26 +131,27 @@ class DynamicMaskCache(HasKeepRule):
 
     @property
     def seen(self) -> Tensor:
-        """Real positions of the last document so far, int64 `[B]`."""
+        """Real positions read so far of the last document, int64 `[B]`."""
         return self.state.seen[:, 0]
 
     @torch.no_grad()
     def attend(self, q: Tensor, new: NewKeys, attention: Attention = segment_attention) -> Tensor:
-        """Attend from n new positions to the cache and themselves, and keep what later ones can see.
+        """Attend from n new positions to the cache and each other, and keep what later positions can see.
 
-        One position costs O(C), a few O(n (C + n)), more go through `attention` over C + n keys. The result does not
-        depend on how a sequence is cut into calls, but for which queries show a NaN or infinity of v.
+        One position costs O(C), and a few cost O(n (C + n)). More positions go through `attention`, over C + n keys.
+        The result does not depend on how a sequence is divided into calls. Only which queries show a NaN or infinity of
+        v can differ.
 
         Args:
-            q: `[B, H, n, D]`, rotated by positions from `length` on.
-            new: the n keys, rotated likewise.
-            attention: how to attend from several positions.
+            q: `[B, H, n, D]`, rotated by positions that count from `length`.
+            new: the n keys, rotated in the same way.
+            attention: the function that attends from more than a few positions.
 
         Returns:
             `[B, H, n, D]`.
 
         Raises:
-            ValueError: if shapes, dtypes or devices do not belong together.
+            ValueError: if shapes, dtypes or devices do not match.
         """
         self._check(q, new)
         self._pending = None
@@ -160,9 +163,9 @@ class DynamicMaskCache(HasKeepRule):
 
     @torch.no_grad()
     def verify(self, q: Tensor, new: NewKeys, attention: Attention = segment_attention) -> Tensor:
-        """What `attend` returns, without keeping anything until `commit` says how many positions were right.
+        """Return what `attend` returns, but keep nothing until `commit` says how many positions were right.
 
-        Until then, the tensors of the new keys must stay as they are.
+        Until then, the tensors of the new keys must not change.
         """
         self._check(q, new)
         self._pending = None
@@ -185,16 +188,16 @@ class DynamicMaskCache(HasKeepRule):
 
     @torch.no_grad()
     def commit(self, count: Tensor) -> None:
-        """Keep the first `count` positions, int64 `[B]`, of what `verify` has seen last; of 0 nothing is changed.
+        """Keep the first `count` positions, int64 `[B]`, of the last call of `verify`. A count of 0 changes nothing.
 
-        A number below 0 counts as 0, and one above n as n.
+        A count below 0 becomes 0, and a count above n becomes n.
 
         Raises:
-            ValueError: if `verify` was not called last, or `count` is something else.
+            ValueError: if there is no call of `verify` to commit, or `count` is not such a tensor.
         """
         chunk = self._pending
         if chunk is None:
-            raise ValueError("commit: expected a call of verify before, got none")
+            raise ValueError("commit: expected a call of verify before it, got none")
         if not isinstance(count, Tensor) or count.shape != self.length.shape or count.dtype != torch.int64:
             raise ValueError(f"count: expected an int64 tensor {list(self.length.shape)}, got {count}")
         self._pending = None
@@ -202,7 +205,7 @@ class DynamicMaskCache(HasKeepRule):
         keys = chunk.death.shape[-1]
         past = keys - chunk.real.shape[-1]
         index = torch.arange(keys, device=count.device)
-        last = (past + count - 1)[:, None, None]  # the query after which to keep what it sees
+        last = (past + count - 1)[:, None, None]  # the last query to keep; the cache then holds what it sees
         alive = (index <= last) & (last < chunk.death)
         numbered = F.pad(torch.where(alive, index + 1, 0), (max(0, self.capacity - keys), 0))
         taken = numbered.topk(self.capacity, dim=-1).values.flip(-1)
@@ -215,7 +218,7 @@ class DynamicMaskCache(HasKeepRule):
             old.copy_(torch.where(changed.view(-1, *[1] * (x.ndim - 1)), x, old))
 
         place = torch.arange(1, chunk.real.shape[-1] + 1, device=count.device)
-        latest = torch.where(chunk.real & (place <= count[:, None]), place, 0).amax(-1)  # the last real one, from 1
+        latest = torch.where(chunk.real & (place <= count[:, None]), place, 0).amax(-1)  # last real position, from 1
         at = (latest - 1).clamp(min=0)[:, None]
         document, number = (x.gather(1, at) for x in (chunk.document, chunk.number))
         self.state.document.copy_(torch.where(latest > 0, document.squeeze(1), self.state.document))
@@ -224,31 +227,31 @@ class DynamicMaskCache(HasKeepRule):
         self._started = True
 
     def guessing(self) -> KeyCache:
-        """What to give a layer that reads guessed tokens: its `attend` is `verify` of this cache; `commit` is here."""
+        """A cache for a layer that reads guessed tokens: its `attend` is `verify` of this cache. Call `commit` here."""
         return _Guessing(self)
 
     def select(self, rows: Tensor) -> None:
-        """Keep these sequences, int64 `[B']`, in this order; a row may be named several times, as in beam search.
+        """Keep these sequences, int64 `[B']`, in this order; a row may occur several times, as in beam search.
 
-        The tensors are new ones, which a CUDA graph captured before does not know.
+        This makes new tensors, which a CUDA graph that was captured before does not use.
         """
         self.state = self.state.select(rows)
         self._pending = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All tensors by name, and the sizes w, r and s; no copies: the next step changes them."""
+        """All tensors by name, and the sizes w, r and s. They are not copies: the next step changes them."""
         slots = {name: getattr(self.state, name) for name in Slots.__dataclass_fields__}
         sizes = torch.tensor([self.keep.window, self.keep.last, self.keep.sinks])
         rest = {"document": self.state.document, "length": self.length, "seen": self.seen, "sizes": sizes}
         return slots | rest
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy the tensors of another cache of the same shape; ranks and biases have the dtypes of that one then.
+        """Copy the tensors of another cache of the same shape; ranks and biases take over its dtypes.
 
         Raises:
-            ValueError: if names, shapes, dtypes or sizes differ; nothing is copied then.
+            ValueError: if names, shapes, dtypes or sizes differ; then nothing is copied.
         """
-        state = {"key_bias" if name == "score" else name: x for name, x in state.items()}  # as it was called before
+        state = {"key_bias" if name == "score" else name: x for name, x in state.items()}  # "score" is the old name
         own = self.state_dict()
         expected, found = (
             {name: x.tolist() if name == "sizes" else (list(x.shape), x.dtype) for name, x in y.items()}
@@ -290,24 +293,24 @@ class DynamicMaskCache(HasKeepRule):
         if self._started and (rank != held[0] or bias.itemsize > held[1].itemsize):
             raise ValueError(
                 f"ranks and key_bias: expected {held[0]} and {held[1]} as those of the keys in the cache, got "
-                f"{new.rank.dtype} and {new.key_bias.dtype}; read the text anew with an empty cache, also if this one "
-                "was saved when ranks with a drift were floating numbers"
+                f"{new.rank.dtype} and {new.key_bias.dtype}; read the text again with an empty cache; do that also if "
+                "this cache was saved when ranks with a drift were floating numbers"
             )
 
     def _dtypes(self, new: NewKeys) -> tuple[torch.dtype, torch.dtype]:
-        """Those in which ranks and biases of new keys are kept."""
+        """The dtypes in which the ranks and biases of new keys are kept."""
         rank = torch.int64 if new.rank.dtype == torch.int64 else self._wide
         return rank, torch.promote_types(new.key_bias.dtype, self._wide)
 
     @property
     def _wide(self) -> torch.dtype:
-        """That of floating ranks, and of biases that are not wider."""
+        """The dtype of floating ranks, and of biases that are not wider."""
         return torch.promote_types(self.state.key.dtype, torch.float32)
 
     def _extended(self, new: NewKeys) -> _Chunk:
-        """The keys of the cache and new ones behind them, in an order in which a selection can go on."""
+        """The keys of the cache followed by the new keys, in an order from which the selection can continue."""
         state, real, (batch, _, count, _) = self.state, new.real, new.key.shape
-        runs = None if new.documents is None else self._runs(new.documents, real)  # [B, n], 0 that of the cache
+        runs = None if new.documents is None else self._runs(new.documents, real)  # [B, n], 0 for that of the cache
         number = _number_in_document(real, runs, self.seen)
         slots = self._arrived(new, real, number)
         if self._started:
@@ -319,10 +322,10 @@ class DynamicMaskCache(HasKeepRule):
 
         birth = torch.arange(keys, device=real.device)
         end: int | Tensor = keys if runs is None else document_ends(runs)
-        # Unranked keys stand in front with the lowest rank, and so count for nothing.
+        # Unranked keys are in front and have the lowest rank, so the selection ignores them.
         lowest = -torch.inf if slots.rank.is_floating_point() else torch.iinfo(torch.int64).min
         top = deaths_by_rank(slots.rank.masked_fill(~slots.ranked, lowest), runs, padding, self.keep.window)
-        if self.keep.last:  # a key dies so many positions after the one that beats it has arrived
+        if self.keep.last:  # a key dies this many positions after the arrival of the key that pushes it out
             late = slots.position.gather(2, top.clamp(max=keys - 1).long()) + self.keep.last
             top = torch.where(top < keys, late + (past - self.length)[:, None, None], keys)
         ranked_death = torch.where(slots.ranked & filled, top.clamp(max=end), birth)
@@ -332,16 +335,16 @@ class DynamicMaskCache(HasKeepRule):
         return _Chunk(slots, ranked_death, death, real, document, number)
 
     def _arrived(self, new: NewKeys, real: Tensor, number: Tensor) -> Slots:
-        """New keys as slots; `number` in its document, from 1."""
+        """New keys as slots; `number` is their number in their document, from 1."""
         position = self.length[:, None] + torch.arange(real.shape[-1], device=real.device)
         flags = (x[:, None].expand_as(new.rank) for x in (position, real, real & (number <= self.keep.sinks)))
         rank, bias = self._dtypes(new)
-        if self._started:  # which may keep wider biases
+        if self._started:  # the cache may hold wider biases
             bias = self.state.key_bias.dtype
         return Slots(new.key, new.value, saturated(new.key_bias).to(bias), new.rank.to(rank), *flags)
 
     def _runs(self, documents: Tensor, real: Tensor) -> Tensor:
-        """Number of the document of each new position, `[B, n]`; 0 goes on with that of the cache."""
+        """Number of the document of each new position, `[B, n]`; 0 is the document that the cache is in."""
         documents = torch.cat([self.state.document[:, None], documents.long()], dim=1)
         padding = torch.cat([(self.seen == 0)[:, None], ~real], dim=1)
         return document_runs(documents, padding)[:, 1:].contiguous()
@@ -359,19 +362,19 @@ class DynamicMaskCache(HasKeepRule):
         return step(q, new, self.state, self.keep)
 
     def _start_documents(self, documents: Tensor, real: Tensor) -> None:
-        """Forget the keys of sequences in which a document starts; ids `[B]` of one position."""
+        """Drop the keys of sequences in which a new document starts; `documents` has the ids `[B]` of one position."""
         state = self.state
         start = (documents != state.document) & real
         state.position.masked_fill_(start[:, None, None], EMPTY)
         state.ranked.masked_fill_(start[:, None, None], False)
         state.sink.masked_fill_(start[:, None, None], False)
-        state.value.masked_fill_(start[:, None, None, None], 0)  # a weight of 0 would not stop a NaN
+        state.value.masked_fill_(start[:, None, None, None], 0)  # a NaN would pass through a weight of 0
         state.seen.masked_fill_(start[:, None], 0)
         state.document.copy_(torch.where(start, documents, state.document))
 
 
 class _Guessing:
-    """A cache that keeps nothing of what it attends from."""
+    """A view of a cache that attends but keeps nothing."""
 
     def __init__(self, cache: DynamicMaskCache) -> None:
         self.attend, self.select, self._cache = cache.verify, cache.select, cache
@@ -382,7 +385,7 @@ class _Guessing:
 
 
 def _number_in_document(real: Tensor, runs: Tensor | None, seen: Tensor) -> Tensor:
-    """How many real positions of its document there are up to each new one, `[B, n]`; `seen` of run 0 came before."""
+    """Number of each new position among the real ones of its document, `[B, n]`; run 0 has `seen` earlier ones."""
     count = real.long().cumsum(-1)
     if runs is None:
         return count + seen[:, None]

@@ -1,8 +1,9 @@
-"""The Triton kernel of decoding: a new key enters the cache, and its query attends, in one launch.
+"""The Triton kernel of decoding: in one launch, a new key enters the cache and its query attends.
 
-The slots of a KV head are split among programs, since a few heads alone would leave most of a GPU idle. Each looks at
-the ranks of all slots, so all know which key the new one pushes out, and attends to slots of its own; the one that
-arrives last adds up the parts and writes the new key, since by then nobody reads the old state any more.
+The slots of a KV head are split among several programs, since one program per head would leave most of a GPU idle. Each
+program reads the ranks of all slots, so all of them know which key the new one pushes out. Each attends to its own
+slots. The program that finishes last adds up the parts and writes the new key, since then no program still reads the
+old state.
 
 B batch, G KV heads, R query heads of a KV head, D head dim, C slots, P programs of a KV head.
 """
@@ -45,31 +46,31 @@ class DecodeConfig(NamedTuple):
     stages: int
 
 
-# Arguments of which no value compiles the kernel anew.
+# Arguments whose values never make Triton compile the kernel again.
 _SIZES = ("kv_heads", "group", "share", "parts", "window", "keep_last", "sinks")
-_RANKS = 1024  # slots whose ranks are looked at at once
-_PARTS = 8  # parts that are added up at once, at most
-_ADDED = 2**15  # numbers that are
-_NOBODY = tl.constexpr(-2)  # position of a key that is in no slot
-_FIRST, _LAST = tl.constexpr(-9223372036854775808), tl.constexpr(9223372036854775807)  # before and behind all orders
+_RANKS = 1024  # slots whose ranks are read at once
+_PARTS = 8  # the most parts that are added up at once
+_ADDED = 2**15  # the most numbers that are added up at once
+_NOBODY = tl.constexpr(-2)  # the position of no key
+_FIRST, _LAST = tl.constexpr(-9223372036854775808), tl.constexpr(9223372036854775807)  # before and after all orders
 
 
 @triton.jit
 def _as_integer(rank):
-    """`ranks.as_integers` of int64 or float32."""
+    """`ranks.as_integers`, for int64 or float32."""
     return rank if rank.dtype == tl.int64 else ordered_bits(rank).to(tl.int64)
 
 
 @triton.jit
 def _load_bias(p_bias, o_c, m_c, query_bias, WIDE: tl.constexpr):
-    """Biases of slots in float32; of float64 ones (`WIDE`) what is left after the query's."""
+    """Biases of slots in float32; to float64 ones (`WIDE`), the query's bias is added before they are rounded."""
     b_bias = tl.load(p_bias + o_c, mask=m_c, other=0.0)
     return saturated(b_bias + query_bias).to(tl.float32) if WIDE else b_bias
 
 
 @triton.jit
 def _load_ranks(p_rank, p_position, p_ranked, o_c, slots, settled):
-    """Ranks and positions in slots, and whether they compete: those that are ranked, up to the position `settled`."""
+    """Ranks and positions in slots, and whether they compete: they do if they are ranked and not after `settled`."""
     m_c = o_c < slots
     b_rank, b_position = tl.load(p_rank + o_c, mask=m_c, other=0), tl.load(p_position + o_c, mask=m_c, other=0)
     return b_rank, b_position, (tl.load(p_ranked + o_c, mask=m_c, other=0) != 0) & (b_position <= settled)
@@ -77,9 +78,9 @@ def _load_ranks(p_rank, p_position, p_ranked, o_c, slots, settled):
 
 @triton.jit
 def _lowest(b_rank, b_position, m_competes, o_c, slots, EMPTY_FIRST: tl.constexpr):
-    """Rank and position of the lowest key that competes, by which it is ordered, and its place in the tile.
+    """Rank and position of the lowest key that competes, and its place in the tile.
 
-    `EMPTY_FIRST`: a slot whose key does not compete comes before all others.
+    With `EMPTY_FIRST`, a slot whose key does not compete comes before all others.
     """
     b_other = tl.full(b_position.shape, _FIRST if EMPTY_FIRST else _LAST, tl.int64)
     if b_rank.dtype == tl.int64:
@@ -107,7 +108,7 @@ def _load_flags(p_position, p_ranked, p_sink, o_c, m_c, SINKS: tl.constexpr):
 
 @triton.jit
 def _seen(b_position, m_ranked, m_sink, evicted):
-    """Which slots the new query sees, of flags."""
+    """Which slots the new query sees, from their flags."""
     return (m_ranked & (b_position != evicted)) | m_sink
 
 
@@ -129,7 +130,7 @@ def _first_unseen(
 
 @triton.jit
 def _unrank(p_position, p_ranked, slots, evicted, RANKS: tl.constexpr):
-    """Let the key of a position lose its rank."""
+    """Mark the key of the position `evicted` as unranked."""
     for i in range(0, slots, RANKS):
         o_c = i + tl.arange(0, RANKS)
         m_c = o_c < slots
@@ -149,11 +150,11 @@ def _load_rows(p_x, o_c, m_c, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.
 def _attend_tile(
     b_out, b_max, b_sum, b_q, b_key, b_value, b_bias, scale, BESIDES: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Add a tile of slots to the running softmax; biases in base 2, -inf where a slot is not seen."""
+    """Add a tile of slots to the running softmax; biases are in base 2, and -inf where a slot is not seen."""
     b_logits = scaled_products(b_q, b_key, scale, PRECISION) + b_bias[None, :]
-    b_logits = tl.where(b_bias[None, :] == -float("inf"), -float("inf"), b_logits)  # whatever the key is
+    b_logits = tl.where(b_bias[None, :] == -float("inf"), -float("inf"), b_logits)  # even if the key is NaN
     b_p, b_decay, b_max, b_sum = online_softmax_step(b_max, b_sum, b_logits)
-    if BESIDES:  # what is no longer seen may stay in its slot for long, and a weight of 0 does not stop a NaN
+    if BESIDES:  # a dead key may stay in its slot for long, and its NaN would pass through a weight of 0
         b_value = tl.where((b_bias != -float("inf"))[:, None], b_value, 0.0)
     return add_values(b_out, b_p, b_decay, b_value, PRECISION), b_max, b_sum
 
@@ -163,7 +164,7 @@ def _add_parts(
     p_part, p_part_max, p_part_sum, parts, group, o_r,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax of all parts together; `.cg` does not load what this multiprocessor has kept."""
+    """The running softmax of all parts together; `.cg` loads from L2, past this multiprocessor's own cache."""
     o_d, m_r = tl.arange(0, BLOCK_D), o_r < group
     b_max, b_sum = tl.full([BLOCK_R], -float("inf"), tl.float32), tl.zeros([BLOCK_R], tl.float32)
     b_out = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
@@ -202,7 +203,7 @@ def _decode_step_kernel(
     BESIDES: tl.constexpr, SINKS: tl.constexpr, WHOLE: tl.constexpr, ONE_TILE: tl.constexpr, ALONE: tl.constexpr,
     RANKS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One part of the attention of one KV head; by the last to arrive, the output and the new state."""
+    """One part of the attention of one KV head; the last program to arrive also writes the output and the new state."""
     i_part, i_g, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_row = i_b * kv_heads + i_g
     o_r, o_f, o_d, i_line = tl.arange(0, BLOCK_R), tl.arange(0, FEW_R), tl.arange(0, BLOCK_D), i_row * slots
@@ -211,9 +212,9 @@ def _decode_step_kernel(
     p_key, p_value, p_bias = p_key + i_line * D, p_value + i_line * D, p_bias + i_line
     first, end = i_part * share, tl.minimum(i_part * share + share, slots)
 
-    # All that decides about the new key is loaded first; the first tile is on its way while ranks are compared.
+    # Everything that decides about the new key is loaded first; the first tile loads while ranks are compared.
     now, seen = tl.load(p_length + i_row), tl.load(p_seen + i_row)
-    settled = now - keep_last  # up to here keys compete
+    settled = now - keep_last  # keys up to this position compete
     o_c, o_s = first + tl.arange(0, BLOCK_C), tl.arange(0, RANKS)
     b_rank, b_at, m_competes = _load_ranks(p_rank, p_position, p_ranked, o_s, slots, settled)
     b_position, m_tile_ranked, m_sink = _load_flags(p_position, p_ranked, p_sink, o_c, o_c < end, SINKS)
@@ -242,19 +243,19 @@ def _decode_step_kernel(
         place = tl.where(is_lower, i + other_place, place)
         lowest, lowest_at = tl.where(is_lower, other, lowest), tl.where(is_lower, other_at, lowest_at)
         count += tl.sum(m_competes.to(tl.int32)) if BESIDES else 0
-    # Without last positions, the new key competes at once. At most one key has to go.
+    # If keep_last is 0, the new key competes at once. At most one key has to leave.
     new_competes = real & (keep_last == 0)
-    # If nothing else is kept, all real keys of the document compete until there are w, and need not be counted.
+    # Without last positions and sinks, all real keys of the document compete until there are w: no need to count them.
     over = count + new_competes.to(tl.int32) > window if BESIDES else real & (seen >= window)
-    new_is_lowest = new_competes & (_as_integer(new_rank) < lowest)  # of two equal ones the later wins
+    new_is_lowest = new_competes & (_as_integer(new_rank) < lowest)  # of two equal ranks the later wins
     wins = real & ~(over & new_is_lowest)
     is_sink = real & (seen < sinks)
     kept = wins | is_sink
     evicted = tl.where(over & ~new_is_lowest, lowest_at, _NOBODY)
-    free = place  # if all keys compete, an empty slot or that of the lowest
+    free = place  # if all keys compete, this is an empty slot or the slot of the lowest key
     if BESIDES:
         free = _first_unseen(p_position, p_ranked, p_sink, slots, evicted, SINKS, RANKS)
-    if not ONE_TILE:  # what the tiles behind the first need of their flags
+    if not ONE_TILE:  # prepare the biases of later tiles, with -inf where a slot is not seen
         p_seen_bias += i_line
         for i in range(first + BLOCK_C, end, RANKS):
             o_s = i + tl.arange(0, RANKS)
@@ -286,7 +287,7 @@ def _decode_step_kernel(
         tl.store(p_part + o_pr[:, None] * D + o_d[None, :], b_out, mask=m_r[:, None] & m_d[None, :])
         tl.store(p_part_max + o_pr, b_max, mask=m_r)
         tl.store(p_part_sum + o_pr, b_sum, mask=m_r)
-        tl.debug_barrier()  # all threads have stored, and read the old state
+        tl.debug_barrier()  # after this, all threads have stored their part and read the old state
         arrived = tl.atomic_add(p_arrivals + i_row, 1, sem="acq_rel")
     if arrived == parts - 1:
         p_out += i_row * group * D
@@ -296,7 +297,7 @@ def _decode_step_kernel(
                 b_out, b_max, b_sum, b_q.to(tl.float32), b_k.to(tl.float32), b_v.to(tl.float32), new_bias, kept, scale
             )  # fmt: skip
             tl.store(p_out + o_r[:, None] * D + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_r)
-            tl.debug_barrier()  # all threads have read the old state
+            tl.debug_barrier()  # after this, all threads have read the old state
         else:
             b_few, b_few_max, b_few_sum = _add_parts(
                 p_part, p_part_max, p_part_sum, parts, group, o_f, D, BLOCK_D, FEW_R, PARTS
@@ -306,9 +307,9 @@ def _decode_step_kernel(
             )  # fmt: skip
             tl.store(p_out + o_f[:, None] * D + o_d[None, :], b_few.to(p_out.dtype.element_ty), mask=m_f)
             tl.store(p_arrivals + i_row, 0)
-        if BESIDES:  # else its slot is the one that the new key takes
+        if BESIDES:  # otherwise the new key takes the slot of the evicted one
             _unrank(p_position, p_ranked, slots, evicted, RANKS)
-            tl.debug_barrier()  # it may be so here too
+            tl.debug_barrier()  # the new key may take that slot here too
         tl.store(p_key + free * D + o_d, b_k, mask=m_d & kept)
         tl.store(p_value + free * D + o_d, b_v, mask=m_d & kept)
         tl.store(p_bias + free, kept_bias, mask=kept)
@@ -329,7 +330,7 @@ def launch_decode_step(
     keep: KeepRule,
     config: DecodeConfig | None = None,
 ) -> Tensor:
-    """Output `[B, H, 1, D]`; the cache is changed in place. Arguments as `decode_step_op`."""
+    """Output `[B, H, 1, D]`; the cache is changed in place. Arguments as in `decode_step_op`."""
     q, k, v, bias, ranks = (_addressable(x) for x in (q, new.key, new.value, new.key_bias, new.rank))
     asked = None if new.query_bias is None else _addressable(new.query_bias)
     (batch, kv_heads, slots, head_dim), group = state.key.shape, q.shape[1] // k.shape[1]
@@ -358,15 +359,15 @@ def launch_decode_step(
 
 
 def _addressable(x: Tensor) -> Tensor:
-    """`x` [B, heads, 1, ...], or a copy if a row is not in steps of 1 or its heads lie too far apart for 32 bits."""
+    """`x` [B, heads, 1, ...], or a copy if rows are not contiguous or heads are too far apart for 32-bit offsets."""
     near = (x.shape[1] - 1) * x.stride(1) < 2**31
     return x if near and (x.ndim < 4 or x.stride(-1) == 1) else x.clone(memory_format=torch.contiguous_format)
 
 
 def decode_config(key: Tensor) -> DecodeConfig:
-    """How to split a cache `[B, G, C, D]`: one tile a program, but no more programs than run at once.
+    """How to split a cache `[B, G, C, D]`: one tile per program, but no more programs than run at once.
 
-    Measured on an NVIDIA H200 for head dim 128 and 2 bytes; other sizes have tiles of as many bytes.
+    Measured on an NVIDIA H200 for head dim 128 and 2 bytes per element; for other sizes, tiles have as many bytes.
     """
     batch, kv_heads, slots, head_dim = key.shape
     cuda = key.device.type == "cuda"

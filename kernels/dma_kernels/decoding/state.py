@@ -1,4 +1,4 @@
-"""What a cache holds, and what arrives at it.
+"""The tensors of a cache, and the new keys that it takes.
 
 B batch, G KV heads, n new positions, D head dim, C slots, M any number of slots.
 """
@@ -22,12 +22,12 @@ class NewKeys:
     Attributes:
         key: after the rotary embedding, `[B, G, n, D]`.
         value: same shape.
-        key_bias: what is added to the logits of each key, `[B, G, n]` in float32 or float64.
-        rank: what selection compares, floating or int64 `[B, G, n]`.
-        packing: documents and padding of the n positions; None if there are none, and the document goes on.
-        query_bias: what is added to all logits of each query, `[B, G, n]` in float32 or float64. Softmax does not see
-            it. But where biases add up along a text, minus the query's makes of each key's a small number: both are
-            added before the sum is rounded to what attention computes in. None stands for 0.
+        key_bias: added to the logits of each key, `[B, G, n]` in float32 or float64.
+        rank: the number that selection compares, floating or int64 `[B, G, n]`.
+        packing: documents and padding of the n positions; None if there are none, and the document continues.
+        query_bias: added to all logits of each query, `[B, G, n]` in float32 or float64; None stands for 0. Softmax
+            ignores it. But biases that add up along a text grow large, and become small again if those of the query
+            are subtracted: both are added before the sum is rounded to the dtype in which attention computes.
     """
 
     key: Tensor
@@ -39,7 +39,7 @@ class NewKeys:
 
     @property
     def documents(self) -> Tensor | None:
-        """Integer ids `[B, n]`; an id other than that of the last real position begins a document."""
+        """Integer ids `[B, n]`; an id that differs from that of the last real position begins a document."""
         return None if self.packing is None else self.packing.documents
 
     @property
@@ -49,13 +49,13 @@ class NewKeys:
 
     @property
     def real(self) -> Tensor:
-        """Which positions are no padding, bool `[B, n]`."""
+        """Which positions are not padding, bool `[B, n]`."""
         if self.padding is not None:
             return ~self.padding
         return torch.ones(self.key.shape[0], self.key.shape[2], dtype=torch.bool, device=self.key.device)
 
     def check(self, q: Tensor) -> None:
-        """Raise `ValueError` unless keys and queries `[B, H, n, D]` belong together, with at least one position."""
+        """Raise `ValueError` unless keys and queries `[B, H, n, D]` match and have at least one position."""
         check_attention_inputs(q, self.key, self.value)
         if 0 in self.key.shape:
             raise ValueError(f"k: expected at least one sequence and position, got {list(self.key.shape)}")
@@ -68,7 +68,7 @@ class NewKeys:
             self.packing.check_fits(rank.shape[0], rank)
 
     def _check_numbers(self, name: str, x: Tensor, kind: str, is_of_kind: bool) -> None:
-        """Raise `ValueError` unless there is a number of the kind for each key."""
+        """Raise `ValueError` unless `x` has one number for each key, of the right kind."""
         shape, device = self.key.shape[:3], self.key.device
         if x.shape != shape or x.device != device or not is_of_kind:
             raise ValueError(
@@ -83,8 +83,8 @@ class Slots:
     Attributes:
         key: after the rotary embedding, `[B, G, M, D]`.
         value: same shape.
-        key_bias: what is added to the logits, `[B, G, M]` in at least float32.
-        rank: what selection compares, same shape; floating, or int64.
+        key_bias: added to the logits, `[B, G, M]` in at least float32.
+        rank: the number that selection compares, same shape; floating or int64.
         position: int64 `[B, G, M]`; -1 in an empty slot.
         ranked: whether a key is among the last r positions, or the w best before them, bool `[B, G, M]`.
         sink: whether a key is among the first of its document, bool `[B, G, M]`.
@@ -104,7 +104,7 @@ class Slots:
         return self.key, self.value, self.key_bias, self.rank, self.position, self.ranked, self.sink
 
     def take(self, index: Tensor, found: Tensor) -> "Slots":
-        """Slots by number, `[B, G, K]`; those not `found` are empty."""
+        """The slots with these numbers, `[B, G, K]`; those that are not `found` are empty."""
 
         def rows(x: Tensor) -> Tensor:
             taken = x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
@@ -116,7 +116,7 @@ class Slots:
         return Slots(rows(self.key), rows(self.value), key_bias, rank, position, *flags)
 
     def joined(self, other: "Slots") -> "Slots":
-        """The slots of both, these first."""
+        """The slots of both, its own first."""
         return Slots(*(torch.cat(pair, dim=2) for pair in zip(self.all, other.all, strict=True)))
 
 
@@ -126,10 +126,10 @@ class CacheState(Slots):
 
     Attributes:
         document: id of the last real position, int64 `[B]`.
-        lengths: positions read so far, int64 `[B, G]`; each KV head counts for itself, since the programs of a kernel
-            that serve different ones do not wait for each other.
-        seen: real positions of the last document so far, int64 `[B, G]`.
-        arrivals: int32 `[B, G]`, zeros between the calls of a kernel.
+        lengths: positions read so far, int64 `[B, G]`. Each KV head counts for itself, since a kernel's programs for
+            different heads do not wait for each other.
+        seen: real positions read so far of the last document, int64 `[B, G]`.
+        arrivals: counts the programs that have finished, int32 `[B, G]`; zeros between the calls of a kernel.
     """
 
     document: Tensor
@@ -141,7 +141,7 @@ class CacheState(Slots):
     def empty(
         cls, shape: tuple[int, int, int], head_dim: int, dtype: torch.dtype, device: torch.device | str | None
     ) -> Self:
-        """Slots `[B, G, C]` without keys; keys and values have the dtype."""
+        """Slots `[B, G, C]` without keys; `dtype` is that of keys and values."""
         wide = torch.promote_types(dtype, torch.float32)
         key, value = (torch.zeros(*shape, head_dim, dtype=dtype, device=device) for _ in range(2))
         key_bias, rank = (torch.zeros(shape, dtype=wide, device=device) for _ in range(2))
@@ -153,7 +153,7 @@ class CacheState(Slots):
         return cls(key, value, key_bias, rank, position, ranked, sink, document, lengths, seen, arrivals)
 
     def hold(self, **dtypes: torch.dtype) -> None:
-        """Have fields of these dtypes; those that had others are empty then."""
+        """Give fields these dtypes; a field that had another dtype is filled with zeros."""
         for name, dtype in dtypes.items():
             if (x := getattr(self, name)).dtype != dtype:
                 setattr(self, name, torch.zeros_like(x, dtype=dtype))

@@ -1,4 +1,4 @@
-"""One position enters a cache and attends to it: in plain PyTorch, and as one operation of a Triton kernel.
+"""One position enters a cache and attends to it: in plain PyTorch, and as one operation with a Triton kernel.
 
 B batch, H query heads, G KV heads, D head dim, C slots.
 """
@@ -26,7 +26,7 @@ def decode_step_reference(q: Tensor, new: NewKeys, state: CacheState, keep: Keep
     state.seen += real[:, None]
     sink = (real & (state.seen[:, 0] <= keep.sinks))[:, None]  # [B, 1]
 
-    # The later of two equal ranks wins, so a new key beats its equal. Without last positions, it competes at once.
+    # Of two equal ranks the later wins, so a new key beats an equal one. If keep.last is 0, it competes at once.
     never = torch.iinfo(torch.int64).max
     competes = state.ranked & (state.position <= (now - keep.last)[:, None, None])
     rank = as_integers(state.rank)
@@ -56,7 +56,7 @@ def decode_step_reference(q: Tensor, new: NewKeys, state: CacheState, keep: Keep
 
 
 def decode_step(q: Tensor, new: NewKeys, state: CacheState, keep: KeepRule) -> Tensor:
-    """`decode_step_reference` by one kernel; opaque to torch.compile."""
+    """`decode_step_reference` as one kernel, opaque to torch.compile."""
     real = None if new.padding is None else ~new.padding[:, 0]
     return decode_step_op(
         q, new.key, new.value, new.key_bias, new.rank, new.query_bias, real, *state.all,
@@ -92,7 +92,7 @@ def decode_step_op(
     last: int,
     sinks: int,
 ) -> Tensor:
-    """`decode_step` of the fields of its arguments; `real`, bool `[B]`, is False at padding, None if all are real."""
+    """`decode_step` by fields; `real`, bool `[B]`, is False for padding, and None if all positions are real."""
     from dma_kernels.decoding.kernels import launch_decode_step
 
     new = NewKeys(new_key, new_value, new_key_bias, new_rank, query_bias=query_bias)

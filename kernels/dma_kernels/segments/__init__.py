@@ -1,6 +1,6 @@
 """From lifetimes to dense lists of keys.
 
-- `slots`: `SegmentSlots`, which key stands in which slot of which segment, and when it is seen there
+- `slots`: `SegmentSlots`, which key is in which slot of which segment, and which queries see it there
 - `fill_slots`: what fills the slots, in plain PyTorch; `slot_kernels`: the same on CUDA
 - `gather`: rows into their slots, and the sum over the copies back; `biases`: biases into their slots; both by
   `gather_kernels` on CUDA

@@ -1,7 +1,8 @@
-"""Biases of keys in their slots, in float32; float64 ones relative to the first query of their segment.
+"""Biases of keys in their slots, in float32; float64 biases are relative to the first query of their segment.
 
-The queries of a segment see keys whose biases have drifted little from its first query on, or much further away than
-softmax sees. So one number, the first query's bias, makes all of a segment's key biases small; see `wide_biases`.
+A key that a segment's queries see has either drifted little from the segment's first query, or so far that its weight
+in the softmax vanishes. So one number, the first query's bias, makes all relevant key biases of a segment small; see
+`wide_biases`.
 
 B batch, G KV heads, N length, T segments, S segment length, K slots, Z = B * T.
 """
@@ -16,12 +17,12 @@ from dma_kernels.wide_biases import in_float32, shift_of
 
 
 def segment_shifts(query_bias: Tensor, segment_length: int) -> Tensor:
-    """What is added to the float64 biases of each segment's keys, float64 `[Z, G]`, of a query bias `[B, G, N]`."""
+    """Float64 `[Z, G]` to add to the float64 biases of each segment's keys, from a query bias `[B, G, N]`."""
     return shift_of(query_bias[..., ::segment_length]).transpose(1, 2).flatten(0, 1)
 
 
 def gather_biases_reference(key_bias: Tensor, query_bias: Tensor | None, row: Tensor, segment_length: int) -> Tensor:
-    """`gather_biases` in plain PyTorch, differentiable in `key_bias` twice; arguments as there."""
+    """`gather_biases` in plain PyTorch, twice differentiable in `key_bias`; the same arguments."""
     if key_bias.dtype != torch.float64:
         return gather_rows_plain(saturated(key_bias)[..., None], row).squeeze(-1)
     bias = gather_rows_plain(key_bias[..., None], row).squeeze(-1)
@@ -32,12 +33,12 @@ def gather_biases_reference(key_bias: Tensor, query_bias: Tensor | None, row: Te
 
 @torch.library.custom_op("dma_kernels::gather_biases", mutates_args=())
 def gather_biases(key_bias: Tensor, query_bias: Tensor | None, row: Tensor, segment_length: int) -> Tensor:
-    """Saturated biases in their slots, float32 `[Z, G, K]`; zeros in empty ones. Without a gradient.
+    """Saturated biases in their slots, float32 `[Z, G, K]`; zeros in empty slots. It has no gradient.
 
     Args:
         key_bias: float32 or float64 `[B, G, N]`, N filled up to whole segments.
-        query_bias: float32 or float64 `[B, G, n]`, of at least the first query of each segment; to key biases in
-            float64 that of the segment's first query is added before they are rounded.
+        query_bias: float32 or float64 `[B, G, n]`, where n covers at least the first query of each segment. The bias of
+            a segment's first query is added to float64 key biases before they are rounded.
         row: row of the key in each slot, as in `Copies`, `[Z, G, K]`.
         segment_length: S.
     """

@@ -1,4 +1,4 @@
-"""Segments: the scattered live keys of a mask, gathered into dense contiguous lists; here in plain PyTorch.
+"""Segments in plain PyTorch: gathers the scattered live keys of a mask into dense, contiguous lists.
 
 Queries are cut into segments of S positions. Each segment has its own key list:
 
@@ -26,7 +26,7 @@ def segment_slots_reference(
     segment_length: int,
     block_size: int,
 ) -> list[Tensor]:
-    """The oracle of `segment_slots`, whose arguments and results it has, in O(N (1 + C/S)) memory."""
+    """The oracle of `segment_slots`, with the same arguments and results, in O(N (1 + C/S)) memory."""
     birth, death = (F.pad(x, (0, length - x.shape[-1])) for x in (birth, death.clamp(max=length)))
     slots = snapshot_slots(capacity, length, segment_length, block_size)
     snapshot, own = _snapshot_keys(birth, death, slots, segment_length), _own_keys(birth, death, segment_length)
@@ -37,12 +37,12 @@ def segment_slots_reference(
 
 
 def snapshot_slots(capacity: int, length: int, segment_length: int, block_size: int) -> int:
-    """C: the capacity, or how many keys precede the last segment, rounded up to a multiple of the block size."""
+    """C: the capacity, or the number of keys before the last segment if smaller, rounded up to a whole block."""
     return round_up(min(capacity, (length - 1) // segment_length * segment_length), block_size)
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The least multiple that is not below `value`."""
+    """The least multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple
 
 
@@ -60,13 +60,13 @@ def _own_keys(birth: Tensor, death: Tensor, segment_length: int) -> Tensor:
     """Keys born in each segment that are ever alive, in time order, int64 `[B or 1, G or 1, T, S]`; -1 is empty."""
     length = death.shape[-1]
     position = torch.arange(length, device=death.device)
-    alive = torch.where(death > birth, position, length)  # the dead sort behind all others
+    alive = torch.where(death > birth, position, length)  # dead keys are sorted to the end
     own = split_segments(alive, segment_length, fill=length).sort(dim=-1).values
     return own.masked_fill(own == length, -1)
 
 
 def _local_lifetimes(birth: Tensor, death: Tensor, key: Tensor, segment_length: int) -> tuple[Tensor, Tensor]:
-    """Birth and death of the key in each slot, counted from the segment's start; an empty slot is never seen."""
+    """Birth and death of the key in each slot, counted from the segment's start; no query sees an empty slot."""
     start = torch.arange(0, birth.shape[-1], segment_length, dtype=torch.int32, device=key.device)[:, None]
     flat, length = key.flatten(-2), birth.shape[-1]
     birth, death = (x.gather(-1, flat.clamp(min=0)) for x in (birth, death))
@@ -75,10 +75,10 @@ def _local_lifetimes(birth: Tensor, death: Tensor, key: Tensor, segment_length: 
 
 
 def _copies(key: Tensor, segment_length: int) -> Copies:
-    """Which row of `[B, G, N, D]` stands in which slot, of the key in each, `[B, G, T, K]`."""
+    """Which row of `[B, G, N, D]` is in which slot, from the key in each slot, `[B, G, T, K]`."""
     batch, kv_heads, segments, _ = key.shape
     row = flat_rows(key, segments * segment_length)
-    # A key's copies stand in consecutive segments, the first in that of its own position.
+    # The copies of a key are in consecutive segments, the first in the segment of its own position.
     segment = torch.arange(segments, device=key.device)[:, None]
     nth = torch.where(row < 0, 0, segment - key // segment_length)
     return Copies.of(_as_batch(row.int()), _as_batch(nth.int()), batch * kv_heads * segments * segment_length)

@@ -1,8 +1,8 @@
-"""Copying rows into segments, and summing the copies up again for the gradient.
+"""Copies rows into segments, and sums the copies for the gradient.
 
-Row r of `x` [B, G, N, D] is that of batch, head and position together, `r = (b * G + g) * N + n`. The two plain
-functions run on any device; the two custom ops do the same in one pass each by Triton kernels on CUDA, opaque to
-torch.compile.
+The rows of `x` [B, G, N, D] are numbered by batch, head and position, `r = (b * G + g) * N + n`. The two plain
+functions run on any device. The two custom ops, which are opaque to torch.compile, do the same; on CUDA, each is one
+pass of a Triton kernel.
 
 B batch, G KV heads, N length, D head dim, M slots (any shape).
 """
@@ -26,12 +26,12 @@ def flat_rows(key: Tensor, length: int) -> Tensor:
 def gather_rows_reference(x: Tensor, row: Tensor) -> Tensor:
     """Rows of `x` [B, G, N, D] by number, `[M..., D]`; zeros where the number is -1."""
     rows = x.reshape(-1, x.shape[-1]).index_select(0, row.clamp(min=0).flatten().long())
-    # Not in place: compiled by torch 2.11 as part of an autograd function, the gradients would be wrong.
+    # Not in place: inside an autograd function that torch 2.11 compiles, the gradients would be wrong.
     return rows.view(*row.shape, x.shape[-1]).masked_fill((row < 0)[..., None], 0)
 
 
 def sum_copies_reference(rows: Tensor, row: Tensor, shape: list[int]) -> Tensor:
-    """The transpose of `gather_rows`: each row's copies summed up in at least float32, `shape` [B, G, N, D]."""
+    """The transpose of `gather_rows`: the sum of each row's copies, in at least float32, `shape` [B, G, N, D]."""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).masked_fill((row < 0)[..., None], 0)
     total = torch.zeros(shape, dtype=wide.dtype, device=wide.device)
     total.view(-1, shape[-1]).index_add_(0, row.clamp(min=0).flatten().long(), wide.reshape(-1, shape[-1]))
@@ -40,12 +40,12 @@ def sum_copies_reference(rows: Tensor, row: Tensor, shape: list[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Copies:
-    """Which row stands in which slot, and back: the slots that hold each row.
+    """Which row is in which slot, and the reverse: which slots hold each row.
 
     Attributes:
         row: row in each slot, int32 `[M...]`; -1 in an empty slot.
         first: where in `slot` each row's copies begin, int32 `[B * G * N + 1]`.
-        slot: slots by the row that they hold, int32 `[M]`; -1 behind the last copy.
+        slot: slots, sorted by the row that they hold, int32 `[M]`; -1 after the last copy.
     """
 
     row: Tensor
@@ -58,11 +58,11 @@ class Copies:
 
         Args:
             row: int32 `[M...]`, -1 in an empty slot.
-            nth: which of its row's copies a slot holds, 0, 1, ..., int32, same shape.
+            nth: which copy of its row a slot holds, 0, 1, ..., int32, same shape.
             rows: B * G * N.
         """
         flat, used = row.flatten(), row.flatten() >= 0
-        # Empty slots count for a row of their own behind the others: on one of these they would all wait in line.
+        # Empty slots add to an extra last row. On a real row, all of these atomic additions would wait for each other.
         count = torch.zeros(rows + 1, dtype=torch.int32, device=row.device)
         count = count.index_add(0, torch.where(used, flat, rows), torch.ones_like(flat))[:-1]
         first = F.pad(count.cumsum(0, dtype=torch.int32), (1, 0))
@@ -76,7 +76,7 @@ class Copies:
         return gather_rows(x, self.row, self.first, self.slot)
 
     def gather_plain(self, x: Tensor) -> Tensor:
-        """The same in plain PyTorch."""
+        """`gather` in plain PyTorch."""
         return gather_rows_plain(x, self.row)
 
 
@@ -115,7 +115,7 @@ def _(x: Tensor, row: Tensor, first: Tensor, slot: Tensor) -> Tensor:
 
 @torch.library.custom_op("dma_kernels::sum_copies", mutates_args=())
 def sum_copies(rows: Tensor, row: Tensor, first: Tensor, slot: Tensor, shape: list[int]) -> Tensor:
-    """Each row's copies summed up in at least float32, `shape` [B, G, N, D], in the dtype of `rows`."""
+    """The sum of each row's copies, `shape` [B, G, N, D] in the dtype of `rows`; added up in at least float32."""
     return sum_copies_reference(rows, row, shape)
 
 

@@ -1,7 +1,7 @@
-"""Triton kernels behind `gather.py` and `biases.py`: all are copies, bound by memory bandwidth.
+"""Triton kernels behind `gather.py` and `biases.py`: all copy data, and are bound by memory bandwidth.
 
-Rows are gathered by number, and a row's gradient is the sum over the list of its copies: no atomics, no sorting, one
-pass, the same bits in every run.
+Rows are gathered by number. A row's gradient is the sum over the list of its copies: one pass without atomics or
+sorting, and the same bits in every run.
 
 B batch, G KV heads, N length, S segment length, K slots, Z = B * segments, M slots of any shape, R rows, D head dim.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from dma_kernels.rank_kernels import saturated
 
 _INFINITY = tl.constexpr(float("inf"))
-_TILE = 1024  # elements of a program; larger ones wait for the row with the most copies
+_TILE = 1024  # elements of a program; in larger programs, more rows wait for the one with the most copies
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _gather_biases_kernel(
     p_bias, p_query_bias, p_row, p_out, slots, heads, length, segments, segment, keys,
     bias_b, bias_g, bias_n, query_b, query_g, query_n, BLOCK_M: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """Copy one saturated bias per slot, shifted by that of the segment's first query; zeros into empty slots."""
+    """Copy one saturated bias per slot, shifted by the bias of the segment's first query; zeros into empty slots."""
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     b_row = tl.load(p_row + o_m, mask=o_m < slots, other=-1)
     m_row = b_row >= 0
@@ -48,7 +48,7 @@ def _gather_biases_kernel(
     if SHIFTED:
         o_first = o_m // (heads * keys) % segments * segment
         b_shift = tl.load(p_query_bias + i_b * query_b + i_g * query_g + o_first * query_n, mask=m_row, other=0.0)
-        b_bias += tl.where(tl.abs(b_shift) < _INFINITY, b_shift, 0.0).to(tl.float64)  # nor NaN
+        b_bias += tl.where(tl.abs(b_shift) < _INFINITY, b_shift, 0.0).to(tl.float64)  # neither infinite nor NaN
     tl.store(p_out + o_m, saturated(b_bias).to(tl.float32), mask=o_m < slots)
 
 
@@ -73,7 +73,7 @@ def _sum_copies_kernel(
 
 
 def launch_gather_rows(x: Tensor, row: Tensor, *, head_rows: int | None = None) -> Tensor:
-    """`gather_rows` of `x` [B, G, N, D] by int32 `row` [M...]; a head counts as `head_rows` >= N rows, by default N."""
+    """`gather_rows` of `x` [B, G, N, D] by int32 `row` [M...], which counts `head_rows` >= N per head, by default N."""
     x, row = x if x.stride(-1) == 1 else x.contiguous(), row.contiguous()
     out = x.new_empty(*row.shape, x.shape[-1])
     block_d, block_m = _blocks(x.shape[-1])
@@ -86,7 +86,7 @@ def launch_gather_rows(x: Tensor, row: Tensor, *, head_rows: int | None = None) 
 
 
 def launch_gather_biases(key_bias: Tensor, query_bias: Tensor | None, row: Tensor, *, segment_length: int) -> Tensor:
-    """`gather_biases` of biases `[B, G, N]` by int32 `row` [Z, G, K]; N need not be filled up to whole segments."""
+    """`gather_biases` of `[B, G, N]` by int32 `row` [Z, G, K]; N need not be filled up to whole segments."""
     row, (batch, kv_heads, _) = row.contiguous(), key_bias.shape
     out = key_bias.new_empty(row.shape, dtype=torch.float32)
     shifted = query_bias if key_bias.dtype == torch.float64 else None
@@ -109,9 +109,10 @@ def launch_sum_copies(
     head_rows: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`sum_copies` of `rows` [M..., D] into `shape` [B, G, N, D]; a head counts as `head_rows` rows, by default N.
+    """`sum_copies` of `rows` [M..., D] into `shape` [B, G, N, D]; `first` counts `head_rows` per head, by default N.
 
-    Sums are made in at least float32 and given in `dtype`, by default that of the rows; float64 ones in float64.
+    The sums have `dtype`, by default that of the rows. They are added up in float64 if that is float64, and otherwise
+    in float32.
     """
     rows, out = rows.contiguous(), rows.new_empty(shape, dtype=dtype)
     block_d, block_r = _blocks(shape[-1])

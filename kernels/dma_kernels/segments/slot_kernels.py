@@ -1,9 +1,9 @@
 """Triton kernels behind `slots.py`: two launches, one sort and one prefix sum.
 
-All keys that are ever alive are sorted by (death, position). A segment finds those that die after its start at the end
-of that list, and of these the ones born before are its snapshot. How many they are is known beforehand, so the list is
-walked from both ends at once, from the latest death downwards and from the segment's start upwards, until all have been
-found: O(W) for a sliding window, with sinks or without, and at most the keys that are ever alive.
+All keys that are ever alive are sorted by (death, position). The keys that die after a segment's start are at the end
+of this list. Those of them that are born before the start are the segment's snapshot. Their number is known beforehand,
+so the program walks this part of the list from both ends at once, until it has found them all. This takes O(W) steps
+for a sliding window, with or without sinks, and never more than the number of keys that are ever alive.
 
 B batch, G KV heads, n keys given, N length, T segments, S segment length, C snapshot slots, K = C + S slots.
 """
@@ -23,11 +23,11 @@ def _prepare_keys_kernel(
     p_death, p_key, p_copies, p_own, p_first, kv_heads, mask_batch, mask_heads, given, length, segment, segments,
     bits, half, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """For one head and segment: what keys are sorted by, how many copies each has, how many are ever alive."""
+    """For one head and segment: each key's sort key and number of copies, and how many keys are ever alive."""
     i_head, i_segment = (tl.program_id(0) // segments).to(tl.int64), tl.program_id(0) % segments
     i_b, i_g = i_head // kv_heads, i_head % kv_heads
     i_mask = i_b % mask_batch * mask_heads + i_g % mask_heads
-    owns = (i_b < mask_batch) & (i_g < mask_heads)  # of the heads that share a mask, one writes
+    owns = (i_b < mask_batch) & (i_g < mask_heads)  # only one of the heads that share a mask writes
     alive = 0
     for i in range(tl.cdiv(segment, BLOCK)):
         o_s = i * BLOCK + tl.arange(0, BLOCK)
@@ -71,19 +71,19 @@ def _store_keys(
     p_row, p_birth, p_death, p_first, p_slot, b_slot, b_position, b_death, m_slot, writes, i_base, i_line,
     i_segment, segment,
 ):  # fmt: skip
-    """Put keys into slots of a segment; pointers are those of its line, but for `p_slot` and `p_first`."""
+    """Put keys into slots of a segment; all pointers but `p_slot` and `p_first` point to its line."""
     start = i_segment * segment
     tl.store(p_row + b_slot, (i_base + b_position).to(tl.int32), mask=m_slot)
     tl.store(p_birth + b_slot, b_position - start, mask=m_slot & writes)
     tl.store(p_death + b_slot, b_death - start, mask=m_slot & writes)
     b_first = tl.load(p_first + i_base + b_position, mask=m_slot, other=0)
-    # Copies stand in consecutive segments, the first in that of the key's own position.
+    # The copies of a key are in consecutive segments, the first in the segment of its own position.
     tl.store(p_slot + b_first + (i_segment - b_position // segment), (i_line + b_slot).to(tl.int32), mask=m_slot)
 
 
 @triton.jit
 def _store_empty(p_row, p_birth, p_death, first, behind, writes, start, length, BLOCK: tl.constexpr):
-    """Empty the slots of a segment from `first` up to `behind`."""
+    """Mark the slots of a segment from `first` up to, not including, `behind` as empty."""
     for i in range(tl.cdiv(behind - first, BLOCK)):
         o_k = first + i * BLOCK + tl.arange(0, BLOCK)
         b_start = tl.zeros([BLOCK], dtype=tl.int32) + start
@@ -112,7 +112,7 @@ def _fill_slots_kernel(
         offset = (i_mask - half) << bits
         later = given - _count_at_most(p_sorted, start + offset, given, ROUNDS, BLOCK)  # keys that die after the start
         alive = later - _sum_from(p_own + i_mask * segments, i_segment, segments, BLOCK)  # and are born before
-        latest, earliest, i_step = 0, 0, 0  # of the snapshot, so many have been found from either end
+        latest, earliest, i_step = 0, 0, 0  # how many keys of the snapshot have been found from either end
         while latest + earliest < alive:
             o_e = i_step * BLOCK + o_block
             for from_end in tl.static_range(2):
@@ -151,7 +151,7 @@ def _fill_slots_kernel(
     _store_empty(p_row, p_slot_birth, p_slot_death, own, keys, writes, start, length, BLOCK)
 
     total = tl.load(p_first + heads * length)
-    for i in range(tl.cdiv(keys, BLOCK)):  # behind the last copy; every program a part
+    for i in range(tl.cdiv(keys, BLOCK)):  # after the last copy; every program writes a part
         o_k = i * BLOCK + o_block
         tl.store(p_slot + i_line + o_k, tl.full([BLOCK], -1, tl.int32), mask=(o_k < keys) & (i_line + o_k >= total))
 
@@ -167,7 +167,7 @@ def launch_segment_slots(
     block_size: int,
     block: int = _BLOCK,
 ) -> list[Tensor]:
-    """`segment_slots` of keys born at their own positions; `block` keys are looked at at once."""
+    """`segment_slots` of keys born at their own positions; a program reads `block` keys at once."""
     death = death.contiguous()
     (mask_batch, mask_heads, given), device = death.shape, death.device
     heads, segments = batch * num_kv_heads, length // segment_length
@@ -186,7 +186,7 @@ def launch_segment_slots(
         death, key, copies, own, first, num_kv_heads, *masks, *shape, bits, half, BLOCK=block
     )
     torch.cumsum(copies, 0, dtype=torch.int32, out=first[1:])
-    by_death, index = key.sort(stable=True) if slots else (key, key)  # of equal deaths the later position last
+    by_death, index = key.sort(stable=True) if slots else (key, key)  # of equal deaths, the later position is last
     _fill_slots_kernel[(heads * segments,)](
         death, by_death, index, own, first, row, slot_birth, slot_death, slot,
         heads, num_kv_heads, *masks, *shape, slots, bits, half, ROUNDS=_rounds(given, block), BLOCK=block, num_warps=8,
@@ -195,7 +195,7 @@ def launch_segment_slots(
 
 
 def _sort_dtype(rows: int, bits: int) -> torch.dtype:
-    """Of a row above a death of `bits` bits; 32 bits if these suffice, since they sort in half the passes."""
+    """int32 if it can hold a row's number above a death of `bits` bits, which sorts in half the passes; else int64."""
     return torch.int32 if rows << bits <= 1 << 32 else torch.int64
 
 

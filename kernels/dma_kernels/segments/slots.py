@@ -1,7 +1,7 @@
-"""Which key stands in which slot of which segment, and when it is seen there.
+"""Which key is in which slot of which segment, and which queries see it there.
 
-What a list of slots holds, `fill_slots.py` says; `segment_slots` is the same as one operation that is opaque to
-torch.compile, on CUDA by Triton kernels.
+`fill_slots.py` explains what a list of slots holds. `segment_slots` does the same in one operation that is opaque to
+torch.compile; on CUDA it runs Triton kernels.
 
 B batch, H query heads, G KV heads, N length, D head dim, T segments, S segment length, C snapshot slots, K = C + S
 slots, Z = B * T.
@@ -23,14 +23,14 @@ from dma_kernels.segments.gather import Copies
 
 @dataclass(frozen=True)
 class SegmentSlots:
-    """Which key stands in which slot of which segment; valid for all tensors of one shape.
+    """Which key is in which slot of which segment; valid for all tensors of one shape.
 
-    Segments are a batch: Z = B * T of them, each with S queries and K slots.
+    The segments form a batch: Z = B * T of them, each with S queries and K slots.
 
     Attributes:
-        copies: which row of `[B, G, N, D]`, N filled up to whole segments, each slot holds, `[Z, G, K]`.
+        copies: which row of `[B, G, N, D]` each slot holds, `[Z, G, K]`; N is filled up to whole segments.
         birth: first query of the segment that sees a slot, counted from the segment's start, int32 `[Z, G or 1, K]`.
-        death: first later query that no longer does, same shape.
+        death: first later query that no longer sees it, same shape.
         segment_length: S.
         length: N.
     """
@@ -56,12 +56,12 @@ class SegmentSlots:
             lifetimes: the mask, for `batch` or 1 sequences and `num_kv_heads` or 1 heads.
             batch: B.
             num_kv_heads: G.
-            segment_length: S, by default the mask's capacity; no more than the length, and rounded up to a multiple of
-                the block size.
-            block_size: S and the number of snapshot slots are multiples of it, and it is one of 16.
+            segment_length: S, by default the mask's capacity. It is limited to the length, and then rounded up to a
+                multiple of the block size.
+            block_size: S and the number of snapshot slots are multiples of it; itself a multiple of 16.
 
         Raises:
-            ValueError: if sizes do not belong together, or a key is not born at its own position.
+            ValueError: if sizes do not match, or a key is not born at its own position.
         """
         if batch < 1 or num_kv_heads < 1:
             raise ValueError(f"expected batch and num_kv_heads >= 1, got {batch} and {num_kv_heads}")
@@ -78,10 +78,10 @@ class SegmentSlots:
         segment_length: int | None = None,
         block_size: int = 1,
     ) -> "SegmentSlots":
-        """The same in plain PyTorch, on any device; arguments as `of`, but for any block size, and S by default >= 16.
+        """`of` in plain PyTorch, on any device; it takes any block size, and its default S is at least 16.
 
         Raises:
-            ValueError: if sizes do not belong together, or a key is not born at its own position.
+            ValueError: if sizes do not match, or a key is not born at its own position.
         """
         segment = max(lifetimes.capacity, 16) if segment_length is None else segment_length
         if segment < 1 or block_size < 1:
@@ -108,18 +108,18 @@ class SegmentSlots:
 
     @classmethod
     def of_tensors(cls, tensors: Sequence[Tensor], segment_length: int, length: int) -> "SegmentSlots":
-        """What the operation `segment_slots` returns, by name."""
+        """Slots from the tensors that the operation `segment_slots` returns."""
         row, birth, death, first, slot = tensors
         return cls(Copies(row, first, slot), birth, death, segment_length, length)
 
     @property
     def segments(self) -> int:
-        """T, the segments of a sequence."""
+        """T, the number of segments of a sequence."""
         return -(-self.length // self.segment_length)
 
     @property
     def filled_length(self) -> int:
-        """The length that sequences are filled up to, whole segments."""
+        """The length of whole segments to which sequences are filled up."""
         return self.segments * self.segment_length
 
     @property
@@ -137,7 +137,7 @@ class SegmentSlots:
         sizes, device = (self.batch, self.num_kv_heads), self.birth.device
         if k.shape[:2] != sizes or q.shape[2] != self.length or device != q.device:
             raise ValueError(
-                f"slots: expected some for q {list(q.shape)} and k {list(k.shape)} on {q.device}, got those for batch "
+                f"slots: expected slots for q {list(q.shape)} and k {list(k.shape)} on {q.device}, got slots for batch "
                 f"{self.batch}, {self.num_kv_heads} KV heads and {self.length} positions on {device}"
             )
 
@@ -147,22 +147,22 @@ class SegmentSlots:
         return F.pad(x, (*later_dims, 0, missing)) if missing else x
 
     def gather(self, x: Tensor) -> Tensor:
-        """Rows of `x` [B, G, N, D] in their slots, `[Z, G, K, D]`, zeros in empty ones; differentiable."""
+        """Rows of `x` [B, G, N, D] in their slots, `[Z, G, K, D]`, zeros in empty slots; differentiable."""
         return self.copies.gather(self.fill_up(x))
 
     def gather_plain(self, x: Tensor) -> Tensor:
-        """The same in plain PyTorch, on any device, and differentiable twice."""
+        """`gather` in plain PyTorch, on any device, and differentiable twice."""
         return self.copies.gather_plain(self.fill_up(x))
 
     def gather_biases(self, key_bias: Tensor, query_bias: Tensor | None = None) -> Tensor:
-        """Saturated biases `[B, G, N]` in their slots, float32 `[Z, G, K]`, zeros in empty ones; no gradient.
+        """Saturated biases `[B, G, N]` in their slots, float32 `[Z, G, K]`, zeros in empty slots; no gradient.
 
-        Float64 biases are rounded after `query_bias` of their segment's first query has been added.
+        Float64 biases are rounded only after the `query_bias` of their segment's first query has been added.
         """
         return gather_biases(self.fill_up(key_bias), query_bias, self.copies.row, self.segment_length)
 
     def gather_biases_plain(self, key_bias: Tensor, query_bias: Tensor | None = None) -> Tensor:
-        """The same in plain PyTorch, on any device, and differentiable in `key_bias` twice."""
+        """`gather_biases` in plain PyTorch, on any device, and twice differentiable in `key_bias`."""
         return gather_biases_reference(self.fill_up(key_bias), query_bias, self.copies.row, self.segment_length)
 
     def split_queries(self, x: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class SegmentSlots:
 
 
 def check_mask_of(lifetimes: Lifetimes, batch: int, num_kv_heads: int) -> None:
-    """Raise `ValueError` unless a mask is one for `batch` sequences and `num_kv_heads` heads, and can be cut."""
+    """Raise `ValueError` unless a mask fits `batch` sequences and `num_kv_heads` heads and can be cut into segments."""
     shape = lifetimes.death.shape
     if shape[0] not in (1, batch) or shape[1] not in (1, num_kv_heads):
         raise ValueError(f"lifetimes: expected [{batch} or 1, {num_kv_heads} or 1, N], got {list(shape)}")
@@ -189,7 +189,7 @@ def check_mask_of(lifetimes: Lifetimes, batch: int, num_kv_heads: int) -> None:
 
 
 def rounded_segment(longest: int, capacity: int, segment_length: int | None, block_size: int) -> int:
-    """S: as asked for, by default the capacity; at most `longest`, rounded up to a multiple of the block size.
+    """S: `segment_length`, or by default the capacity; limited to `longest`, then rounded up to a whole block.
 
     Raises:
         ValueError: if the segment length is below 1.
@@ -210,22 +210,21 @@ def segment_slots(
     segment_length: int,
     block_size: int,
 ) -> list[Tensor]:
-    """Row, birth, death, first and slot of the slots of all segments.
+    """The slots of all segments, as the tensors row, birth, death, first and slot.
 
     Args:
         birth: int32 `[B or 1, G or 1, n]`, each key's own position.
         death: int32, same shape; beyond `length` it counts as `length`.
-        capacity: a bound on the keys alive at once.
+        capacity: an upper bound on the number of keys alive at once.
         batch: B.
         num_kv_heads: G.
-        length: N, a multiple of S, at least n; behind the keys that there are, none lives.
+        length: N, a multiple of S, at least n; there are no live keys from n on.
         segment_length: S, a multiple of the block size.
         block_size: C is a multiple of it.
 
     Returns:
-        The row in each slot, int32 `[Z, G, K]`, where the slots of each row begin, `[B * G * N + 1]`, and which these
-        are, `[Z * G * K]`, as in `Copies`; first query of the segment that sees a slot and first later one that no
-        longer does, counted from the segment's start, `[Z, G or 1, K]`. In the order row, birth, death, first, slot.
+        All int32: row `[Z, G, K]`, first `[B * G * N + 1]` and slot `[Z * G * K]` as in `Copies`; birth and death
+        `[Z, G or 1, K]` as in `SegmentSlots`. They come in the order row, birth, death, first, slot.
     """
     return segment_slots_reference(birth, death, capacity, batch, num_kv_heads, length, segment_length, block_size)
 
@@ -254,4 +253,4 @@ def _(
     )
 
 
-segment_slots.register_fake(segment_slots_reference)  # its shapes follow from the arguments alone
+segment_slots.register_fake(segment_slots_reference)  # its shapes depend only on the arguments

@@ -1,1 +1,1 @@
-"""NSA's selected branch: attention to the blocks that each query has chosen."""
+"""The selected branch of native sparse attention (NSA): attention to the blocks that each query has chosen."""

@@ -1,7 +1,7 @@
-"""Attention in which every query chooses blocks of keys of its own: the selected branch of native sparse attention.
+"""Attention in which every query chooses its own blocks of keys: the selected branch of native sparse attention.
 
-The plain function gathers the keys of each query. The Triton kernels behind `block_attention` gather nothing: queries
-that stand side by side are a tile, and a tile passes once over each block that any of them has chosen.
+The plain function gathers the keys of each query. The Triton kernels behind `block_attention` gather nothing: a tile is
+made of neighboring queries, and passes once over each block that any of them has chosen.
 
 B batch, H query heads, G KV heads, R = H / G group, n queries, M keys, m chosen blocks, D head dim.
 """
@@ -18,13 +18,13 @@ from dma_kernels.precision import without_autocast
 from dma_kernels.reference import masked_average
 from dma_kernels.selected_blocks.tiles import Tiles, make_tiles
 
-BLOCK_SIZES = (16, 32, 64, 128)  # that the kernels take
+BLOCK_SIZES = (16, 32, 64, 128)  # the sizes that the kernels take
 
-_SHARED_BYTES = 128 * 128 * 4  # of a block of keys, at most; key gradients keep several in shared memory
+_SHARED_BYTES = 128 * 128 * 4  # limit for a block of keys; the key gradients keep several blocks in shared memory
 
 
 def kernels_take(block_size: int, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the Triton kernels take such blocks."""
+    """Whether the Triton kernels take blocks of this size."""
     return block_size in BLOCK_SIZES and block_size * head_dim * dtype.itemsize <= _SHARED_BYTES
 
 
@@ -38,16 +38,17 @@ def block_attention_reference(
     padding: Tensor,
     block_size: int,
 ) -> Tensor:
-    """Softmax attention of each query to the tokens of its blocks, from its first to itself; 0 without any.
+    """Softmax attention of each query to those tokens of its blocks that lie between `first` and itself; 0 without any.
 
     Args:
         q: `[B, H, n, D]`.
         k: `[B, G, M, D]`.
         v: `[B, G, M, D]`.
-        blocks: numbers of blocks, all different but for -1, which is none, int64 `[B, G, n, m]`.
-        position: of each query among the keys, int64 `[n]`.
+        blocks: numbers of the chosen blocks, int64 `[B, G, n, m]`. They are all different, except that -1 stands for
+            no block.
+        position: position of each query among the keys, int64 `[n]`.
         first: first position that a query may see, int64 `[B, n]`.
-        padding: bool `[B, M]`, True for keys that nobody sees.
+        padding: bool `[B, M]`, True for keys that no query sees.
         block_size: tokens of a block.
 
     Returns:
@@ -74,10 +75,10 @@ def block_attention_reference(
 def block_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, first: Tensor, padding: Tensor | None, block_size: int
 ) -> Tensor:
-    """`block_attention_reference` of a whole sequence by Triton kernels, differentiable in q, k and v.
+    """`block_attention_reference` of a whole sequence by Triton kernels, differentiable once in q, k and v.
 
-    The same bits in every run; once differentiable. A NaN in v shows in all queries of a tile of which one has chosen
-    its block, also in earlier ones. Arguments as there, with N queries at positions 0 … N-1 of N keys.
+    It gives the same bits in every run. If one query of a tile has chosen a block, a NaN in v of that block shows in
+    all queries of the tile, also in earlier ones. The N queries are at positions 0 … N-1 of the N keys.
 
     Args:
         q: `[B, H, N, D]`, float32, bfloat16 or float16.
@@ -89,7 +90,7 @@ def block_attention(
         block_size: tokens of a block, one of `BLOCK_SIZES`.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not belong together, or the kernels cannot do what is asked.
+        ValueError: if shapes, dtypes or devices do not match, or the kernels do not support them.
     """
     check_attention_inputs(q, k, v)
     check_no_tangents(q, k, v)
@@ -107,7 +108,7 @@ def block_attention(
     check_kernels_can(q.dtype, q.shape[-1])
     if not kernels_take(block_size, q.shape[-1], q.dtype):
         raise ValueError(
-            f"backend 'triton' takes blocks of {list(BLOCK_SIZES)} tokens that have at most {_SHARED_BYTES} bytes, got "
+            f"backend 'triton' takes blocks of {list(BLOCK_SIZES)} tokens and at most {_SHARED_BYTES} bytes, got "
             f"{block_size} tokens of head dim {q.shape[-1]} in {q.dtype}; use backend 'torch' for others"
         )
     tiles = make_tiles(blocks, q.shape[1] // k.shape[1], -(-k.shape[2] // block_size))
@@ -129,7 +130,7 @@ def attend_blocks(
     padding: Tensor | None,
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp in base 2 `[B, H, N]`. Arguments as `block_attention` and `Tiles`."""
+    """Output and log-sum-exp in base 2 `[B, H, N]`. Arguments as in `block_attention` and `Tiles`."""
     check_machine(q.device, q.dtype)  # here, since torch.compile cannot trace it
     from dma_kernels.selected_blocks.kernels import launch_attend_blocks
 

@@ -1,8 +1,9 @@
 """Triton kernels behind `attention.py`.
 
-Row r of a tile (see `tiles.py`) is query r // R of the tile, in head r % R. A tile passes over its entries. The
-gradients of keys and values pass over the entries of a block instead; a block that many have chosen is cut into
-chunks, whose sums are added up afterwards, in order: no atomics, so the same bits in every run.
+Row r of a tile (see `tiles.py`) is query r // R of the tile, in head r % R. A tile passes over its entries. For the
+gradients of keys and values, programs pass over the entries of a block instead. The entries of a block that many tiles
+have chosen are divided into chunks, and the sums of the chunks are added up afterwards, in order. There are no atomics,
+so every run gives the same bits.
 
 B batch, G KV heads, R query heads of a KV head, N length, D head dim, S tokens of a block, T tiles, E entries of a
 tile, Z = B * G.
@@ -30,7 +31,7 @@ _SIZES = ("kv_heads", "group", "length", "entries", "blocks", "chunks")
 
 @triton.jit
 def _visible(b_bits, b_query, b_first, o_key, p_padding, length, QUERIES: tl.constexpr):
-    """Which keys rows see, [rows, keys]: chosen, within their documents, up to themselves, not padded."""
+    """Which keys rows see, [rows, keys]: chosen, in their own document, not after the query, not padded."""
     visible = (((b_bits >> (b_query % QUERIES)) & 1) != 0)[:, None] & (o_key[None, :] <= b_query[:, None])
     visible &= (o_key[None, :] >= b_first[:, None]) & (b_query < length)[:, None]
     if p_padding is not None:
@@ -43,7 +44,7 @@ def _load_queries(
     p_q, p_first, q_b, q_h, q_n, kv_heads, group, length,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """Of this program: sequence, KV head, line of its entries; of its rows: line, query, first position, q, masks."""
+    """A program's sequence, KV head and line of entries; and of each row: line, query, first position, q and masks."""
     i_tile, i_g, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     b_query, b_head = i_tile * QUERIES + o_m // group, i_g * group + o_m % group
@@ -133,7 +134,7 @@ def _key_gradients_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, S: tl.constexpr, QUERIES: tl.constexpr,
     TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one chunk of the tiles that have chosen a block adds to the gradients of its keys and values."""
+    """What one chunk of a block's tiles adds to the gradients of the block's keys and values."""
     i_chunk, i_g, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_z = i_b * kv_heads + i_g
     i_line = i_z * chunks + i_chunk
@@ -182,7 +183,7 @@ def _add_chunks_kernel(
     p_part, p_first_chunk, p_out, length, blocks, chunks,
     D: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Sum the chunks of one block, in order; zeros if nobody has chosen it."""
+    """Sum the chunks of one block, in order; zeros if no query has chosen it."""
     i_block, i_z = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_s, o_d = tl.arange(0, S), tl.arange(0, BLOCK_D)
     m_d, o_key = (o_d < D)[None, :], i_block * S + o_s
@@ -197,7 +198,7 @@ def _add_chunks_kernel(
 def launch_attend_blocks(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, first: Tensor, padding: Tensor | None, *, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, H, N, D]` and log-sum-exp in base 2, float32 `[B, H, N]`. Arguments as `block_attention`."""
+    """Output `[B, H, N, D]` and log-sum-exp in base 2, float32 `[B, H, N]`. Arguments as in `block_attention`."""
     q, k, v = (_lines(x) for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -252,7 +253,7 @@ def launch_attend_blocks_backward(
 
 
 def _lines(x: Tensor) -> Tensor:
-    """`x` with channels side by side."""
+    """`x`, or a copy if its channels are not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -265,13 +266,13 @@ def _grid(tiles: Tiles, k: Tensor) -> tuple[int, int, int]:
 
 
 def _numbers(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[int | float, ...]:
-    """Strides and sizes that the kernels of queries take."""
+    """Strides and sizes that the kernels with one program per tile take."""
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     return (*strides, k.shape[1], q.shape[1] // k.shape[1], k.shape[2], tiles.block.shape[2], q.shape[-1] ** -0.5)
 
 
 def _constants(q: Tensor, k: Tensor, tiles: Tiles, block_size: int) -> dict[str, int | str]:
-    """What kernels are compiled for."""
+    """Values that the kernels are compiled for."""
     head_dim, group = q.shape[-1], q.shape[1] // k.shape[1]
     return {
         "D": head_dim,

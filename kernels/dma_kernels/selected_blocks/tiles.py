@@ -1,7 +1,7 @@
-"""Who attends to which block: queries in tiles with the blocks of all of them, and blocks with the tiles of theirs.
+"""Which tile of queries attends to which block, and the reverse: which tiles have chosen a block.
 
-A tile is a few queries side by side, in all heads of a group. Its entries are the blocks that any of its queries has
-chosen, each with a bit for each query that has.
+A tile is a few neighboring queries, in all heads of a group. Its entries are the blocks that any of its queries has
+chosen. Each entry has one bit per query, which says whether that query has chosen the block.
 
 B batch, G KV heads, N length, m chosen blocks of a query, T tiles, E entries of a tile, Z = B * G.
 """
@@ -12,29 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 16  # queries times heads of a group in a tile, at least
-_CHUNK = 256  # entries of a block that one program passes over
+ROWS = 16  # the fewest rows of a tile: queries times heads of a group
+_CHUNK = 256  # the most entries of a block that one program passes over
 
 
 class Tiles(NamedTuple):
     """What tiles of queries attend to.
 
     Attributes:
-        queries: queries of a tile.
-        block: number of the block of each entry, ascending, int32 `[Z, T, E]`; behind the last entry, the number of
+        queries: number of queries in a tile.
+        block: number of the block of each entry, ascending, int32 `[Z, T, E]`; after the last entry, the number of
             blocks.
         bits: bit i is set if query i of the tile has chosen the block, int32 `[Z, T, E]`.
-        count: entries of each tile, int32 `[Z, T]`.
+        count: number of entries of each tile, int32 `[Z, T]`.
     """
 
     queries: int
     block: Tensor
     bits: Tensor
-    count: Tensor  # type: ignore[assignment]  # in place of the method of tuples, which nobody calls here
+    count: Tensor  # type: ignore[assignment]  # hides the method of tuples, which is not used here
 
 
 def make_tiles(blocks: Tensor, group: int, number: int) -> Tiles:
-    """Tiles of the blocks that queries have chosen, `[B, G, N, m]` of `number` blocks."""
+    """Tiles from the blocks that queries have chosen, `[B, G, N, m]`, out of `number` blocks."""
     queries = max(1, ROWS >> (group - 1).bit_length())
     x = blocks.flatten(0, 1)
     x = F.pad(x, (0, 0, 0, -x.shape[1] % queries), value=-1)
@@ -54,15 +54,15 @@ def make_tiles(blocks: Tensor, group: int, number: int) -> Tiles:
 
 
 class Choosers(NamedTuple):
-    """Who has chosen a block: entries ordered by block, in chunks.
+    """Which tiles have chosen a block: entries sorted by block, in chunks.
 
     Attributes:
         tile: tile of each entry, int32 `[Z, T * E]`.
         bits: as in `Tiles`, same shape.
-        chunk_block: block of each chunk, int32 `[Z, chunks]`; behind the last, the number of blocks.
+        chunk_block: block of each chunk, int32 `[Z, chunks]`; after the last chunk, the number of blocks.
         chunk_start: first entry of each chunk, int32 `[Z, chunks]`.
-        chunk_end: first entry behind it, same shape.
-        first_chunk: first chunk of each block and behind all, int32 `[Z, blocks + 1]`.
+        chunk_end: first entry after each chunk, same shape.
+        first_chunk: first chunk of each block, and the number of chunks at the end, int32 `[Z, blocks + 1]`.
     """
 
     tile: Tensor
@@ -74,14 +74,14 @@ class Choosers(NamedTuple):
 
 
 def find_choosers(tiles: Tiles, number: int) -> Choosers:
-    """Entries of all tiles by block; each entry is one tile."""
+    """Entries of all tiles, sorted by block; each entry stands for one tile."""
     rows, entries = tiles.block.shape[0], tiles.block.shape[2]
     block, order = tiles.block.flatten(1).sort(dim=-1, stable=True)
     edges = torch.arange(number + 1, dtype=torch.int32, device=block.device).expand(rows, -1).contiguous()
     start = torch.searchsorted(block, edges)  # [Z, blocks + 1]
     chunks = (start[:, 1:] - start[:, :-1] + _CHUNK - 1) // _CHUNK
     first_chunk = F.pad(chunks.cumsum(-1), (1, 0))
-    bound = number + block.shape[1] // _CHUNK  # of the number of chunks, known without looking
+    bound = number + block.shape[1] // _CHUNK  # the most chunks that there can be, known without waiting for the device
     chunk = torch.arange(bound, device=block.device).expand(rows, -1).contiguous()
     chunk_block = torch.searchsorted(first_chunk[:, 1:].contiguous(), chunk, right=True)
     known = chunk_block.clamp(max=number - 1)

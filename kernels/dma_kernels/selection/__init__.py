@@ -1,5 +1,5 @@
 """Which keys live, and until when.
 
 - `deaths`: when the causal top-w drops each key, in plain PyTorch, by two parallel steps over segments
-- `ops`: the same as one operation for torch.compile; by `kernels` on CUDA, which give the same integers
+- `ops`: the same as one operation for torch.compile; on CUDA it runs `kernels`, which give the same integers
 """

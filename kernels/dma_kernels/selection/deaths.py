@@ -1,8 +1,8 @@
 """Which keys the causal top-w keeps, and until when: two parallel steps over segments, no N x N tensor.
 
-Keys are compared as *orders*: integers that are distinct, larger for the key that wins, and -1 for a key
-that does not take part. Order already contains the tie rule (the later key wins) and the restart of the
-selection at document starts, so all that follows compares plain int32.
+Keys are compared by their *orders*: distinct integers, larger for the key that wins, and -1 for a key that does not
+take part. Orders already contain the tie rule (the later key wins) and the restart of the selection at document starts,
+so all later steps compare plain int32.
 
 B batch, G KV heads, N length, T segments, S segment length, W keep-window size, K candidates.
 """
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dma_kernels.ranks import ordered_bits
 
-# Of the 32 bits of an ordered rank, those that tell ranks apart: the low ones only repeat its sign.
+# How many of the 32 bits of an ordered rank distinguish ranks: the low bits only repeat the sign.
 RANK_BITS = 25
-LOWEST_PRIORITY = -(1 << (RANK_BITS - 1))  # below that of every rank, -inf included
+LOWEST_PRIORITY = -(1 << (RANK_BITS - 1))  # below the priority of every rank, -inf included
 
-# Pairwise comparison costs 2S per key and the prefix scan W log(N/S) / S; at 64 both are small.
+# Per key, pairwise comparison costs 2S and the prefix scan W log(N/S) / S; at S = 64 both are small.
 _SELECTION_SEGMENT = 64
 
 
@@ -28,7 +28,7 @@ class KeyOrder:
     """A total order of the keys of each head.
 
     Attributes:
-        order: int32 `[..., N]`, distinct where >= 0; the larger order wins; -1 takes no part.
+        order: int32 `[..., N]`, distinct where >= 0; the larger order wins; a key with -1 does not take part.
         key: int64 `[..., N]`, the inverse: `key[order[j]] == j`.
     """
 
@@ -41,13 +41,13 @@ class KeyOrder:
 
         Args:
             priority: integers `[..., N]`.
-            excluded: bool, broadcastable to `priority`; True takes no part.
+            excluded: bool, broadcastable to `priority`; a key with True does not take part.
         """
         return cls.of_sorted(priority.sort(dim=-1, stable=True).indices, excluded)
 
     @classmethod
     def of_sorted(cls, key: Tensor, excluded: Tensor | None = None) -> "KeyOrder":
-        """Order of keys that are sorted already: `key`, int64 `[..., N]`, has the positions from the lowest on."""
+        """Order of sorted keys: `key`, int64 `[..., N]`, holds their positions, the lowest key first."""
         position = torch.arange(key.shape[-1], dtype=torch.int32, device=key.device)
         order = torch.empty_like(key, dtype=torch.int32).scatter_(-1, key, position.expand_as(key))
         if excluded is not None:
@@ -56,7 +56,7 @@ class KeyOrder:
 
     @classmethod
     def of_ranks(cls, ranks: Tensor, runs: Tensor | None = None, padding: Tensor | None = None) -> "KeyOrder":
-        """Order by (document, rank, position), padding first; arguments as `deaths_by_rank`."""
+        """Order by (document, rank, position), padding first; arguments as in `deaths_by_rank`."""
         if ranks.dtype == torch.int64:
             return cls.of_sorted(sorted_keys(ranks, runs, padding))
         return cls.of(key_priorities(ranks, runs, padding))
@@ -74,8 +74,7 @@ def split_segments(x: Tensor, segment_length: int, fill: int) -> Tensor:
 def segment_snapshots(order: Tensor, count: int, segment_length: int) -> Tensor:
     """The `count` largest orders before the start of each segment.
 
-    "Merge two top-w sets" is associative, so all snapshots come from one parallel prefix scan with
-    log2(T) rounds.
+    Merging two top-w sets is associative, so one parallel prefix scan of log2(T) rounds gives all snapshots.
 
     Args:
         order: int32 `[..., N]`, distinct where >= 0.
@@ -89,7 +88,7 @@ def segment_snapshots(order: Tensor, count: int, segment_length: int) -> Tensor:
     top = F.pad(own, (0, count - segment_length), value=-1)  # [..., T, W]; a negative pad truncates
     segments, reach = top.shape[-2], 1
     while reach < segments:
-        # Of two descending lists a and b, the elements max(a[i], b[W-1-i]) are the top W of both.
+        # If lists a and b are descending, the elements max(a[i], b[W-1-i]) are the top W of both.
         earlier = top[..., :-reach, :].flip(-1)
         merged = torch.maximum(top[..., reach:, :], earlier).sort(dim=-1, descending=True).values
         top = torch.cat([top[..., :reach, :], merged], dim=-2)
@@ -100,11 +99,11 @@ def segment_snapshots(order: Tensor, count: int, segment_length: int) -> Tensor:
 def top_w_deaths(keys: KeyOrder, window: int, segment_length: int = _SELECTION_SEGMENT) -> Tensor:
     """Death of every key under the causal top-w: the first query that has seen `window` better keys.
 
-    Inside a segment everything that matters is known: a candidate with g better keys in the snapshot dies
-    at the (W - g)-th better arrival since the segment's start. Of the snapshot only the S worst can die.
+    Each segment can be computed by itself. A candidate with g better keys in the snapshot dies at the (W - g)-th better
+    key that arrives after the segment's start. Only the S worst keys of the snapshot can die within the segment.
 
     Returns:
-        int32 `[..., N]`: `N` for a key that never dies, `j` for one that nobody sees (dead on arrival).
+        int32 `[..., N]`: `N` for a key that never dies, and the key's own position for a key that no query sees.
     """
     length = keys.order.shape[-1]
     if window >= length:
@@ -119,7 +118,7 @@ def top_w_deaths(keys: KeyOrder, window: int, segment_length: int = _SELECTION_S
     candidates = torch.cat([worst, arrivals], dim=-1)  # [..., T, K]
     better = torch.cat([better_than_worst.expand_as(worst), window - not_better], dim=-1)
 
-    # int16 counts: several times faster than wider ones, and a count is at most S.
+    # int16 is several times faster than wider counts, and a count is at most S.
     arrived = (arrivals[..., None, :] > candidates[..., :, None]).cumsum(-1, dtype=torch.int16)  # [..., T, K, S]
     deadly = (window - better).clamp(max=segment + 1).to(torch.int16)
     survived = torch.searchsorted(arrived, deadly[..., None], out_int32=True).squeeze(-1)  # [..., T, K]
@@ -133,10 +132,10 @@ def top_w_deaths(keys: KeyOrder, window: int, segment_length: int = _SELECTION_S
 
 
 def sorted_keys(ranks: Tensor, runs: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
-    """Positions of keys with int64 ranks from the lowest on, by (document, rank, position), padding first.
+    """Positions of keys with int64 ranks, sorted by (document, rank, position), the lowest first; padding comes first.
 
-    A rank takes all 64 bits, so the document has no place above it. Instead a second sort, which is stable, puts the
-    documents one behind the other and leaves the keys of each as they are.
+    A rank takes all 64 bits, so the document's number does not fit above it. Instead, a second, stable sort puts the
+    documents in order and keeps the order of the keys within each.
 
     Returns:
         int64 `[B, G, N]`.
@@ -148,17 +147,17 @@ def sorted_keys(ranks: Tensor, runs: Tensor | None = None, padding: Tensor | Non
         group = runs
     else:
         return key
-    group = group.to(torch.int16 if ranks.shape[-1] <= 1 << 15 else torch.int32)  # fewer bits are sorted sooner
+    group = group.to(torch.int16 if ranks.shape[-1] <= 1 << 15 else torch.int32)  # fewer bits sort faster
     by_rank = group[:, None].expand_as(key).gather(-1, key)
     return key.gather(-1, by_rank.sort(dim=-1, stable=True).indices)
 
 
 def key_priorities(ranks: Tensor, runs: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
-    """What keys with floating ranks are ordered by: document, then rank; arguments as `deaths_by_rank`.
+    """Integers that order keys with floating ranks by document, then rank; arguments as in `deaths_by_rank`.
 
     Returns:
-        `[B, G, N]`, int32 of at most 25 bits with sign, or int64 with the number of the document above these. A padded
-        key has `LOWEST_PRIORITY`.
+        `[B, G, N]`: int32 of at most 25 bits with sign, or int64 with the number of the document above these bits. A
+        padded key has `LOWEST_PRIORITY`.
     """
     priority = ordered_bits(ranks) >> (32 - RANK_BITS)
     if runs is not None:

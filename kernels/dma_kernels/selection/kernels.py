@@ -1,13 +1,16 @@
 """Triton kernels behind `ops.py`: deaths of the causal top-w, by one sort and five launches around it.
 
-Let `key[x]` be the position of the key of order x. The key of order x dies where the W-th better one stands,
+Let `key[x]` be the position of the key of order x. This key dies at the position of the W-th better key,
 
     D(x) = the W-th smallest of { key[o] : o > x },  N if there are fewer,
 
-or on arrival if it arrives later than that. D grows with x. Orders are cut into blocks and positions into bins; a
-table counts the keys of every block in every bin, and then those of a block and all above it. It gives the D of both
-ends of a block. Between these stand at most X keys that are better than the lowest of the block, and one of them is
-the D of every other: O(N X) comparisons in all, O(N² / (X C)) memory, chosen to be at most 4 N numbers.
+or on arrival if it arrives later than that. D grows with x.
+
+Orders are divided into blocks, and positions into bins. A table counts the keys of every block in every bin, and then
+adds up the counts of a block and all blocks above it. From the table come the D of the lowest and of the highest key of
+each block. From the first of these two positions to the second, at most X keys are better than the lowest key of the
+block, and the D of every other key of the block is the position of one of them. This takes O(N X) comparisons in all,
+and O(N² / (X C)) memory, which is kept to at most 4 N numbers.
 
 R rows (batch and KV heads together), N length, W keep-window size, X orders of a block, C positions of a bin, S
 positions searched at once, P candidates compared at once.
@@ -23,8 +26,8 @@ from torch import Tensor
 from dma_kernels.rank_kernels import ordered_bits
 from dma_kernels.selection.deaths import LOWEST_PRIORITY, RANK_BITS, sorted_keys
 
-_TABLE = (128, 32)  # blocks and bins that are summed up at once
-_KEYS = 1024  # keys of a program that makes sort keys
+_TABLE = (128, 32)  # blocks and bins that a program sums at once
+_KEYS = 1024  # keys for which a program makes sort keys
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def _sort_keys_kernel(
     p_rank, p_run, p_padding, p_key, length, heads, rows, stride_b, stride_g, stride_n, run_b, run_n, padding_b,
     padding_n, bits, BITS: tl.constexpr, LOWEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What keys are sorted by: row, document, rank."""
+    """Write the integers by which keys are sorted: row, document, rank."""
     chunks = tl.cdiv(length, BLOCK)
     i_row, o_n = tl.program_id(0) // chunks, (tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     i_b, i_g, m_n = (i_row // heads).to(tl.int64), i_row % heads, o_n < length
@@ -72,13 +75,13 @@ def _count_keys_kernel(
     m_x = o_x < length
     b_key = (tl.load(p_index + i_row * length + o_x, mask=m_x, other=0) - i_row * length).to(tl.int32)
     tl.store(p_order + i_row * length + b_key, o_x, mask=m_x)
-    # Integers: the sums do not depend on who comes first.
+    # The sums are of integers, so they do not depend on the order of the additions.
     tl.atomic_add(p_count + (i_row * blocks + i_block) * bins + b_key // BLOCK_C, 1, mask=m_x, sem="relaxed")
 
 
 @triton.jit
 def _sum_blocks_kernel(p_count, blocks, bins, ROWS: tl.constexpr, BINS: tl.constexpr):
-    """Add to each block's count of a bin those of all blocks above it."""
+    """Add to the count of each block in each bin the counts of all blocks above it."""
     chunks = tl.cdiv(bins, BINS)
     o_c = tl.program_id(0) % chunks * BINS + tl.arange(0, BINS)
     p_count += (tl.program_id(0) // chunks).to(tl.int64) * blocks * bins
@@ -94,7 +97,7 @@ def _sum_blocks_kernel(p_count, blocks, bins, ROWS: tl.constexpr, BINS: tl.const
 
 @triton.jit
 def _nth_position(b_count, p_order, least, window, length, bins, BINS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Position of the `window`-th key whose order is at least `least`, given how many each bin holds; else N."""
+    """Position of the `window`-th key whose order is at least `least`, or N; `b_count` has the number in each bin."""
     o_c = tl.arange(0, BINS)
     i_bin = tl.minimum(tl.sum((tl.cumsum(b_count, axis=0) < window).to(tl.int32), axis=0), bins - 1)
     before = tl.sum(tl.where(o_c < i_bin, b_count, 0), axis=0)
@@ -109,7 +112,7 @@ def _candidates_kernel(
     p_index, p_order, p_count, p_candidate, window, length, blocks, bins,
     BINS: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Positions at which the keys of one block can die, ascending; behind the last, N."""
+    """Positions at which the keys of one block can die, ascending; N after the last one."""
     i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     p_order, p_line = p_order + i_row * length, p_count + (i_row * blocks + i_block) * bins
     p_candidate += (i_row * blocks + i_block) * BLOCK_X
@@ -119,7 +122,7 @@ def _candidates_kernel(
     b_better = tl.load(p_line + o_c, mask=o_c < bins, other=0) - (o_c == lowest_key // BLOCK_C).to(tl.int32)
     first = _nth_position(b_better, p_order, lowest + 1, window, length, bins, BINS, BLOCK_C)  # D of the lowest
     last = _nth_position(b_above, p_order, lowest + BLOCK_X, window, length, bins, BINS, BLOCK_C)  # D of the highest
-    found = 0  # at most X: W - 1 better than the lowest stand before `first`, and less than W + X up to `last`
+    found = 0  # at most X: W - 1 keys better than the lowest are before `first`, and fewer than W + X are up to `last`
     for i in range(first // BLOCK_S, tl.cdiv(tl.minimum(last + 1, length), BLOCK_S)):
         o_p = i * BLOCK_S + tl.arange(0, BLOCK_S)
         m_p = (o_p >= first) & (o_p <= last) & (o_p < length)
@@ -134,20 +137,20 @@ def _candidates_kernel(
 def _deaths_kernel(
     p_index, p_order, p_candidate, p_death, window, length, blocks, BLOCK_X: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
-    """Deaths of one block of the sorted keys: which of the candidates is the `window`-th better one."""
+    """Deaths of one block of the sorted keys: finds the candidate that is the `window`-th better key of each."""
     i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     p_order, p_candidate = p_order + i_row * length, p_candidate + (i_row * blocks + i_block) * BLOCK_X
     o_x = i_block * BLOCK_X + tl.arange(0, BLOCK_X)
     m_x = o_x < length
     b_key = (tl.load(p_index + i_row * length + o_x, mask=m_x, other=0) - i_row * length).to(tl.int32)
-    # Before the first candidate stand W - 1 keys better than the lowest of the block, less those of the block.
+    # Before the first candidate are W - 1 keys better than the lowest of the block; keys of the block are subtracted.
     b_early = m_x & (o_x > i_block * BLOCK_X) & (b_key < tl.load(p_candidate))
     b_seen = window - 1 - tl.cumsum(b_early.to(tl.int32), axis=0)
     b_nth = tl.zeros([BLOCK_X], dtype=tl.int32)
     for i in range(BLOCK_X // BLOCK_P):
         b_position = tl.load(p_candidate + i * BLOCK_P + tl.arange(0, BLOCK_P))
         b_order = tl.load(p_order + b_position, mask=b_position < length, other=-1)
-        # Candidates along axis 0: a thread then holds all of its columns, and sums them up without the others.
+        # Candidates along axis 0: each thread then holds whole columns, and sums them without other threads.
         b_better = (b_order[:, None] > o_x[None, :]).to(tl.int32)  # [BLOCK_P, BLOCK_X]
         b_alive = b_seen[None, :] + tl.cumsum(b_better, axis=0) < window
         b_nth += tl.sum(b_alive.to(tl.int32), axis=0)
@@ -159,7 +162,7 @@ def _deaths_kernel(
 def launch_top_w_deaths(
     ranks: Tensor, runs: Tensor | None, padding: Tensor | None, *, window: int, tiling: Tiling | None = None
 ) -> Tensor:
-    """`deaths_by_rank` of ranks `[B, G, N]`."""
+    """`deaths_by_rank`, for ranks `[B, G, N]`."""
     length, device = ranks.shape[-1], ranks.device
     if window >= length or not ranks.numel():
         return torch.full(ranks.shape, length, dtype=torch.int32, device=device)
@@ -184,21 +187,21 @@ def launch_top_w_deaths(
 
 
 def _sorted_index(ranks: Tensor, runs: Tensor | None, padding: Tensor | None) -> Tensor:
-    """Numbers of the keys of all rows in their order, row behind row, int64 `[B * G * N]`."""
+    """Indices of the keys of all rows, sorted within each row, one row after the other, int64 `[B * G * N]`."""
     if ranks.dtype != torch.int64:
-        return launch_sort_keys(ranks, runs, padding).sort(stable=True).indices  # of equal keys the later is the larger
+        return launch_sort_keys(ranks, runs, padding).sort(stable=True).indices  # stable: of equal keys the later wins
     key = sorted_keys(ranks, runs, padding).flatten(0, 1)
     return (key + torch.arange(0, key.numel(), key.shape[1], device=key.device)[:, None]).flatten()
 
 
 def launch_sort_keys(ranks: Tensor, runs: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
-    """`key_priorities` of floating ranks below the number of the row, `[B * G * N]`.
+    """`key_priorities` of floating ranks, with the row's number in the bits above them, `[B * G * N]`.
 
-    So one sort serves all rows; each costs as much alone.
+    So a single sort handles all rows; a sort of one row alone takes as long.
     """
     batch, heads, length = ranks.shape
     rows = batch * heads
-    # The number of the document stands above the rank; -1 of padding takes no bit of its own.
+    # The number of the document is above the rank; the -1 of padding needs no extra bit.
     bits = RANK_BITS if runs is None else RANK_BITS + 1 + max(7, length.bit_length())
     assert (rows + 1) << bits <= 1 << 64, f"{rows} rows of {bits} bits do not fit into 64"
     dtype = torch.int32 if runs is None and (rows + 1) << bits <= 1 << 32 else torch.int64  # 32 bits: half the passes

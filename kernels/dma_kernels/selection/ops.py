@@ -1,4 +1,4 @@
-"""The causal top-w as one operation, opaque to torch.compile; by Triton kernels on CUDA.
+"""The causal top-w as one operation, opaque to torch.compile; on CUDA it runs Triton kernels.
 
 B batch, G KV heads, N length, W keep-window size.
 """
@@ -16,12 +16,12 @@ def _plain_deaths(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, wi
 
 @torch.library.custom_op("dma_kernels::top_w_deaths", mutates_args=())
 def deaths_by_rank(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int) -> Tensor:
-    """`top_w_deaths` of keys ordered by `KeyOrder.of_ranks`; by Triton kernels on CUDA, opaque to torch.compile.
+    """`top_w_deaths` of keys ordered by `KeyOrder.of_ranks`; opaque to torch.compile, with Triton kernels on CUDA.
 
     Args:
-        ranks: `[B, G, N]`, int64, or any floating dtype, which is compared as `ordered_bits` says.
+        ranks: `[B, G, N]`, int64, or any floating dtype; floating ranks are compared by their `ordered_bits`.
         runs: number of the document of each position, integers `[B, N]`, ascending from 0 or more.
-        padding: bool `[B, N]`; True takes no part: it counts for nothing, and its death means nothing.
+        padding: bool `[B, N]`; keys with True do not compete, and their deaths have no meaning.
         window: W.
 
     Returns:

@@ -190,7 +190,7 @@ def test_slots_serve_many_calls(device: str) -> None:
     slots = SegmentSlots.of(mask, 2, KV_HEADS)
     with torch.no_grad():
         assert torch.equal(fused_attention(*inputs, mask, slots=slots), fused_attention(*inputs, mask))
-    with pytest.raises(ValueError, match=r"slots: expected some for .* got those for batch 2, 2 KV heads"):
+    with pytest.raises(ValueError, match=r"slots: expected slots for .* got slots for batch 2, 2 KV heads"):
         fused_attention(*(x[:1] for x in inputs), mask, slots=slots)
 
 
@@ -339,7 +339,7 @@ def test_bad_inputs(device: str) -> None:
         torch.func.jvp(lambda x: fused_attention(x, *qkv[1:], scores, mask), (qkv[0],), (qkv[0],))
     with pytest.raises(ValueError, match="block_size: expected a multiple of 16, got 8"):
         SegmentSlots.of(mask, 2, KV_HEADS, block_size=8)
-    with pytest.raises(ValueError, match=r"slots: expected some for .* and 39 positions"):
+    with pytest.raises(ValueError, match=r"slots: expected slots for .* and 39 positions"):
         fused_attention(*qkv, scores, mask, slots=SegmentSlots.of(Lifetimes.causal(39, device), 2, KV_HEADS))
     with pytest.raises(ValueError, match="born at its own position"):
         fused_attention(*qkv, scores, Lifetimes(mask.birth + 1, mask.death, 9))

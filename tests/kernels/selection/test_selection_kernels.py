@@ -111,7 +111,7 @@ def test_sort_keys_order_as_priorities_do(dtype: torch.dtype, documents: bool, d
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 127, 128])
 def test_rows_are_sorted_by_themselves(rows: int, documents: bool, device: str) -> None:
-    """Up to 127 rows as 32 bits; the extreme ranks of neighbours touch."""
+    """Up to 127 rows as 32 bits; the extreme ranks of neighbors touch."""
     ranks = torch.tensor([torch.nan, -torch.inf, torch.inf, 0, -1], device=device).expand(1, rows, 5)
     runs = torch.tensor([[0, 0, 0, 1, 4]], device=device) if documents else None
     priority = key_priorities(ranks, runs)

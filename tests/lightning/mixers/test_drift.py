@@ -363,12 +363,12 @@ def test_a_retention_loss_is_for_training_alone() -> None:
         ),
         ({"drift": "gate", "drift_range": (0.0, 1.0)}, r"drift_range: expected two numbers above 0"),
         ({"drift": "gate", "drift_range": (2.0, 1.0)}, r"drift_range: expected two numbers above 0"),
-        ({"drift": "gate", "memory_heads": 3}, "memory_heads: expected from 0 to 2 KV heads"),
-        ({"drift": "gate", "memory_heads": 0.3}, "memory_heads: expected from 0 to 2 KV heads, or a share"),
+        ({"drift": "gate", "memory_heads": 3}, "memory_heads: expected 0 to 2 KV heads"),
+        ({"drift": "gate", "memory_heads": 0.3}, "memory_heads: expected 0 to 2 KV heads, or a share"),
         ({"drift": "gate", "memory_heads": 1, "memory_every": 0}, "memory_every: expected at least 1, got 0"),
         ({"drift": "gate", "content": "keys"}, r"content: expected one of \['values', 'input'\], got 'keys'"),
-        ({"drift": "gate", "memory_stripes": 4, "score_form": "linear"}, "memory_stripes: expected 0, or a number of"),
-        ({"drift": "gate", "memory_heads": 1, "memory_stripes": -1}, "memory_stripes: expected 0, or a number of"),
+        ({"drift": "gate", "memory_stripes": 4, "score_form": "linear"}, "memory_stripes: expected 0, or at least 1"),
+        ({"drift": "gate", "memory_heads": 1, "memory_stripes": -1}, "memory_stripes: expected 0, or at least 1"),
         ({"memory_heads": 1}, r"drift: expected constant or gate with \{'memory_heads': 1\}, got none"),
         ({"content": "input"}, r"drift: expected constant or gate with \{'content': 'input'\}, got none"),
     ],
@@ -382,7 +382,7 @@ def test_far_content_asks_for_last_positions_and_has_no_cache() -> None:
     options = {"drift": "gate", "score_form": "linear", "content": "input", "content_in_bias": "far"}
     with pytest.raises(ValueError, match="keep_last: expected at least 1 with content_in_bias far, got 0"):
         DogeForCausalLM(ModelConfig(**options))
-    with pytest.raises(ValueError, match="expected true or false to generate or to read by a cache, got far"):
+    with pytest.raises(ValueError, match="expected true or false to generate or to use a cache, got far"):
         DogeForCausalLM(ModelConfig(keep_last=2, **options)).new_cache(1)
     with pytest.raises(ValueError, match="content_in_bias: expected true, false or far, got 'near'"):
         DogeForCausalLM(ModelConfig(keep_last=2, **options | {"content_in_bias": "near"}))

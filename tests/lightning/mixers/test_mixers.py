@@ -375,13 +375,13 @@ def test_documents_and_padding_come_in_many_ways() -> None:
         assert torch.equal(found, expected)
     assert torch.equal(mixer.lifetimes(x, documents, padding)[0].death, mixer.lifetimes(x, packing)[0].death)
     assert torch.equal(mixer(x, Packing()), mixer(x))
-    with pytest.raises(ValueError, match="expected documents and padding, or a packing, got both"):
+    with pytest.raises(ValueError, match="expected either documents and padding or a packing, got both"):
         mixer(x, packing, padding)
     with pytest.raises(ValueError, match=r"documents: expected shape \[2, 40\]"):
         mixer(x, documents[:, 1:], padding)
     with pytest.raises(ValueError, match=r"expected x \[B, N >= 1, 32\]"):
         mixer(x[:, :0], documents[:, :0], padding[:, :0])
-    with pytest.raises(ValueError, match="expected documents with their runs"):
+    with pytest.raises(ValueError, match="expected both documents and runs"):
         Packing(documents)
 
 

@@ -237,7 +237,7 @@ def test_a_compiled_layer_goes_on_from_step_to_step() -> None:
     [
         ({"drift": torch.zeros(2, 2, 62)}, r"drift: expected \[2, 2, 63\]"),
         ({"positions": torch.tensor([8.0])}, "positions: expected int64"),
-        ({"values": torch.zeros(2, 2, 62, 8)}, r"values: expected \[2, 2, 63\] .* with a further dimension"),
+        ({"values": torch.zeros(2, 2, 62, 8)}, r"values: expected \[2, 2, 63\] .* plus a last dimension"),
         ({"content": torch.zeros(2, 1, 63)}, r"key_bias: expected|content: expected"),
         ({"packing": Packing(padding=torch.zeros(2, 62, dtype=torch.bool))}, "padding: expected shape"),
     ],

@@ -91,7 +91,7 @@ def test_a_run_and_its_checkpoint_keep_the_rules(tmp_path: Path, monkeypatch: py
     ("changed", "message"),
     [
         ({"wide_layers": (3,)}, r"wide_layers: expected numbers from 0 to 2, of the model's 3 layers, got \[3\]"),
-        ({"wide_layers": (-1,)}, r"wide_layers: expected numbers of layers, from 0, .* got \[-1\]"),
+        ({"wide_layers": (-1,)}, r"wide_layers: expected numbers of layers, counted from 0, .* got \[-1\]"),
         ({"wide_layers": ()}, r"wide_layers: expected numbers of layers, .* with wide_keep_window_size 9, got \[\]"),
         ({"wide_keep_window_size": 0}, "wide_keep_window_size: expected at least 1, got 0"),
     ],

@@ -1,7 +1,7 @@
-"""What the attention kernels share: where a tile of queries stands, which slots it sees, and their logits.
+"""What the attention kernels share: the positions of a tile of queries, the slots that it sees, and their logits.
 
-Rows of a tile of queries are (position, head of the group): row r is query r // R of the segment, in head r % R. So
-heads that share keys also share what is loaded of them.
+Rows of a tile of queries are pairs of position and head of the group: row r is query r // R of the segment, in head
+r % R. So heads that share keys load them only once.
 
 B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, T segments, S segment length, C snapshot
 slots, K = C + S slots, Z = B * T.
@@ -17,13 +17,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dma_kernels.primitives import LOG2_E, scaled_products
 
-# Arguments of which no value compiles a kernel anew. The length is none: loads are wider if it is a multiple of 16.
+# Arguments whose values never make Triton compile a kernel again. The length can: loads are wider at multiples of 16.
 SIZES = ("kv_heads", "mask_heads", "group", "segments")
 
 
 @triton.jit
 def locate_rows(kv_heads, group, length, segments, segment, BLOCK_M: tl.constexpr):
-    """Of this program: segment and KV head together and apart, sequence, row positions, lines, and which are real."""
+    """A program's segment and KV head, together and apart, its sequence, row positions and heads, and its real rows."""
     tiles = tl.cdiv(segment * group, BLOCK_M)
     i_zg, i_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     i_z, i_g = i_zg // kv_heads, i_zg % kv_heads
@@ -41,15 +41,15 @@ def count_slot_tiles(
 ):  # fmt: skip
     """How many tiles of slots a tile of queries passes over.
 
-    Of the snapshot and of the own keys: those from the beginning on that all of its queries see, which need no mask,
-    then those behind them up to the last that any of them sees. `slot_of` says where these lie.
+    The snapshot and the own keys each give two counts. First come the tiles at the beginning that all queries see,
+    which need no mask. Then come the tiles up to the last slot that any query sees. `slot_of` finds them.
     """
     first = i_tile * BLOCK_M // group
     end = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // group + 1, segment)
     BLOCK: tl.constexpr = 1024
     b_all, b_any, b_own = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     b_unseen = tl.full([BLOCK], 2147483647, tl.int32)
-    for i in range(0, tl.maximum(snapshot, keys - snapshot), BLOCK):  # both at once, as each waits for memory
+    for i in range(0, tl.maximum(snapshot, keys - snapshot), BLOCK):  # both at once, to overlap their loads
         o_k = i + tl.arange(0, BLOCK)
         m_own = o_k < keys - snapshot
         b_death = tl.load(p_death + o_k, mask=o_k < snapshot, other=0)
@@ -66,7 +66,7 @@ def count_slot_tiles(
 
 @triton.jit
 def slot_of(i, tiles, first, own_first, BLOCK_K: tl.constexpr):
-    """First slot of the i-th tile: `tiles` of the snapshot from slot `first` on, then own keys from `own_first` on."""
+    """First slot of the i-th tile: first come `tiles` of the snapshot from `first`, then own keys from `own_first`."""
     return tl.where(i < tiles, first + i * BLOCK_K, own_first + (i - tiles) * BLOCK_K)
 
 
@@ -87,25 +87,25 @@ def tile_logits(
 
 
 def slot_tiles(x: Tensor, block_k: int, block_d: int) -> TensorDescriptor:
-    """`[Z, G, K, D]` as lines of D, in tiles of slots."""
+    """A descriptor of `[Z, G, K, D]` as lines of D, in tiles of slots."""
     lines = x.view(-1, x.shape[-1])
     return TensorDescriptor(lines, list(lines.shape), list(lines.stride()), [block_k, block_d])
 
 
 def query_tiles(x: Tensor, block_s: int, block_d: int) -> TensorDescriptor:
-    """`[B, H, N, D]` in tiles of positions of one head."""
+    """A descriptor of `[B, H, N, D]` in tiles of positions of one head."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block_s, block_d])
 
 
 def slot_block(largest: int, *slots: int) -> int:
-    """Slots of a tile: at most `largest`, and such that all numbers of slots are whole tiles."""
+    """Slots of a tile: at most `largest`, and a divisor of all numbers of slots."""
     block = math.gcd(largest, *slots)
     assert block >= 16, "slots come in multiples of 16"
     return block
 
 
 def aligned(x: Tensor) -> Tensor:
-    """`x`, or a copy if its layout is none that a tensor descriptor can address: lines of D elements, 16-byte steps."""
+    """`x`, or a copy if a tensor descriptor cannot address it: it needs contiguous lines and steps of 16 bytes."""
     step = 16 // x.element_size()
     strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
     fits = x.stride(-1) == 1 and all(stride > 0 and stride % step == 0 for stride in strides)

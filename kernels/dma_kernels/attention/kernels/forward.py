@@ -1,8 +1,8 @@
 """The Triton kernel of the forward pass.
 
-A program keeps a tile of queries in registers and passes over the slots of its segment: first, without masking, the
-beginnings of the snapshot and of the own keys that all of its queries see, then the rest of the snapshot prefix and of
-the own keys born so far.
+A program keeps a tile of queries in registers and passes over the slots of its segment. First come, without a mask,
+those slots at the beginning of the snapshot and of the own keys that all of its queries see. Then, with a mask, come
+the rest of the visible snapshot prefix and of the own keys born so far.
 
 B batch, H query heads, G KV heads, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
@@ -101,14 +101,14 @@ def launch_forward(
 
     Args:
         q: `[B, H, N, D]`.
-        k: in segment order, contiguous, `[Z, G, K, D]`; K - S snapshot slots and K are multiples of a tile.
+        k: in segment order, contiguous, `[Z, G, K, D]`; K - S (the snapshot slots) and K are multiples of 16.
         v: `[Z, G, K, D]`.
         bias: float32 `[Z, G, K]`.
         birth: first query of the segment that sees a slot, int32 `[Z, G or 1, K]`; own slots in order of birth.
-        death: first later query that no longer does, same shape; snapshot slots in falling order.
+        death: first later query that no longer sees it, same shape; snapshot slots in descending order.
         scale: factor of q·k.
         segment_length: S.
-        config: by default that of `kernel_config`.
+        config: by default the one from `kernel_config`.
     """
     (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
     q, block_d = aligned(q), padded_head_dim(head_dim)
