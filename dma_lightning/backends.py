@@ -56,20 +56,24 @@ def check_backend(name: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def resolve_backend(name: str, device: str, index: int | None, dtype: torch.dtype, head_dim: int) -> str:
+def resolve_backend(
+    name: str, device: str, index: int | None, dtype: torch.dtype, head_dim: int, drifts: bool = False
+) -> str:
     """The backend that a name means for such tensors: itself, or the choice of `auto` (logged once)."""
-    return _auto_backend(device, index, dtype, head_dim)[0] if name == "auto" else name
+    return _auto_backend(device, index, dtype, head_dim, drifts)[0] if name == "auto" else name
 
 
-def explain_backend(name: str, device: str, index: int | None, dtype: torch.dtype, head_dim: int) -> str:
+def explain_backend(
+    name: str, device: str, index: int | None, dtype: torch.dtype, head_dim: int, drifts: bool = False
+) -> str:
     """The backend that a name means for such tensors, and why."""
     if name != "auto":
         return f"{name}, as asked for"
-    return "{}, chosen by auto: {}".format(*_auto_backend(device, index, dtype, head_dim))
+    return "{}, chosen by auto: {}".format(*_auto_backend(device, index, dtype, head_dim, drifts))
 
 
 @cache
-def _auto_backend(device: str, index: int | None, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+def _auto_backend(device: str, index: int | None, dtype: torch.dtype, head_dim: int, drifts: bool) -> tuple[str, str]:
     """The choice of `auto`, and the reason."""
     chosen, reason = "torch", "triton and flex train on CUDA alone"
     if device == "cuda" and (dtype not in KERNEL_DTYPES or head_dim > MAX_HEAD_DIM):
@@ -78,6 +82,8 @@ def _auto_backend(device: str, index: int | None, dtype: torch.dtype, head_dim: 
         capability = torch.cuda.get_device_capability(index)
         if capability[0] in _TRITON_FAMILIES and has_triton():
             chosen, reason = "triton", f"its tests have passed on compute capability {capability[0]}.x"
+        elif drifts:
+            chosen, reason = ("triton" if has_triton() else "torch"), "flex does not train a drift"
         elif head_dim >= 16:
             chosen = "flex"
             reason = "no Triton here, or its kernels' tests have not passed on compute capability {}.{}".format(

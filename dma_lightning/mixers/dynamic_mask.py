@@ -240,7 +240,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
     ) -> Tensor:
         q, k, v = self.queries_keys_values(x, cache)  # [B, H, N, D] and [B, G, N, D]
         keys = self._ranked(x, v, packing, cache)
-        backend = resolve_backend(self.backend, q.device.type, q.device.index, q.dtype, self.head_dim)
+        backend = resolve_backend(self.backend, q.device.type, q.device.index, q.dtype, self.head_dim, self.drifts)
         if cache is None:
             out = self._attend(backend, q, k, v, keys, packing)
             if self.retention_weight and self.training and torch.is_grad_enabled():
@@ -259,6 +259,11 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
             return attend(backend, q, k, v, keys.key_bias, keys.rank, self.keep, packing, query_bias=asked)
         mask, near = Lifetimes.selected(keys.rank, self.keep, packing), self.own_keep.last
         return attend_with_far_bias(ATTENTIONS[backend], q, k, v, keys.near_bias, keys.key_bias, mask, near, asked)
+
+    @property
+    def drifts(self) -> bool:
+        """Whether heads have a drift."""
+        return self.drifting is not None
 
     @property
     def near_distance(self) -> int | None:
@@ -347,7 +352,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         device = weight.device
         autocasts = torch.is_autocast_enabled(device.type) and weight.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device.type) if autocasts else weight.dtype
-        backend = resolve_backend(self.backend, device.type, device.index, dtype, self.head_dim)
+        backend = resolve_backend(self.backend, device.type, device.index, dtype, self.head_dim, self.drifts)
         step: StepBackend = "triton" if backend == "triton" else "torch"
         return DynamicMaskCache(
             batch, self.num_kv_heads, self.head_dim, self.keep, dtype=dtype, device=device, backend=step
@@ -362,7 +367,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         return min(length, self.keep.capacity) * self.num_kv_heads * (2 * self.head_dim + 1)
 
     def computed_by(self, device: torch.device, dtype: torch.dtype) -> str:
-        return explain_backend(self.backend, device.type, device.index, dtype, self.head_dim)
+        return explain_backend(self.backend, device.type, device.index, dtype, self.head_dim, self.drifts)
 
     def unused_at(self, length: int) -> str | None:
         kept = self.keep.window + self.keep.last

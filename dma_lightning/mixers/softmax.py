@@ -92,7 +92,8 @@ class MultiHeadAttention(GroupedQueryMixer[PositionCache | DriftingCache]):
     def computed_by(self, device: torch.device, dtype: torch.dtype) -> str:
         if self.window is None and self.drift is None:
             return SDPA_OR_FLEX
-        return explain_backend(self.backend, device.type, device.index, dtype, self.head_dim)
+        drifts = self.drift is not None
+        return explain_backend(self.backend, device.type, device.index, dtype, self.head_dim, drifts)
 
     def cache_elements(self, length: int) -> int:
         kept = length if self.window is None else min(length, self.window)
@@ -157,7 +158,7 @@ def window_attention(
     mask = Lifetimes.sliding_window(length, window or length, device, packing=packing)
     if mask.capacity == length and drifted is None:
         return lifetime_attention(q, k, v, mask)
-    backend = resolve_backend(backend, device.type, device.index, q.dtype, q.shape[-1])
+    backend = resolve_backend(backend, device.type, device.index, q.dtype, q.shape[-1], drifted is not None)
     if drifted is not None:
         return ATTENTIONS[backend](q, k, v, drifted.nats, mask, query_bias=drifted.query_bias)
     bias = torch.zeros(k.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=device)

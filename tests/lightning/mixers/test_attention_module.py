@@ -124,6 +124,10 @@ def test_auto_takes_what_can_and_has_been_tested(capability: tuple[int, int], mo
     assert resolve_backend("auto", "cuda", 0, torch.float32, 8) == ("triton" if tested else "torch")
     assert resolve_backend("auto", "cuda", 0, torch.float64, 64) == "torch"
     assert resolve_backend("auto", "cuda", 0, torch.bfloat16, 272) == "torch"
+    assert resolve_backend("auto", "cuda", 0, torch.bfloat16, 64, drifts=True) == "triton"  # flex trains no drift
+    monkeypatch.setattr("dma_lightning.backends.has_triton", lambda: False)
+    _auto_backend.cache_clear()
+    assert resolve_backend("auto", "cuda", 0, torch.bfloat16, 64, drifts=True) == "torch"
     _auto_backend.cache_clear()
 
 
