@@ -5,6 +5,7 @@
 What comes out is written to the folder, and compared there with what one process does.
 """
 
+import functools
 import json
 import os
 import sys
@@ -157,7 +158,7 @@ BOTH: dict[str, Any] = {"accumulate": 2, "activation_checkpointing": True, "mixe
 TOGETHER_RUNS: dict[str, dict[str, Any]] = {
     "ddp": {},
     "ddp-accumulated": {"accumulate": 2},
-    "ddp-both": BOTH,
+    "ddp-both": BOTH | {"compile_layers": True},
     "ddp-alike": {"alike": True},
     "fsdp": {},
     "fsdp-accumulated": {"accumulate": 2},
@@ -168,9 +169,11 @@ TOGETHER_RUNS: dict[str, dict[str, Any]] = {
 def main(folder: Path) -> None:
     """All runs of two processes."""
     torch.set_num_threads(1)
+    torch.compile = functools.partial(torch.compile, backend="eager")
     for name, options in TOGETHER_RUNS.items():
         strategy = "ddp" if name.startswith("ddp") else FullyShardedStrategy()
-        train(folder / name, processes=2, strategy=strategy, **options)
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=2):
+            train(folder / name, processes=2, strategy=strategy, **options)
     (folder / f"done{os.environ['RANK']}").touch()
 
 
