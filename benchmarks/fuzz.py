@@ -2,6 +2,7 @@
 
     python benchmarks/fuzz.py                                            # all areas, 1000 cases
     python benchmarks/fuzz.py selection key_caches --cases 10000 --processes 2
+    python benchmarks/fuzz.py all drift=10000 --cases 2000               # all areas, and more cases of one
     python benchmarks/fuzz.py exports --first 4711 --cases 1             # one case again
 
 The cases are those of `tests/fuzz`: a check takes a seed, draws a case from it, and compares with an oracle in plain
@@ -13,6 +14,8 @@ Python and NumPy that shares no code with the packages. The areas, and what one 
 - `masks`, `intervals`: unions and intersections; block masks, also against torch's `create_block_mask`;
 - `backends`, `triton`, `flex`: output and gradients against softmax in float64 (`triton` by its interpreter if there is
   no GPU, `flex` without gradients);
+- `gates`: output and gradients of heads that drift, those of gates, contents and the layer's input too, against
+  formulas in float64;
 - `key_caches`, `triton_caches`, `mixers`: a text cut into any calls, with guesses, chosen rows, documents and padding;
   `drift_caches`, `drift_triton_caches`: of keys that drift, also from far into a text on;
 - `prepared`, `preparing`, `text`, `tokenizers`, `exports`, `checkpoint_bytes`, `checkpoint_values`: files whose bytes,
@@ -151,6 +154,22 @@ def _check_seeds(area: str, seeds: list[int], connection: Connection) -> None:
         connection.send((seed, time.process_time() - begin, failure))
 
 
+def counts_of(asked: list[str], of_all: dict[str, int]) -> dict[str, int]:
+    """Cases of each area that `area`, `area=cases` or `all` asks for, in the order of all.
+
+    Raises:
+        ValueError: for what is none of these.
+    """
+    counts = dict(of_all) if "all" in asked else {}
+    for one in asked:
+        name, equals, count = one.partition("=")
+        if one != "all" and (name not in of_all or (equals and not count.isdecimal())):
+            raise ValueError(f"expected areas of {', '.join(of_all)}, or area=cases, got {one}")
+        if one != "all":
+            counts[name] = int(count) if equals else of_all[name]
+    return {name: counts[name] for name in of_all if name in counts}
+
+
 def main() -> None:
     """The command line."""
     import torch
@@ -161,14 +180,17 @@ def main() -> None:
     from fuzz_areas import AREAS
 
     line = CommandLine(__doc__, "fuzz", duration="about five minutes on one core")
-    line.add_argument("areas", nargs="*", metavar="area", help=f"by default all: {', '.join(AREAS)}")
+    line.add_argument(
+        "areas", nargs="*", metavar="area[=cases]", default=["all"], help=f"all (the default), or {', '.join(AREAS)}"
+    )
     line.add_argument("--cases", type=int, default=1000, help="of each area, or a share of it (default: 1000)")
     line.add_argument("--first", type=int, default=0, help="seed of the first case (default: 0)")
     line.add_argument("--processes", type=int, default=1, help="(default: 1)")
     options = line.parse_args()
-    if unknown := [name for name in options.areas if name not in AREAS]:
-        line.error(f"expected areas of {', '.join(AREAS)}, got {', '.join(unknown)}")
-    counts = {name: -(-options.cases * AREAS[name].share // 1000) for name in options.areas or AREAS}
+    try:
+        counts = counts_of(options.areas, {name: -(-options.cases * x.share // 1000) for name, x in AREAS.items()})
+    except ValueError as error:
+        line.error(str(error))
 
     begin = time.monotonic()
     tallies = run(counts, options.first, options.processes)

@@ -168,3 +168,13 @@ def test_a_length_is_a_number_of_tokens(length: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit, match="2"):
         line.parse_args([f"--lengths={length}"])
     assert f"expected a number of tokens, at least 1, got '{length}'" in capsys.readouterr().err
+
+
+def test_drawn_cases_are_counted_by_area() -> None:
+    counts_of, of_all = import_module("fuzz").counts_of, {"selection": 100, "drift": 100, "flex": 2}
+    assert counts_of(["all"], of_all) == of_all
+    assert counts_of(["all", "drift=500"], of_all) == of_all | {"drift": 500}
+    assert list(counts_of(["flex", "selection=7"], of_all).items()) == [("selection", 7), ("flex", 2)]
+    for wrong in ("masks", "drift=", "drift=few", "all=3"):
+        with pytest.raises(ValueError, match=f"expected areas of selection, drift, flex, .*, got {wrong}"):
+            counts_of([wrong], of_all)

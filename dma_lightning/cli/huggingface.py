@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 
 from dma_lightning.checkpoints.io import AtomicCheckpointIO
+from dma_lightning.huggingface.config import beyond_doge
 from dma_lightning.huggingface.doge import load_doge, new_folder
 from dma_lightning.huggingface.own import save_for_transformers
 from dma_lightning.huggingface.tokenizer_files import byte_tokenizer_json, copy_tokenizer, has_bytes
@@ -61,3 +62,6 @@ def export_hf(ckpt_path: Path, target: Path) -> None:
     kind = save_for_transformers(module.model, target, ckpt_path.resolve().parent, tokenizer)
     hint = "" if kind == "doge" else "; to load it, first import dma_lightning.transformers"
     print(f"written to {target} as a model of type {kind}{hint}")
+    if beyond := beyond_doge(module.model.config):
+        fields = ", ".join(f"{name} {x!r}" for name, x in beyond.items())
+        print(f"Doge cannot express {fields}; only models trained without these become models of type doge")

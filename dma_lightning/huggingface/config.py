@@ -128,6 +128,12 @@ FAMILIES = {
 }  # fmt: skip
 """Models that can be read, by their `model_type`."""
 
+# What every Doge model computes: the published form.
+_OF_PUBLISHED: dict[str, Any] = {
+    "attention": "dma", "score_form": "exp", "keep_last": 0, "sinks": 0, "wide_layers": (), "drift": "none",
+    "content": "values", "content_in_bias": True, "memory_heads": 0.0, "qk_norm": True,
+}  # fmt: skip
+
 _UNUSED_WINDOW = ("qwen2", "qwen3")  # their config.json has a sliding_window even if use_sliding_window is false
 
 _MOE = (
@@ -204,22 +210,25 @@ def _rope_fields(file: ConfigFile, known: Collection[str]) -> dict[str, float]:
     return {"rope_theta": rope["rope_theta"], "rope_scaling": rope["factor"] if kind == "linear" else 1.0}
 
 
+def beyond_doge(config: ModelConfig) -> dict[str, Any]:
+    """Fields by which a model computes what Doge cannot express, with their values; empty for a model of Doge's."""
+    found = {name: getattr(config, name) for name in _OF_PUBLISHED}
+    found["wide_layers"] = tuple(config.wide_layers)  # which a checkpoint has as a list
+    return {name: x for name, x in found.items() if x != _OF_PUBLISHED[name]}
+
+
 def doge_config(config: ModelConfig) -> dict[str, Any]:
     """Content of a Doge model's `config.json`.
 
     Raises:
-        ValueError: if Doge cannot express the model.
+        ValueError: if Doge cannot express the model; the message names all fields that differ.
     """
-    known = {
-        "attention": "dma", "score_form": "exp", "keep_last": 0, "sinks": 0, "wide_keep_window_size": 0,
-        "drift": "none", "qk_norm": True,
-    }  # fmt: skip
-    for name, value in known.items():
-        if getattr(config, name) != value:
-            raise ValueError(
-                f"{name} = {getattr(config, name)!r}: the Doge model of Transformers knows only {value!r}, "
-                "so it would compute something else; save_for_transformers writes such a model with its own class"
-            )
+    if beyond := beyond_doge(config):
+        got = ", ".join(f"{name} {x!r} (Doge: {_OF_PUBLISHED[name]!r})" for name, x in beyond.items())
+        raise ValueError(
+            f"expected a model that the Doge model of Transformers can express, got {got}; it would compute something "
+            "else; write the model with its own class, by save_for_transformers or dma-lightning export-hf"
+        )
     fields = {name: getattr(config, name) for name in _SHARED}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling != 1:

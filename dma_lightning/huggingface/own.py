@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from dma_lightning.huggingface.config import doge_config
+from dma_lightning.huggingface.config import beyond_doge
 from dma_lightning.huggingface.doge import save_doge, saved_weights, write_model
 from dma_lightning.model import DogeForCausalLM
 
@@ -30,9 +30,7 @@ def save_for_transformers(
         ValueError: if the folder is not empty, or the tokenizer is damaged.
         OSError: if a file cannot be written.
     """
-    try:
-        doge_config(model.config)
-    except ValueError:
+    if beyond_doge(model.config):
         named = {f"decoder.{name}": x for name, x in saved_weights(model).items()}
         write_model(folder, own_config(model), named, tokenizer_folder, tokenizer_json)
         return MODEL_TYPE

@@ -8,6 +8,7 @@ from fuzz_caches import check_key_caches, check_mixers, check_triton_caches
 from fuzz_checkpoints import check_bytes, check_commands, check_resuming, check_values
 from fuzz_drift import check_drift, check_drift_caches, check_drift_triton_caches
 from fuzz_exports import check_exports
+from fuzz_gates import check_gates
 from fuzz_masks import check_intervals, check_masks
 from fuzz_prepared import check_prepared, check_preparing, check_text, check_tokenizers
 from fuzz_races import check_races
@@ -33,6 +34,7 @@ AREAS = {
     "masks": Area(check_masks),
     "intervals": Area(check_intervals),
     "backends": Area(check_backends),
+    "gates": Area(check_gates),
     "triton": Area(check_triton, 20),
     "triton_caches": Area(check_triton_caches, 20),
     "flex": Area(check_flex, 2),

@@ -6,8 +6,8 @@ from fuzz_areas import AREAS
 CASES = [
     (area, seed)
     for area, count in (
-        ("selection", 60), ("drift", 40), ("masks", 50), ("intervals", 50), ("backends", 50), ("key_caches", 50),
-        ("drift_caches", 30), ("mixers", 40),
+        ("selection", 60), ("drift", 40), ("masks", 50), ("intervals", 50), ("backends", 50), ("gates", 40),
+        ("key_caches", 50), ("drift_caches", 30), ("mixers", 40),
     )
     for seed in range(count)
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from dma_lightning import MIXERS, DogeForCausalLM, LanguageModel, ModelConfig, M
 from dma_lightning.callbacks import GradientGuard
 from dma_lightning.cli import build_cli
 from dma_lightning.data import SequenceDataModule
+from dma_lightning.huggingface.config import beyond_doge
 from dma_lightning.trained_models import load_checkpoint
 
 PUBLIC = {
@@ -86,6 +87,15 @@ def test_its_model_comes_out_of_it(load: Any) -> None:
     saved = torch.load(FOLDER / CHECKPOINT, weights_only=True)["state_dict"]
     torch.testing.assert_close(dict(module.state_dict()), dict(saved), rtol=0, atol=0)
     assert module.eval().model.generate(torch.tensor([[3, 20, 5]]), max_new_tokens=4).shape == (1, 4)
+
+
+@pytest.mark.parametrize("load", [LanguageModel.load_from_checkpoint, lambda path: load_checkpoint(path, "cpu")])
+def test_without_the_new_fields_it_has_the_published_form(load: Any) -> None:
+    arguments = torch.load(FOLDER / CHECKPOINT, weights_only=True)["hyper_parameters"]
+    assert not {"drift", "content", "content_in_bias", "wide_layers", "retention_weight"} & arguments.keys()
+    config = load(FOLDER / CHECKPOINT).model.config
+    assert beyond_doge(config) == {}
+    assert (config.score_form, config.drift, config.retention_weight) == ("exp", "none", 0.0)
 
 
 @pytest.mark.parametrize("kind", [SequenceDataModule, MQARDataModule])

@@ -9,7 +9,6 @@ import pickle
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import kill_runs
 import pytest
 import torch
 from harmful import Harmful
+from start_two import HERE, start_two
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import TOGETHER, train
 
@@ -28,8 +28,6 @@ from dma_lightning.callbacks import MixedWindows
 from dma_lightning.checkpoints.io import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from dma_lightning.checkpoints.sharded import load_sharded
 from dma_lightning.distributed import _watch
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,19 +47,8 @@ class Outcome:
         for attention in ("dma", "mha"):
             for accumulate in (1, 2):
                 train(folder / f"one-{attention}-{accumulate}", attention, accumulate)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        paths = os.pathsep.join([str(HERE), *sys.path])
         self.folder = folder
-        processes = []
-        for rank in ("0", "1"):
-            environment = os.environ | common | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": paths}
-            with (folder / f"log{rank}.txt").open("w") as log:
-                command = [sys.executable, "-W", "ignore", str(HERE / "two_processes.py"), str(folder)]
-                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        processes = start_two(HERE / "two_processes.py", folder)
         try:
             self.statuses = [0, processes[1].wait(timeout=240)]
             began = time.monotonic()

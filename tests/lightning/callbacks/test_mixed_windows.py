@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from chosen_form import CHOSEN
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from dma_lightning.model import decoder_of
 
 ROOT = Path(__file__).parents[3]
 OWN, ALL = KeepRule(4, 1, 1), KeepRule(16)
+FORMS = pytest.mark.parametrize("form", [{}, CHOSEN | {"keep_last": 1}], ids=["published", "chosen"])
 STEPS = 9
 WIDE = [True, True, True, False, True, True, True, False, False]  # of seed 0 and a share of one half
 OUTSIDE = (
@@ -203,18 +205,23 @@ def test_a_batch_that_is_skipped(hook: str, value: int | None) -> None:
     assert watch._rules() == {OWN}
 
 
+@FORMS
 @pytest.mark.parametrize("action", [fail, terminate])
-@pytest.mark.parametrize("batch", [9, 10])  # the first of a step, and its last
-def test_resumed_run_is_the_same_run(batch: int, action: Callable[[], None], tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch", [7, 9, 10])  # the first of a step with its own rule or with all keys, and the last
+def test_resumed_run_is_the_same_run(
+    batch: int, action: Callable[[], None], form: dict[str, object], tmp_path: Path
+) -> None:
+    """Wherever it resumes, the kind of steps changes there, or at the next step."""
     whole, before, after = Watch(), Watch(batch, action), Watch()
-    _, expected = train(whole, half())
+    _, expected = train(whole, half(), model=form)
     with pytest.raises(OnPurposeError if action is fail else SystemExit):
-        train(before, half(), ResumableCheckpoint(1, dirpath=tmp_path))
-    assert before.training[4] == {ALL}
+        train(before, half(), ResumableCheckpoint(1, dirpath=tmp_path), model=form)
+    step = (batch - 1) // 2
+    assert before.training[step] == {ALL if WIDE[step] else OWN} != before.training[step - 1]
     assert before._rules() == {OWN}
     path = newest_checkpoint([tmp_path])
-    assert path.name == ("step=4.ckpt" if action is fail else "step=5.ckpt")
-    _, found = train(after, half(), ResumableCheckpoint(1, dirpath=tmp_path), ckpt_path=path)
+    assert path.name == (f"step={step}.ckpt" if action is fail else f"step={step + 1}.ckpt")
+    _, found = train(after, half(), ResumableCheckpoint(1, dirpath=tmp_path), ckpt_path=path, model=form)
     assert before.losses | after.losses == whole.losses
     assert before.training | after.training == whole.training
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -228,7 +235,8 @@ def test_restored_after_an_exception() -> None:
     assert watch._rules() == {OWN}
 
 
-def test_two_graphs_and_none_that_is_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+@FORMS
+def test_two_graphs_and_none_that_is_stale(form: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[int] = []
     calls: list[int] = []
 
@@ -244,7 +252,7 @@ def test_two_graphs_and_none_that_is_stale(monkeypatch: pytest.MonkeyPatch) -> N
         return run
 
     options = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "accumulate_grad_batches": 1}
-    model = {"hidden_dropout": 0.0}
+    model = {"hidden_dropout": 0.0} | form
     written, compiled = Watch(), Watch()
     _, expected = train(written, half(), model=model, **options)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))

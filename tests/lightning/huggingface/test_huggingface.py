@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chosen_form import CHOSEN
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DogeConfig
@@ -16,6 +18,8 @@ from transformers import DogeForCausalLM as HFDogeForCausalLM
 
 from dma_lightning import DogeForCausalLM, FileTokenizer, LanguageModel, ModelConfig, load_doge, save_doge
 from dma_lightning.cli import build_cli, main
+from dma_lightning.huggingface.config import beyond_doge, doge_config
+from dma_lightning.initial_weights import InitialWeights
 
 SHAPE = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -209,6 +213,44 @@ def test_what_doge_cannot_express_is_not_exported(changed: dict, tmp_path: Path)
     with pytest.raises(ValueError, match=next(iter(changed))):
         save_doge(make_ours(**changed), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+BEYOND = {
+    "attention": "swa", "score_form": "linear", "keep_last": 2, "sinks": 1, "wide_layers": (1,), "drift": "gate",
+    "content": "input", "content_in_bias": False, "memory_heads": 0.5, "qk_norm": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_each_field_that_doge_lacks_is_told_alone(name: str) -> None:
+    """Also those that no model has alone."""
+    with pytest.raises(ValueError, match="expected a model that the Doge model of Transformers can") as error:
+        doge_config(ModelConfig(**SHAPE | {name: BEYOND[name]}))
+    (told,) = re.findall(r"got (.*); it would compute something else; write the model with its own", str(error.value))
+    assert re.findall(r"(\w+) \S+ \(Doge", told) == [name]
+    assert doge_config(ModelConfig(**SHAPE))["model_type"] == "doge"
+
+
+def test_all_fields_that_doge_lacks_are_told_together(tmp_path: Path) -> None:
+    form = CHOSEN | {"wide_layers": (1,), "wide_keep_window_size": 20}
+    with pytest.raises(ValueError, match="dma-lightning export-hf") as error:
+        save_doge(make_ours(**form), tmp_path / "out")
+    for name in ("score_form", "drift", "content", "content_in_bias", "keep_last", "wide_layers"):
+        assert re.search(rf"\b{name} {re.escape(repr(form[name]))} \(Doge: ", str(error.value))
+    assert "retention" not in str(error.value)  # which only training knows
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_imported_doge_has_the_published_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_theirs().save_pretrained(tmp_path / "theirs")
+    assert not BEYOND.keys() & json.loads((tmp_path / "theirs/config.json").read_text()).keys()
+    assert beyond_doge(load_doge(tmp_path / "theirs").config) == {}
+    command(monkeypatch, "import-hf", tmp_path / "theirs", tmp_path / "ours")
+    arguments = torch.load(tmp_path / "ours/model.ckpt", weights_only=True)["hyper_parameters"]
+    assert (arguments["score_form"], arguments["drift"], arguments["keep_last"]) == ("exp", "none", 0)
+    assert beyond_doge(LanguageModel.load_from_checkpoint(tmp_path / "ours/model.ckpt").model.config) == {}
+    started = InitialWeights.open(str(tmp_path / "theirs"), LanguageModel)
+    assert beyond_doge(LanguageModel(**started.arguments).model.config) == {}
 
 
 def test_nothing_is_overwritten_and_nothing_half_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,17 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from chosen_form import CHOSEN
 from test_huggingface import SHAPE, command, spread, write_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dma_lightning import DogeForCausalLM, LanguageModel, ModelConfig, save_for_transformers
 from dma_lightning.checkpoints.io import AtomicCheckpointIO
+from dma_lightning.huggingface.config import beyond_doge
 from dma_lightning.transformers import DmaLightningConfig, DmaLightningForCausalLM
 
 KINDS: list[dict[str, Any]] = [
     {"keep_last": 3, "sinks": 1, "tie_word_embeddings": True},
     {"score_form": "linear", "drift": "gate", "memory_heads": 1, "memory_stripes": 2},
+    CHOSEN | {"wide_layers": (1,), "wide_keep_window_size": 20},
     {"attention": "mla", "attention_bias": True},
     {"attention": "nsa"},
 ]
@@ -89,6 +92,23 @@ def test_files_of_another_model_are_refused(tmp_path: Path) -> None:
             AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
+NEW = ("drift", "drift_range", "content", "content_in_bias", "memory_heads", "wide_layers", "retention_weight")
+
+
+@torch.no_grad()
+def test_a_file_without_the_new_fields_has_the_published_form(tmp_path: Path) -> None:
+    ours, (tokens, _) = make(sinks=1), batch()
+    save_for_transformers(ours, tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    written = json.loads(path.read_text())
+    for name in (*NEW, "score_form", "keep_last"):
+        del written["shape"][name]
+    path.write_text(json.dumps(written))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert beyond_doge(theirs.decoder.config) == {"sinks": 1}
+    torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [{}, {"keep_last": 3}], ids=["doge", "own"])
 def test_an_export_has_its_tokenizer(
     kind: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -104,7 +124,9 @@ def test_an_export_has_its_tokenizer(
         if vocabulary == 97:
             write_tokenizer(folder / "tokenizer.json")
         command(monkeypatch, "export-hf", folder / "model.ckpt", folder / "out")
-        assert ("first import dma_lightning.transformers" in capsys.readouterr().out) == bool(kind)
+        printed = capsys.readouterr().out
+        for said in ("first import dma_lightning.transformers", "Doge cannot express keep_last 3; only models"):
+            assert (said in printed) == bool(kind)
         theirs, tokenizer = (x.from_pretrained(folder / "out") for x in (AutoModelForCausalLM, AutoTokenizer))
         assert theirs.generation_config.eos_token_id == [7, 9]
         assert theirs.generation_config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id == 7

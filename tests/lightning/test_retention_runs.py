@@ -1,0 +1,119 @@
+"""The retention loss counts once in each step: recomputed layers, accumulated batches, DDP and FSDP2 change nothing."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from retention_runs import BOTH, CLIP, STEPS, TOGETHER_RUNS, train
+from start_two import HERE, start_two
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+ALONE: dict[str, dict[str, Any]] = {
+    "recomputed": {"activation_checkpointing": True},
+    "accumulated": {"accumulate": 2},
+    "both": BOTH,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _double() -> Iterator[None]:
+    """`train` makes float64 the default."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float32)
+
+
+class Runs:
+    """Runs of one process, each when it is first asked for, and those of two."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        processes = start_two(HERE / "retention_runs.py", folder)
+        try:
+            for process in processes:
+                process.wait(timeout=240)
+        finally:
+            for process in processes:
+                process.kill()
+        log = (folder / "log0.txt").read_text()
+        assert {path.name for path in folder.glob("done*")} == {"done0", "done1"}, log[-3000:]
+
+    def alone(self, name: str, **options: Any) -> str:
+        """The name of a run of one process."""
+        if not (self.folder / name).exists():
+            train(self.folder / name, **options)
+        return name
+
+    def whole(self, parts: int, of: dict[str, Any], weight: float = 0.1) -> str:
+        """The name of that with all sequences of a step in one batch, otherwise with the options of another."""
+        mixed, alike = (of.get(name, False) for name in ("mixed", "alike"))
+        options = {"parts": parts, "mixed": mixed, "alike": alike, "retention_weight": weight}
+        return self.alone("whole-" + "-".join(map(str, options.values())), **options)
+
+    def weights(self, run: str, step: int) -> Weights:
+        return torch.load(self.folder / run / f"step={step}.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+
+    def norms(self, run: str) -> list[dict[str, float]]:
+        return json.loads((self.folder / run / "norms.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+def assert_same_runs(runs: Runs, found: str, expected: str) -> None:
+    """After one step and after several: all weights; and what was clipped and logged."""
+    for step in (1, STEPS):
+        weights = runs.weights(found, step)
+        for name, weight in runs.weights(expected, step).items():
+            torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-10, msg=lambda x, n=name: f"{n}: {x}")
+    for one, other in zip(runs.norms(found), runs.norms(expected), strict=True):
+        assert one == pytest.approx(other, rel=1e-8)
+
+
+@pytest.mark.parametrize("how", ALONE)
+def test_one_process(how: str, runs: Runs) -> None:
+    parts = ALONE[how].get("accumulate", 1)
+    assert_same_runs(runs, runs.alone(how, **ALONE[how]), runs.whole(parts, ALONE[how]))
+
+
+@pytest.mark.parametrize("run", TOGETHER_RUNS)
+def test_two_processes_are_one_with_the_whole_batch(run: str, runs: Runs) -> None:
+    options = TOGETHER_RUNS[run]
+    parts = 1 if "alike" in options else 2 * options.get("accumulate", 1)
+    assert_same_runs(runs, run, runs.whole(parts, options))
+
+
+def test_unlike_parts_have_means_of_their_own(runs: Runs) -> None:
+    with pytest.raises(AssertionError):
+        assert_same_runs(runs, "ddp", runs.whole(1, {}))
+
+
+@pytest.mark.parametrize("run", [*TOGETHER_RUNS, *ALONE])
+def test_it_takes_no_part_in_clipping_the_others(run: str, runs: Runs) -> None:
+    """Contents only rank: without the loss, they have no gradient, and all else moves as far in the first step."""
+    options = (TOGETHER_RUNS | ALONE)[run]
+    if run in ALONE:
+        runs.alone(run, **options)
+    without = runs.whole(1, options, weight=0.0)
+    found, expected = runs.norms(run)[0], runs.norms(without)[0]
+    assert expected["content before"] == 0
+    assert found["content before"] > 2 * CLIP
+    assert found["others before"] > 2 * CLIP
+    assert found["content after"] == pytest.approx(CLIP, rel=1e-3)
+    for name in ("others before", "others after", "logged"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-8)
+    assert found["logged"] == pytest.approx(found["others before"], rel=1e-8)
+    weights = runs.weights(run, 1)
+    for name, weight in runs.weights(without, 1).items():
+        if "drifting.weight" in name:
+            assert weights[name].abs().max() > weight.abs().max() == 0
+        else:
+            torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-10)
