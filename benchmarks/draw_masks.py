@@ -1,11 +1,22 @@
-"""Draw the pictures of README and docs/own-model.md: one mask, and one of every kind (needs Matplotlib)."""
+"""Draw the pictures of README, DESIGN and docs/own-model.md (needs Matplotlib).
 
+python benchmarks/draw_masks.py               one mask, and one of every kind
+python benchmarks/draw_masks.py CHECKPOINT    the slowest and the fastest head of a model of bytes over a real text,
+                                              such as the checkpoint that `make train` leaves
+"""
+
+import sys
 from pathlib import Path
+from pydoc_data.topics import topics
+from typing import cast
 
 import torch
 from matplotlib.figure import Figure
 
 from dma_flex import Lifetimes
+from dma_lightning import LanguageModel
+from dma_lightning.data import Batch
+from dma_lightning.monitoring.recording import masks_over
 
 FIGURES = Path(__file__).parent / "figures"
 LENGTH = 96
@@ -38,9 +49,36 @@ def masks_of_every_kind() -> dict[str, Lifetimes]:
     }
 
 
+def _extremes(slopes: dict[tuple[int, int], float]) -> list[tuple[int, int]]:
+    """The keys of the least and the largest slope."""
+    return [min(slopes, key=slopes.__getitem__), max(slopes, key=slopes.__getitem__)]
+
+
+def draw_drifts(checkpoint: str) -> Figure:
+    """Masks of the heads whose keys fall behind slowest and fastest, over the beginning of a help topic."""
+    model = LanguageModel.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).model.eval()
+    text = torch.tensor([list(topics["with"].encode()[: model.config.max_position_embeddings])])
+    with torch.no_grad():
+        masks = masks_over(model, cast("Batch", {"input_ids": text}))
+    slopes = {  # nats per position; contents only rank, so biases are the drift
+        (layer, head): (bias[-1] - bias[0]).item() / (len(bias) - 1)
+        for layer, mask in masks.items()
+        for head, bias in enumerate(mask.scores[0])
+    }
+    figure = Figure(figsize=(9.0, 4.6), layout="constrained")
+    for axes, (layer, head) in zip(figure.subplots(1, 2), _extremes(slopes), strict=True):
+        masks[layer].lifetimes.draw(head=head, block_size=16, axes=axes)
+        distance = 1 / slopes[layer, head]
+        axes.set_title(f"layer {layer}, KV head {head}: a bias falls by 1 in {distance:.0f} positions", fontsize=9)
+    return figure
+
+
 def main() -> None:
-    """Write both pictures."""
+    """Write the pictures."""
     FIGURES.mkdir(exist_ok=True)
+    if len(sys.argv) > 1:
+        draw_drifts(sys.argv[1]).savefig(FIGURES / "drifts.png", dpi=90)
+        return
     Lifetimes.top_w(wandering_ranks(), 24).draw(block_size=8).savefig(FIGURES / "mask.png", dpi=110)
     figure = Figure(figsize=(10.5, 10.8), layout="constrained")
     for axes, (name, mask) in zip(figure.subplots(3, 3).flat, masks_of_every_kind().items(), strict=True):
