@@ -23,7 +23,7 @@ from dma_lightning.monitoring.progress import _steps_between
 from dma_lightning.monitoring.summary import duration
 
 ROOT = Path(__file__).parents[3]
-LAYERS = [f"--config={ROOT}/configs/{name}.yaml" for name in ("model/tiny", "data/pydoc", "trainer/cpu")]
+LAYERS = [f"--config={ROOT}/configs/{name}.yaml" for name in ("model/tiny-published", "data/pydoc", "trainer/cpu")]
 SMALL = ["--model.num_hidden_layers=2", "--model.hidden_size=32", "--model.intermediate_size=32"]
 SHORT = ["--data.sequence_length=64", "--model.keep_window_size=16", "--data.batch_size=2"]
 LIMITS = ["--trainer.limit_val_batches=2", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
