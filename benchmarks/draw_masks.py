@@ -69,7 +69,7 @@ def draw_drifts(checkpoint: str) -> Figure:
     for axes, (layer, head) in zip(figure.subplots(1, 2), _extremes(slopes), strict=True):
         masks[layer].lifetimes.draw(head=head, block_size=16, axes=axes)
         distance = 1 / slopes[layer, head]
-        axes.set_title(f"layer {layer}, KV head {head}: a bias falls by 1 in {distance:.0f} positions", fontsize=9)
+        axes.set_title(f"layer {layer}, KV head {head}: a bias falls by 1 in {distance:.1f} positions", fontsize=9)
     return figure
 
 
