@@ -1,14 +1,12 @@
 """Parts of a sequence in several processes are the whole sequence in one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from context_cases import Case, cases, draw
 from context_processes import COMPILED, PROCESSES, attended, results
+from together import run_together
 from torch import Tensor
 
 from dma_kernels import KeepRule, Packing, reference_attention, reference_mask
@@ -23,19 +21,7 @@ HERE = Path(__file__).parent
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:
     """What the processes have computed, of each its parts by the names of cases."""
     folder = tmp_path_factory.mktemp("context")
-    paths = os.pathsep.join([str(HERE), *sys.path])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    logs, processes = [folder / f"{rank}.log" for rank in range(PROCESSES)], []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, str(HERE / "context_processes.py"), str(folder), str(rank)]
-        with log.open("w") as file:
-            processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
-    try:
-        statuses = [process.wait(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(statuses), "\n".join(log.read_text()[-2000:] for log in logs)
+    run_together(HERE / "context_processes.py", folder, PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
