@@ -116,11 +116,11 @@ class DogeForCausalLM(nn.Module):
                 "move one of them"
             )
         context = self.context if cache is None else None
-        length = input_ids.shape[1] * (1 if context is None else context.size)
-        if cache is None and length > longest:
+        if cache is None and input_ids.shape[1] > (allowed := -(-longest // self.parts)):
+            parts = "" if context is None else f" in {self.parts} parts, {allowed} in each"
             raise ValueError(
-                f"input_ids: expected at most max_position_embeddings = {longest} tokens, got {length}; shorten the "
-                "sequence or raise max_position_embeddings"
+                f"input_ids: expected at most max_position_embeddings = {longest} tokens{parts}, got "
+                f"{input_ids.shape[1]}; shorten the sequence or raise max_position_embeddings"
             )
         if cache is not None and len(cache) != len(self.layers):
             raise ValueError(f"cache: expected one for each of the {len(self.layers)} layers, got {len(cache)}")
@@ -170,6 +170,11 @@ class DogeForCausalLM(nn.Module):
         """
         options.setdefault("eos_token_id", self.config.eos_token_id)
         return generate(self, input_ids, max_new_tokens, sampling, **options)
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts sequences are divided, each in a process of its own; see `join_context`."""
+        return 1 if self.context is None else self.context.size
 
     @property
     def vocab_size(self) -> int:

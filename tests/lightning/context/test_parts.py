@@ -55,7 +55,7 @@ def test_attentions_that_need_all_earlier_keys_are_refused(attention: str) -> No
 def test_parts_together_are_not_too_long() -> None:
     model = model_of(Run(""))
     model.join_context(GROUP)
-    with pytest.raises(ValueError, match="at most max_position_embeddings = 40 tokens, got 42"):
+    with pytest.raises(ValueError, match="at most max_position_embeddings = 40 tokens in 2 parts, 20 in each, got 21"):
         model(torch.zeros(1, 21, dtype=torch.int64))
 
 
