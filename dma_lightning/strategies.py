@@ -26,12 +26,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
     """FSDP2: every process keeps a part of each layer's weights, gradients and moments, and gathers them when needed.
 
     Args:
-        context_parallel_size: how many processes divide each sequence among them, with attention `dma` or `swa`. They
-            read the same sequences, and each takes a part of equal length.
         save_distributed_checkpoint: write a folder with one file per process instead of a single file, which would be
             the same as a checkpoint of one process.
         process_group_backend: nccl or gloo. Default: the one that fits the device.
         timeout: how long a process waits for another before it gives up.
+        context_parallel_size: how many processes divide each sequence among them, with attention `dma` or `swa`. They
+            read the same sequences, and each takes a part of equal length.
 
     Raises:
         ValueError: if the size is below 1; later, if it does not divide the number of processes.
@@ -39,10 +39,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def __init__(
         self,
-        context_parallel_size: int = 1,
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        context_parallel_size: int = 1,
     ) -> None:
         if context_parallel_size < 1:
             raise ValueError(f"context_parallel_size: expected at least 1, got {context_parallel_size}")
