@@ -14,7 +14,7 @@ import torch.distributed as dist
 from context_cases import Case, cases, draw
 from torch import Tensor
 
-from dma_kernels import segment_attention
+from dma_kernels import Lifetimes, reference_attention, segment_attention
 from dma_kernels.context import (
     ContextGroup,
     ExtendedKeys,
@@ -103,13 +103,20 @@ def gathered(group: ContextGroup) -> list[Tensor]:
     return [*(part.detach() for part in parts), *torch.autograd.grad(loss, (halves, wide))]
 
 
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Lifetimes, query_bias: Tensor | None
+) -> Tensor:
+    """The definition, in which a NaN of a key that nobody sees would spread."""
+    return reference_attention(q, k, v, bias, mask.to_dense(), query_bias=query_bias)
+
+
 def not_finite(group: ContextGroup) -> list[Tensor]:
     """Output and gradients of a part where a key and a value of the last part are NaN."""
     drawn = draw(Case(group.size, 64))
     q, k, v, bias = (group.part(x.detach(), 2).requires_grad_() for x in drawn.trained[:4])
     spoiled = [x.masked_fill(torch.tensor(group.rank == group.size - 1), torch.nan) for x in (k, v)]
     extended = exchange_keys(group, (*spoiled, bias), group.part(drawn.content, 2), Case(1, 1).keep)
-    out = extended.attend(segment_attention, q)
+    out = extended.attend(dense_attention, q)
     return [out, *torch.autograd.grad(out, (q, k, v, bias), group.part(drawn.out_gradient, 2))]
 
 
