@@ -17,7 +17,8 @@ Training:
 - `checkpoints`: writing, checking and reading them; `saved_run`: one opened checkpoint and what it says
 - `initial_weights`: weights of a checkpoint or a Hugging Face folder that a run starts from
 - `trained_models`: models from checkpoints, for inference; `evaluation`: what they can do, also at other lengths
-- `strategies`: FSDP2; `distributed`: what processes agree on; `trainer_state`: Lightning's private names
+- `strategies`: FSDP2 and context parallelism; `distributed`: what processes agree on
+- `trainer_state`: Lightning's private names
 - `cli`: the command line, one file per command
 
 Below them, `files` and `plain_values` handle files and values that a stranger may have written.

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
@@ -28,6 +29,7 @@ from dma_lightning.checkpoints.io import local_checkpoint
 from dma_lightning.checkpoints.weights import check_arguments, check_layers
 from dma_lightning.config import ModelConfig
 from dma_lightning.data.base import IGNORE_INDEX, Batch
+from dma_lightning.data.parts import part_of_batch
 from dma_lightning.files.reading import verifies_content
 from dma_lightning.initial_weights import InitialWeights
 from dma_lightning.metrics import EvaluationMetrics, bits_per_byte
@@ -94,6 +96,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
     """
 
     hparams: _Arguments
+    _batch_labels: Tensor | None = None  # of the last batch, in all parts of its sequences
 
     def __init__(
         self,
@@ -193,8 +196,9 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
 
         Raises:
             ValueError: if the data has tokens that the model does not know; if `init_from` holds no weights for this
-                model; if CUDA graphs are requested without a GPU, or with gradients that outlive the memory of a graph;
-                for `predict` by processes that share the weights.
+                model; if sequences are to be divided for an attention that needs them whole; if CUDA graphs are
+                requested without a GPU, or with gradients that outlive the memory of a graph; for `predict` by
+                processes that share the weights.
         """
         data = getattr(self.trainer, "datamodule", None)
         if (vocab_size := getattr(data, "vocab_size", None)) is not None:
@@ -207,6 +211,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             metrics.split_answers(groups)
             metrics.reset()  # old sums may be inference tensors, which training cannot add to
         self._begin(data)
+        self.model.join_context(getattr(self.trainer.strategy, "context_group", None))
         strategy, accumulate = self.trainer.strategy, self.trainer.accumulate_grad_batches
         if stage == "predict" and isinstance(strategy, ModelParallelStrategy) and self.trainer.world_size > 1:
             raise ValueError(
@@ -244,19 +249,24 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
                 layer.compile(options=_INDUCTOR | {"triton.cudagraphs": self.hparams.cuda_graphs})
             self._token_losses = torch.compile(token_losses)  # otherwise the logits are written out in float32, twice
         if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
+            mesh = self.device_mesh["data_parallel"]
+            if self.device_mesh.size() > mesh.size():  # processes that divide sequences divide weights, too
+                mesh = init_device_mesh(mesh.device_type, (self.device_mesh.size(),))
             for module in (*self.model.layers, self.model):
-                fully_shard(module, mesh=self.device_mesh["data_parallel"])
+                fully_shard(module, mesh=mesh)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Check the tokens while they are on the CPU, if the data does not state them or nobody has verified it.
 
+        If processes divide sequences, only the part of this one goes on.
+
         Raises:
-            ValueError: if the model does not know one.
+            ValueError: if the model does not know a token; if sequences are divided that are one answer.
         """
         if not self._data_is_known and batch["input_ids"].device.type == "cpu":
             check_tokens("input_ids", batch["input_ids"], self.model.vocab_size)
             check_tokens("labels", batch["labels"], self.model.vocab_size, ignored=IGNORE_INDEX)
-        return batch
+        return batch if self.model.context is None else part_of_batch(batch, self.model.context)
 
     def on_fit_start(self) -> None:
         config = self.model.config
@@ -275,7 +285,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         trainer, precision = self.trainer, str(self.trainer.precision)
         number_bytes = 2 if "16" in precision else 8 if "64" in precision else 4
         shards = 1 if self.device_mesh is None else trainer.world_size
-        needed = least_step_bytes(self.model, batch_size, length, number_bytes, shards)
+        needed = least_step_bytes(self.model, batch_size, -(-length // self.model.parts), number_bytes, shards)
         sharing = trainer.num_devices if self.device.type == "cpu" else 1  # processes that share one memory
         return too_large(needed * sharing, self.device, batch_size, length)
 
@@ -301,7 +311,8 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         else:
             # Divided by a constant, so that half-precision gradients do not overflow: they are at most B times those of
             # the mean.
-            loss.backward(self._batches[-1].labels / self.model.config.max_position_embeddings)
+            assert self._batch_labels is not None  # from `training_step`
+            loss.backward(self._batch_labels / self.model.config.max_position_embeddings)
         end_auxiliary_losses()
 
     def on_after_backward(self) -> None:
@@ -447,10 +458,16 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         return self.model(batch["input_ids"], batch.get("documents"), batch.get("padding"))
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, StepTotals]:
-        """Mean loss over the labels of a batch, logits `[B, N, V]`, and sums over labels, detached."""
+        """Mean loss over the labels of a batch, logits `[B, N, V]`, and sums over labels, detached.
+
+        Of divided sequences it is this part's share of the mean over all parts.
+        """
         logits = self._logits(batch)
         totals = _totals(self._token_losses(logits, batch["labels"]), batch)
-        mean = totals.nats / totals.labels.clamp(min=1)
+        self._batch_labels = totals.labels
+        if self.model.context is not None:
+            self._batch_labels = self.model.context.gather([totals.labels])[0].sum(0)
+        mean = totals.nats / self._batch_labels.clamp(min=1)
         return mean, logits, replace(totals, nats=totals.nats.detach())
 
     def _evaluate(self, batch: Batch, split: Literal["val", "test"], metrics: EvaluationMetrics) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dma_kernels import Packing
+from dma_kernels.context import ContextGroup
 from dma_lightning.config import ModelConfig
 from dma_lightning.generation import generate
 from dma_lightning.mixers import MIXERS, MixerCache, TokenMixer
@@ -69,6 +70,7 @@ class DogeForCausalLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.context: ContextGroup | None = None
         self.activation_checkpointing = False
         """Whether layers compute activations again in the backward pass instead of keeping them."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -113,14 +115,18 @@ class DogeForCausalLM(nn.Module):
                 f"input_ids: expected on {self.embed_tokens.weight.device} as the model, got {input_ids.device}; "
                 "move one of them"
             )
-        if cache is None and input_ids.shape[1] > longest:
+        context = self.context if cache is None else None
+        if cache is None and input_ids.shape[1] > (allowed := -(-longest // self.parts)):
+            parts = "" if context is None else f" in {self.parts} parts, {allowed} in each"
             raise ValueError(
-                f"input_ids: expected at most max_position_embeddings = {longest} tokens, got {input_ids.shape[1]}; "
-                "shorten the sequence or raise max_position_embeddings"
+                f"input_ids: expected at most max_position_embeddings = {longest} tokens{parts}, got "
+                f"{input_ids.shape[1]}; shorten the sequence or raise max_position_embeddings"
             )
         if cache is not None and len(cache) != len(self.layers):
             raise ValueError(f"cache: expected one for each of the {len(self.layers)} layers, got {len(cache)}")
         packing = Packing.of(documents, padding, batch=len(input_ids), like=input_ids)
+        if context is not None:
+            packing = context.pack(documents, padding)
         caches: Sequence[MixerCache | None] = cache or [None] * len(self.layers)
         x = self._embed(input_ids)  # [B, N, C]
         for layer, layer_cache in zip(self.layers, caches, strict=True):
@@ -129,6 +135,20 @@ class DogeForCausalLM(nn.Module):
             else:
                 x = layer(x, packing, layer_cache)
         return self.lm_head(self.norm(x[:, -1:] if last_only else x))
+
+    def join_context(self, context: ContextGroup | None) -> None:
+        """Take parts of sequences, whose other parts the other processes of a group take; None: whole sequences.
+
+        `forward` without a cache then takes and gives what `ContextGroup.part` leaves of whole tensors, up to
+        `max_position_embeddings` tokens in all parts together. All processes of the group call it together. The sum of
+        their gradients is that of one process.
+
+        Raises:
+            ValueError: if the attention cannot (`mha`, `mla`, `nsa`).
+        """
+        for mixer in self.mixers:
+            mixer.join_context(context)
+        self.context = context
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         try:
@@ -150,6 +170,11 @@ class DogeForCausalLM(nn.Module):
         """
         options.setdefault("eos_token_id", self.config.eos_token_id)
         return generate(self, input_ids, max_new_tokens, sampling, **options)
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts sequences are divided, each in a process of its own; see `join_context`."""
+        return 1 if self.context is None else self.context.size
 
     @property
     def vocab_size(self) -> int:

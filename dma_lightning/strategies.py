@@ -1,4 +1,4 @@
-"""FSDP2, as a strategy that configurations can name."""
+"""FSDP2 and context parallelism, as a strategy that configurations can name."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from dma_kernels.context import ContextGroup
 from dma_lightning.checkpoints.io import check_readable, read_checkpoint
 from dma_lightning.checkpoints.sharded import META, load_sharded, remove, replace_folder
 
@@ -29,6 +30,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
             the same as a checkpoint of one process.
         process_group_backend: nccl or gloo. Default: the one that fits the device.
         timeout: how long a process waits for another before it gives up.
+        context_parallel_size: how many processes divide each sequence among them, with attention `dma` or `swa`. They
+            read the same sequences, and each takes a part of equal length.
+
+    Raises:
+        ValueError: if the size is below 1; later, if it does not divide the number of processes.
     """
 
     def __init__(
@@ -36,17 +42,34 @@ class FullyShardedStrategy(ModelParallelStrategy):
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        context_parallel_size: int = 1,
     ) -> None:
+        if context_parallel_size < 1:
+            raise ValueError(f"context_parallel_size: expected at least 1, got {context_parallel_size}")
+        self.context_parallel_size = context_parallel_size
         super().__init__(
-            tensor_parallel_size=1,
+            tensor_parallel_size=context_parallel_size,  # Lightning's name for the second dimension of the mesh
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        processes = self.num_nodes * self.num_processes
+        self._data_parallel_size, rest = divmod(processes, self.context_parallel_size)
+        if rest:
+            raise ValueError(
+                f"context_parallel_size: expected a divisor of the number of processes, got "
+                f"{self.context_parallel_size} of {processes}; change it, trainer.devices or trainer.num_nodes"
+            )
         super().setup_environment()
+
+    @property
+    def context_group(self) -> ContextGroup | None:
+        """The processes that divide sequences with this one, once they are connected; None if sequences stay whole."""
+        if self.context_parallel_size == 1:
+            return None
+        return ContextGroup.of(self.device_mesh["tensor_parallel"].get_group())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state as a single process saves it, with parameters numbered as in the optimizer's groups.

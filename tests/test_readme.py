@@ -1,5 +1,6 @@
 """Examples in README and docs run, and what they name exists."""
 
+import os
 import re
 from pathlib import Path
 from unittest.mock import patch
@@ -18,6 +19,9 @@ EXAMPLES = {  # shapes that the examples of a page leave behind; other pages hav
     "docs/generation.md": {"tokens": (2, 20)},
 }
 
+# What torchrun sets for the only process.
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
 
 def test_readme_is_short() -> None:
     assert len(README.read_text().splitlines()) <= 180
@@ -27,7 +31,7 @@ def test_readme_is_short() -> None:
 def test_python_examples_run(page: str) -> None:
     examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     names = {"ranks": torch.randn(2, 4, 500)}
-    with patch.dict(MIXERS):
+    with patch.dict(MIXERS), patch.dict(os.environ, ALONE):
         for example in examples:
             exec(example, names)
     assert {name: tuple(names[name].shape) for name in EXAMPLES[page]} == EXAMPLES[page]

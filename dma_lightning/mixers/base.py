@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dma_kernels import Packing
+from dma_kernels.context import ContextGroup
 from dma_lightning.backends import Backend
 from dma_lightning.rotary import apply_rope
 
@@ -97,12 +98,14 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
         selection_parameters: names of the mixer's parameters that decide which keys are kept.
         drawn_apart: names of the mixer's linear maps whose initial weights come from separate random numbers. If two
             mixers differ only in such maps, all other weights of their models start the same.
+        context: the processes among which each sequence is divided; None if it is not. See `join_context`.
     """
 
     auxiliary_parameters: Sequence[str] = ()
     undecayed_parameters: Sequence[str] = ()
     selection_parameters: Sequence[str] = ()
     drawn_apart: Sequence[str] = ()
+    context: ContextGroup | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -155,6 +158,21 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
 
     def begin_step(self, step: int) -> None:
         """Called with the number of the optimizer step before its forward passes; most mixers ignore it."""
+
+    def join_context(self, context: ContextGroup | None) -> None:
+        """From now on, take parts of sequences without a cache, whose other parts other processes take; None: wholes.
+
+        All processes of the group call the mixer together, forward and backward, with parts of one length, and a
+        packing of `ContextGroup.pack`.
+
+        Raises:
+            ValueError: if the mixer cannot.
+        """
+        if context is not None:
+            raise ValueError(
+                f"attention: expected dma or swa where a sequence is divided among processes, got "
+                f"{type(self).__name__}, whose queries need all earlier keys; choose one of these, or do not divide it"
+            )
 
     @abstractmethod
     def new_cache(self, batch: int, full: bool = False) -> Cache:
@@ -263,6 +281,8 @@ class GroupedQueryMixer(TokenMixer[Cache]):
         """Queries `[B, H, N, D]`, keys and values `[B, G, N, D]`, after QK-norm and rotation; checks x."""
         check_mixer_input(x, self.q_proj.weight)
         positions = positions_of(x, cache)
+        if self.context is not None and cache is None:
+            positions = self.context.positions(x.shape[1], x.device)
         q = self.rotated(self.heads(x, self.q_proj, self.q_norm), positions)
         k = self.rotated(self.heads(x, self.k_proj, self.k_norm), positions)
         return q, k, self.heads(x, self.v_proj)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dma_kernels.context import ContextGroup, drift_before
 from dma_kernels.fixed_point import UNIT, drift_sums
 from dma_kernels.precision import without_autocast
 from dma_lightning.mixers.base import MixerConfig
@@ -169,6 +170,15 @@ def _gradient_of_steps(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
 
 
 _in_nats.register_autograd(_gradient_of_steps, setup_context=_note_dtype)
+
+
+def add_up_parts(steps: Tensor, context: ContextGroup) -> Drifted:
+    """D of the steps of a part `[B, G, n]`, with what earlier parts have drifted; all processes call it."""
+    own = add_up(steps)
+    units, nats = drift_before(context, own.units[..., -1], own.nats[..., -1])
+    drifted = add_up(steps, units)
+    # What has been added is in the units already; this is its gradient, and NaN from an earlier part.
+    return Drifted(drifted.units, drifted.nats + (nats - nats.detach())[..., None])
 
 
 def add_up(steps: Tensor, start: Tensor | None = None) -> Drifted:

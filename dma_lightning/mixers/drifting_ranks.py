@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dma_kernels import Packing
+from dma_kernels.context import ContextGroup
 from dma_kernels.fixed_point import drifted_ranks
 from dma_kernels.precision import without_autocast
 from dma_kernels.ranks import as_integers
-from dma_lightning.mixers.drift import Drift, DriftConfig, Drifted, DriftingCache, add_up
+from dma_lightning.mixers.drift import Drift, DriftConfig, Drifted, DriftingCache, add_up, add_up_parts
 
 Content = Literal["values", "input"]
 ContentInBias = bool | Literal["far"]
@@ -147,6 +148,7 @@ class DriftingRanks(nn.Module):
         key_bias: Tensor,
         packing: Packing | None = None,
         cache: DriftingCache | None = None,
+        context: ContextGroup | None = None,
     ) -> DriftedKeys:
         """Ranks and biases with the drift.
 
@@ -156,12 +158,16 @@ class DriftingRanks(nn.Module):
             key_bias: biases as published, same shape.
             packing: documents, which make no difference here, and padding, which has steps of 0.
             cache: the cache of the positions before, which is advanced.
+            context: the processes that have the other parts of the sequences, if x is a part and there is no cache.
         """
         steps = self.drift(x, None if packing is None else packing.padding)
         content = self.content(x, rank)
         if self.stripes:
-            rank = rank + _STRIPE * self._on_stripe(x, cache)
-        drifted = add_up(steps) if cache is None else cache.advance(steps)
+            rank = rank + _STRIPE * self._on_stripe(x, cache, context)
+        if cache is not None:
+            drifted = cache.advance(steps)
+        else:
+            drifted = add_up(steps) if context is None else add_up_parts(steps, context)
         # Content is multiplied by 0 and not left out: DDP waits for all gradients, and a NaN must show in the loss.
         bias = drifted.nats + content * float(self.content_in_bias is not False)
         drifts = self.drift.drifts[:, None]
@@ -169,11 +175,13 @@ class DriftingRanks(nn.Module):
         ranks = torch.where(drifts, drifted_ranks(content, drifted.units), as_integers(rank))
         return DriftedKeys(ranks, torch.where(drifts, bias, key_bias), drifted, near)
 
-    def _on_stripe(self, x: Tensor, cache: DriftingCache | None) -> Tensor:
+    def _on_stripe(self, x: Tensor, cache: DriftingCache | None, context: ContextGroup | None) -> Tensor:
         """Which positions of x belong to the stripe of each head, bool `[B or 1, G, N]`."""
         position = torch.arange(x.shape[1], device=x.device)[None]
         if cache is not None:
             position = position + cache.read[:, None]
+        elif context is not None:
+            position = context.positions(x.shape[1], x.device)
         return position[:, None] % self.stripes == self.stripe[:, None]
 
     def content(self, x: Tensor, rank: Tensor) -> Tensor:

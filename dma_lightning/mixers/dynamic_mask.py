@@ -21,11 +21,13 @@ from dma_kernels import (
     key_ranks,
     rank_bias,
 )
+from dma_kernels.context import ContextGroup, exchange_keys
 from dma_kernels.decoding.dynamic_cache import StepBackend
 from dma_kernels.keep_rule import HasKeepRule, check_at_least
 from dma_lightning.auxiliary_losses import with_auxiliary_loss
 from dma_lightning.backends import (
     ATTENTIONS,
+    Attention,
     Backend,
     attend,
     check_backend,
@@ -36,6 +38,7 @@ from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys, merge_heads,
 from dma_lightning.mixers.drift import Drifted, DriftingCache
 from dma_lightning.mixers.drifting_ranks import DriftedKeys, DriftingRanks, DriftingRanksConfig
 from dma_lightning.mixers.far_content import attend_with_far_bias
+from dma_lightning.mixers.part_retention import LayerPart, part_retention_loss
 from dma_lightning.mixers.retention import RetentionQueries, RetentionTarget, check_retention, retention_loss
 
 
@@ -239,7 +242,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         cache: KeyCache | DriftingCache | None = None,
     ) -> Tensor:
         q, k, v = self.queries_keys_values(x, cache)  # [B, H, N, D] and [B, G, N, D]
-        keys = self._ranked(x, v, packing, cache)
+        keys = self._ranked(x, v, packing, cache, self.context)
         backend = resolve_backend(self.backend, q.device.type, q.device.index, q.dtype, self.head_dim, self.drifts)
         if cache is None:
             out = self._attend(backend, q, k, v, keys, packing)
@@ -255,10 +258,38 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         self, backend: str, q: Tensor, k: Tensor, v: Tensor, keys: DriftedKeys, packing: Packing | None
     ) -> Tensor:
         asked = None if keys.drifted is None else keys.drifted.query_bias
+        if self.context is not None:
+            return self._attend_in_context(self.context, ATTENTIONS[backend], q, k, v, keys, packing)
         if keys.near_bias is None:
             return attend(backend, q, k, v, keys.key_bias, keys.rank, self.keep, packing, query_bias=asked)
         mask, near = Lifetimes.selected(keys.rank, self.keep, packing), self.own_keep.last
         return attend_with_far_bias(ATTENTIONS[backend], q, k, v, keys.near_bias, keys.key_bias, mask, near, asked)
+
+    def _attend_in_context(
+        self,
+        context: ContextGroup,
+        attention: Attention,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keys: DriftedKeys,
+        packing: Packing | None,
+    ) -> Tensor:
+        """Attention of a part, `[B, H, n, D]`."""
+        asked = None if keys.drifted is None else keys.drifted.query_bias
+        if keys.near_bias is None:
+            extended = exchange_keys(context, (k, v, keys.key_bias), keys.rank, self.keep, packing)
+            return extended.attend(attention, q, asked)
+        extended = exchange_keys(context, (k, v, keys.near_bias, keys.key_bias), keys.rank, self.keep, packing)
+        k, v, near_bias, far_bias = extended.rows
+        bias = None if asked is None else extended.with_queries(asked, first=True)
+        out = attend_with_far_bias(
+            attention, extended.with_queries(q), k, v, near_bias, far_bias, extended.lifetimes, self.own_keep.last, bias
+        )
+        return out[:, :, extended.earlier :]
+
+    def join_context(self, context: ContextGroup | None) -> None:
+        self.context = context
 
     @property
     def drifts(self) -> bool:
@@ -286,20 +317,30 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
     ) -> Tensor:
         """The layer's retention loss with its weight; it trains only the parameters that make the content of ranks."""
         content = self._content(x.detach(), v.detach())
-        positions = RetentionQueries(self.own_keep.capacity).at(self.step, x.shape[1], x.device)
         nats = None if drifted is None else drifted.nats
         values = v if self.retention_target == "output" else None
-        loss = retention_loss(q, k, content, nats, positions, self.own_keep, packing, values)
+        length = x.shape[1] if self.context is None else x.shape[1] * self.context.size
+        positions = RetentionQueries(self.own_keep.capacity).at(self.step, length, x.device)
+        if self.context is None:
+            loss = retention_loss(q, k, content, nats, positions, self.own_keep, packing, values)
+        else:
+            part = LayerPart(q, k, content, nats, values)
+            loss = part_retention_loss(self.context, part, positions, self.own_keep, packing)
         return self.retention_weight / self.num_layers * loss
 
     def _ranked(
-        self, x: Tensor, v: Tensor, packing: Packing | None, cache: KeyCache | DriftingCache | None = None
+        self,
+        x: Tensor,
+        v: Tensor,
+        packing: Packing | None,
+        cache: KeyCache | DriftingCache | None = None,
+        context: ContextGroup | None = None,
     ) -> DriftedKeys:
         ranks = key_ranks(v, self.A, self.dt_proj.weight, self.dt_proj.bias)
         key_bias = rank_bias(ranks, self.score_form)
         if self.drifting is None:
             return DriftedKeys(ranks, key_bias)
-        return self.drifting(x, ranks, key_bias, packing, cache)
+        return self.drifting(x, ranks, key_bias, packing, cache, context)
 
     def content(self, x: Tensor) -> Tensor:
         """The content of keys, their ranks without a drift, `[B, G, N]`, for the layer's input x `[B, N, C]`."""
@@ -318,6 +359,8 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         documents: Tensor | None = None,
     ) -> tuple[Lifetimes, Tensor]:
         """The mask that a forward pass over x `[B, N, C]` selects, and the bias of every key `[B, G, N]`.
+
+        x is a whole sequence, also where `join_context` divides those of `forward`.
 
         If only far keys have their content in the bias, this is the bias of far keys.
         """

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dma_kernels import Lifetimes, Packing
+from dma_kernels.context import ContextGroup, exchange_window
 from dma_kernels.decoding.attention import decode_attention
 from dma_lightning.backends import ATTENTIONS, Backend, check_backend, explain_backend, resolve_backend
 from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys, merge_heads
-from dma_lightning.mixers.drift import Drift, DriftConfig, Drifted, DriftingCache, add_up
+from dma_lightning.mixers.drift import Drift, DriftConfig, Drifted, DriftingCache, add_up, add_up_parts
 from dma_lightning.mixers.position_cache import Places, PositionCache
 from dma_lightning.mixers.sdpa import PAIRS, ROWS, SDPA_OR_FLEX, attend_places, lifetime_attention
 
@@ -68,8 +69,9 @@ class MultiHeadAttention(GroupedQueryMixer[PositionCache | DriftingCache]):
         positions = cache.keys if isinstance(cache, DriftingCache) else cache
         drifted = None
         if self.drift is not None:
-            steps = self.drift(x, None if packing is None else packing.padding)
-            drifted = cache.advance(steps) if isinstance(cache, DriftingCache) else add_up(steps)
+            drifted = self._drifted(self.drift(x, None if packing is None else packing.padding), cache)
+        if positions is None and self.context is not None:
+            return self.o_proj(merge_heads(self._attend_in_context(self.context, q, k, v, packing, drifted)))
         if positions is None or not positions.count:
             out = window_attention(q, k, v, self.window, self.backend, packing, drifted)
         if positions is None:
@@ -81,6 +83,23 @@ class MultiHeadAttention(GroupedQueryMixer[PositionCache | DriftingCache]):
         elif not fresh:
             out = attend_places(q, kept["key"], kept["value"], queries, keys, self.window)
         return self.o_proj(merge_heads(out))
+
+    def _drifted(self, steps: Tensor, cache: PositionCache | DriftingCache | None) -> Drifted:
+        if isinstance(cache, DriftingCache):
+            return cache.advance(steps)
+        return add_up(steps) if self.context is None else add_up_parts(steps, self.context)
+
+    def _attend_in_context(
+        self, context: ContextGroup, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, drifted: Drifted | None
+    ) -> Tensor:
+        """Attention of a part, `[B, H, n, D]`."""
+        assert self.window is not None  # `join_context` refuses others
+        bias = torch.zeros_like(k[..., 0], dtype=torch.promote_types(k.dtype, torch.float32))
+        rows = k, v, bias if drifted is None else drifted.nats
+        device, drifts = q.device, drifted is not None
+        backend = resolve_backend(self.backend, device.type, device.index, q.dtype, self.head_dim, drifts)
+        extended = exchange_window(context, rows, self.window, packing)
+        return extended.attend(ATTENTIONS[backend], q, None if drifted is None else drifted.query_bias)
 
     def new_cache(self, batch: int, full: bool = False) -> PositionCache | DriftingCache:
         positions = PositionCache(batch, None if full else self.window, self.q_proj.weight.device)
@@ -121,6 +140,9 @@ class SlidingWindowAttention(MultiHeadAttention):
         if sliding_window < 1:
             raise ValueError(f"sliding_window: expected at least 1, got {sliding_window}")
         self.window = sliding_window
+
+    def join_context(self, context: ContextGroup | None) -> None:
+        self.context = context
 
     @classmethod
     def from_config(cls, config: SlidingWindowConfig) -> Self:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dma_kernels import Packing
 from dma_lightning.data.base import IGNORE_INDEX, Batch
 from dma_lightning.metrics import MeanLoss
+from dma_lightning.monitoring.recording import check_whole_sequences
 
 
 def far_copies(
@@ -96,6 +97,9 @@ class FarCopyMonitor(pl.Callback):
         _check_numbers(window, order)
         self.window, self.order = window, order
         self.loss, self.share = MeanLoss(), MeanLoss()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_whole_sequences(self, pl_module)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for metric in (self.loss, self.share):

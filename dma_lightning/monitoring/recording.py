@@ -161,6 +161,15 @@ def _look(
     return seen
 
 
+def check_whole_sequences(callback: pl.Callback, pl_module: pl.LightningModule) -> None:
+    """Raise `ValueError` if processes divide sequences, for a callback that looks at whole ones."""
+    if (parts := decoder_of(pl_module).parts) > 1:
+        raise ValueError(
+            f"{type(callback).__name__}: expected whole sequences, got parts in {parts} processes "
+            "(context_parallel_size); leave the callback out"
+        )
+
+
 class FirstBatchMonitor(pl.Callback, ABC):
     """Inspects layers at the end of each validation, on the first sequences of its first batch.
 
@@ -184,6 +193,9 @@ class FirstBatchMonitor(pl.Callback, ABC):
     @abstractmethod
     def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch) -> None:
         """Inspect the layers with a batch, and log the result."""
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_whole_sequences(self, pl_module)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0

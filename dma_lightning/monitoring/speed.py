@@ -60,9 +60,9 @@ class SpeedMonitor(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        count, length = batch["input_ids"].shape
+        (count, length), model = batch["input_ids"].shape, decoder_of(pl_module)
         if length not in self.flops_per_token:
-            self.flops_per_token[length] = decoder_of(pl_module).training_flops(length)
+            self.flops_per_token[length] = model.training_flops(length * model.parts)
         self.batches += 1
         self.sequences += count
         self.tokens += count * length

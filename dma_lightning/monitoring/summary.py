@@ -55,15 +55,19 @@ def summary_rows(trainer: pl.Trainer, pl_module: pl.LightningModule, sequences: 
     model = decoder_of(pl_module)
     mixer, device, dtype = model.mixers[0], pl_module.device, compute_dtype(trainer)
     accumulated, devices, steps = trainer.accumulate_grad_batches, trainer.world_size, total_steps(trainer)
-    per_step = sequences * accumulated * devices * length
+    length, groups = length * model.parts, devices // model.parts  # of divided sequences, a batch has parts
+    per_step = sequences * accumulated * groups * length
+    sharing = (
+        f"{devices} devices" if model.parts == 1 else f"{groups} group{'s' * (groups > 1)} of {model.parts} devices"
+    )
     flops = model.training_flops(length)
     rows = {
         "parameters": f"{model.num_parameters:,}, {model.num_non_embedding_parameters:,} without embeddings and head",
         "attention": f"{model.config.attention} ({type(mixer).__name__})",
         "computed by": mixer.computed_by(device, dtype),
         "devices": f"{devices} x {device.type}, precision {trainer.precision}",
-        "step": f"{sequences} sequences x {accumulated} accumulated x {devices} devices "
-        f"= {sequences * accumulated * devices} of {length:,} tokens, {per_step:,} tokens",
+        "step": f"{sequences} sequences x {accumulated} accumulated x {sharing} "
+        f"= {sequences * accumulated * groups} of {length:,} tokens, {per_step:,} tokens",
         "FLOPs": f"{flops:.3g} per token, forward and backward; {flops * per_step:.3g} per step",
     }
     if steps is None:

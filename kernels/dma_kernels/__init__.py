@@ -9,6 +9,7 @@ The parts, in the order in which a key passes through them:
 - `segments`: from lifetimes to dense lists of keys
 - `attention`: attention over these lists, forward and backward
 - `decoding`: attention token by token, with an exact cache of constant size
+- `context`: one sequence over several processes
 - `selected_blocks`: the selected branch of native sparse attention
 
 Shared by these parts:

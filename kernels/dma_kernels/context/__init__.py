@@ -1,0 +1,17 @@
+"""One sequence over several processes (context parallelism): each holds consecutive positions, a part of equal length.
+
+A query sees at most w + r + s keys, so of all earlier parts it needs no more than these, however long they are. Each
+process sends the keys of its own part that a later query may see, in one all-gather, and keeps of those of earlier
+parts what its own queries may see. Then selection and attention are the ordinary ones, over these keys and its own.
+
+- `group`: the processes; how sequences are cut into parts; the numbers of documents that cross parts
+- `survivors`: which keys of a list a later query may see
+- `collectives`: the all-gather and its gradient, a reduce-scatter, as operations that are opaque to torch.compile
+- `exchange`: what comes of the keys of one layer; `drift`: how far earlier parts have drifted
+"""
+
+from dma_kernels.context.drift import drift_before
+from dma_kernels.context.exchange import ExtendedKeys, exchange_keys, exchange_window
+from dma_kernels.context.group import ContextGroup, PartPacking
+
+__all__ = ["ContextGroup", "ExtendedKeys", "PartPacking", "drift_before", "exchange_keys", "exchange_window"]

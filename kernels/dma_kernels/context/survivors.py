@@ -1,0 +1,83 @@
+"""Which keys of a list a query behind its end may see: the best-ranked, the last, and the first of its last document.
+
+The list may be a part of a sequence, or what such lists of earlier parts have left: of several lists, one behind the
+other, the survivors of their survivors are those of all keys.
+
+Z lists, n keys, K survivors.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dma_kernels.keep_rule import KeepRule
+from dma_kernels.lifetime_masks import is_sink
+from dma_kernels.packing import Packing
+from dma_kernels.selection.deaths import KeyOrder
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How many keys of each kind a query sees before a position.
+
+    Attributes:
+        best: best-ranked keys of those before the last ones.
+        last: last positions, padded ones included.
+        first: first real keys of the document.
+    """
+
+    best: int
+    last: int
+    first: int
+
+    @classmethod
+    def of(cls, keep: KeepRule) -> "Reach":
+        """That of a keep rule. The last r positions of a query are itself and r - 1 before."""
+        return cls(keep.window, max(keep.last - 1, 0), keep.sinks)
+
+    @classmethod
+    def of_window(cls, window: int) -> "Reach":
+        """That of a sliding window, the query's own position included."""
+        return cls(0, window - 1, 0)
+
+    @property
+    def count(self) -> int:
+        """The most keys of all kinds."""
+        return self.best + self.last + self.first
+
+
+def survivors(ranks: Tensor, reach: Reach, packing: Packing, count: int) -> Tensor:
+    """Places of the keys that a query behind the end may see, ascending.
+
+    If there are fewer than `count`, other keys fill up, latest first. A key that is out of the best never comes back,
+    so with these the selection stays the same.
+
+    Args:
+        ranks: `[Z, 1, n]`, as in `Lifetimes.selected`; the keys are in the order of their positions, and the last
+            `reach.last` of them are consecutive.
+        reach: how many of each kind.
+        packing: of Z rows; runs count from 0, and no more than n.
+        count: K, at most n; `reach.count` are enough.
+
+    Returns:
+        int64 `[Z, K]`.
+    """
+    rows, _, length = ranks.shape
+    place = torch.arange(length, device=ranks.device)
+    if count >= length:
+        return place.expand(rows, -1)
+    competing = max(length - reach.last, 0)
+    needed = (place >= competing).repeat(rows, 1)  # [Z, n]
+    best = min(reach.best, competing)
+    if best:
+        runs, padding = (None if x is None else x[:, :competing] for x in (packing.runs, packing.padding))
+        order = KeyOrder.of_ranks(ranks[..., :competing].detach(), runs, padding).key[:, 0]
+        needed.scatter_(-1, order[:, competing - best :], True)
+    if reach.first:
+        sinks = is_sink(reach.first, place[None, None], packing)[:, 0].expand(rows, -1)
+        if packing.padding is not None:
+            sinks = sinks & ~packing.padding
+        needed |= sinks if packing.runs is None else sinks & (packing.runs == packing.runs[:, -1:])
+    wanted = torch.where(needed, place + length, place)
+    return wanted.topk(count, dim=-1).indices.sort(dim=-1).values

@@ -1,0 +1,40 @@
+"""One of four processes that train with Lightning, and divide sequences; started by `test_fit_parts.py`.
+
+    python fit_parts.py FOLDER RANK
+
+Checkpoints are written to the folder, and compared there with those of one process.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from fit_runs import DRIFT, RETENTION, train
+
+PROCESSES = 4
+
+
+def main(folder: Path, rank: int) -> None:
+    """Two groups of two, and one of four, which goes on where one process ended."""
+    torch.set_num_threads(1)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES}
+    os.environ |= {name: str(number) for name, number in numbers.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (folder / "port").read_text()}
+    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    train(folder / "pairs", 2, 2, accumulate=2, **DRIFT)
+    train(folder / "retention", 4, 1, accumulate=2, **RETENTION)
+    train(folder / "resumed", 4, 1, length=14, ckpt_path=folder / "one/step=10.ckpt", **DRIFT)
+    train(folder / "swa", 4, 1, length=14, attention="swa", sliding_window=5, activation_checkpointing=True)
+    errors = []
+    for options in ({"parts": 3, "groups": 4 / 3}, {"parts": 4, "attention": "mha"}):
+        try:
+            train(folder / "none", **options)
+        except ValueError as error:
+            errors.append(str(error))
+    if rank == 0:
+        (folder / "errors.txt").write_text("\n".join(errors))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

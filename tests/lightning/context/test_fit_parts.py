@@ -1,0 +1,104 @@
+"""Runs of several processes that divide sequences are those of one; and their checkpoints are interchangeable."""
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from fit_parts import PROCESSES
+from fit_runs import DRIFT, RETENTION, train
+from test_processes import assert_same, read
+from together import run_together
+
+from dma_kernels.context import ContextGroup
+from dma_lightning import LanguageModel
+from dma_lightning.data.parts import part_of_batch
+from dma_lightning.monitoring.recording import check_whole_sequences
+from dma_lightning.strategies import FullyShardedStrategy
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _double() -> Iterator[None]:
+    """`train` makes float64 the default."""
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where one process and four have left their checkpoints."""
+    folder = tmp_path_factory.mktemp("fit-parts")
+    (folder / "text.txt").write_text("".join(topics.values())[:20000])
+    train(folder / "one", length=14, **DRIFT)
+    train(folder / "one-pairs", accumulate=2, **DRIFT)
+    train(folder / "one-retention", accumulate=2, **RETENTION)
+    train(folder / "one-swa", length=14, attention="swa", sliding_window=5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (folder / "port").write_text(str(free.getsockname()[1]))
+    run_together(HERE / "fit_parts.py", folder, PROCESSES)
+    return folder
+
+
+def compare(folder: Path, run: str, one: str, steps: tuple[int, ...] = (10, 20)) -> None:
+    """Checkpoints and figures of a run with those of one process."""
+    for step in steps:
+        assert_same(read(folder / run / f"step={step}.ckpt"), read(folder / one / f"step={step}.ckpt"))
+    found, wanted = (json.loads((folder / name / "figures.json").read_text()) for name in (run, one))
+    assert found == pytest.approx(wanted, rel=1e-6)
+    assert {"val/loss", "val/bits_per_byte", "val/accuracy", "train/loss"} <= wanted.keys()
+
+
+@pytest.mark.parametrize("run", ["pairs", "retention", "swa"])
+def test_parts_train_as_the_whole(run: str, folder: Path) -> None:
+    """Two groups of two; a loss of the layers; a length that four do not divide."""
+    compare(folder, run, f"one-{run}")
+
+
+def test_four_go_on_from_one(folder: Path) -> None:
+    compare(folder, "resumed", "one", (20,))
+
+
+def test_one_goes_on_from_two_groups(folder: Path) -> None:
+    train(folder / "again", accumulate=2, ckpt_path=folder / "pairs/step=10.ckpt", **DRIFT)
+    compare(folder, "again", "one-pairs", (20,))
+
+
+def test_what_cannot_be_divided_is_refused(folder: Path) -> None:
+    number, attention = (folder / "errors.txt").read_text().splitlines()
+    assert "context_parallel_size: expected a divisor of the number of processes, got 3 of 4" in number
+    assert "attention: expected dma or swa" in attention
+    with pytest.raises(ValueError, match="context_parallel_size: expected at least 1, got 0"):
+        FullyShardedStrategy(context_parallel_size=0)
+
+
+def test_parts_of_a_batch() -> None:
+    groups, tokens = [ContextGroup("", rank, 2) for rank in range(2)], torch.arange(10).view(2, 5)
+    batch = {"input_ids": tokens, "labels": tokens + 1, "label_bytes": torch.tensor([3, 4])}
+    first, second = (part_of_batch(batch, group) for group in groups)
+    assert first["labels"].tolist() == [[1, 2, 3], [6, 7, 8]]
+    assert second["labels"].tolist() == [[4, 5, -100], [9, 10, -100]]
+    assert second["padding"].tolist() == [[False, False, True]] * 2
+    assert (first["label_bytes"] + second["label_bytes"]).tolist() == [3, 4]
+    assert first["label_bytes"].tolist() == [3, 4]
+    even = part_of_batch({name: x[:, :4] for name, x in batch.items() if x.ndim == 2}, groups[1])
+    assert even.keys() == {"input_ids", "labels"}
+    with pytest.raises(
+        ValueError, match=r"expected text where processes divide sequences .* got examples with answers"
+    ):
+        part_of_batch(batch | {"is_answer": torch.ones(2, dtype=torch.bool)}, groups[0])
+
+
+def test_monitors_that_need_whole_sequences_are_refused() -> None:
+    from dma_lightning.monitoring import FarCopyMonitor
+
+    module = LanguageModel()
+    check_whole_sequences(FarCopyMonitor(4), module)
+    module.model.join_context(ContextGroup("", 0, 2))
+    with pytest.raises(ValueError, match="FarCopyMonitor: expected whole sequences, got parts in 2 processes"):
+        FarCopyMonitor(4).on_validation_start(None, module)

@@ -1,0 +1,37 @@
+"""One of four processes that train on parts of the same sequences, alone and in pairs; started by `test_parts.py`.
+
+    python train_parts.py FOLDER RANK
+
+Weights are written to the folder, and compared there with those of one process.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from context_runs import RUNS, train
+
+from dma_kernels.context import ContextGroup
+
+PROCESSES = 4
+
+
+def main(folder: Path, rank: int) -> None:
+    """All runs of four processes, and those of two, which the pairs divide among them."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
+    pairs = [dist.new_group(pair) for pair in ([0, 1], [2, 3])]
+    processes = {PROCESSES: dist.group.WORLD, 2: pairs[rank // 2]}
+    found = {}
+    for number, run in enumerate(RUNS):
+        if run.parts == PROCESSES or number % 2 == rank // 2:
+            group = processes[run.parts]
+            found[run.name] = train(run, ContextGroup.of(group), group)
+    torch.save(found, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
