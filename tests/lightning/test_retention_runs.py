@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from once import once, shared_folder
 from retention_runs import BOTH, CLIP, STEPS, TOGETHER_RUNS, train
 from start_two import HERE, start_two
 from torch import Tensor
@@ -33,7 +34,9 @@ class Runs:
     """Runs of one process, each when it is first asked for, and those of two."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = once(folder, "retention-runs", self._train_together)
+
+    def _train_together(self, folder: Path) -> None:
         processes = start_two(HERE / "retention_runs.py", folder)
         try:
             for process in processes:
@@ -46,8 +49,7 @@ class Runs:
 
     def alone(self, name: str, **options: Any) -> str:
         """The name of a run of one process."""
-        if not (self.folder / name).exists():
-            train(self.folder / name, **options)
+        once(self.folder, name, lambda folder: train(folder, **options))
         return name
 
     def whole(self, parts: int, of: dict[str, Any], weight: float = 0.1) -> str:
@@ -65,7 +67,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"))
+    return Runs(shared_folder(tmp_path_factory))
 
 
 def assert_same_runs(runs: Runs, found: str, expected: str) -> None:

@@ -1,11 +1,13 @@
 """Parts of a sequence in several processes are the whole sequence in one."""
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 from context_cases import Case, cases, draw
 from context_processes import COMPILED, PROCESSES, attended, results
+from once import once, shared_folder
 from together import run_together
 from torch import Tensor
 
@@ -20,8 +22,8 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:
     """What the processes have computed, of each its parts by the names of cases."""
-    folder = tmp_path_factory.mktemp("context")
-    run_together(HERE / "context_processes.py", folder, PROCESSES)
+    compute_all = functools.partial(run_together, HERE / "context_processes.py", processes=PROCESSES)
+    folder = once(shared_folder(tmp_path_factory), "context", compute_all)
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fit_parts import PROCESSES
 from fit_runs import DRIFT, RETENTION, train
+from once import once, shared_folder
 from test_processes import assert_same, read
 from together import run_together
 
@@ -32,7 +33,10 @@ def _double() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where one process and four have left their checkpoints."""
-    folder = tmp_path_factory.mktemp("fit-parts")
+    return once(shared_folder(tmp_path_factory), "fit-parts", _fit_all)
+
+
+def _fit_all(folder: Path) -> None:
     (folder / "text.txt").write_text("".join(topics.values())[:20000])
     train(folder / "one", length=14, **DRIFT)
     train(folder / "one-pairs", accumulate=2, **DRIFT)
@@ -42,7 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         free.bind(("127.0.0.1", 0))
         (folder / "port").write_text(str(free.getsockname()[1]))
     run_together(HERE / "fit_parts.py", folder, PROCESSES)
-    return folder
 
 
 def compare(folder: Path, run: str, one: str, steps: tuple[int, ...] = (10, 20)) -> None:

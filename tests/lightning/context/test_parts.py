@@ -1,11 +1,13 @@
 """Models that several processes train on parts of sequences are those of one process."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from context_runs import RUNS, Run, model_of, train
+from once import once, shared_folder
 from together import run_together
 from torch import Tensor
 from train_parts import PROCESSES
@@ -19,8 +21,8 @@ GROUP = ContextGroup("", 0, 2)
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:
     """What each process has trained, by the names of runs."""
-    folder = tmp_path_factory.mktemp("parts")
-    run_together(HERE / "train_parts.py", folder, PROCESSES)
+    train_all = functools.partial(run_together, HERE / "train_parts.py", processes=PROCESSES)
+    folder = once(shared_folder(tmp_path_factory), "parts", train_all)
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
