@@ -24,7 +24,7 @@ def main(folder: Path, rank: int) -> None:
     os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
     train(folder / "pairs", 2, 2, accumulate=2, **DRIFT)
     train(folder / "retention", 4, 1, accumulate=2, **RETENTION)
-    train(folder / "resumed", 4, 1, length=14, ckpt_path=folder / "one/step=10.ckpt", **DRIFT)
+    train(folder / "resumed", 4, 1, length=14, ckpt_path=folder / "one/step=4.ckpt", **DRIFT)
     train(folder / "swa", 4, 1, length=14, attention="swa", sliding_window=5, activation_checkpointing=True)
     errors = []
     for options in ({"parts": 3, "groups": 4 / 3}, {"parts": 4, "attention": "mha"}):

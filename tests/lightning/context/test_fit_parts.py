@@ -48,7 +48,7 @@ def _fit_all(folder: Path) -> None:
     run_together(HERE / "fit_parts.py", folder, PROCESSES)
 
 
-def compare(folder: Path, run: str, one: str, steps: tuple[int, ...] = (10, 20)) -> None:
+def compare(folder: Path, run: str, one: str, steps: tuple[int, ...] = (4, 8)) -> None:
     """Checkpoints and figures of a run with those of one process."""
     for step in steps:
         assert_same(read(folder / run / f"step={step}.ckpt"), read(folder / one / f"step={step}.ckpt"))
@@ -64,12 +64,12 @@ def test_parts_train_as_the_whole(run: str, folder: Path) -> None:
 
 
 def test_four_go_on_from_one(folder: Path) -> None:
-    compare(folder, "resumed", "one", (20,))
+    compare(folder, "resumed", "one", (8,))
 
 
 def test_one_goes_on_from_two_groups(folder: Path) -> None:
-    train(folder / "again", accumulate=2, ckpt_path=folder / "pairs/step=10.ckpt", **DRIFT)
-    compare(folder, "again", "one-pairs", (20,))
+    train(folder / "again", accumulate=2, ckpt_path=folder / "pairs/step=4.ckpt", **DRIFT)
+    compare(folder, "again", "one-pairs", (8,))
 
 
 def test_what_cannot_be_divided_is_refused(folder: Path) -> None:
