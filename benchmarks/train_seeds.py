@@ -43,26 +43,31 @@ def train(task: str, seed: int, extra: list[str]) -> Row:
     return {"seed": seed, "seconds": round(seconds, 1), "metric": metric, "start": start_figure, "curve": curve}
 
 
-RESULTS = ("train_mqar", "train_text_3.11", "train_text_3.12", "train_text_3.13")
+PYTHONS = ("3.11", "3.12", "3.13")
+RESULTS = ("train_text", "train_mqar_published", *(f"train_text_published_{x}" for x in PYTHONS))
 
 
-def tables(mqar: Result, *texts: Result) -> list[Part]:
-    """What the pages show: text by Python version and seed, recall by seed and step."""
+def tables(text: Result, mqar: Result, *published: Result) -> list[Part]:
+    """What the pages show: text by form, Python version and seed, recall by seed and step."""
     runs = mqar["runs"]
+    texts = [("the shipped form", PYTHONS[0], text)]
+    texts += [("as published", python, result) for python, result in zip(PYTHONS, published, strict=True)]
     solved, seconds = sum(run["curve"][-1][1] >= 0.98 for run in runs), [run["seconds"] for run in runs]
     return [
         Table(
-            [(x, run) for x, text in zip(("3.11", "3.12", "3.13"), texts, strict=True) for run in text["runs"]],
-            "**`make train`**: bits per byte on the last tenth of the text, before and after training on a CPU; lower "
-            f"is better ({cpu_of(texts[0])}; the corpora of the other Python versions were trained on with the same "
+            [(form, python, run) for form, python, result in texts for run in result["runs"]],
+            "**`make train`**, and the same with `configs/model/tiny-published.yaml`: bits per byte on the last tenth "
+            f"of the text, before and after training on a CPU; lower is better ({cpu_of(text)}; as published: "
+            f"{cpu_of(published[0])}; the corpora of the other Python versions were trained on with the same "
             "interpreter). On another processor, or with sums in another order, the same seed gives another result; "
             "the spread of the seeds shows how different.",
-            ["corpus: help topics of", "seed", "bits per byte at start", "at end", "seconds in all"],
-            lambda row: [f"Python {row[0]}", *text_cells(row[1])],
+            ["dynamic masks", "corpus: help topics of", "seed", "bits per byte at start", "at end", "seconds in all"],
+            lambda row: [row[0], f"Python {row[1]}", *text_cells(row[2])],
         ),
         Table(
             [[run["seed"], *(f"{100 * value:.2f} %" for _, value in run["curve"])] for run in runs],
-            "**`make mqar`**: accuracy of recall on 1,000 unseen examples, during training on a CPU; higher is better. "
+            "**`make mqar`**, with `configs/model/mqar-published.yaml` in place of its model: accuracy of recall on "
+            "1,000 unseen examples, during training on a CPU; higher is better. "
             f"{solved} of {len(runs)} seeds end at 98 % or more, in {min(seconds):.0f} - {max(seconds):.0f} s each, "
             f"some of them while other work ran ({cpu_of(mqar)}).",
             ["seed", *(f"step {step}" for step, _ in runs[0]["curve"])],
