@@ -24,8 +24,8 @@ class MixedWindows(pl.Callback):
     The model gets its own rule back after the backward pass of each batch, so validation, samples, monitors and
     checkpoints see no other. FLOP figures also assume the model's own rule. Logs `dma/keeps_all`.
 
-    All steps are those of trainer.max_steps, or else of trainer.max_epochs. `fit` has this callback by default where
-    the model has a retention loss.
+    All steps are those of trainer.max_steps, or of trainer.max_epochs if it is not set. `fit` has this callback by
+    default where the model has a retention loss.
 
     Args:
         share: probability that a step in between keeps all keys.
@@ -69,7 +69,7 @@ class MixedWindows(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.first and not self.last:
             return
-        steps = total_steps(trainer)
+        steps = trainer.max_steps if trainer.max_steps > 0 else total_steps(trainer)  # as for the learning rate
         if steps is None:
             raise ValueError(
                 f"MixedWindows: first {self.first} and last {self.last} are shares of all steps: expected "

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import kill_runs
@@ -29,15 +28,7 @@ from dma_lightning.checkpoints.io import AtomicCheckpointIO, newest_checkpoint, 
 from dma_lightning.checkpoints.sharded import load_sharded
 from dma_lightning.distributed import _watch
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _double() -> Iterator[None]:
-    """`train` makes float64 the default."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("runs_in_double")
 
 
 class Outcome:

@@ -1,7 +1,6 @@
 """The retention loss counts once in each step: recomputed layers, accumulated batches, DDP and FSDP2 change nothing."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,14 @@ from retention_runs import BOTH, CLIP, STEPS, TOGETHER_RUNS, train
 from start_two import HERE, start_two
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("runs_in_double")
+
 Weights = dict[str, Tensor]
 ALONE: dict[str, dict[str, Any]] = {
     "recomputed": {"activation_checkpointing": True},
     "accumulated": {"accumulate": 2},
     "both": BOTH,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _double() -> Iterator[None]:
-    """`train` makes float64 the default."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float32)
 
 
 class Runs:

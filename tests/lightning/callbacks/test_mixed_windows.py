@@ -303,6 +303,9 @@ def test_shares_of_the_steps_of_epochs() -> None:
     train(watch, MixedWindows(share=0, first=0.5, last=0.5), **epochs)
     assert [step for step, rules in watch.training.items() if rules == {ALL}] == list(range(7))
     assert [step for step, rules in watch.training.items() if rules == {OWN}] == list(range(7, 14))
+    watch = Watch()
+    train(watch, MixedWindows(share=0, first=0.5, last=0.5), **epochs | {"max_steps": 20})  # as the schedule counts
+    assert [step for step, rules in watch.training.items() if rules == {OWN}] == list(range(10, 14))
 
 
 def test_shares_of_no_number_of_steps() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -20,14 +19,9 @@ from dma_lightning.data.parts import part_of_batch
 from dma_lightning.monitoring.recording import check_whole_sequences
 from dma_lightning.strategies import FullyShardedStrategy
 
+pytestmark = pytest.mark.usefixtures("runs_in_double")
+
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _double() -> Iterator[None]:
-    """`train` makes float64 the default."""
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="module")
