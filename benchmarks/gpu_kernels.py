@@ -15,9 +15,11 @@ from torch.nn.attention import sdpa_kernel
 
 from dma_flex import flex_segment_attention
 from dma_kernels import Lifetimes, SegmentSlots, fused_attention, segment_attention
+from dma_kernels.attention.kernels.backward import launch_backward
+from dma_kernels.attention.kernels.delta import launch_delta
 from dma_kernels.attention.kernels.forward import launch_forward
-from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
-from dma_kernels.attention.kernels.query_gradients import launch_query_gradients
+from dma_kernels.attention.kernels.key_gradients import key_tile
+from dma_kernels.attention.kernels.query_gradients import list_key_tiles
 from dma_kernels.attention.ops import attend_slots
 from dma_kernels.segments.gather_kernels import launch_gather_rows, launch_sum_copies
 from harness import CommandLine, Part, Picture, Result, Row, Table, describe, record
@@ -70,7 +72,7 @@ def measure_parts(heads: int, kv_heads: int, length: int, window: int, head_dim:
     arguments = (copies.row, copies.first, copies.slot, *where)
     out, lse, *by_slot = attend_slots(q, k, v, ranks, *arguments, **sizes)
     grad, shape = torch.randn_like(out), [1, kv_heads, length, head_dim]
-    _, delta = launch_query_gradients(q, *by_slot, *where, lse, out, grad, **sizes)
+    block_k, segment = key_tile(q, where[0].shape[2]), slots.segment_length
     parts = {
         "selection": lambda: Lifetimes.top_w(ranks, window),
         "selection, CUDA graph": captured(lambda: Lifetimes.top_w(ranks, window)),
@@ -78,8 +80,9 @@ def measure_parts(heads: int, kv_heads: int, length: int, window: int, head_dim:
         "plan, CUDA graph": captured(lambda: SegmentSlots.of(mask, 1, kv_heads)),
         "gather of k": lambda: launch_gather_rows(k, copies.row, head_rows=slots.filled_length),
         "forward kernel": lambda: launch_forward(q, *by_slot, *where, **sizes),
-        "query gradients": lambda: launch_query_gradients(q, *by_slot, *where, lse, out, grad, **sizes),
-        "key gradients": lambda: launch_key_gradients(q, *by_slot, *where, lse, delta, grad, **sizes),
+        "backward kernels": lambda: launch_backward(q, *by_slot, *where, lse, out, grad, **sizes),
+        "of these, rowsum(dO · O)": lambda: launch_delta(out, grad),
+        "of these, lists of key tiles": lambda: list_key_tiles(*where, q, segment, block_k),
         "sum of dk": lambda: launch_sum_copies(
             by_slot[0], copies.first, copies.slot, shape=shape, head_rows=slots.filled_length
         ),
@@ -87,8 +90,8 @@ def measure_parts(heads: int, kv_heads: int, length: int, window: int, head_dim:
     row: Row = {"heads": heads, "kv_heads": kv_heads, "length": length, "window": window}
     row |= {"head_dim": head_dim, "parts": {name: time_ms(part) for name, part in parts.items()}}
     flop = 2 * head_dim * mask.live_counts().sum().item() * heads / kv_heads  # of one matrix product
-    forward, dq, dkv = (row["parts"][name][1] for name in ("forward kernel", "query gradients", "key gradients"))
-    row["forward TFLOP/s"], row["backward TFLOP/s"] = 2e-9 * flop / forward, 5e-9 * flop / (dq + dkv)
+    forward, backward = (row["parts"][name][1] for name in ("forward kernel", "backward kernels"))
+    row["forward TFLOP/s"], row["backward TFLOP/s"] = 2e-9 * flop / forward, 5e-9 * flop / backward
     copied = 2 * copies.row.numel() * head_dim * k.element_size()
     row["gather TB/s"] = 1e-9 * copied / row["parts"]["gather of k"][1]
     return row

@@ -23,8 +23,8 @@ from triton.runtime.errors import OutOfResources
 
 from dma_kernels.attention.configs import Kernel, KernelConfig, tuned_file
 from dma_kernels.attention.kernels.forward import launch_forward
-from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
-from dma_kernels.attention.kernels.query_gradients import launch_query_gradients
+from dma_kernels.attention.kernels.key_gradients import StoredScores, key_tile, launch_key_gradients
+from dma_kernels.attention.kernels.query_gradients import launch_query_gradients, list_key_tiles
 from dma_kernels.lifetime_masks import Lifetimes
 from dma_kernels.segments.gather_kernels import launch_gather_rows
 from dma_kernels.segments.slots import SegmentSlots
@@ -46,6 +46,10 @@ _CONFIGS: dict[int, list[tuple[int, ...]]] = {  # by bytes of an element
         (128, 128, 8, 2, 128),
     ],
     4: [(64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 4, 1), (16, 16, 4, 1)],
+}
+_OF_QUERY_GRADIENTS: dict[int, list[tuple[int, ...]]] = {  # a product alone; the columns are those of the key gradients
+    2: [(64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4)],
+    4: [(64, 32, 4, 2), (64, 32, 8, 2), (128, 32, 8, 2)],
 }
 _SHARE = 0.78  # the largest share of a thread's registers that accumulators may take
 
@@ -74,10 +78,10 @@ def cases() -> list[Case]:
     """All cases that are measured: those whose sums fit into registers."""
     every = (
         Case(kernel, size, head_dim, KernelConfig(*config))
-        for size, configs in _CONFIGS.items()
+        for size in _CONFIGS
         for head_dim in (64, 128, 256)
         for kernel in get_args(Kernel)
-        for config in configs
+        for config in (_OF_QUERY_GRADIENTS if kernel == "query gradients" else _CONFIGS)[size]
     )
     return [case for case in every if _accumulators(case) <= _SHARE * (case.config.registers or 255)]
 
@@ -110,8 +114,20 @@ def launcher(case: Case, arguments: Inputs) -> Callable[[], object]:
     if case.kernel == "forward":
         return lambda: launch_forward(**arguments, **rest)
     if case.kernel == "query gradients":
-        return lambda: launch_query_gradients(**arguments, lse=lse, out=grad, grad_out=grad, **rest)
+        return _query_gradients(case, arguments)
     return lambda: launch_key_gradients(**arguments, lse=lse, delta=lse, grad_out=grad, **rest)
+
+
+def _query_gradients(case: Case, arguments: Inputs) -> Callable[[], object]:
+    """The launch of the query gradients, with dS of half of the sequence."""
+    q, k, birth, death = (arguments[name] for name in ("q", "k", "birth", "death"))
+    keys, half = k.shape[2], len(k) // 2
+    lists = list_key_tiles(birth, death, q, _WINDOW, min(case.config.columns, key_tile(q, keys)), case.config)
+    ds = q.new_zeros(half * k.shape[1] * keys, q.shape[1] // k.shape[1] * _WINDOW)
+    stored = StoredScores(ds, None, 0, lists.config.rows)
+    return lambda: launch_query_gradients(
+        stored, k, lists, torch.empty_like(q), scale=case.head_dim**-0.5, segment_length=_WINDOW
+    )
 
 
 def compile_case(case: Case) -> str | None:

@@ -24,7 +24,8 @@ class KernelConfig(NamedTuple):
 
     Attributes:
         rows: of a tile that stays in registers: queries, or keys for the key gradients; a power of two from 16.
-        columns: of a tile that passes by: slots, or queries for the key gradients; a power of two from 16.
+        columns: of a tile that passes by: slots, or queries for the key gradients; a power of two from 16. Those of the
+            query gradients are at most the rows of the key gradients.
         warps: of a program, a power of two.
         stages: of the pipeline that loads tiles.
         registers: limit per thread, so that several programs fit on a multiprocessor; None leaves it to the compiler.
@@ -47,12 +48,12 @@ BUILTIN: Table = {
     ("forward", 4, 64): KernelConfig(32, 32, 4, 2),
     ("forward", 4, 128): KernelConfig(32, 32, 4, 2),
     ("forward", 4, 256): KernelConfig(32, 32, 4, 2),
-    ("query gradients", 2, 64): KernelConfig(64, 32, 4, 3),
-    ("query gradients", 2, 128): KernelConfig(64, 32, 4, 2, 168),
-    ("query gradients", 2, 256): KernelConfig(64, 32, 4, 3),
-    ("query gradients", 4, 64): KernelConfig(64, 32, 8, 2),
-    ("query gradients", 4, 128): KernelConfig(32, 32, 4, 2),
-    ("query gradients", 4, 256): KernelConfig(16, 16, 4, 1),
+    ("query gradients", 2, 64): KernelConfig(128, 64, 8, 4),
+    ("query gradients", 2, 128): KernelConfig(128, 64, 8, 4),
+    ("query gradients", 2, 256): KernelConfig(128, 64, 8, 3),
+    ("query gradients", 4, 64): KernelConfig(64, 32, 4, 2),
+    ("query gradients", 4, 128): KernelConfig(64, 32, 4, 2),
+    ("query gradients", 4, 256): KernelConfig(64, 32, 8, 2),
     ("key gradients", 2, 64): KernelConfig(64, 64, 4, 2, 168),
     ("key gradients", 2, 128): KernelConfig(64, 64, 4, 2),
     ("key gradients", 2, 256): KernelConfig(64, 64, 8, 2),

@@ -1,8 +1,7 @@
 """Attention over lifetimes by Triton kernels: gather into segments, forward, backward, sum of a key's copies.
 
-Two operations, opaque to torch.compile, and the function around them. The backward is two kernels of together seven
-matrix products and no atomics, so the same inputs give the same bits in every run: on an H200 that is faster than one
-kernel of five products that adds up the gradient of the queries by atomics (`benchmarks/NOTES.md`).
+Two operations, opaque to torch.compile, and the function around them. The backward is five matrix products and no
+atomics, so the same inputs give the same bits in every run.
 
 B batch, H query heads, G KV heads, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
@@ -189,21 +188,17 @@ def attend_slots_backward(
     The gradient of key_bias is float32, or float64 if `wide`. That of query_bias is given for each head, float32
     `[B, H, N]`, and is empty unless `query_bias` is True.
     """
+    from dma_kernels.attention.kernels.backward import launch_backward
     from dma_kernels.attention.kernels.common import aligned
-    from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
-    from dma_kernels.attention.kernels.query_gradients import launch_query_gradients
     from dma_kernels.segments.gather_kernels import launch_sum_copies
 
     batch, kv_heads, length = q.shape[0], k.shape[1], q.shape[2]
     rows = (first.numel() - 1) // (batch * kv_heads)
-    q, grad_out = aligned(q), aligned(grad_out)
-    keys = (k, v, bias, birth, death)
     dquery_bias = _empty_query_bias_gradient(q, query_bias)
-    dq, delta = launch_query_gradients(
-        q, *keys, lse, out, grad_out, scale=scale, segment_length=segment_length,
-        dquery_bias=dquery_bias if query_bias else None,
+    dq, *dkv, dbias = launch_backward(
+        aligned(q), k, v, bias, birth, death, lse, aligned(out), aligned(grad_out), scale=scale,
+        segment_length=segment_length, dquery_bias=dquery_bias if query_bias else None,
     )  # fmt: skip
-    *dkv, dbias = launch_key_gradients(q, *keys, lse, delta, grad_out, scale=scale, segment_length=segment_length)
     shape = [batch, kv_heads, length]
     dk, dv = (launch_sum_copies(x, first, slot, shape=[*shape, x.shape[-1]], head_rows=rows) for x in dkv)
     dkey_bias = launch_sum_copies(

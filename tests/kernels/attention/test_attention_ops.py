@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dma_kernels import DynamicMaskCache, Lifetimes, SegmentSlots, fused_attention, segment_attention
+from dma_kernels.attention.kernels import backward
 from dma_kernels.selected_blocks.attention import block_attention
 
 ON_GPU = torch.cuda.is_available()
@@ -226,6 +227,26 @@ def test_operations_are_registered_as_torch_expects(device: str) -> None:
     backward = (out, inputs[0].detach(), *by_slot, out, lse, *arguments[1:], slots.segment_length, 0.25)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.dma_kernels.attend_slots_backward, backward, test_utils=tests)
+
+
+def test_memory_of_the_backward_changes_no_bit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts of one or two of four segments, and all at once; with NaN in what is not written."""
+    *qkv, grad = make_inputs(500, 2, 32, device)
+    inputs = [*qkv, make_ranks("random", 2, 500, device)]
+    mask, found = Lifetimes.top_w(inputs[3], 100), []
+    for limit in (1, 600_000, 1 << 29):
+        monkeypatch.setattr(backward, "ds_bytes", lambda limit=limit: limit)
+        with poisoned_buffers():
+            found.append(results(fused_attention, inputs, mask, grad))
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "much", ""])
+def test_memory_of_the_backward_is_a_number(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DMA_KERNEL_BACKWARD_MIB", said)
+    with pytest.raises(ValueError, match=r"DMA_KERNEL_BACKWARD_MIB: expected a whole number of MiB above 0, got"):
+        backward.ds_bytes()
 
 
 @needs_gpu

@@ -97,6 +97,11 @@ def query_tiles(x: Tensor, block_s: int, block_d: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block_s, block_d])
 
 
+def ds_tiles(ds: Tensor, block_k: int, block_s: int) -> TensorDescriptor:
+    """dS, `[z * G * K, R * S]`, in tiles of slots by queries of one head."""
+    return TensorDescriptor(ds, list(ds.shape), list(ds.stride()), [block_k, block_s])
+
+
 def slot_block(largest: int, *slots: int) -> int:
     """Slots of a tile: at most `largest`, and a divisor of all numbers of slots."""
     block = math.gcd(largest, *slots)

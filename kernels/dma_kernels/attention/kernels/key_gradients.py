@@ -1,10 +1,13 @@
 """The Triton kernel of the gradients of keys, values and key biases: deterministic, no atomics.
 
 A program keeps a tile of keys and their gradients in registers and passes over the queries that see any of them, in
-all heads of the group. Tiles of queries that all see all of these keys need no mask; they come first.
+all heads of the group. Tiles of queries that all see all of these keys need no mask; they come first. On request dS is
+stored on the way, keys by queries; the gradient of the queries is then a product (`query_gradients.py`).
 
 B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from dma_kernels.attention.configs import KernelConfig, kernel_config
-from dma_kernels.attention.kernels.common import SIZES, aligned, query_tiles, slot_block, slot_tiles
+from dma_kernels.attention.kernels.common import SIZES, aligned, ds_tiles, query_tiles, slot_block, slot_tiles
 from dma_kernels.primitives import LOG2_E, finite_shift, float32_precision, padded_head_dim, scaled_products
 from dma_kernels.rank_kernels import LARGEST_BIAS
 
 
 @triton.jit
 def _add_query_tile(
-    b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, d_q, d_do, p_lse, p_delta,
-    i_b, i_h, i_start, i_tile, length, count, scale,
+    b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, d_q, d_do, p_lse, p_delta, d_ds, p_sums,
+    i_b, i_h, i_start, i_tile, i_row, i_column, length, count, scale,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what one tile of queries contributes to the gradients of the keys."""
@@ -42,19 +45,47 @@ def _add_query_tile(
     b_ds = b_p * (tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) - b_delta[None, :])
     if MASKED:
         b_ds = tl.where(visible, b_ds, 0.0)  # P = 0 does not stop an infinity or NaN of a query that sees no key
-    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    b_rounded = b_ds.to(b_q.dtype)
+    if d_ds is not None:
+        d_ds.store([i_row, i_column + i_tile * BLOCK_S], b_rounded)
+    if p_sums is not None:
+        tl.store(p_sums + i_column + o_s, tl.sum(b_ds, axis=0))
+    b_dk = tl.dot(b_rounded, b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv, b_dbias + tl.sum(b_ds, axis=1)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
+def _store_zeros(d_ds, p_sums, i_row, i_column, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr):
+    d_ds.store([i_row, i_column], tl.zeros([BLOCK_K, BLOCK_S], dtype=d_ds.dtype))
+    if p_sums is not None:
+        tl.store(p_sums + i_column + tl.arange(0, BLOCK_S), tl.zeros([BLOCK_S], dtype=tl.float32))
+
+
+@triton.jit
+def _store_margins(
+    d_ds, p_sums, i_row, first, end, group, segment, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr
+):  # fmt: skip
+    """Zeros around the tiles of queries from `first` to `end`, up to multiples of ALIGN, as wide as dq reads them."""
+    for i in range(group):
+        for i_tile in range(first // ALIGN * ALIGN, first):
+            _store_zeros(d_ds, p_sums, i_row, i * segment + i_tile * BLOCK_S, BLOCK_S, BLOCK_K)
+        for i_tile in range(end, tl.cdiv(end, ALIGN) * ALIGN):
+            _store_zeros(d_ds, p_sums, i_row, i * segment + i_tile * BLOCK_S, BLOCK_S, BLOCK_K)
+
+
+@triton.jit(do_not_specialize=(*SIZES, "first_z"))
 def _key_gradients_kernel(
-    d_q, d_k, d_v, p_bias, p_birth, p_death, p_lse, p_delta, d_do, d_dk, d_dv, p_dbias,
-    kv_heads, mask_heads, group, length, segments, segment, keys, scale,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    d_q, d_k, d_v, p_bias, p_birth, p_death, p_lse, p_delta, d_do, d_dk, d_dv, p_dbias, d_ds, p_sums,
+    kv_heads, mask_heads, group, length, segments, segment, keys, first_z, scale,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys."""
     key_tiles = keys // BLOCK_K
     i_zg, i_tile = tl.program_id(0) // key_tiles, tl.program_id(0) % key_tiles
+    i_row = i_zg * keys + i_tile * BLOCK_K  # of dS, which has segments from first_z on
+    if p_sums is not None:
+        p_sums += tl.program_id(0).to(tl.int64) * group * segment
+    i_zg += first_z * kv_heads
     i_z, i_g = i_zg // kv_heads, i_zg % kv_heads
     i_line = i_zg * keys + i_tile * BLOCK_K
     o_k = i_tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -81,22 +112,60 @@ def _key_gradients_kernel(
         b_k, b_v = d_k.load([i_line, 0]), d_v.load([i_line, 0])  # [BLOCK_K, BLOCK_D]
         for i in range(group * full):
             b_dk, b_dv, b_dbias = _add_query_tile(
-                b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, d_q, d_do, p_lse, p_delta,
-                i_b, i_g * group + i // full, i_start, begin + i % full, length, count, scale,
-                BLOCK_D, BLOCK_S, False, PRECISION,
+                b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, d_q, d_do, p_lse, p_delta, d_ds, p_sums,
+                i_b, i_g * group + i // full, i_start, begin + i % full, i_row, i // full * segment,
+                length, count, scale, BLOCK_D, BLOCK_S, False, PRECISION,
             )  # fmt: skip
         for i in range(group * rest):
             i_rest = first + i % rest
             i_rest += tl.where((full > 0) & (i_rest >= begin), full, 0)
             b_dk, b_dv, b_dbias = _add_query_tile(
-                b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, d_q, d_do, p_lse, p_delta,
-                i_b, i_g * group + i // rest, i_start, i_rest, length, count, scale,
-                BLOCK_D, BLOCK_S, True, PRECISION,
+                b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, d_q, d_do, p_lse, p_delta, d_ds, p_sums,
+                i_b, i_g * group + i // rest, i_start, i_rest, i_row, i // rest * segment,
+                length, count, scale, BLOCK_D, BLOCK_S, True, PRECISION,
             )  # fmt: skip
+        if d_ds is not None:
+            _store_margins(d_ds, p_sums, i_row, first, first + tiles, group, segment, BLOCK_S, BLOCK_K, ALIGN)
     d_dk.store([i_line, 0], (b_dk * scale).to(d_dk.dtype))
     d_dv.store([i_line, 0], b_dv.to(d_dv.dtype))
     b_dbias = tl.where(tl.abs(b_key_bias) == LARGEST_BIAS, 0.0, b_dbias)  # saturated
     tl.store(p_dbias + i_zg.to(tl.int64) * keys + o_k, b_dbias)
+
+
+class KeyGradients(NamedTuple):
+    """What the kernel writes.
+
+    Attributes:
+        dk: `[Z, G, K, D]`.
+        dv: same shape.
+        dbias: float32 `[Z, G, K]`.
+    """
+
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor
+
+    @classmethod
+    def like(cls, k: Tensor, v: Tensor) -> "KeyGradients":
+        """For keys and values `[Z, G, K, D]`; nothing is written yet."""
+        return cls(torch.empty_like(k), torch.empty_like(v), k.new_empty(k.shape[:3], dtype=torch.float32))
+
+
+class StoredScores(NamedTuple):
+    """Where dS of some segments is stored.
+
+    Attributes:
+        ds: `[z * G * K, R * S]` in the dtype of q.
+        sums: of dS over the keys of a tile, float32 `[z * G * K / BLOCK_K, R * S]`, for the gradient of a bias of the
+            queries: sums of rounded dS would not cancel with those in dbias. None if nobody asks.
+        first_z: number of the first of the z segments.
+        block: queries of a tile in which it is read; a multiple of a tile of the kernel, or a part of it.
+    """
+
+    ds: Tensor
+    sums: Tensor | None
+    first_z: int
+    block: int
 
 
 def launch_key_gradients(
@@ -113,7 +182,7 @@ def launch_key_gradients(
     scale: float,
     segment_length: int | None = None,
     config: KernelConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> KeyGradients:
     """`key_gradients` for float32, bfloat16 and float16; `q` may be `[B, H, N, D]`, cut into segments of S positions.
 
     `lse` is in base 2. By default a sequence is one segment, and `config` that of `kernel_config`.
@@ -126,16 +195,26 @@ def launch_key_gradients(
     missing = -q.shape[-1] % (16 // q.element_size())  # tensor descriptors step by 16 bytes
     if missing:
         q, k, v, grad_out = (F.pad(x, (0, missing)) for x in (q, k, v, grad_out))
-    dk, dv, dbias = _launch(
-        aligned(q), *(x.contiguous() for x in (k, v, bias, birth, death, lse, delta)), aligned(grad_out),
-        scale=scale, segment_length=segment_length or q.shape[2], config=config,
-    )  # fmt: skip
+    k, v, bias, birth, death, lse, delta = (x.contiguous() for x in (k, v, bias, birth, death, lse, delta))
+    gradients = KeyGradients.like(k, v)
+    if gradients.dbias.numel():
+        launch_into(
+            gradients, aligned(q), k, v, bias, birth, death, lse, delta, aligned(grad_out),
+            scale=scale, segment_length=segment_length or q.shape[2], config=config,
+        )  # fmt: skip
     if missing:
-        dk, dv = (x[..., :-missing].contiguous() for x in (dk, dv))
-    return dk, dv, dbias
+        dk, dv = (x[..., :-missing].contiguous() for x in (gradients.dk, gradients.dv))
+        return gradients._replace(dk=dk, dv=dv)
+    return gradients
 
 
-def _launch(
+def key_tile(q: Tensor, keys: int) -> int:
+    """Keys of a tile, for queries like `q` and so many slots."""
+    return slot_block(kernel_config("key gradients", q, padded_head_dim(q.shape[-1])).rows, keys)
+
+
+def launch_into(
+    gradients: KeyGradients,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -148,23 +227,28 @@ def _launch(
     *,
     scale: float,
     segment_length: int,
-    config: KernelConfig | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`launch_key_gradients` of tensors that lie in memory as the kernel wants them."""
+    config: KernelConfig | None = None,
+    stored: StoredScores | None = None,
+) -> None:
+    """`launch_key_gradients` of tensors that lie in memory as the kernel wants them, written into `gradients`.
+
+    With `stored`, of its segments alone, and dS is written as well, where a query sees a key of a tile.
+    """
     (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    dbias = torch.empty(k.shape[:3], dtype=torch.float32, device=k.device)
-    if not dbias.numel():
-        return dk, dv, dbias
     block_d = padded_head_dim(head_dim)
     block_k, block_s, warps, stages, registers = config or kernel_config("key gradients", q, block_d)
     block_k = slot_block(block_k, keys)
+    lines, align, d_ds, sums, first_z = z * kv_heads, 1, None, None, 0
+    if stored is not None:
+        block_s = slot_block(block_s, segment_length)
+        align, d_ds = max(1, stored.block // block_s), ds_tiles(stored.ds, block_k, block_s)
+        lines, sums, first_z = len(stored.ds) // keys, stored.sums, stored.first_z
     # One axis: the others take no more than 65,535 programs.
-    _key_gradients_kernel[(keys // block_k * z * kv_heads,)](
+    _key_gradients_kernel[(keys // block_k * lines,)](
         query_tiles(q, block_s, block_d), *(slot_tiles(x, block_k, block_d) for x in (k, v)), bias, birth, death,
-        lse, delta, query_tiles(grad_out, block_s, block_d), *(slot_tiles(x, block_k, block_d) for x in (dk, dv)),
-        dbias, kv_heads, birth.shape[1], heads // kv_heads, length, z // batch, segment_length, keys, scale,
-        BLOCK_D=block_d, BLOCK_S=block_s, BLOCK_K=block_k,
+        lse, delta, query_tiles(grad_out, block_s, block_d),
+        *(slot_tiles(x, block_k, block_d) for x in (gradients.dk, gradients.dv)), gradients.dbias, d_ds, sums,
+        kv_heads, birth.shape[1], heads // kv_heads, length, z // batch, segment_length, keys, first_z, scale,
+        BLOCK_D=block_d, BLOCK_S=block_s, BLOCK_K=block_k, ALIGN=align,
         PRECISION=float32_precision(), num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
-    return dk, dv, dbias

@@ -1,15 +1,18 @@
-"""The Triton kernel of the gradient of the queries: deterministic, no atomics.
+"""The Triton kernels of the gradient of the queries: a product of stored dS and keys; deterministic, no atomics.
 
-A program keeps a tile of queries and their gradient in registers, and passes over the same slots as the forward:
+    dq_t = scale · sum_j dS_tj k_j
 
-    dq_t = scale · sum_j dS_tj k_j        dS = P (dO v - D), P = exp(logits - lse), D = rowsum(dO O)
+The kernel of the key gradients has stored dS, keys by queries. A program here keeps the gradient of a tile of queries
+of one head in registers and passes over a list of the tiles of keys that any of them sees; the first kernel makes these
+lists. On request the gradient of a bias of the queries comes with dq, sum_j dS_tj: 0 but for rounding, mostly that of O
+within D = rowsum(dO · O). The sums of dS by keys hold the same rounding, so a number that is in both biases needs both,
+for it to cancel.
 
-D is needed for the gradients of the keys as well, so it is computed and written here. On request the gradient of a
-bias of the queries comes with dq, sum_j dS_tj: 0 but for rounding, mostly that of O within D. The sums of dS by keys
-hold the same rounding, so a number that is in both biases needs both, for it to cancel.
-
-B batch, H query heads, G KV heads, N length, D head dim, S segment length, K slots, Z = B * segments.
+B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S segment length, K slots, Z = B * segments,
+L lists of a segment, one for each tile of queries.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,114 +20,132 @@ import triton.language as tl
 from torch import Tensor
 
 from dma_kernels.attention.configs import KernelConfig, kernel_config
-from dma_kernels.attention.kernels.common import (
-    SIZES,
-    aligned,
-    count_slot_tiles,
-    locate_rows,
-    slot_block,
-    slot_of,
-    slot_tiles,
-    tile_logits,
-)
-from dma_kernels.primitives import finite_shift, float32_precision, padded_head_dim, row_pointers
+from dma_kernels.attention.kernels.common import SIZES, ds_tiles, query_tiles, slot_block, slot_tiles
+from dma_kernels.attention.kernels.key_gradients import StoredScores
+from dma_kernels.primitives import float32_precision, padded_head_dim
+
+_SLOTS_AT_ONCE = 1024
 
 
-@triton.jit
-def _add_key_tile(
-    b_dq, b_dbias, b_q, b_do, b_lse, b_delta, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
-    BLOCK_K: tl.constexpr, QUERY_BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+class KeyTileLists(NamedTuple):
+    """Which tiles of keys a tile of queries sees.
+
+    Attributes:
+        tile: numbers of the tiles, ascending, int32 `[Z, G or 1, L, K / BLOCK_K]`; behind `count`, anything.
+        count: how many there are, int32 `[Z, G or 1, L]`.
+        config: of the query gradients, whose rows and columns the tiles of queries and keys have.
+    """
+
+    tile: Tensor
+    count: Tensor
+    config: KernelConfig
+
+
+@triton.jit(do_not_specialize=("length", "segments", "tiles"))
+def _list_key_tiles_kernel(
+    p_birth, p_death, p_tile, p_count, length, segments, segment, keys, mask_heads, tiles,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Add what one tile of keys contributes to the gradients of the queries, but for the scale, and of their biases."""
-    b_k, b_v = d_k.load([i_line + i_slot, 0]), d_v.load([i_line + i_slot, 0])  # [BLOCK_K, BLOCK_D]
-    b_logits = tile_logits(b_q, b_k, p_bias, p_birth, p_death, i_slot, o_t, scale, BLOCK_K, MASKED, PRECISION)
-    b_p = tl.exp2(b_logits - b_lse[:, None])
-    b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
-    if MASKED:
-        b_ds = tl.where(b_logits == -float("inf"), 0.0, b_ds)  # P = 0 does not stop an infinity or NaN
-    if QUERY_BIAS:
-        b_dbias += tl.sum(b_ds, axis=1)
-    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION), b_dbias
+    """The list of one tile of queries."""
+    i_mask, i_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    i_start = i_mask // mask_heads % segments * segment
+    first, end = i_tile * BLOCK_M, tl.minimum((i_tile + 1) * BLOCK_M, length - i_start)
+    p_birth += i_mask.to(tl.int64) * keys
+    p_death += i_mask.to(tl.int64) * keys
+    p_tile += tl.program_id(0).to(tl.int64) * (keys // BLOCK_K)
+    found = 0
+    for i in range(0, keys // BLOCK_K, AT_ONCE):
+        o_tile = i + tl.arange(0, AT_ONCE)
+        o_k = o_tile[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+        b_birth = tl.load(p_birth + o_k, mask=o_k < keys, other=0)
+        b_death = tl.load(p_death + o_k, mask=o_k < keys, other=0)
+        seen = (b_death > b_birth) & (b_birth < end) & (b_death > first) & (first < end)
+        is_listed = tl.max(seen.to(tl.int32), axis=1)
+        tl.store(p_tile + found + tl.cumsum(is_listed) - 1, o_tile, mask=is_listed > 0)
+        found += tl.sum(is_listed)
+    tl.store(p_count + tl.program_id(0), found)
 
 
-@triton.jit(do_not_specialize=SIZES)
+def list_key_tiles(
+    birth: Tensor, death: Tensor, q: Tensor, segment_length: int, block_k: int, config: KernelConfig | None = None
+) -> KeyTileLists:
+    """The lists of all tiles of queries `[B, H, N, D]`; birth and death as in `launch_forward`.
+
+    Tiles of keys are those of the key gradients, `block_k`, whatever `config` says.
+    """
+    z, mask_heads, keys = birth.shape
+    config = config or kernel_config("query gradients", q, padded_head_dim(q.shape[-1]))
+    config = config._replace(rows=slot_block(config.rows, segment_length), columns=block_k)
+    tiles = segment_length // config.rows
+    tile = torch.empty((z, mask_heads, tiles, keys // config.columns), dtype=torch.int32, device=birth.device)
+    count = torch.empty((z, mask_heads, tiles), dtype=torch.int32, device=birth.device)
+    _list_key_tiles_kernel[(count.numel(),)](
+        birth, death, tile, count, q.shape[2], z // q.shape[0], segment_length, keys, mask_heads, tiles,
+        BLOCK_M=config.rows, BLOCK_K=config.columns, AT_ONCE=max(1, _SLOTS_AT_ONCE // config.columns),
+    )  # fmt: skip
+    return KeyTileLists(tile, count, config)
+
+
+@triton.jit(do_not_specialize=(*SIZES, "first_z"))
 def _query_gradients_kernel(
-    p_q, d_k, d_v, p_bias, p_birth, p_death, p_lse, p_out, p_do, p_dq, p_delta, p_dbias,
-    q_b, q_h, q_n, out_b, out_h, out_n, do_b, do_h, do_n, dq_b, dq_h, dq_n,
-    kv_heads, mask_heads, group, length, segments, segment, snapshot, keys, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, QUERY_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    d_ds, d_k, d_dq, p_tile, p_count, p_sums, p_dbias,
+    kv_heads, mask_heads, group, length, segments, segment, keys, tiles, first_z, scale,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one tile of queries, and of their biases if there are any."""
-    i_zg, i_z, i_g, i_b, i_tile, o_t, o_h, o_n, m_row = locate_rows(kv_heads, group, length, segments, segment, BLOCK_M)
-    m_q = m_row[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
-    b_q = tl.load(row_pointers(p_q, i_b, o_h, o_n, q_b, q_h, q_n, BLOCK_D), mask=m_q, other=0.0)
-    b_do = tl.load(row_pointers(p_do, i_b, o_h, o_n, do_b, do_h, do_n, BLOCK_D), mask=m_q, other=0.0)
-    b_out = tl.load(row_pointers(p_out, i_b, o_h, o_n, out_b, out_h, out_n, BLOCK_D), mask=m_q, other=0.0)
-    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1)
-    o_row = (i_b * kv_heads * group + o_h) * length + o_n
-    tl.store(p_delta + o_row, b_delta, mask=m_row)
-    b_lse = finite_shift(tl.load(p_lse + o_row, mask=m_row, other=0.0))
-
-    i_line = i_zg * keys
-    p_bias += i_line.to(tl.int64)
-    p_birth += (i_z * mask_heads + i_g % mask_heads).to(tl.int64) * keys
-    p_death += (i_z * mask_heads + i_g % mask_heads).to(tl.int64) * keys
-    full, own_full, partial, own_partial = count_slot_tiles(
-        p_birth, p_death, snapshot, keys, i_tile, group, segment, BLOCK_M, BLOCK_K
-    )
+    """Gradient of one tile of queries of one head, and of their biases if there are any."""
+    i_line, i_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    i_head = i_line % group
+    i_line = i_line // group  # segment of this call and KV head
+    i_z, i_g = first_z + i_line // kv_heads, i_line % kv_heads
+    i_b, i_start = i_z // segments, i_z % segments * segment + i_tile * BLOCK_M
+    i_list = (i_z * mask_heads + i_g % mask_heads) * tiles + i_tile
+    p_tile += i_list.to(tl.int64) * (keys // BLOCK_K)
     b_dq, b_dbias = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32), tl.zeros([BLOCK_M], dtype=tl.float32)
-    for i in range(full + own_full):
-        i_slot = slot_of(i, full, 0, snapshot, BLOCK_K)
-        b_dq, b_dbias = _add_key_tile(
-            b_dq, b_dbias, b_q, b_do, b_lse, b_delta, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
-            BLOCK_K, QUERY_BIAS, False, PRECISION,
-        )  # fmt: skip
-    for i in range(partial + own_partial):
-        i_slot = slot_of(i, partial, full * BLOCK_K, snapshot + own_full * BLOCK_K, BLOCK_K)
-        b_dq, b_dbias = _add_key_tile(
-            b_dq, b_dbias, b_q, b_do, b_lse, b_delta, d_k, d_v, p_bias, p_birth, p_death, i_line, i_slot, o_t, scale,
-            BLOCK_K, QUERY_BIAS, True, PRECISION,
-        )  # fmt: skip
-    p_tile = row_pointers(p_dq, i_b, o_h, o_n, dq_b, dq_h, dq_n, BLOCK_D)
-    tl.store(p_tile, (b_dq * scale).to(p_dq.dtype.element_ty), mask=m_q)
-    if QUERY_BIAS:
-        tl.store(p_dbias + o_row, b_dbias, mask=m_row)
+    i_column = i_head * segment + i_tile * BLOCK_M
+    if p_sums is not None:
+        p_sums += i_line.to(tl.int64) * (keys // BLOCK_K) * group * segment + i_column
+    for i in range(tl.load(p_count + i_list)):
+        i_key = tl.load(p_tile + i)
+        b_ds = d_ds.load([i_line * keys + i_key * BLOCK_K, i_column])  # [BLOCK_K, BLOCK_M]
+        b_k = d_k.load([(i_z * kv_heads + i_g) * keys + i_key * BLOCK_K, 0])
+        b_dq = tl.dot(tl.trans(b_ds), b_k, b_dq, input_precision=PRECISION)
+        if p_sums is not None:
+            b_dbias += tl.load(p_sums + i_key.to(tl.int64) * group * segment + tl.arange(0, BLOCK_M))
+    i_h = i_g * group + i_head
+    d_dq.store([i_b, i_h, i_start, 0], (b_dq * scale).to(d_dq.dtype).reshape([1, 1, BLOCK_M, BLOCK_D]))
+    if p_sums is not None:
+        o_n = i_start + tl.arange(0, BLOCK_M)
+        o_line = (i_b * kv_heads * group + i_h).to(tl.int64) * length
+        tl.store(p_dbias + o_line + o_n, b_dbias, mask=o_n < length)
 
 
 def launch_query_gradients(
-    q: Tensor,
+    stored: StoredScores,
     k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    birth: Tensor,
-    death: Tensor,
-    lse: Tensor,
-    out: Tensor,
-    grad_out: Tensor,
+    lists: KeyTileLists,
+    dq: Tensor,
     *,
     scale: float,
     segment_length: int,
     dquery_bias: Tensor | None = None,
-    config: KernelConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradient of q, `[B, H, N, D]` in its dtype, and rowsum(dO · O), float32 `[B, H, N]`.
+) -> None:
+    """Write the gradients of the queries of some segments.
 
-    `out` and `lse` are the forward's, `grad_out` is the gradient of `out`; into `dquery_bias`, float32 `[B, H, N]`, go
-    the sums of dS over the keys, if it is given; all else as in `launch_forward`.
+    Args:
+        stored: dS of these segments, and its sums if `dquery_bias` is given.
+        k: in segment order, contiguous, `[Z, G, K, D]`.
+        lists: of all segments.
+        dq: `[B, H, N, D]`, in which the rows of these segments are written.
+        scale: factor of q·k.
+        segment_length: S.
+        dquery_bias: float32 `[B, H, N]`, in which the sums of dS over all keys are written, if it is given.
     """
-    (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
-    q, out, grad_out = (aligned(x) for x in (q, out, grad_out))
-    dq = torch.empty((batch, length, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
-    delta, block_d = torch.empty_like(lse), padded_head_dim(head_dim)
-    block_m, block_k, warps, stages, registers = config or kernel_config("query gradients", q, block_d)
-    group, snapshot = heads // kv_heads, keys - segment_length
-    block_k = slot_block(block_k, keys, snapshot)
-    _query_gradients_kernel[(triton.cdiv(segment_length * group, block_m) * z * kv_heads,)](
-        q, slot_tiles(k, block_k, block_d), slot_tiles(v, block_k, block_d), bias, birth, death, lse, out, grad_out,
-        dq, delta, dquery_bias, *q.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3],
-        kv_heads, birth.shape[1], group, length, z // batch, segment_length, snapshot, keys, scale,
-        D=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_K=block_k, QUERY_BIAS=dquery_bias is not None,
+    (batch, heads, length, head_dim), (z, kv_heads, keys) = dq.shape, k.shape[:3]
+    block_m, block_k, warps, stages, registers = lists.config
+    tiles, group, block_d = segment_length // block_m, heads // kv_heads, padded_head_dim(head_dim)
+    _query_gradients_kernel[(len(stored.ds) // keys * group * tiles,)](
+        ds_tiles(stored.ds, block_k, block_m), slot_tiles(k, block_k, block_d), query_tiles(dq, block_m, block_d),
+        lists.tile, lists.count, stored.sums, dquery_bias, kv_heads, lists.tile.shape[1], group, length, z // batch,
+        segment_length, keys, tiles, stored.first_z, scale, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_D=block_d,
         PRECISION=float32_precision(), num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
-    return dq, delta
