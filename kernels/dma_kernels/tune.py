@@ -124,7 +124,7 @@ def _query_gradients(case: Case, arguments: Inputs) -> Callable[[], object]:
     keys, half = k.shape[2], len(k) // 2
     lists = list_key_tiles(birth, death, q, _WINDOW, min(case.config.columns, key_tile(q, keys)), case.config)
     ds = q.new_zeros(half * k.shape[1] * keys, q.shape[1] // k.shape[1] * _WINDOW)
-    stored = StoredScores(ds, None, 0, lists.config.rows)
+    stored = StoredScores(ds, None, 0, half * k.shape[1], lists.config.rows)
     return lambda: launch_query_gradients(
         stored, k, lists, torch.empty_like(q), scale=case.head_dim**-0.5, segment_length=_WINDOW
     )

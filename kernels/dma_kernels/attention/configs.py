@@ -49,7 +49,7 @@ BUILTIN: Table = {
     ("forward", 4, 128): KernelConfig(32, 32, 4, 2),
     ("forward", 4, 256): KernelConfig(32, 32, 4, 2),
     ("query gradients", 2, 64): KernelConfig(128, 64, 8, 4),
-    ("query gradients", 2, 128): KernelConfig(128, 64, 8, 4),
+    ("query gradients", 2, 128): KernelConfig(128, 64, 8, 3),
     ("query gradients", 2, 256): KernelConfig(128, 64, 8, 3),
     ("query gradients", 4, 64): KernelConfig(64, 32, 4, 2),
     ("query gradients", 4, 128): KernelConfig(64, 32, 4, 2),

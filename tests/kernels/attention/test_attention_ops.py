@@ -230,16 +230,31 @@ def test_operations_are_registered_as_torch_expects(device: str) -> None:
 
 
 def test_memory_of_the_backward_changes_no_bit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In parts of one or two of four segments, and all at once; with NaN in what is not written."""
+    """In parts of one, two or three lines, in one or two halves, and all at once; with NaN in what is not written."""
     *qkv, grad = make_inputs(500, 2, 32, device)
     inputs = [*qkv, make_ranks("random", 2, 500, device)]
     mask, found = Lifetimes.top_w(inputs[3], 100), []
-    for limit in (1, 600_000, 1 << 29):
+    for limit in (1, 600_000, 1_200_000, 1_700_000, 1 << 29):
         monkeypatch.setattr(backward, "ds_bytes", lambda limit=limit: limit)
         with poisoned_buffers():
             found.append(results(fused_attention, inputs, mask, grad))
     for other in found[1:]:
         assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("lines", "limit", "expected"),
+    [
+        (8, 800, (8, 1, 1)),  # all at once
+        (8, 799, (3, 3, 2)),  # two parts of three in memory
+        (64, 800, (4, 16, 2)),
+        (9, 400, (2, 5, 2)),
+        (8, 199, (1, 8, 1)),  # no room for two
+        (8, 1, (1, 8, 1)),
+    ],
+)
+def test_parts_of_the_backward(lines: int, limit: int, expected: tuple[int, int, int]) -> None:
+    assert backward.cut_lines(lines, 100, limit) == expected
 
 
 @pytest.mark.parametrize("said", ["0", "-1", "much", ""])

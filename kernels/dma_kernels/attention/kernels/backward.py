@@ -1,13 +1,16 @@
 """The backward pass: which kernels, in which order, and how much memory dS takes between them.
 
-The kernel of the key gradients stores dS, that of the query gradients reads it. Segments do not share queries, so they
-go through both in parts, one after the other through the same memory. No sum goes over parts: the bits do not depend
-on their size.
+The kernel of the key gradients stores dS, that of the query gradients reads it. Lines, segments of one KV head, share
+nothing that is summed here, so they go through both in parts, and the bits do not depend on the size of a part. Where
+there are several, they take turns in two halves of the memory, each on a stream of its own: a part ends with few long
+programs, and what the GPU has left then computes on the other half.
 
 B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from dma_kernels.attention.kernels.query_gradients import launch_query_gradients
 
 _VARIABLE = "DMA_KERNEL_BACKWARD_MIB"
 _MIB = 512
+_HALVES = 2
 
 
 def launch_backward(
@@ -45,24 +49,62 @@ def launch_backward(
     block_k = key_tile(q, keys)
     lists = list_key_tiles(birth, death, q, segment_length, block_k)
     dq = torch.empty((batch, length, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
-    gradients, rows, columns = KeyGradients.like(k, v), kv_heads * keys, heads // kv_heads * segment_length
-    part = min(z, max(1, ds_bytes() // (rows * columns * q.element_size())))  # segments
-    ds = q.new_empty(part * rows, columns)
-    sums = None if dquery_bias is None else q.new_empty(part * rows // block_k, columns, dtype=torch.float32)
-    for first_z in range(0, z, part):
-        stored = StoredScores(ds[: (z - first_z) * rows], sums, first_z, lists.config.rows)
-        launch_into(
-            gradients, q, k, v, bias, birth, death, lse, delta, grad_out,
-            scale=scale, segment_length=segment_length, stored=stored,
-        )  # fmt: skip
-        launch_query_gradients(
-            stored, k, lists, dq, scale=scale, segment_length=segment_length, dquery_bias=dquery_bias
-        )
+    gradients, columns = KeyGradients.like(k, v), heads // kv_heads * segment_length
+    lines, parts, halves = cut_lines(z * kv_heads, keys * columns * q.element_size(), ds_bytes())
+    ds = q.new_empty(halves, lines * keys, columns)
+    sums: Sequence[Tensor | None] | Tensor = [None] * halves
+    if dquery_bias is not None:
+        sums = q.new_empty(halves, lines * keys // block_k, columns, dtype=torch.float32)
+    with _streams(halves, q.device) as streams:
+        for i in range(parts):
+            half, first = i % halves, i * lines
+            stored = StoredScores(ds[half], sums[half], first, min(lines, z * kv_heads - first), lists.config.rows)
+            with streams[half]:
+                launch_into(
+                    gradients, q, k, v, bias, birth, death, lse, delta, grad_out,
+                    scale=scale, segment_length=segment_length, stored=stored,
+                )  # fmt: skip
+                launch_query_gradients(
+                    stored, k, lists, dq, scale=scale, segment_length=segment_length, dquery_bias=dquery_bias
+                )
     return dq, *gradients
 
 
+def cut_lines(lines: int, line_bytes: int, limit: int) -> tuple[int, int, int]:
+    """How many lines a part has at most, how many parts there are, and how many are in memory at once.
+
+    Args:
+        lines: of all parts together.
+        line_bytes: memory of dS of one.
+        limit: what all in memory may take, in bytes; one line is taken in any case.
+    """
+    if lines * line_bytes <= limit:
+        return lines, 1, 1
+    halves = _HALVES if limit >= _HALVES * line_bytes else 1
+    parts = -(-lines // max(1, limit // (halves * line_bytes)))
+    lines = -(-lines // parts)  # about as many in each
+    return lines, parts, halves
+
+
+@contextlib.contextmanager
+def _streams(count: int, device: torch.device) -> Iterator[list[contextlib.AbstractContextManager[None]]]:
+    """So many streams to launch on, which begin after the current one, which in turn goes on after all of them."""
+    if device.type != "cuda":
+        yield [contextlib.nullcontext() for _ in range(count)]
+        return
+    current = torch.cuda.current_stream(device)
+    others = [torch.cuda.Stream(device) for _ in range(count - 1)]
+    for other in others:
+        other.wait_stream(current)
+    try:
+        yield [contextlib.nullcontext(), *(torch.cuda.stream(other) for other in others)]
+    finally:
+        for other in others:
+            current.wait_stream(other)
+
+
 def ds_bytes() -> int:
-    """The most memory that dS may take, as the environment says; at least that of one segment is taken.
+    """The most memory that dS may take, as the environment says; at least that of one line is taken.
 
     Raises:
         ValueError: if it says no number above 0.

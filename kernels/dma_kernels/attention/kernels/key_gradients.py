@@ -73,19 +73,19 @@ def _store_margins(
             _store_zeros(d_ds, p_sums, i_row, i * segment + i_tile * BLOCK_S, BLOCK_S, BLOCK_K)
 
 
-@triton.jit(do_not_specialize=(*SIZES, "first_z"))
+@triton.jit(do_not_specialize=(*SIZES, "first_line"))
 def _key_gradients_kernel(
     d_q, d_k, d_v, p_bias, p_birth, p_death, p_lse, p_delta, d_do, d_dk, d_dv, p_dbias, d_ds, p_sums,
-    kv_heads, mask_heads, group, length, segments, segment, keys, first_z, scale,
+    kv_heads, mask_heads, group, length, segments, segment, keys, first_line, scale,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys."""
     key_tiles = keys // BLOCK_K
     i_zg, i_tile = tl.program_id(0) // key_tiles, tl.program_id(0) % key_tiles
-    i_row = i_zg * keys + i_tile * BLOCK_K  # of dS, which has segments from first_z on
+    i_row = i_zg * keys + i_tile * BLOCK_K  # of dS, which has lines from first_line on
     if p_sums is not None:
         p_sums += tl.program_id(0).to(tl.int64) * group * segment
-    i_zg += first_z * kv_heads
+    i_zg += first_line
     i_z, i_g = i_zg // kv_heads, i_zg % kv_heads
     i_line = i_zg * keys + i_tile * BLOCK_K
     o_k = i_tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -152,19 +152,21 @@ class KeyGradients(NamedTuple):
 
 
 class StoredScores(NamedTuple):
-    """Where dS of some segments is stored.
+    """Where dS of some lines is stored; a line is a segment of one KV head, number z * G + g.
 
     Attributes:
-        ds: `[z * G * K, R * S]` in the dtype of q.
-        sums: of dS over the keys of a tile, float32 `[z * G * K / BLOCK_K, R * S]`, for the gradient of a bias of the
+        ds: `[lines * K, R * S]` or more rows, in the dtype of q.
+        sums: of dS over the keys of a tile, float32 `[lines * K / BLOCK_K, R * S]`, for the gradient of a bias of the
             queries: sums of rounded dS would not cancel with those in dbias. None if nobody asks.
-        first_z: number of the first of the z segments.
+        first_line: number of the first line.
+        lines: how many there are.
         block: queries of a tile in which it is read; a multiple of a tile of the kernel, or a part of it.
     """
 
     ds: Tensor
     sums: Tensor | None
-    first_z: int
+    first_line: int
+    lines: int
     block: int
 
 
@@ -232,23 +234,23 @@ def launch_into(
 ) -> None:
     """`launch_key_gradients` of tensors that lie in memory as the kernel wants them, written into `gradients`.
 
-    With `stored`, of its segments alone, and dS is written as well, where a query sees a key of a tile.
+    With `stored`, of its lines alone, and dS is written as well, where a query sees a key of a tile.
     """
     (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
     block_d = padded_head_dim(head_dim)
     block_k, block_s, warps, stages, registers = config or kernel_config("key gradients", q, block_d)
     block_k = slot_block(block_k, keys)
-    lines, align, d_ds, sums, first_z = z * kv_heads, 1, None, None, 0
+    lines, align, d_ds, sums, first_line = z * kv_heads, 1, None, None, 0
     if stored is not None:
         block_s = slot_block(block_s, segment_length)
         align, d_ds = max(1, stored.block // block_s), ds_tiles(stored.ds, block_k, block_s)
-        lines, sums, first_z = len(stored.ds) // keys, stored.sums, stored.first_z
+        lines, sums, first_line = stored.lines, stored.sums, stored.first_line
     # One axis: the others take no more than 65,535 programs.
     _key_gradients_kernel[(keys // block_k * lines,)](
         query_tiles(q, block_s, block_d), *(slot_tiles(x, block_k, block_d) for x in (k, v)), bias, birth, death,
         lse, delta, query_tiles(grad_out, block_s, block_d),
         *(slot_tiles(x, block_k, block_d) for x in (gradients.dk, gradients.dv)), gradients.dbias, d_ds, sums,
-        kv_heads, birth.shape[1], heads // kv_heads, length, z // batch, segment_length, keys, first_z, scale,
+        kv_heads, birth.shape[1], heads // kv_heads, length, z // batch, segment_length, keys, first_line, scale,
         BLOCK_D=block_d, BLOCK_S=block_s, BLOCK_K=block_k, ALIGN=align,
         PRECISION=float32_precision(), num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip

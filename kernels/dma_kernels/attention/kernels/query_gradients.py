@@ -86,17 +86,17 @@ def list_key_tiles(
     return KeyTileLists(tile, count, config)
 
 
-@triton.jit(do_not_specialize=(*SIZES, "first_z"))
+@triton.jit(do_not_specialize=(*SIZES, "first_line"))
 def _query_gradients_kernel(
     d_ds, d_k, d_dq, p_tile, p_count, p_sums, p_dbias,
-    kv_heads, mask_heads, group, length, segments, segment, keys, tiles, first_z, scale,
+    kv_heads, mask_heads, group, length, segments, segment, keys, tiles, first_line, scale,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of queries of one head, and of their biases if there are any."""
     i_line, i_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     i_head = i_line % group
-    i_line = i_line // group  # segment of this call and KV head
-    i_z, i_g = first_z + i_line // kv_heads, i_line % kv_heads
+    i_line = i_line // group  # of dS, which has lines from first_line on
+    i_z, i_g = (first_line + i_line) // kv_heads, (first_line + i_line) % kv_heads
     i_b, i_start = i_z // segments, i_z % segments * segment + i_tile * BLOCK_M
     i_list = (i_z * mask_heads + i_g % mask_heads) * tiles + i_tile
     p_tile += i_list.to(tl.int64) * (keys // BLOCK_K)
@@ -104,10 +104,13 @@ def _query_gradients_kernel(
     i_column = i_head * segment + i_tile * BLOCK_M
     if p_sums is not None:
         p_sums += i_line.to(tl.int64) * (keys // BLOCK_K) * group * segment + i_column
-    for i in range(tl.load(p_count + i_list)):
-        i_key = tl.load(p_tile + i)
+    count = tl.load(p_count + i_list)
+    i_next = tl.load(p_tile, mask=count > 0, other=0)
+    for i in range(count):
+        i_key = i_next
+        i_next = tl.load(p_tile + i + 1, mask=i + 1 < count, other=0)  # before the loads that it says where from
         b_ds = d_ds.load([i_line * keys + i_key * BLOCK_K, i_column])  # [BLOCK_K, BLOCK_M]
-        b_k = d_k.load([(i_z * kv_heads + i_g) * keys + i_key * BLOCK_K, 0])
+        b_k = d_k.load([(first_line + i_line) * keys + i_key * BLOCK_K, 0])
         b_dq = tl.dot(tl.trans(b_ds), b_k, b_dq, input_precision=PRECISION)
         if p_sums is not None:
             b_dbias += tl.load(p_sums + i_key.to(tl.int64) * group * segment + tl.arange(0, BLOCK_M))
@@ -129,13 +132,13 @@ def launch_query_gradients(
     segment_length: int,
     dquery_bias: Tensor | None = None,
 ) -> None:
-    """Write the gradients of the queries of some segments.
+    """Write the gradients of the queries of some lines, segments of one KV head.
 
     Args:
-        stored: dS of these segments, and its sums if `dquery_bias` is given.
+        stored: dS of these lines, and its sums if `dquery_bias` is given.
         k: in segment order, contiguous, `[Z, G, K, D]`.
         lists: of all segments.
-        dq: `[B, H, N, D]`, in which the rows of these segments are written.
+        dq: `[B, H, N, D]`, in which the rows of these lines are written.
         scale: factor of q·k.
         segment_length: S.
         dquery_bias: float32 `[B, H, N]`, in which the sums of dS over all keys are written, if it is given.
@@ -143,9 +146,9 @@ def launch_query_gradients(
     (batch, heads, length, head_dim), (z, kv_heads, keys) = dq.shape, k.shape[:3]
     block_m, block_k, warps, stages, registers = lists.config
     tiles, group, block_d = segment_length // block_m, heads // kv_heads, padded_head_dim(head_dim)
-    _query_gradients_kernel[(len(stored.ds) // keys * group * tiles,)](
+    _query_gradients_kernel[(stored.lines * group * tiles,)](
         ds_tiles(stored.ds, block_k, block_m), slot_tiles(k, block_k, block_d), query_tiles(dq, block_m, block_d),
         lists.tile, lists.count, stored.sums, dquery_bias, kv_heads, lists.tile.shape[1], group, length, z // batch,
-        segment_length, keys, tiles, stored.first_z, scale, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_D=block_d,
+        segment_length, keys, tiles, stored.first_line, scale, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_D=block_d,
         PRECISION=float32_precision(), num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
