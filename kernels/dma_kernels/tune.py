@@ -24,7 +24,7 @@ from triton.runtime.errors import OutOfResources
 from dma_kernels.attention.configs import Kernel, KernelConfig, tuned_file
 from dma_kernels.attention.kernels.forward import launch_forward
 from dma_kernels.attention.kernels.key_gradients import StoredScores, key_tile, launch_key_gradients
-from dma_kernels.attention.kernels.query_gradients import launch_query_gradients, list_key_tiles
+from dma_kernels.attention.kernels.query_gradients import launcher_of_query_gradients, list_key_tiles
 from dma_kernels.lifetime_masks import Lifetimes
 from dma_kernels.segments.gather_kernels import launch_gather_rows
 from dma_kernels.segments.slots import SegmentSlots
@@ -124,10 +124,10 @@ def _query_gradients(case: Case, arguments: Inputs) -> Callable[[], object]:
     keys, half = k.shape[2], len(k) // 2
     lists = list_key_tiles(birth, death, q, _WINDOW, min(case.config.columns, key_tile(q, keys)), case.config)
     ds = q.new_zeros(half * k.shape[1] * keys, q.shape[1] // k.shape[1] * _WINDOW)
-    stored = StoredScores(ds, None, 0, half * k.shape[1], lists.config.rows)
-    return lambda: launch_query_gradients(
-        stored, k, lists, torch.empty_like(q), scale=case.head_dim**-0.5, segment_length=_WINDOW
+    launch = launcher_of_query_gradients(
+        k, lists, torch.empty_like(q), scale=case.head_dim**-0.5, segment_length=_WINDOW
     )
+    return lambda: launch(StoredScores(ds, None, 0, half * k.shape[1]))
 
 
 def compile_case(case: Case) -> str | None:

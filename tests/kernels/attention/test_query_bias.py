@@ -163,13 +163,13 @@ def test_the_kernel_is_asked_only_for_what_is_trained(device: str, monkeypatch: 
     """A query bias that needs no gradient costs what none costs."""
     import dma_kernels.attention.kernels.backward as module
 
-    launch, asked = module.launch_query_gradients, []
+    launcher, asked = module.launcher_of_query_gradients, []
 
-    def launch_recorded(*x: Tensor, dquery_bias: Tensor | None = None, **options: object) -> None:
+    def launcher_recorded(*x: Tensor, dquery_bias: Tensor | None = None, **options: object) -> Callable[..., None]:
         asked.append(dquery_bias is not None)
-        launch(*x, dquery_bias=dquery_bias, **options)
+        return launcher(*x, dquery_bias=dquery_bias, **options)
 
-    monkeypatch.setattr(module, "launch_query_gradients", launch_recorded)
+    monkeypatch.setattr(module, "launcher_of_query_gradients", launcher_recorded)
     inputs, grad = make_inputs(20, device)
     mask = Lifetimes.top_w(inputs[3], 9)
     for trained in ((0,), (4,), (0, 1, 2, 3, 4)):

@@ -16,8 +16,13 @@ import torch
 from torch import Tensor
 
 from dma_kernels.attention.kernels.delta import launch_delta
-from dma_kernels.attention.kernels.key_gradients import KeyGradients, StoredScores, key_tile, launch_into
-from dma_kernels.attention.kernels.query_gradients import launch_query_gradients, list_key_tiles
+from dma_kernels.attention.kernels.key_gradients import (
+    KeyGradients,
+    StoredScores,
+    key_tile,
+    launcher_of_key_gradients,
+)
+from dma_kernels.attention.kernels.query_gradients import launcher_of_query_gradients, list_key_tiles
 
 _VARIABLE = "DMA_KERNEL_BACKWARD_MIB"
 _MIB = 512
@@ -55,18 +60,20 @@ def launch_backward(
     sums: Sequence[Tensor | None] | Tensor = [None] * halves
     if dquery_bias is not None:
         sums = q.new_empty(halves, lines * keys // block_k, columns, dtype=torch.float32)
+    launch_key_gradients = launcher_of_key_gradients(
+        gradients, q, k, v, bias, birth, death, lse, delta, grad_out,
+        scale=scale, segment_length=segment_length, read_block=lists.config.rows,
+    )  # fmt: skip
+    launch_query_gradients = launcher_of_query_gradients(
+        k, lists, dq, scale=scale, segment_length=segment_length, dquery_bias=dquery_bias
+    )
     with _streams(halves, q.device) as streams:
         for i in range(parts):
             half, first = i % halves, i * lines
-            stored = StoredScores(ds[half], sums[half], first, min(lines, z * kv_heads - first), lists.config.rows)
             with streams[half]:
-                launch_into(
-                    gradients, q, k, v, bias, birth, death, lse, delta, grad_out,
-                    scale=scale, segment_length=segment_length, stored=stored,
-                )  # fmt: skip
-                launch_query_gradients(
-                    stored, k, lists, dq, scale=scale, segment_length=segment_length, dquery_bias=dquery_bias
-                )
+                stored = StoredScores(ds[half], sums[half], first, min(lines, z * kv_heads - first))
+                launch_key_gradients(stored)
+                launch_query_gradients(stored)
     return dq, *gradients
 
 

@@ -7,6 +7,7 @@ stored on the way, keys by queries; the gradient of the queries is then a produc
 B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from dma_kernels.attention.configs import KernelConfig, kernel_config
 from dma_kernels.attention.kernels.common import SIZES, aligned, ds_tiles, query_tiles, slot_block, slot_tiles
+from dma_kernels.attention.kernels.repeated import RepeatedKernel
 from dma_kernels.primitives import LOG2_E, finite_shift, float32_precision, padded_head_dim, scaled_products
 from dma_kernels.rank_kernels import LARGEST_BIAS
 
@@ -160,14 +162,12 @@ class StoredScores(NamedTuple):
             queries: sums of rounded dS would not cancel with those in dbias. None if nobody asks.
         first_line: number of the first line.
         lines: how many there are.
-        block: queries of a tile in which it is read; a multiple of a tile of the kernel, or a part of it.
     """
 
     ds: Tensor
     sums: Tensor | None
     first_line: int
     lines: int
-    block: int
 
 
 def launch_key_gradients(
@@ -200,10 +200,11 @@ def launch_key_gradients(
     k, v, bias, birth, death, lse, delta = (x.contiguous() for x in (k, v, bias, birth, death, lse, delta))
     gradients = KeyGradients.like(k, v)
     if gradients.dbias.numel():
-        launch_into(
+        launch = launcher_of_key_gradients(
             gradients, aligned(q), k, v, bias, birth, death, lse, delta, aligned(grad_out),
             scale=scale, segment_length=segment_length or q.shape[2], config=config,
         )  # fmt: skip
+        launch(None)
     if missing:
         dk, dv = (x[..., :-missing].contiguous() for x in (gradients.dk, gradients.dv))
         return gradients._replace(dk=dk, dv=dv)
@@ -215,7 +216,7 @@ def key_tile(q: Tensor, keys: int) -> int:
     return slot_block(kernel_config("key gradients", q, padded_head_dim(q.shape[-1])).rows, keys)
 
 
-def launch_into(
+def launcher_of_key_gradients(
     gradients: KeyGradients,
     q: Tensor,
     k: Tensor,
@@ -230,27 +231,34 @@ def launch_into(
     scale: float,
     segment_length: int,
     config: KernelConfig | None = None,
-    stored: StoredScores | None = None,
-) -> None:
+    read_block: int | None = None,
+) -> Callable[[StoredScores | None], None]:
     """`launch_key_gradients` of tensors that lie in memory as the kernel wants them, written into `gradients`.
 
-    With `stored`, of its lines alone, and dS is written as well, where a query sees a key of a tile.
+    What is returned launches the kernel: for all lines without dS, or for those of a part, and stores their dS where a
+    query sees a key of a tile. `read_block` is how many queries a tile has in which dS is read, if it is stored.
     """
     (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
     block_d = padded_head_dim(head_dim)
     block_k, block_s, warps, stages, registers = config or kernel_config("key gradients", q, block_d)
     block_k = slot_block(block_k, keys)
-    lines, align, d_ds, sums, first_line = z * kv_heads, 1, None, None, 0
-    if stored is not None:
+    if read_block is not None:
         block_s = slot_block(block_s, segment_length)
-        align, d_ds = max(1, stored.block // block_s), ds_tiles(stored.ds, block_k, block_s)
-        lines, sums, first_line = stored.lines, stored.sums, stored.first_line
-    # One axis: the others take no more than 65,535 programs.
-    _key_gradients_kernel[(keys // block_k * lines,)](
+    tensors = (
         query_tiles(q, block_s, block_d), *(slot_tiles(x, block_k, block_d) for x in (k, v)), bias, birth, death,
         lse, delta, query_tiles(grad_out, block_s, block_d),
-        *(slot_tiles(x, block_k, block_d) for x in (gradients.dk, gradients.dv)), gradients.dbias, d_ds, sums,
-        kv_heads, birth.shape[1], heads // kv_heads, length, z // batch, segment_length, keys, first_line, scale,
-        BLOCK_D=block_d, BLOCK_S=block_s, BLOCK_K=block_k, ALIGN=align,
-        PRECISION=float32_precision(), num_warps=warps, num_stages=stages, maxnreg=registers,
+        *(slot_tiles(x, block_k, block_d) for x in (gradients.dk, gradients.dv)), gradients.dbias,
     )  # fmt: skip
+    sizes = (kv_heads, birth.shape[1], heads // kv_heads, length, z // batch, segment_length, keys)
+    constants = {"BLOCK_D": block_d, "BLOCK_S": block_s, "BLOCK_K": block_k}
+    constants |= {"ALIGN": max(1, (read_block or 0) // block_s), "PRECISION": float32_precision()}
+    kernel = RepeatedKernel(_key_gradients_kernel, constants, num_warps=warps, num_stages=stages, maxnreg=registers)
+
+    def launch(stored: StoredScores | None) -> None:
+        d_ds, sums, first_line, lines = None, None, 0, z * kv_heads
+        if stored is not None:
+            d_ds, sums = ds_tiles(stored.ds, block_k, block_s), stored.sums
+            first_line, lines = stored.first_line, stored.lines
+        kernel.launch(keys // block_k * lines, *tensors, d_ds, sums, *sizes, first_line, scale)
+
+    return launch

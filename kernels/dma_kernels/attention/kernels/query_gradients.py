@@ -12,6 +12,7 @@ B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S seg
 L lists of a segment, one for each tile of queries.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from dma_kernels.attention.configs import KernelConfig, kernel_config
 from dma_kernels.attention.kernels.common import SIZES, ds_tiles, query_tiles, slot_block, slot_tiles
 from dma_kernels.attention.kernels.key_gradients import StoredScores
+from dma_kernels.attention.kernels.repeated import RepeatedKernel
 from dma_kernels.primitives import float32_precision, padded_head_dim
 
 _SLOTS_AT_ONCE = 1024
@@ -122,8 +124,7 @@ def _query_gradients_kernel(
         tl.store(p_dbias + o_line + o_n, b_dbias, mask=o_n < length)
 
 
-def launch_query_gradients(
-    stored: StoredScores,
+def launcher_of_query_gradients(
     k: Tensor,
     lists: KeyTileLists,
     dq: Tensor,
@@ -131,24 +132,29 @@ def launch_query_gradients(
     scale: float,
     segment_length: int,
     dquery_bias: Tensor | None = None,
-) -> None:
-    """Write the gradients of the queries of some lines, segments of one KV head.
+) -> Callable[[StoredScores], None]:
+    """What writes the gradients of the queries of some lines, segments of one KV head, of the dS that is stored.
 
     Args:
-        stored: dS of these lines, and its sums if `dquery_bias` is given.
         k: in segment order, contiguous, `[Z, G, K, D]`.
         lists: of all segments.
         dq: `[B, H, N, D]`, in which the rows of these lines are written.
         scale: factor of q·k.
         segment_length: S.
-        dquery_bias: float32 `[B, H, N]`, in which the sums of dS over all keys are written, if it is given.
+        dquery_bias: float32 `[B, H, N]`, in which the sums of dS over all keys are written, if it is given; sums of dS
+            are stored if it is.
     """
     (batch, heads, length, head_dim), (z, kv_heads, keys) = dq.shape, k.shape[:3]
     block_m, block_k, warps, stages, registers = lists.config
     tiles, group, block_d = segment_length // block_m, heads // kv_heads, padded_head_dim(head_dim)
-    _query_gradients_kernel[(stored.lines * group * tiles,)](
-        ds_tiles(stored.ds, block_k, block_m), slot_tiles(k, block_k, block_d), query_tiles(dq, block_m, block_d),
-        lists.tile, lists.count, stored.sums, dquery_bias, kv_heads, lists.tile.shape[1], group, length, z // batch,
-        segment_length, keys, tiles, stored.first_line, scale, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_D=block_d,
-        PRECISION=float32_precision(), num_warps=warps, num_stages=stages, maxnreg=registers,
-    )  # fmt: skip
+    d_k, d_dq = slot_tiles(k, block_k, block_d), query_tiles(dq, block_m, block_d)
+    sizes = (kv_heads, lists.tile.shape[1], group, length, z // batch, segment_length, keys, tiles)
+    constants = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_D": block_d, "PRECISION": float32_precision()}
+    kernel = RepeatedKernel(_query_gradients_kernel, constants, num_warps=warps, num_stages=stages, maxnreg=registers)
+
+    def launch(stored: StoredScores) -> None:
+        d_ds = ds_tiles(stored.ds, block_k, block_m)
+        tensors = (d_ds, d_k, d_dq, lists.tile, lists.count, stored.sums, dquery_bias)
+        kernel.launch(stored.lines * group * tiles, *tensors, *sizes, stored.first_line, scale)
+
+    return launch
