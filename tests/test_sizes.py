@@ -60,7 +60,7 @@ def custom_operations(source: str) -> set[str]:
 
 
 def is_jitted(function: Function) -> bool:
-    return any("triton.jit" in ast.unparse(x) for x in function.decorator_list)
+    return any(jit in ast.unparse(x) for x in function.decorator_list for jit in ("triton.jit", "gluon.jit"))
 
 
 def may_take_many(file: str, source: str, function: Function, owner: ast.ClassDef | None) -> bool:

@@ -153,13 +153,14 @@ def attend_slots(
     of its segment. Otherwise query_bias is added to no logit, and is an argument only because it has a gradient.
     """
     check_machine(q.device, q.dtype)  # here, since torch.compile cannot trace it
-    from dma_kernels.attention.kernels.forward import launch_forward
+    from dma_kernels.attention.kernels.choose_forward import launch_chosen_forward
     from dma_kernels.segments.gather_kernels import launch_gather_biases, launch_gather_rows
 
     rows = (first.numel() - 1) // (k.shape[0] * k.shape[1])  # rows of each head, including those after its end
     k_seg, v_seg = (launch_gather_rows(x, row, head_rows=rows) for x in (k, v))
     bias = launch_gather_biases(key_bias, query_bias, row, segment_length=segment_length)
-    out, lse = launch_forward(q, k_seg, v_seg, bias, birth, death, scale=scale, segment_length=segment_length)
+    sizes: dict[str, Any] = {"scale": scale, "segment_length": segment_length}
+    out, lse = launch_chosen_forward(q, k_seg, v_seg, bias, birth, death, **sizes)
     return out, lse, k_seg, v_seg, bias
 
 
