@@ -82,7 +82,7 @@ def measure_parts(heads: int, kv_heads: int, length: int, window: int, head_dim:
         "forward kernel": lambda: launch_forward(q, *by_slot, *where, **sizes),
         "backward kernels": lambda: launch_backward(q, *by_slot, *where, lse, out, grad, **sizes),
         "of these, rowsum(dO · O)": lambda: launch_delta(out, grad),
-        "of these, lists of key tiles": lambda: list_key_tiles(*where, q, segment, block_k),
+        "of these, lists of key tiles": lambda: list_key_tiles(*where, q, segment, key_tile=block_k),
         "sum of dk": lambda: launch_sum_copies(
             by_slot[0], copies.first, copies.slot, shape=shape, head_rows=slots.filled_length
         ),

@@ -122,7 +122,7 @@ def _query_gradients(case: Case, arguments: Inputs) -> Callable[[], object]:
     """The launch of the query gradients, with dS of half of the sequence."""
     q, k, birth, death = (arguments[name] for name in ("q", "k", "birth", "death"))
     keys, half = k.shape[2], len(k) // 2
-    lists = list_key_tiles(birth, death, q, _WINDOW, min(case.config.columns, key_tile(q, keys)), case.config)
+    lists = list_key_tiles(birth, death, q, _WINDOW, key_tile=key_tile(q, keys), config=case.config)
     ds = q.new_zeros(half * k.shape[1] * keys, q.shape[1] // k.shape[1] * _WINDOW)
     launch = launcher_of_query_gradients(
         k, lists, torch.empty_like(q), scale=case.head_dim**-0.5, segment_length=_WINDOW

@@ -24,8 +24,8 @@ class KernelConfig(NamedTuple):
 
     Attributes:
         rows: of a tile that stays in registers: queries, or keys for the key gradients; a power of two from 16.
-        columns: of a tile that passes by: slots, or queries for the key gradients; a power of two from 16. Those of the
-            query gradients are at most the rows of the key gradients.
+        columns: of a tile that passes by: slots, or queries for the key gradients; a power of two from 16. The
+            query gradients take at most the rows of the key gradients.
         warps: of a program, a power of two.
         stages: of the pipeline that loads tiles.
         registers: limit per thread, so that several programs fit on a multiprocessor; None leaves it to the compiler.

@@ -14,7 +14,7 @@ _TILES = 4  # tiles of queries of a program
 NEVER = tl.constexpr(2147483647)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tiles",))
 def _count_tiles_kernel(
     p_birth, p_death, p_count, snapshot, keys, segment, tiles,
     POSITIONS: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,

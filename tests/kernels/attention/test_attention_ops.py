@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dma_kernels import DynamicMaskCache, Lifetimes, SegmentSlots, fused_attention, segment_attention
+from dma_kernels.attention.configs import KernelConfig
 from dma_kernels.attention.kernels import backward
 from dma_kernels.selected_blocks.attention import block_attention
 
@@ -255,6 +256,20 @@ def test_memory_of_the_backward_changes_no_bit(device: str, monkeypatch: pytest.
 )
 def test_parts_of_the_backward(lines: int, limit: int, expected: tuple[int, int, int]) -> None:
     assert backward.cut_lines(lines, 100, limit) == expected
+
+
+def test_query_gradients_may_have_narrower_tiles_of_keys(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    *qkv, grad = make_inputs(300, 2, 32, device)
+    inputs = [*qkv, make_ranks("random", 2, 300, device)]
+    mask = Lifetimes.top_w(inputs[3], 60)
+    expected = results(fused_attention, inputs, mask, grad)
+    module = "dma_kernels.attention.kernels"
+    monkeypatch.setattr(f"{module}.key_gradients.kernel_config", lambda *_: KernelConfig(64, 32, 4, 2))
+    monkeypatch.setattr(f"{module}.query_gradients.kernel_config", lambda *_: KernelConfig(64, 16, 4, 2))
+    with poisoned_buffers():
+        found = results(fused_attention, inputs, mask, grad)
+    for x, y in zip(found, expected, strict=True):
+        assert ((x - y).norm() / y.norm()).item() < 4 * torch.finfo(x.dtype).eps
 
 
 @pytest.mark.parametrize("said", ["0", "-1", "much", ""])

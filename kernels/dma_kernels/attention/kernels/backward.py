@@ -52,7 +52,7 @@ def launch_backward(
     (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
     delta = launch_delta(out, grad_out)
     block_k = key_tile(q, keys)
-    lists = list_key_tiles(birth, death, q, segment_length, block_k)
+    lists = list_key_tiles(birth, death, q, segment_length, key_tile=block_k, whole=dquery_bias is not None)
     dq = torch.empty((batch, length, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
     gradients, columns = KeyGradients.like(k, v), heads // kv_heads * segment_length
     lines, parts, halves = cut_lines(z * kv_heads, keys * columns * q.element_size(), ds_bytes())

@@ -69,15 +69,24 @@ def _list_key_tiles_kernel(
 
 
 def list_key_tiles(
-    birth: Tensor, death: Tensor, q: Tensor, segment_length: int, block_k: int, config: KernelConfig | None = None
+    birth: Tensor,
+    death: Tensor,
+    q: Tensor,
+    segment_length: int,
+    *,
+    key_tile: int,
+    whole: bool = False,
+    config: KernelConfig | None = None,
 ) -> KeyTileLists:
     """The lists of all tiles of queries `[B, H, N, D]`; birth and death as in `launch_forward`.
 
-    Tiles of keys are those of the key gradients, `block_k`, whatever `config` says.
+    Tiles of keys are as wide as `config` says, at most as those of the key gradients, `key_tile`; exactly so if they
+    are to be `whole`, as sums of dS are by these.
     """
     z, mask_heads, keys = birth.shape
     config = config or kernel_config("query gradients", q, padded_head_dim(q.shape[-1]))
-    config = config._replace(rows=slot_block(config.rows, segment_length), columns=block_k)
+    columns = key_tile if whole else min(key_tile, config.columns)
+    config = config._replace(rows=slot_block(config.rows, segment_length), columns=columns)
     tiles = segment_length // config.rows
     tile = torch.empty((z, mask_heads, tiles, keys // config.columns), dtype=torch.int32, device=birth.device)
     count = torch.empty((z, mask_heads, tiles), dtype=torch.int32, device=birth.device)
@@ -88,7 +97,7 @@ def list_key_tiles(
     return KeyTileLists(tile, count, config)
 
 
-@triton.jit(do_not_specialize=(*SIZES, "first_line"))
+@triton.jit(do_not_specialize=(*SIZES, "tiles", "first_line"))
 def _query_gradients_kernel(
     d_ds, d_k, d_dq, p_tile, p_count, p_sums, p_dbias,
     kv_heads, mask_heads, group, length, segments, segment, keys, tiles, first_line, scale,
