@@ -40,7 +40,7 @@ class KernelConfig(NamedTuple):
 
 Table = dict[tuple[Kernel, int, int], KernelConfig]  # by kernel, bytes of an element, padded head dim
 
-# Measured on an NVIDIA H200 (benchmarks/results/tune_kernels.json).
+# Measured on an NVIDIA H200 (benchmarks/results/tune_kernels.json), but for the query gradients: these are guesses.
 BUILTIN: Table = {
     ("forward", 2, 64): KernelConfig(64, 32, 4, 2),
     ("forward", 2, 128): KernelConfig(128, 64, 8, 2, 128),
