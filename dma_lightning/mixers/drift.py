@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dma_kernels.context import ContextGroup, drift_before
-from dma_kernels.fixed_point import UNIT, drift_sums
+from dma_kernels.fixed_point import drift_sums
 from dma_kernels.precision import without_autocast
+from dma_kernels.units import UNIT
 from dma_lightning.mixers.base import MixerConfig
 
 DriftForm = Literal["none", "constant", "gate"]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dma_kernels import Packing
-from dma_kernels.fixed_point import FRACTION_BITS, drift_sums
+from dma_kernels.fixed_point import drift_sums
 from dma_kernels.packing import document_ends
+from dma_kernels.units import FRACTION_BITS
 from dma_lightning.data.base import Batch
 from dma_lightning.mixers import DynamicMaskAttention, TokenMixer
 from dma_lightning.mixers.drift import Drift

@@ -19,22 +19,23 @@ B batch, G KV heads, N length.
 import torch
 from torch import Tensor
 
-FRACTION_BITS = 32
-UNIT = 2.0**-FRACTION_BITS  # nats
-LARGEST = 1 << 61  # bound of a content and of D, in units; content + D, or the sum of two D, still fits into int64
-NAN_RANK = (1 << 63) - 1
+from dma_kernels.launching import register_launch
+from dma_kernels.units import LARGEST, NAN_RANK, in_units
 
 
-def in_units(nats: Tensor) -> Tensor:
-    """Nats as whole units, int64, within the range above; NaN is 0."""
-    return (nats.detach().double() / UNIT).round().nan_to_num(0.0).clamp(-LARGEST, LARGEST).long()
+def drift_sums_reference(steps: Tensor, start: Tensor | None = None) -> Tensor:
+    """`drift_sums` in plain PyTorch."""
+    sums = in_units(steps).clamp(min=0).cumsum(-1)
+    beyond = (sums < 0) | (sums > LARGEST)  # the first sum that overflows is negative
+    sums = sums.masked_fill(beyond.int().cummax(-1).values.bool(), LARGEST)
+    return sums if start is None else (sums + start[..., None]).clamp(max=LARGEST)
 
 
 @torch.library.custom_op("dma_kernels::drift_sums", mutates_args=())
 def drift_sums(steps: Tensor, start: Tensor | None = None) -> Tensor:
     """D of every position in units.
 
-    It is a custom operation, since torch.compile cannot build all sums for a GPU.
+    It is a custom operation, since torch.compile cannot build all sums for a GPU, where a Triton kernel computes them.
 
     Args:
         steps: d in nats, at least 0, floating `[..., N]`; NaN and negative steps count as 0.
@@ -43,10 +44,14 @@ def drift_sums(steps: Tensor, start: Tensor | None = None) -> Tensor:
     Returns:
         int64 `[..., N]`, ascending.
     """
-    sums = in_units(steps).clamp(min=0).cumsum(-1)
-    beyond = (sums < 0) | (sums > LARGEST)  # the first sum that overflows is negative
-    sums = sums.masked_fill(beyond.int().cummax(-1).values.bool(), LARGEST)
-    return sums if start is None else (sums + start[..., None]).clamp(max=LARGEST)
+    return drift_sums_reference(steps, start)
+
+
+@register_launch(drift_sums, without_triton=drift_sums_reference)
+def _(steps: Tensor, start: Tensor | None = None) -> Tensor:
+    from dma_kernels.fixed_point_kernels import launch_drift_sums
+
+    return launch_drift_sums(steps, start)
 
 
 @drift_sums.register_fake
@@ -69,7 +74,8 @@ def ranks_of_steps(content: Tensor, steps: Tensor, padding: Tensor | None = None
 
     Raises:
         ValueError: if steps are not floating or differ from contents in shape or device, or if some are negative. The
-            check for negative steps waits for the device. Under torch.compile it is left out, and they count as 0.
+            check for negative steps waits for the device. Where it cannot, under torch.compile and while a CUDA graph
+            is captured, it is left out, and they count as 0.
     """
     if not content.is_floating_point():
         raise ValueError(
@@ -83,6 +89,7 @@ def ranks_of_steps(content: Tensor, steps: Tensor, padding: Tensor | None = None
         )
     if padding is not None:
         steps = steps.masked_fill(padding[:, None], 0)
-    if not torch.compiler.is_compiling() and (steps < 0).any():
+    recorded = torch.compiler.is_compiling() or (steps.is_cuda and torch.cuda.is_current_stream_capturing())
+    if not recorded and (steps < 0).any():
         raise ValueError(f"drift: expected steps of at least 0 nats, got {steps.min().item():g}; clamp them")
     return drifted_ranks(content, drift_sums(steps))

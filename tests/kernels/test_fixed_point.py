@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from dma_kernels import Lifetimes, reference_mask
-from dma_kernels.fixed_point import LARGEST, NAN_RANK, drift_sums, in_units, ranks_of_steps
+from dma_kernels.fixed_point import drift_sums, drift_sums_reference, ranks_of_steps
 from dma_kernels.ranks import ordered_bits
 from dma_kernels.selection.ops import deaths_by_rank
+from dma_kernels.units import LARGEST, NAN_RANK, in_units
 
 SHAPE = (2, 2, 63)
 
@@ -164,3 +165,28 @@ def test_a_nan_content_is_kept_and_a_nan_step_is_none() -> None:
     ranks = ranks_of_steps(content, steps)[0, 0]
     assert ranks[4] == NAN_RANK
     assert ranks[9] == ranks[8]
+
+
+@pytest.mark.parametrize("kind", drifting.KINDS)
+@pytest.mark.parametrize("length", [0, 1, 16, 40])
+def test_the_kernel_of_sums(kind: str, length: int, device: str) -> None:
+    launch_drift_sums = pytest.importorskip("dma_kernels.fixed_point_kernels").launch_drift_sums
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        steps = drifting.draw(kind, (2, length, 3), dtype)[1].mT
+        start = torch.tensor([[0, 1, LARGEST], [LARGEST - (5 << 32), 1 << 60, 12345]])
+        for given in (None, start):
+            found = launch_drift_sums(steps.to(device), None if given is None else given.to(device), block=16)
+            assert torch.equal(found.cpu(), drift_sums_reference(steps, given))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_captures_a_selection_with_a_drift() -> None:
+    content, steps = (x.cuda() for x in drifting.draw("gates", (2, 2, 3000)))
+    steps[..., 1000] = 0.0
+    expected = Lifetimes.top_w(content, 100, drift=steps).death  # compiles the kernels, too
+    steps[..., 1000] = -1.0  # cannot be checked while the graph is captured, and counts as 0
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = Lifetimes.top_w(content, 100, drift=steps).death
+    graph.replay()
+    assert torch.equal(found, expected)

@@ -6,7 +6,7 @@ B batch, G KV heads.
 from torch import Tensor
 
 from dma_kernels.context.group import ContextGroup
-from dma_kernels.fixed_point import LARGEST
+from dma_kernels.units import LARGEST
 
 
 def drift_before(group: ContextGroup, units: Tensor, nats: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dma_kernels.rank_kernels import ordered_bits
-from dma_kernels.selection.deaths import LOWEST_PRIORITY, RANK_BITS, sorted_keys
+from dma_kernels.selection.deaths import LOWEST_PRIORITY, RANK_BITS
 
 _TABLE = (128, 32)  # blocks and bins that a program sums at once
 _KEYS = 1024  # keys for which a program makes sort keys
@@ -190,8 +190,31 @@ def _sorted_index(ranks: Tensor, runs: Tensor | None, padding: Tensor | None) ->
     """Indices of the keys of all rows, sorted within each row, one row after the other, int64 `[B * G * N]`."""
     if ranks.dtype != torch.int64:
         return launch_sort_keys(ranks, runs, padding).sort(stable=True).indices  # stable: of equal keys the later wins
-    key = sorted_keys(ranks, runs, padding).flatten(0, 1)
-    return (key + torch.arange(0, key.numel(), key.shape[1], device=key.device)[:, None]).flatten()
+    return _sorted_integers(ranks, runs, padding)
+
+
+def _sorted_integers(ranks: Tensor, runs: Tensor | None, padding: Tensor | None) -> Tensor:
+    """`_sorted_index` of int64 ranks: a sort of all rows by rank, then one by row and document, as ranks fill 64 bits.
+
+    Both are of all rows at once: a sort of one row alone takes as long.
+    """
+    batch, heads, length = ranks.shape
+    index = ranks.flatten().sort(stable=True).indices
+    if runs is None and padding is None:
+        group, groups = index // length, batch * heads
+    else:
+        number = torch.zeros_like(padding, dtype=torch.int64) if runs is None else runs.long()
+        number = number if padding is None else number.masked_fill(padding, -1)
+        row = torch.arange(batch * heads, device=ranks.device).view(batch, heads, 1)
+        group = (row * (length + 1) + number[:, None] + 1).flatten()[index]
+        groups = batch * heads * (length + 1)
+    return index[group.to(_least_dtype(groups)).sort(stable=True).indices]
+
+
+def _least_dtype(count: int) -> torch.dtype:
+    """An integer type for numbers below `count`; fewer bits sort faster."""
+    sizes = {torch.uint8: 8, torch.int16: 15, torch.int32: 31}
+    return next((dtype for dtype, bits in sizes.items() if count <= 1 << bits), torch.int64)
 
 
 def launch_sort_keys(ranks: Tensor, runs: Tensor | None = None, padding: Tensor | None = None) -> Tensor:

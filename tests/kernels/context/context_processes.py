@@ -24,7 +24,8 @@ from dma_kernels.context import (
     exchange_window,
 )
 from dma_kernels.context.collectives import gather_parts
-from dma_kernels.fixed_point import UNIT, drift_sums, drifted_ranks
+from dma_kernels.fixed_point import drift_sums, drifted_ranks
+from dma_kernels.units import UNIT
 
 PROCESSES = 4
 COMPILED = next(case for case in cases() if case.parts == PROCESSES and case.drift and case.documents == "ids")

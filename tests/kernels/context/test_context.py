@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dma_kernels import KeepRule, Packing, reference_attention, reference_mask
 from dma_kernels.context import ContextGroup, PartPacking, exchange_keys, exchange_window
-from dma_kernels.fixed_point import UNIT, drift_sums
+from dma_kernels.fixed_point import drift_sums
 from dma_kernels.lifetime_masks import Lifetimes
+from dma_kernels.units import UNIT
 
 HERE = Path(__file__).parent
 

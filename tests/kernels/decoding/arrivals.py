@@ -6,7 +6,8 @@ from torch import Tensor
 
 from dma_kernels import DynamicMaskCache, NewKeys, Packing
 from dma_kernels.decoding.full_cache import FullCache
-from dma_kernels.fixed_point import UNIT, drift_sums, drifted_ranks
+from dma_kernels.fixed_point import drift_sums, drifted_ranks
+from dma_kernels.units import UNIT
 
 Cache = DynamicMaskCache | FullCache
 FAR = 10_000_000 * 8 << 32  # units of a drift of 8 nats at each of ten million positions

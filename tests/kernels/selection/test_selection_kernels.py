@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dma_kernels import Lifetimes
+from dma_kernels.packing import document_runs
 from dma_kernels.ranks import ordered_bits
 from dma_kernels.selection.deaths import LOWEST_PRIORITY, RANK_BITS, KeyOrder, key_priorities, top_w_deaths
 from dma_kernels.selection.ops import deaths_by_rank
@@ -49,7 +50,7 @@ def make_ranks(kind: str, batch: int, kv_heads: int, length: int, device: str) -
 
 def make_runs(batch: int, length: int, device: str) -> Tensor:
     """Numbers of documents `[B, N]`."""
-    return masks.make_documents(batch, length).to(device).cumsum(-1)
+    return document_runs(masks.make_documents(batch, length), None).to(device)
 
 
 def check(
