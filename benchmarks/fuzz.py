@@ -12,8 +12,7 @@ Python and NumPy that shares no code with the packages. The areas, and what one 
   the slots of segments, in which each visible pair stands exactly once;
 - `drift`: the same with contents and steps in nats, and with integers as ranks, against integers of Python's;
 - `masks`, `intervals`: unions and intersections; block masks, also against torch's `create_block_mask`;
-- `backends`, `triton`, `flex`: output and gradients against softmax in float64 (`triton` by its interpreter if there is
-  no GPU, `flex` without gradients);
+- `backends`, `triton`, `flex`: output and gradients against softmax in float64 (`flex` without gradients);
 - `gates`: output and gradients of heads that drift, those of gates, contents and the layer's input too, against
   formulas in float64;
 - `key_caches`, `triton_caches`, `mixers`: a text cut into any calls, with guesses, chosen rows, documents and padding;
@@ -24,11 +23,13 @@ Python and NumPy that shares no code with the packages. The areas, and what one 
 - `resuming`, `commands`: the same of `fit` and `validate` with checkpoints that name classes and others' files;
 - `races`: processes that write to one place at once, and processes that are killed.
 
-Areas whose cases take seconds try a share of `--cases` (see `tests/fuzz/fuzz_areas.py`). Cases are run by processes of
-their own, so that one which ends or hangs its process is a failure, too, and the next seed goes on. The result, a JSON
-file, has for each area the number of cases, seconds of one core, and the seeds and messages of failures, beside
-hardware, versions and commit; the exit status is 1 if there were failures. Files are made in the folder for temporary
-ones. An audit hook refuses what a reader must not do, so code that is at fault does no harm.
+`selection`, `drift` and the areas with `triton` compute on the GPU if there is one, all others on the CPU. Without a
+GPU, kernels run under Triton's interpreter. Areas whose cases take seconds try a share of `--cases` (see
+`tests/fuzz/fuzz_areas.py`). Cases are run by processes of their own, so that one which ends or hangs its process is a
+failure, too, and the next seed goes on. The result, a JSON file, has for each area the number of cases, seconds of one
+core, and the seeds and messages of failures, beside hardware, versions and commit; the exit status is 1 if there were
+failures. Files are made in the folder for temporary ones. An audit hook refuses what a reader must not do, so code that
+is at fault does no harm.
 """
 
 import multiprocessing

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from fuzz_draws import Packing, draw_length, draw_ranks, draw_window, generator
+from fuzz_draws import DEVICE, Packing, draw_length, draw_ranks, draw_window, generator
 from fuzz_oracles import Kept, attention
 from fuzz_told import told
 from torch import Tensor
@@ -67,11 +67,11 @@ class AttentionCase:
             [[self.kept.mask(x.tolist(), *self.packing.row(b)) for x in row] for b, row in enumerate(self.ranks)]
         )
 
-    def lifetimes(self) -> Lifetimes:
-        """The same as lifetimes."""
+    def lifetimes(self, device: torch.device | None = None) -> Lifetimes:
+        """The same as lifetimes, by default on the CPU."""
         kept = self.kept
-        options = {"keep_last": kept.keep_last, "sinks": kept.sinks, **self.packing.arguments()}
-        return Lifetimes.top_w(self.ranks, kept.window, **options)
+        options = {"keep_last": kept.keep_last, "sinks": kept.sinks, **self.packing.arguments(device)}
+        return Lifetimes.top_w(self.ranks.to(device), kept.window, **options)
 
     def expected(self) -> list[np.ndarray]:
         """Output and gradients."""
@@ -83,13 +83,15 @@ class AttentionCase:
     def found(
         self, function: Attention, mask: Lifetimes | Tensor, trained: bool = True, **options: object
     ) -> list[Tensor]:
-        """The same by a backend."""
-        inputs = list(self.inputs)
+        """The same by a backend, where the mask is."""
+        device = mask.death.device if isinstance(mask, Lifetimes) else mask.device
+        inputs = [x.to(device) for x in self.inputs]
         if self.drift is not None:
-            inputs[3], options["query_bias"] = inputs[3] + self.drift, -self.drift
+            drift = self.drift.to(device)
+            inputs[3], options["query_bias"] = inputs[3] + drift, -drift
         inputs = [x.detach().requires_grad_(trained) for x in inputs]
         out = function(*inputs, mask, self.scale, **options)
-        return [out, *torch.autograd.grad(out, inputs, self.grad)] if trained else [out]
+        return [out, *torch.autograd.grad(out, inputs, self.grad.to(device))] if trained else [out]
 
     def __str__(self) -> str:
         q, k = self.inputs[0], self.inputs[1]
@@ -119,7 +121,7 @@ def check_triton(seed: int) -> None:
     with told(seed, case):
         options = {"segment_length": rng.choice((None, 128))}
         assert_close(
-            case, case.found(fused_attention, case.lifetimes(), **options), case.expected(), case.inputs[0].dtype
+            case, case.found(fused_attention, case.lifetimes(DEVICE), **options), case.expected(), case.inputs[0].dtype
         )
 
 
@@ -150,6 +152,6 @@ def assert_close(
     for name, x, y in zip(_NAMES, found, expected, strict=False):
         largest = np.abs(y).max()
         terms = 20 * torch.finfo(inner).eps * (1 + logits) * max(largest, v * grad * head_dim)
-        error = np.abs(x.detach().double().numpy() - y).max()
+        error = np.abs(x.detach().double().cpu().numpy() - y).max()
         allowed = 2 * torch.finfo(x.dtype).eps * largest + terms
         assert error <= allowed, f"{name}: off by {error}, more than {allowed}"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from fuzz_backends import AttentionCase
+from fuzz_draws import DEVICE
 from fuzz_told import told
 from torch import Tensor, nn
 
@@ -56,7 +57,9 @@ class Reading:
         self.expected = torch.from_numpy(case.expected()[0])
         batch, kv_heads, length, head_dim = case.inputs[1].shape
         kept = KeepRule(case.kept.window, case.kept.keep_last, case.kept.sinks)
-        options = {"dtype": case.grad.dtype, "backend": "triton" if kind == "triton" else "torch"}
+        self.device = DEVICE if kind == "triton" else torch.device("cpu")
+        backend = "triton" if kind == "triton" else "torch"
+        options = {"dtype": case.grad.dtype, "backend": backend, "device": self.device}
         sizes = (batch, kv_heads, head_dim)
         self.cache = FullCache(batch, kept) if self.full else DynamicMaskCache(*sizes, kept, **options)
         self.length, self.drift, self.start = length, drift, start
@@ -73,7 +76,7 @@ class Reading:
         """One call, or one choice of rows."""
         if rng.random() < 0.1:
             chosen = [rng.randrange(len(self.rows)) for _ in range(rng.randint(1, 3))]
-            self.cache.select(torch.tensor(chosen))
+            self.cache.select(torch.tensor(chosen, device=self.device))
             self.rows, self.place = ([x[i] for i in chosen] for x in (self.rows, self.place))
             return
         count = rng.choice((1, 1, 1, 2, 5, rng.randint(1, self.left), rng.randint(1, self.left)))
@@ -89,29 +92,30 @@ class Reading:
         else:
             out, kept = self.cache.verify(q, new), [rng.randint(0, count) for _ in self.rows]
             if rng.random() < 0.8:
-                self.cache.commit(torch.tensor(kept))
+                self.cache.commit(torch.tensor(kept, device=self.device))
             else:  # the guess is dropped
                 kept = [0] * len(self.rows)
-        right, allowed = self._part(self.expected, count), self.allowed
-        torch.testing.assert_close(out.double(), right, rtol=allowed, atol=allowed)
+        right, allowed = self._part(self.expected, count).cpu(), self.allowed
+        torch.testing.assert_close(out.double().cpu(), right, rtol=allowed, atol=allowed)
         self.place = [place + more for place, more in zip(self.place, kept, strict=True)]
         self._check_kept()
 
     def _part(self, x: Tensor, count: int) -> Tensor:
         """The next positions of `[B, heads, N, ...]`."""
-        return torch.stack([x[row, :, at : at + count] for row, at in zip(self.rows, self.place, strict=True)])
+        parts = zip(self.rows, self.place, strict=True)
+        return torch.stack([x[row, :, at : at + count] for row, at in parts]).to(self.device)
 
     def _packing(self, x: Tensor | None, count: int) -> Tensor | None:
         """The next positions of `[B, N]`."""
         parts = zip(self.rows, self.place, strict=True)
-        return None if x is None else torch.stack([x[row, at : at + count] for row, at in parts])
+        return None if x is None else torch.stack([x[row, at : at + count] for row, at in parts]).to(self.device)
 
     def _check_kept(self) -> None:
         """The last position sees what the definition says; nothing stands in two slots."""
         assert self.cache.length.tolist() == self.place
         if self.full or not any(self.place):
             return
-        visible = self.cache.visible()
+        visible = self.cache.visible().cpu()
         for b, (row, place) in enumerate(zip(self.rows, self.place, strict=True)):
             for g in range(self.mask.shape[1]) if place else ():
                 found = self.cache.state.position[b, g][visible[b, g]].tolist()

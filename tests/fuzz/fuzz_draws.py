@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of selections and kernels
 _LENGTHS = (1, 2, 3, 5, 16, 17, 31, 63, 64, 65, 100)
 _SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1e-44, -1e-44, 3.4028234e38, -3.4028234e38)
 
@@ -75,9 +76,9 @@ class Packing:
         documents, padding = (None if x is None else x[b].tolist() for x in (self.documents, self.padding))
         return documents, padding
 
-    def arguments(self) -> dict[str, Tensor | None]:
-        """Keyword arguments of a mask."""
-        return {"documents": self.documents, "padding": self.padding}
+    def arguments(self, device: torch.device | None = None) -> dict[str, Tensor | None]:
+        """Keyword arguments of a mask, by default on the CPU."""
+        return {name: None if x is None else x.to(device) for name, x in vars(self).items()}
 
     def __str__(self) -> str:
         return f"documents {self.documents is not None}, padding {self.padding is not None}"

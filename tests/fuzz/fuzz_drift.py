@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from fuzz_backends import AttentionCase
 from fuzz_caches import Reading
-from fuzz_draws import Packing, draw_length, draw_window
+from fuzz_draws import DEVICE, Packing, draw_length, draw_window
 from fuzz_oracles import Kept
 from fuzz_told import told
 from torch import Tensor
@@ -66,16 +66,16 @@ def check_drift(seed: int) -> None:
     with told(seed, f"{case}, {kept}"):
         start = rng.choice(_STARTS)
         ranks, far = case.ranks(), case.ranks(start)
-        options = {"keep_last": kept.keep_last, "sinks": kept.sinks, **case.packing.arguments()}
-        for numbers, arguments in ((ranks, {"drift": case.steps}), (far, {})):
+        options = {"keep_last": kept.keep_last, "sinks": kept.sinks, **case.packing.arguments(DEVICE)}
+        for numbers, arguments in ((ranks, {"drift": case.steps.to(DEVICE)}), (far, {})):
             expected = np.array(
                 [[kept.mask(x, *case.packing.row(b)) for x in row] for b, row in enumerate(numbers)]
             )  # fmt: skip
-            given = case.content if arguments else torch.tensor(numbers)
+            given = (case.content if arguments else torch.tensor(numbers)).to(DEVICE)
             mask = Lifetimes.top_w(given, kept.window, **options, **arguments)
-            assert np.array_equal(mask.to_dense().numpy(), expected), f"top_w, {list(arguments)}"
+            assert np.array_equal(mask.to_dense().cpu().numpy(), expected), f"top_w, {list(arguments)}"
             dense = reference_mask(given, kept.window, **options, **arguments)
-            assert np.array_equal(dense.numpy(), expected), f"reference_mask, {list(arguments)}"
+            assert np.array_equal(dense.cpu().numpy(), expected), f"reference_mask, {list(arguments)}"
 
 
 def check_drift_caches(seed: int) -> None:

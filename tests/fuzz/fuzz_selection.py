@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from fuzz_draws import Packing, draw_length, draw_ranks, draw_window
+from fuzz_draws import DEVICE, Packing, draw_length, draw_ranks, draw_window
 from fuzz_oracles import Kept
 from fuzz_told import told
 
@@ -36,7 +36,7 @@ class SelectionCase:
 
     def arguments(self) -> dict:
         """Of `Lifetimes.top_w`, besides ranks and window."""
-        return {"keep_last": self.kept.keep_last, "sinks": self.kept.sinks, **self.packing.arguments()}
+        return {"keep_last": self.kept.keep_last, "sinks": self.kept.sinks, **self.packing.arguments(DEVICE)}
 
     def expected(self) -> np.ndarray:
         """Bool `[B, G, N, N]`."""
@@ -52,16 +52,16 @@ def check_selection(seed: int) -> None:
     rng = random.Random(seed)
     case = SelectionCase.drawn(rng)
     with told(seed, case):
-        expected = case.expected()
-        mask = Lifetimes.top_w(case.ranks, case.kept.window, **case.arguments())
-        assert np.array_equal(mask.to_dense().numpy(), expected), "to_dense"
-        assert np.array_equal(mask.live_counts().numpy(), expected.sum(-1)), "live_counts"
+        expected, ranks = case.expected(), case.ranks.to(DEVICE)
+        mask = Lifetimes.top_w(ranks, case.kept.window, **case.arguments())
+        assert np.array_equal(mask.to_dense().cpu().numpy(), expected), "to_dense"
+        assert np.array_equal(mask.live_counts().cpu().numpy(), expected.sum(-1)), "live_counts"
         length = mask.length
         density = expected.sum((-1, -2)) / (length * (length + 1) / 2)
-        assert np.allclose(mask.density().numpy(), density, rtol=1e-6, atol=0), "density"
+        assert np.allclose(mask.density().cpu().numpy(), density, rtol=1e-6, atol=0), "density"
         assert expected.sum(-1).max() <= mask.capacity, "capacity"
-        reference = reference_mask(case.ranks, case.kept.window, **case.arguments())
-        assert np.array_equal(reference.numpy(), expected), "reference_mask"
+        reference = reference_mask(ranks, case.kept.window, **case.arguments())
+        assert np.array_equal(reference.cpu().numpy(), expected), "reference_mask"
         segment, block_size = rng.choice((None, 1, 7, 16, length + 3)), rng.choice((1, 2, 16))
         check_slots(SegmentSlots.plain(mask, *expected.shape[:2], segment, block_size), expected)
         check_slots(SegmentSlots.of(mask, *expected.shape[:2], rng.choice((None, 1, 20)), 16), expected)
@@ -71,7 +71,7 @@ def check_slots(slots: SegmentSlots, expected: np.ndarray) -> None:
     """Each visible pair stands in exactly one slot, no other pair in any; rows are those of all heads together."""
     batch, kv_heads, _, length = expected.shape
     segments = slots.filled_length // slots.segment_length
-    row, birth, death = (x.numpy() for x in (slots.copies.row, slots.birth, slots.death))
+    row, birth, death = (x.cpu().numpy() for x in (slots.copies.row, slots.birth, slots.death))
     query = np.arange(slots.segment_length)[:, None]
     seen = (birth[:, :, None] <= query) & (query < death[:, :, None])  # [Z, G, S, K]
     z, g, s, slot = np.broadcast_to(seen, (batch * segments, kv_heads, *seen.shape[2:])).nonzero()
