@@ -124,7 +124,7 @@ def gpu_state() -> dict[str, float]:
 def compile_case(corpus: Path, case: Case) -> None:
     """Compile what a measurement does, with one layer, since the layers of a model share it."""
     for graphs in {False, case.shape != training.RECOMPUTED}:
-        fit(corpus, case, pl.Callback(), {"max_steps": 4, "log_every_n_steps": 3}, graphs=graphs, layers=1)
+        fit(corpus, case, pl.Callback(), {"max_steps": 4, "log_every_n_steps": 3}, graphs=graphs, num_hidden_layers=1)
 
 
 def profiled_fit(corpus: Path, case: Case, steps: int, log_every: int, graphs: bool) -> Measurement:

@@ -19,7 +19,7 @@ from lightning.pytorch.profilers import Profiler
 from tokenizers import Tokenizer, models
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dma_lightning.callbacks import FitReport
+from dma_lightning.callbacks import FitReport, MixedWindows
 from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.cli.entry import DMACLI, build_cli
 from dma_lightning.data.manifests import MANIFEST, TOKENIZER, VERSION, Manifest
@@ -33,6 +33,7 @@ CORPUS = 16 << 20  # tokens, of four bytes each
 COMPILED, RECOMPUTED = "80m", "1.7b"  # shapes: activations of the second do not fit, and are computed again
 INTERVAL = {COMPILED: 20, RECOMPUTED: 4}  # steps per logged figure
 COMPILING, FIGURES = 2, 3  # figures that do not count, since kernels are compiled, masks looked at; those that do
+_LEFT_OUT = (ResumableCheckpoint, FitReport, MixedWindows)
 SDPA = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -42,11 +43,19 @@ SDPA = [
 
 
 class Case(NamedTuple):
-    """What is trained: a shape of the paper, masks as published; the length of sequences in tokens; an attention."""
+    """What is trained.
+
+    Attributes:
+        shape: of the paper.
+        length: of sequences, in tokens.
+        attention: name of a mixer.
+        published: whether masks are those of the paper, or of the form that the shape's own config has.
+    """
 
     shape: str
     length: int
     attention: str
+    published: bool = True
 
 
 class LoggedFigures(pl.Callback):
@@ -99,7 +108,9 @@ def write_corpus(folder: Path) -> None:
 
 
 def build(corpus: Path, case: Case, trainer: dict[str, Any], model: dict[str, Any]) -> DMACLI:
-    """A run that has not begun, without checkpoints and report; on one GPU unless options of the trainer say otherwise.
+    """A run that has not begun, on one GPU unless options of the trainer say otherwise.
+
+    It has no checkpoints, no report, and no mixed windows: all steps are of one kind.
 
     Args:
         corpus: folder of `write_corpus`.
@@ -107,7 +118,7 @@ def build(corpus: Path, case: Case, trainer: dict[str, Any], model: dict[str, An
         trainer: its options by name that differ from the configs.
         model: the same of the model.
     """
-    names = (f"model/{case.shape}-published", "data/prepared", "trainer/gpu")
+    names = (f"model/{case.shape}{'-published' if case.published else ''}", "data/prepared", "trainer/gpu")
     configs = [f"--config={CONFIGS / name}.yaml" for name in names]
     data = {"path": corpus, "sequence_length": case.length, "batch_size": TOKENS // case.length}
     options = {
@@ -122,7 +133,7 @@ def build(corpus: Path, case: Case, trainer: dict[str, Any], model: dict[str, An
     ]
     with torch.device("cuda"):  # the 1.7 billion weights of the larger are drawn in no time
         cli = build_cli([*configs, *flags], run=False)
-    cli.trainer.callbacks = [x for x in cli.trainer.callbacks if not isinstance(x, ResumableCheckpoint | FitReport)]
+    cli.trainer.callbacks = [x for x in cli.trainer.callbacks if not isinstance(x, _LEFT_OUT)]
     return cli
 
 
@@ -133,8 +144,8 @@ def fit(
     trainer: dict[str, Any],
     *,
     graphs: bool,
-    layers: int | None = None,
     profiler: Profiler | None = None,
+    **options: Any,
 ) -> None:
     """Train a new model; validation and checkpoints are off.
 
@@ -144,15 +155,12 @@ def fit(
         trainer: its options by name that differ from the configs.
         watch: is called after all other callbacks.
         graphs: whether layers run as CUDA graphs.
-        layers: how many; default: those of the shape.
         profiler: of the trainer.
+        options: others of the model that differ from the configs.
     """
-    model: dict[str, Any] = {"cuda_graphs": graphs, "activation_checkpointing": case.shape == RECOMPUTED}
-    if layers is not None:
-        model["num_hidden_layers"] = layers
+    model = {"cuda_graphs": graphs, "activation_checkpointing": case.shape == RECOMPUTED} | options
     with tempfile.TemporaryDirectory() as runs:
-        options = {"limit_val_batches": 0, "logger.init_args.save_dir": runs} | trainer
-        cli = build(corpus, case, options, model)
+        cli = build(corpus, case, {"limit_val_batches": 0, "logger.init_args.save_dir": runs} | trainer, model)
         if profiler is not None:
             cli.trainer.profiler = profiler
         cli.trainer.callbacks = [*cli.trainer.callbacks, watch]

@@ -1,0 +1,218 @@
+"""What the shipped form of dynamic masks costs on a GPU beside the published one: drift, gates and retention loss.
+
+Two tables. The parts, as CUDA graphs, with and without a drift: selection of the keys from ranks (and steps), attention
+with the plan given, and a step of decoding. And training steps of 80m through `fit`, as in gpu_fit.py: attention over
+all keys, the published form, and the shipped form in a step of its own window, without its retention loss, and in a
+step that keeps all keys, as `MixedWindows` makes them. bfloat16, w = 1024. A figure of a part is the median [min - max]
+of several measurements by Triton's `do_bench`, each itself a median; one of training is what `SpeedMonitor` logs.
+"""
+
+import gc
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from dma_kernels import DynamicMaskCache, Lifetimes, NewKeys, SegmentSlots, fused_attention
+from dma_kernels.fixed_point import ranks_of_steps
+from harness import CommandLine, Part, Result, Row, Table, describe, record
+from harness.inputs import make_inputs
+from harness.tables import gpu_of, interval, length_of
+from harness.timing import captured, time_ms
+from harness.training import (
+    COMPILED,
+    COMPILING,
+    FIGURES,
+    INTERVAL,
+    TOKENS,
+    Case,
+    LoggedFigures,
+    compile_ahead,
+    fit,
+    write_corpus,
+)
+
+WINDOW, LENGTHS = 1024, [4096, 32768]
+LAYERS = 16  # of a decoding step, each with its own cache, so that none finds its keys in the L2 cache
+PARTS = ("selection", "selection with keep_last", "forward", "forward and backward", "decoding step")
+
+
+class Form(NamedTuple):
+    """A form of attention that is trained."""
+
+    attention: str
+    published: bool
+    options: dict[str, Any]
+
+
+FORMS = {
+    "mha": Form("mha", True, {}),
+    "published": Form("dma", True, {}),
+    "shipped": Form("dma", False, {}),
+    "without retention loss": Form("dma", False, {"retention_weight": 0}),
+    "all keys": Form("dma", False, {"keep_window_size": 1 << 20}),
+}
+
+
+class Keys(NamedTuple):
+    """What selection and attention read of keys `[1, G, N]`, with a drift or without."""
+
+    content: Tensor
+    steps: Tensor | None
+    rank: Tensor
+    bias: Tensor
+    query_bias: Tensor | None
+
+    @classmethod
+    def drawn(cls, kv_heads: int, length: int, drifts: bool) -> "Keys":
+        content = torch.randn(1, kv_heads, length, device="cuda")
+        if not drifts:
+            return cls(content, None, content, content.clone().requires_grad_(), None)
+        steps = torch.rand_like(content) * 4 / WINDOW
+        drift = steps.double().cumsum(-1)
+        bias, query_bias = drift.requires_grad_(), (-drift).detach().requires_grad_()
+        return cls(content, steps, ranks_of_steps(content, steps), bias, query_bias)
+
+
+def measure_parts(heads: int, kv_heads: int, length: int) -> Iterator[Row]:
+    """Each part with and without a drift."""
+    q, k, v, _ = make_inputs(heads, kv_heads, length, projected=True)
+    grad = torch.randn_like(q)
+    for drifts in (False, True):
+        keys = Keys.drawn(kv_heads, length, drifts)
+        mask = Lifetimes.top_w(keys.content, WINDOW, drift=keys.steps)
+        attend = partial(
+            fused_attention, q, k, v, keys.bias, mask, slots=SegmentSlots.of(mask, 1, kv_heads),
+            query_bias=keys.query_bias,
+        )  # fmt: skip
+        trained = [q, k, v, keys.bias, *([keys.query_bias] if drifts else [])]
+        parts = {
+            "selection": partial(Lifetimes.top_w, keys.content, WINDOW, drift=keys.steps),
+            "selection with keep_last": partial(
+                Lifetimes.top_w, keys.content, WINDOW * 3 // 4, keep_last=WINDOW // 4, drift=keys.steps
+            ),
+            "forward": attend,
+            "forward and backward": partial(train, attend, trained, grad),
+        }
+        times = {name: time_ms(captured(part)) for name, part in parts.items()}
+        times["decoding step"] = [x / LAYERS for x in time_ms(captured(decoding_steps(heads, kv_heads, drifts)))]
+        yield {"heads": heads, "kv_heads": kv_heads, "length": length, "window": WINDOW, "drift": drifts, "ms": times}
+
+
+def train(attend: partial[Tensor], inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    """Forward and backward."""
+    return torch.autograd.grad(attend(), inputs, grad)
+
+
+def decoding_steps(heads: int, kv_heads: int, drifts: bool) -> partial[None]:
+    """A step of one position, in which the new key pushes another out, of several layers."""
+    caches = []
+    for _ in range(LAYERS):
+        caches.append(DynamicMaskCache(1, kv_heads, 128, WINDOW, dtype=torch.bfloat16, device="cuda", backend="triton"))
+        caches[-1].attend(*new_keys(heads, kv_heads, 2 * WINDOW, drifts), attention=fused_attention)
+    q, new = new_keys(heads, kv_heads, 1, drifts)
+    new.rank.fill_(1 << 50 if drifts else 9)  # of equal ranks the new one wins
+    return partial(step_all, caches, q, new)
+
+
+def new_keys(heads: int, kv_heads: int, count: int, drifts: bool) -> tuple[Tensor, NewKeys]:
+    """Queries and keys of so many positions."""
+    q, k, v, _ = (x.detach() for x in make_inputs(heads, kv_heads, count))
+    keys = Keys.drawn(kv_heads, count, drifts)
+    query_bias = None if keys.query_bias is None else keys.query_bias.detach()
+    return q, NewKeys(k, v, keys.bias.detach(), keys.rank, query_bias=query_bias)
+
+
+def step_all(caches: Sequence[DynamicMaskCache], q: Tensor, new: NewKeys) -> None:
+    """A step of every cache."""
+    for cache in caches:
+        cache.attend(q, new)
+
+
+def fit_form(corpus: Path, watch: pl.Callback, length: int, form: str, steps: int, **options: Any) -> None:
+    """Train 80m for so many steps."""
+    chosen, every = FORMS[form], INTERVAL[COMPILED]
+    case = Case(COMPILED, length, chosen.attention, chosen.published)
+    trainer = {"max_steps": steps, "log_every_n_steps": min(every, steps - 1)}
+    fit(corpus, case, watch, trainer, graphs=True, **chosen.options, **options)
+
+
+def compile_form(corpus: Path, case: Case) -> None:
+    """Compile what a measurement does, with one layer, since the layers of a model share it.
+
+    What the case calls its shape is the name of a form.
+    """
+    fit_form(corpus, pl.Callback(), case.length, case.shape, 4, num_hidden_layers=1)
+
+
+def measure_training(corpus: Path, lengths: Sequence[int], forms: Sequence[str]) -> Iterator[Row]:
+    """One row by length and form."""
+    for length, form in product(lengths, forms):
+        watch = LoggedFigures()
+        fit_form(corpus, watch, length, form, INTERVAL[COMPILED] * (COMPILING + FIGURES) + 1)
+        speeds = watch.spreads()["tokens_per_s"]
+        yield {
+            "shape": COMPILED, "length": length, "form": form, "tokens_per_s": speeds,
+            "step_ms": [1e3 * TOKENS / x for x in reversed(speeds)],
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        }  # fmt: skip
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def tables(result: Result) -> list[Part]:
+    """What the pages show: the parts, and training steps by form."""
+    plain, drifting = result["parts"]
+    published = {row["length"]: row for row in result["training"] if row["form"] == "published"}
+    return [
+        Table(
+            PARTS,
+            "**`python benchmarks/gpu_drift.py`**: milliseconds of each part with and without a drift, as CUDA graphs "
+            f"({plain['heads']}/{plain['kv_heads']} heads, {length_of(plain)}, w = {WINDOW}, bfloat16, batch 1); lower "
+            f"is better ({gpu_of(result)}).",
+            ["", "no drift", "drift", "with / without"],
+            lambda name: [
+                name, interval(plain["ms"][name]), interval(drifting["ms"][name]),
+                f"{drifting['ms'][name][1] / plain['ms'][name][1]:.2f}",
+            ],
+        ),
+        Table(
+            result["training"],
+            "Milliseconds of a step of 80m through `dma-lightning fit`, by form, with 32,768 tokens; lower is better. "
+            "Layers are compiled and run as CUDA graphs; w = 1024. Median [min - max] of 3 intervals of 20 steps:",
+            ["form", "N", "step", "against the published form", "peak GiB"],
+            lambda row: [
+                row["form"], length_of(row), interval(row["step_ms"]),
+                f"{row['step_ms'][1] / published[row['length']]['step_ms'][1] - 1:+.1%}", f"{row['peak_gib']:.1f}",
+            ],
+        ),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Measure, print, and write the JSON file after each row."""
+    line = CommandLine(__doc__, "gpu_drift", gpus=1, duration="about four minutes on an H200")
+    line.add_lengths(LENGTHS)
+    args = line.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder)
+        write_corpus(corpus)
+        cases = [Case(form, length, "") for length, form in product(args.lengths, FORMS)]
+        compile_ahead(partial(compile_form, corpus), cases)
+        rows = {
+            "parts": measure_parts(16, 4, 32768),
+            "training": measure_training(corpus, args.lengths, list(FORMS)),
+        }
+        record(args.out, {"environment": describe()}, rows, tables)
+
+
+if __name__ == "__main__":
+    main()
