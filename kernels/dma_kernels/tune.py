@@ -26,7 +26,7 @@ from dma_kernels.attention.kernels.forward import launch_forward
 from dma_kernels.attention.kernels.key_gradients import StoredScores, key_tile, launch_key_gradients
 from dma_kernels.attention.kernels.query_gradients import launcher_of_query_gradients, list_key_tiles
 from dma_kernels.lifetime_masks import Lifetimes
-from dma_kernels.segments.gather_kernels import launch_gather_rows
+from dma_kernels.segments.gather_kernels import launch_gather_keys
 from dma_kernels.segments.slots import SegmentSlots
 
 _WINDOW = 1024
@@ -101,10 +101,8 @@ def make_arguments(element_bytes: int, head_dim: int) -> Inputs:
     )
     ranks = torch.randn(1, 4, length, device="cuda")
     slots = SegmentSlots.of(Lifetimes.top_w(ranks, _WINDOW), 1, 4)
-    k, v, bias = (
-        launch_gather_rows(x, slots.copies.row, head_rows=slots.filled_length) for x in (k, v, ranks[..., None])
-    )
-    return {"q": q, "k": k, "v": v, "bias": bias.squeeze(-1), "birth": slots.birth, "death": slots.death}
+    k, v, bias = launch_gather_keys(k, v, ranks, None, slots.copies.row, segment_length=slots.segment_length)
+    return {"q": q, "k": k, "v": v, "bias": bias, "birth": slots.birth, "death": slots.death}
 
 
 def launcher(case: Case, arguments: Inputs) -> Callable[[], object]:

@@ -13,7 +13,7 @@ from dma_kernels.segments.gather import gather_rows_reference, sum_copies_refere
 
 pytest.importorskip("triton")
 from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
-from dma_kernels.segments.gather_kernels import launch_gather_rows, launch_sum_copies
+from dma_kernels.segments.gather_kernels import launch_gather_keys, launch_gather_rows, launch_sum_copies
 
 ON_GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]
@@ -39,6 +39,28 @@ def test_gather_and_its_transpose(length: int, head_dim: int, device: str) -> No
         assert torch.equal(rows, gather_rows_reference(slots.fill_up(x), copies.row))
         expected = sum_copies_reference(rows, copies.row, [2, 2, filled, head_dim])[:, :, :length]
         torch.testing.assert_close(total, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("length", "kv_heads", "head_dim"), [(1, 1, 1), (63, 3, 5), (257, 2, 16), (111, 1, 128)])
+def test_gather_of_keys(length: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
+    """Keys, values and biases at once, each with strides of its own, and empty slots."""
+    padding = torch.rand(2, length, device=device) < 0.2
+    slots = make_slots(length, device, kv_heads, padding=padding)
+    row = slots.copies.row
+    assert (row < 0).any()
+    k = torch.randn(2, length, kv_heads, head_dim, device=device).to(dtype).transpose(1, 2)
+    v = torch.randn(2, kv_heads, head_dim, length, device=device).to(dtype).mT
+    bias, query_bias = (torch.randn(2, length, kv_heads, dtype=torch.float64, device=device).mT * 1e6 for _ in range(2))
+    bias[:, :, length // 2] = 1e300
+    for key_bias, asked in ((bias.float(), query_bias), (bias, None), (bias, query_bias), (bias, query_bias.float())):
+        with poisoned_buffers():
+            found = launch_gather_keys(k, v, key_bias, asked, row, segment_length=slots.segment_length)
+        expected = [gather_rows_reference(slots.fill_up(x), row) for x in (k, v)]
+        expected.append(slots.gather_biases_plain(key_bias, asked))
+        for name, x, y in zip(("k", "v", "bias"), found, expected, strict=True):
+            assert x.dtype == y.dtype, name
+            assert torch.equal(x, y), name
 
 
 def test_copies_are_summed_in_float32(device: str) -> None:

@@ -154,11 +154,9 @@ def attend_slots(
     """
     check_machine(q.device, q.dtype)  # here, since torch.compile cannot trace it
     from dma_kernels.attention.kernels.choose_forward import launch_chosen_forward
-    from dma_kernels.segments.gather_kernels import launch_gather_biases, launch_gather_rows
+    from dma_kernels.segments.gather_kernels import launch_gather_keys
 
-    rows = (first.numel() - 1) // (k.shape[0] * k.shape[1])  # rows of each head, including those after its end
-    k_seg, v_seg = (launch_gather_rows(x, row, head_rows=rows) for x in (k, v))
-    bias = launch_gather_biases(key_bias, query_bias, row, segment_length=segment_length)
+    k_seg, v_seg, bias = launch_gather_keys(k, v, key_bias, query_bias, row, segment_length=segment_length)
     sizes: dict[str, Any] = {"scale": scale, "segment_length": segment_length}
     out, lse = launch_chosen_forward(q, k_seg, v_seg, bias, birth, death, **sizes)
     return out, lse, k_seg, v_seg, bias

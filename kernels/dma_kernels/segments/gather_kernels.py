@@ -18,38 +18,74 @@ _TILE = 1024  # elements of a program; in larger programs, more rows wait for th
 
 
 @triton.jit
-def _gather_rows_kernel(
-    p_x, p_row, p_out, slots, heads, length, stride_b, stride_g, stride_n,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Copy one row per slot; zeros into empty slots."""
+def _locate_rows(p_row, slots, heads, length, BLOCK_M: tl.constexpr):
+    """A program's slots, which of them hold a row, and the sequence, head and position of that row."""
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_d = tl.arange(0, BLOCK_D)
     b_row = tl.load(p_row + o_m, mask=o_m < slots, other=-1)
     b_head, b_position = (b_row // length).to(tl.int64), (b_row % length).to(tl.int64)
-    o_x = b_head // heads * stride_b + b_head % heads * stride_g + b_position * stride_n
-    m_x = (b_row >= 0)[:, None] & (o_d < D)[None, :]
+    return o_m, b_row >= 0, b_head // heads, b_head % heads, b_position
+
+
+@triton.jit
+def _copy_rows(p_x, p_out, o_m, m_row, o_x, slots, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Copy the rows at `o_x` into slots; zeros into empty slots."""
+    o_d = tl.arange(0, BLOCK_D)
+    m_x = m_row[:, None] & (o_d < D)[None, :]
     b_x = tl.load(p_x + o_x[:, None] + o_d[None, :], mask=m_x, other=0.0)  # [BLOCK_M, BLOCK_D]
     tl.store(p_out + o_m[:, None] * D + o_d[None, :], b_x, mask=(o_m < slots)[:, None] & (o_d < D)[None, :])
 
 
 @triton.jit
-def _gather_biases_kernel(
-    p_bias, p_query_bias, p_row, p_out, slots, heads, length, segments, segment, keys,
-    bias_b, bias_g, bias_n, query_b, query_g, query_n, BLOCK_M: tl.constexpr, SHIFTED: tl.constexpr,
+def _copy_biases(
+    p_bias, p_query_bias, p_out, o_m, m_row, i_b, i_g, o_n, slots, heads, segments, segment, keys,
+    bias_b, bias_g, bias_n, query_b, query_g, query_n,
 ):  # fmt: skip
-    """Copy one saturated bias per slot, shifted by the bias of the segment's first query; zeros into empty slots."""
-    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    b_row = tl.load(p_row + o_m, mask=o_m < slots, other=-1)
-    m_row = b_row >= 0
-    b_head, b_position = (b_row // length).to(tl.int64), (b_row % length).to(tl.int64)
-    i_b, i_g = b_head // heads, b_head % heads
-    b_bias = tl.load(p_bias + i_b * bias_b + i_g * bias_g + b_position * bias_n, mask=m_row, other=0.0)
-    if SHIFTED:
+    """Copy saturated biases into slots, shifted by the query bias, if any, of the segment's first query."""
+    b_bias = tl.load(p_bias + i_b * bias_b + i_g * bias_g + o_n * bias_n, mask=m_row, other=0.0)
+    if p_query_bias is not None:
         o_first = o_m // (heads * keys) % segments * segment
         b_shift = tl.load(p_query_bias + i_b * query_b + i_g * query_g + o_first * query_n, mask=m_row, other=0.0)
         b_bias += tl.where(tl.abs(b_shift) < _INFINITY, b_shift, 0.0).to(tl.float64)  # neither infinite nor NaN
     tl.store(p_out + o_m, saturated(b_bias).to(tl.float32), mask=o_m < slots)
+
+
+@triton.jit
+def _gather_rows_kernel(
+    p_x, p_row, p_out, slots, heads, length, x_b, x_g, x_n,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Rows of one tensor."""
+    o_m, m_row, i_b, i_g, o_n = _locate_rows(p_row, slots, heads, length, BLOCK_M)
+    _copy_rows(p_x, p_out, o_m, m_row, i_b * x_b + i_g * x_g + o_n * x_n, slots, D, BLOCK_D)
+
+
+@triton.jit
+def _gather_biases_kernel(
+    p_bias, p_query_bias, p_row, p_out, slots, heads, length, segments, segment, keys,
+    bias_b, bias_g, bias_n, query_b, query_g, query_n, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Biases."""
+    o_m, m_row, i_b, i_g, o_n = _locate_rows(p_row, slots, heads, length, BLOCK_M)
+    _copy_biases(
+        p_bias, p_query_bias, p_out, o_m, m_row, i_b, i_g, o_n, slots, heads, segments, segment, keys,
+        bias_b, bias_g, bias_n, query_b, query_g, query_n,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gather_keys_kernel(
+    p_k, p_v, p_bias, p_query_bias, p_row, p_k_out, p_v_out, p_bias_out, slots, heads, length, segments, segment, keys,
+    k_b, k_g, k_n, v_b, v_g, v_n, bias_b, bias_g, bias_n, query_b, query_g, query_n,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Rows of keys and of values, and biases."""
+    o_m, m_row, i_b, i_g, o_n = _locate_rows(p_row, slots, heads, length, BLOCK_M)
+    _copy_rows(p_k, p_k_out, o_m, m_row, i_b * k_b + i_g * k_g + o_n * k_n, slots, D, BLOCK_D)
+    _copy_rows(p_v, p_v_out, o_m, m_row, i_b * v_b + i_g * v_g + o_n * v_n, slots, D, BLOCK_D)
+    _copy_biases(
+        p_bias, p_query_bias, p_bias_out, o_m, m_row, i_b, i_g, o_n, slots, heads, segments, segment, keys,
+        bias_b, bias_g, bias_n, query_b, query_g, query_n,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -74,7 +110,7 @@ def _sum_copies_kernel(
 
 def launch_gather_rows(x: Tensor, row: Tensor, *, head_rows: int | None = None) -> Tensor:
     """`gather_rows` of `x` [B, G, N, D] by int32 `row` [M...], which counts `head_rows` >= N per head, by default N."""
-    x, row = x if x.stride(-1) == 1 else x.contiguous(), row.contiguous()
+    x, row = _with_lines(x), row.contiguous()
     out = x.new_empty(*row.shape, x.shape[-1])
     block_d, block_m = _blocks(x.shape[-1])
     if out.numel():
@@ -87,17 +123,52 @@ def launch_gather_rows(x: Tensor, row: Tensor, *, head_rows: int | None = None) 
 
 def launch_gather_biases(key_bias: Tensor, query_bias: Tensor | None, row: Tensor, *, segment_length: int) -> Tensor:
     """`gather_biases` of `[B, G, N]` by int32 `row` [Z, G, K]; N need not be filled up to whole segments."""
-    row, (batch, kv_heads, _) = row.contiguous(), key_bias.shape
+    row = row.contiguous()
     out = key_bias.new_empty(row.shape, dtype=torch.float32)
-    shifted = query_bias if key_bias.dtype == torch.float64 else None
+    shifted = _shift(key_bias, query_bias)
     if out.numel():
-        segments = row.shape[0] // batch
         _gather_biases_kernel[triton.cdiv(row.numel(), _TILE),](
-            key_bias, shifted, row, out, row.numel(), kv_heads, segments * segment_length, segments, segment_length,
-            row.shape[-1], *key_bias.stride(), *((0, 0, 0) if shifted is None else shifted.stride()),
-            BLOCK_M=_TILE, SHIFTED=shifted is not None,
+            key_bias, shifted, row, out, *_sizes(key_bias, row, segment_length),
+            *key_bias.stride(), *_strides(shifted), BLOCK_M=_TILE,
         )  # fmt: skip
     return out
+
+
+def launch_gather_keys(
+    k: Tensor, v: Tensor, key_bias: Tensor, query_bias: Tensor | None, row: Tensor, *, segment_length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of `k` and of `v`, both `[B, G, N, D]`, and the biases of `launch_gather_biases`, in one launch."""
+    k, v, row, head_dim = _with_lines(k), _with_lines(v), row.contiguous(), k.shape[-1]
+    k_out, v_out = (x.new_empty(*row.shape, head_dim) for x in (k, v))
+    bias_out = key_bias.new_empty(row.shape, dtype=torch.float32)
+    shifted, (block_d, block_m) = _shift(key_bias, query_bias), _blocks(head_dim)
+    if row.numel():
+        _gather_keys_kernel[triton.cdiv(row.numel(), block_m),](
+            k, v, key_bias, shifted, row, k_out, v_out, bias_out, *_sizes(key_bias, row, segment_length),
+            *k.stride()[:3], *v.stride()[:3], *key_bias.stride(), *_strides(shifted),
+            D=head_dim, BLOCK_D=block_d, BLOCK_M=block_m,
+        )  # fmt: skip
+    return k_out, v_out, bias_out
+
+
+def _with_lines(x: Tensor) -> Tensor:
+    """`x`, or a copy if its lines are not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _shift(key_bias: Tensor, query_bias: Tensor | None) -> Tensor | None:
+    """The biases whose first of each segment is added to the key biases."""
+    return query_bias if key_bias.dtype == torch.float64 else None
+
+
+def _strides(query_bias: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if query_bias is None else query_bias.stride()
+
+
+def _sizes(key_bias: Tensor, row: Tensor, segment_length: int) -> tuple[int, ...]:
+    """Slots, KV heads, rows of a head, segments of a sequence, their length, and slots of a segment's head."""
+    segments = row.shape[0] // key_bias.shape[0]
+    return row.numel(), key_bias.shape[1], segments * segment_length, segments, segment_length, row.shape[-1]
 
 
 def launch_sum_copies(
