@@ -21,7 +21,8 @@ from dma_kernels.attention.kernels.forward import launch_forward
 from dma_kernels.attention.kernels.key_gradients import key_tile
 from dma_kernels.attention.kernels.query_gradients import list_key_tiles
 from dma_kernels.attention.ops import attend_slots
-from dma_kernels.segments.gather_kernels import launch_gather_rows, launch_sum_copies
+from dma_kernels.segments.gather_kernels import launch_gather_keys
+from dma_kernels.segments.sum_kernels import launch_sum_key_gradients
 from harness import CommandLine, Part, Picture, Result, Row, Table, describe, record
 from harness.inputs import DENSE, SHAPES, dense, dynamic, make_inputs, ranks_by_kind, step
 from harness.tables import gpu_of, interval, length_of, shape_of
@@ -71,20 +72,20 @@ def measure_parts(heads: int, kv_heads: int, length: int, window: int, head_dim:
     sizes = {"scale": head_dim**-0.5, "segment_length": slots.segment_length}
     arguments = (copies.row, copies.first, copies.slot, *where)
     out, lse, *by_slot = attend_slots(q, k, v, ranks, *arguments, **sizes)
-    grad, shape = torch.randn_like(out), [1, kv_heads, length, head_dim]
+    grad = torch.randn_like(out)
     block_k, segment = key_tile(q, where[0].shape[2]), slots.segment_length
     parts = {
         "selection": lambda: Lifetimes.top_w(ranks, window),
         "selection, CUDA graph": captured(lambda: Lifetimes.top_w(ranks, window)),
         "plan": lambda: SegmentSlots.of(mask, 1, kv_heads),
         "plan, CUDA graph": captured(lambda: SegmentSlots.of(mask, 1, kv_heads)),
-        "gather of k": lambda: launch_gather_rows(k, copies.row, head_rows=slots.filled_length),
+        "gathers": lambda: launch_gather_keys(k, v, ranks, None, copies.row, segment_length=segment),
         "forward kernel": lambda: launch_forward(q, *by_slot, *where, **sizes),
         "backward kernels": lambda: launch_backward(q, *by_slot, *where, lse, out, grad, **sizes),
         "of these, rowsum(dO · O)": lambda: launch_delta(out, grad),
         "of these, lists of key tiles": lambda: list_key_tiles(*where, q, segment, key_tile=block_k),
-        "sum of dk": lambda: launch_sum_copies(
-            by_slot[0], copies.first, copies.slot, shape=shape, head_rows=slots.filled_length
+        "sums": lambda: launch_sum_key_gradients(
+            *by_slot, copies.first, copies.slot, shape=(1, kv_heads, length), wide=False
         ),
     }
     row: Row = {"heads": heads, "kv_heads": kv_heads, "length": length, "window": window}
@@ -92,8 +93,8 @@ def measure_parts(heads: int, kv_heads: int, length: int, window: int, head_dim:
     flop = 2 * head_dim * mask.live_counts().sum().item() * heads / kv_heads  # of one matrix product
     forward, backward = (row["parts"][name][1] for name in ("forward kernel", "backward kernels"))
     row["forward TFLOP/s"], row["backward TFLOP/s"] = 2e-9 * flop / forward, 5e-9 * flop / backward
-    copied = 2 * copies.row.numel() * head_dim * k.element_size()
-    row["gather TB/s"] = 1e-9 * copied / row["parts"]["gather of k"][1]
+    copied = 2 * copies.row.numel() * (2 * head_dim * k.element_size() + ranks.element_size())  # read and written
+    row["gather TB/s"] = 1e-9 * copied / row["parts"]["gathers"][1]
     return row
 
 
@@ -140,8 +141,7 @@ def tables(result: Result) -> list[Part]:
         ),
         Table(
             part_rows,
-            "Milliseconds of each part by itself (of the three gathers and three sums, one each); lower is better. In "
-            "the last two rows, TFLOP/s; higher is better:",
+            "Milliseconds of each part by itself; lower is better. In the last two rows, TFLOP/s; higher is better:",
             ["16/4 heads, 32k", *(f"w = {row['window']}, head dim {row['head_dim']}" for row in parts)],
         ),
         Table(

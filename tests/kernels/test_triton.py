@@ -13,7 +13,8 @@ from dma_kernels.segments.gather import gather_rows_reference, sum_copies_refere
 
 pytest.importorskip("triton")
 from dma_kernels.attention.kernels.key_gradients import launch_key_gradients
-from dma_kernels.segments.gather_kernels import launch_gather_keys, launch_gather_rows, launch_sum_copies
+from dma_kernels.segments.gather_kernels import launch_gather_keys, launch_gather_rows
+from dma_kernels.segments.sum_kernels import launch_sum_copies, launch_sum_key_gradients
 
 ON_GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]
@@ -30,15 +31,14 @@ def make_slots(length: int, device: str, kv_heads: int = 2, **arguments: Tensor)
 @pytest.mark.parametrize("length", [1, 63, 111, 257])
 def test_gather_and_its_transpose(length: int, head_dim: int, device: str) -> None:
     slots = make_slots(length, device)
-    copies, filled = slots.copies, slots.filled_length
+    copies, shape = slots.copies, [2, 2, slots.filled_length, head_dim]
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(2, length, 2, head_dim, device=device, dtype=dtype).transpose(1, 2)  # not contiguous
         with poisoned_buffers():
-            rows = launch_gather_rows(x, copies.row, head_rows=filled)
-            total = launch_sum_copies(rows, copies.first, copies.slot, shape=list(x.shape), head_rows=filled)
+            rows = launch_gather_rows(slots.fill_up(x), copies.row)
+            total = launch_sum_copies(rows, copies.first, copies.slot, shape=shape)
         assert torch.equal(rows, gather_rows_reference(slots.fill_up(x), copies.row))
-        expected = sum_copies_reference(rows, copies.row, [2, 2, filled, head_dim])[:, :, :length]
-        torch.testing.assert_close(total, expected)
+        torch.testing.assert_close(total, sum_copies_reference(rows, copies.row, shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -61,6 +61,30 @@ def test_gather_of_keys(length: int, kv_heads: int, head_dim: int, dtype: torch.
         for name, x, y in zip(("k", "v", "bias"), found, expected, strict=True):
             assert x.dtype == y.dtype, name
             assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("length", "kv_heads", "head_dim"), [(1, 1, 1), (63, 3, 5), (257, 2, 16), (111, 1, 128)])
+def test_sums_of_key_gradients(length: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
+    """The three sums at once have the bits of each by itself."""
+    slots = make_slots(length, device, kv_heads, padding=torch.rand(2, length, device=device) < 0.2)
+    copies, filled = slots.copies, slots.filled_length
+    dk, dv = torch.randn(2, *copies.row.shape, head_dim, device=device).to(dtype)
+    dbias = torch.randn(copies.row.shape, device=device)
+    each = [
+        launch_sum_copies(x, copies.first, copies.slot, shape=[2, kv_heads, filled, x.shape[-1]])[:, :, :length]
+        for x in (dk, dv, dbias[..., None])
+    ]
+    double = sum_copies_reference(dbias[..., None].double(), copies.row, [2, kv_heads, filled, 1])[:, :, :length]
+    for wide, dbias_alone in ((False, each[2]), (True, double)):
+        with poisoned_buffers():
+            found = launch_sum_key_gradients(
+                dk, dv, dbias, copies.first, copies.slot, shape=(2, kv_heads, length), wide=wide
+            )
+        for name, x, y in zip(("dk", "dv"), found[:2], each[:2], strict=True):
+            assert x.dtype == y.dtype, name
+            assert torch.equal(x, y), name
+        torch.testing.assert_close(found[2], dbias_alone.squeeze(-1), rtol=1e-15 if wide else 0, atol=0)
 
 
 def test_copies_are_summed_in_float32(device: str) -> None:

@@ -189,21 +189,16 @@ def attend_slots_backward(
     """
     from dma_kernels.attention.kernels.backward import launch_backward
     from dma_kernels.attention.kernels.common import aligned
-    from dma_kernels.segments.gather_kernels import launch_sum_copies
+    from dma_kernels.segments.sum_kernels import launch_sum_key_gradients
 
-    batch, kv_heads, length = q.shape[0], k.shape[1], q.shape[2]
-    rows = (first.numel() - 1) // (batch * kv_heads)
     dquery_bias = _empty_query_bias_gradient(q, query_bias)
-    dq, *dkv, dbias = launch_backward(
+    dq, dk, dv, dbias = launch_backward(
         aligned(q), k, v, bias, birth, death, lse, aligned(out), aligned(grad_out), scale=scale,
         segment_length=segment_length, dquery_bias=dquery_bias if query_bias else None,
     )  # fmt: skip
-    shape = [batch, kv_heads, length]
-    dk, dv = (launch_sum_copies(x, first, slot, shape=[*shape, x.shape[-1]], head_rows=rows) for x in dkv)
-    dkey_bias = launch_sum_copies(
-        dbias[..., None], first, slot, shape=[*shape, 1], head_rows=rows, dtype=_bias_dtype(wide)
-    )
-    return dq, dk, dv, dkey_bias.squeeze(-1), dquery_bias
+    shape = (q.shape[0], k.shape[1], q.shape[2])
+    dk, dv, dbias = launch_sum_key_gradients(dk, dv, dbias, first, slot, shape=shape, wide=wide)
+    return dq, dk, dv, dbias, dquery_bias
 
 
 @attend_slots.register_fake

@@ -121,7 +121,7 @@ def sum_copies(rows: Tensor, row: Tensor, first: Tensor, slot: Tensor, shape: li
 
 @register_launch(sum_copies)
 def _(rows: Tensor, row: Tensor, first: Tensor, slot: Tensor, shape: list[int]) -> Tensor:
-    from dma_kernels.segments.gather_kernels import launch_sum_copies
+    from dma_kernels.segments.sum_kernels import launch_sum_copies
 
     return launch_sum_copies(rows, first, slot, shape=shape)
 

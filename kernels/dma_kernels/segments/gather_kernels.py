@@ -1,7 +1,4 @@
-"""Triton kernels behind `gather.py` and `biases.py`: all copy data, and are bound by memory bandwidth.
-
-Rows are gathered by number. A row's gradient is the sum over the list of its copies: one pass without atomics or
-sorting, and the same bits in every run.
+"""Triton kernels behind `gather.py` and `biases.py`: they copy rows by number, and are bound by memory bandwidth.
 
 B batch, G KV heads, N length, S segment length, K slots, Z = B * segments, M slots of any shape, R rows, D head dim.
 """
@@ -88,34 +85,14 @@ def _gather_keys_kernel(
     )  # fmt: skip
 
 
-@triton.jit
-def _sum_copies_kernel(
-    p_rows, p_first, p_slot, p_out, count, length, head_rows,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Sum the copies of each row, in order."""
-    o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_d = tl.arange(0, BLOCK_D)
-    m_r, m_d = o_r < count, o_d < D
-    o_row = o_r // length * head_rows + o_r % length
-    b_first = tl.load(p_first + o_row, mask=m_r, other=0)
-    b_copies = tl.load(p_first + o_row + 1, mask=m_r, other=0) - b_first
-    b_sum = tl.zeros([BLOCK_R, BLOCK_D], dtype=WIDE)
-    for i in range(tl.max(b_copies)):
-        b_slot = tl.load(p_slot + b_first + i, mask=i < b_copies, other=-1)
-        m_x = (b_slot >= 0)[:, None] & m_d[None, :]
-        b_sum += tl.load(p_rows + b_slot.to(tl.int64)[:, None] * D + o_d[None, :], mask=m_x, other=0.0).to(WIDE)
-    tl.store(p_out + o_r[:, None] * D + o_d[None, :], b_sum, mask=m_r[:, None] & m_d[None, :])
-
-
-def launch_gather_rows(x: Tensor, row: Tensor, *, head_rows: int | None = None) -> Tensor:
-    """`gather_rows` of `x` [B, G, N, D] by int32 `row` [M...], which counts `head_rows` >= N per head, by default N."""
+def launch_gather_rows(x: Tensor, row: Tensor) -> Tensor:
+    """`gather_rows` of `x` [B, G, N, D] by int32 `row` [M...]."""
     x, row = _with_lines(x), row.contiguous()
     out = x.new_empty(*row.shape, x.shape[-1])
-    block_d, block_m = _blocks(x.shape[-1])
+    block_d, block_m = tile_of_rows(x.shape[-1])
     if out.numel():
         _gather_rows_kernel[triton.cdiv(row.numel(), block_m),](
-            x, row, out, row.numel(), x.shape[1], head_rows or x.shape[2], *x.stride()[:3],
+            x, row, out, row.numel(), x.shape[1], x.shape[2], *x.stride()[:3],
             D=x.shape[-1], BLOCK_D=block_d, BLOCK_M=block_m,
         )  # fmt: skip
     return out
@@ -141,7 +118,7 @@ def launch_gather_keys(
     k, v, row, head_dim = _with_lines(k), _with_lines(v), row.contiguous(), k.shape[-1]
     k_out, v_out = (x.new_empty(*row.shape, head_dim) for x in (k, v))
     bias_out = key_bias.new_empty(row.shape, dtype=torch.float32)
-    shifted, (block_d, block_m) = _shift(key_bias, query_bias), _blocks(head_dim)
+    shifted, (block_d, block_m) = _shift(key_bias, query_bias), tile_of_rows(head_dim)
     if row.numel():
         _gather_keys_kernel[triton.cdiv(row.numel(), block_m),](
             k, v, key_bias, shifted, row, k_out, v_out, bias_out, *_sizes(key_bias, row, segment_length),
@@ -171,33 +148,7 @@ def _sizes(key_bias: Tensor, row: Tensor, segment_length: int) -> tuple[int, ...
     return row.numel(), key_bias.shape[1], segments * segment_length, segments, segment_length, row.shape[-1]
 
 
-def launch_sum_copies(
-    rows: Tensor,
-    first: Tensor,
-    slot: Tensor,
-    *,
-    shape: list[int],
-    head_rows: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """`sum_copies` of `rows` [M..., D] into `shape` [B, G, N, D]; `first` counts `head_rows` per head, by default N.
-
-    The sums have `dtype`, by default that of the rows. They are added up in float64 if that is float64, and otherwise
-    in float32.
-    """
-    rows, out = rows.contiguous(), rows.new_empty(shape, dtype=dtype)
-    block_d, block_r = _blocks(shape[-1])
-    wide = tl.float64 if out.dtype == torch.float64 else tl.float32
-    if out.numel():
-        count, length = out.numel() // shape[-1], shape[2]
-        _sum_copies_kernel[triton.cdiv(count, block_r),](
-            rows, first, slot, out, count, length, head_rows or length,
-            D=shape[-1], BLOCK_D=block_d, BLOCK_R=block_r, WIDE=wide,
-        )  # fmt: skip
-    return out
-
-
-def _blocks(head_dim: int) -> tuple[int, int]:
-    """Columns and rows of a tile."""
+def tile_of_rows(head_dim: int) -> tuple[int, int]:
+    """Columns and rows of a program's tile."""
     columns = triton.next_power_of_2(head_dim)
     return columns, max(1, _TILE // columns)

@@ -239,14 +239,16 @@ def test_biases_in_slots_have_the_bits_of_the_plain_form(device: str) -> None:
 
 
 def test_copies_are_summed_in_float64(device: str) -> None:
-    from dma_kernels.segments.gather_kernels import launch_sum_copies
+    from dma_kernels.segments.sum_kernels import launch_sum_key_gradients
 
     copies = SegmentSlots.plain(Lifetimes.causal(256, device), 1, 1, segment_length=1).copies  # key 0 has 256 copies
-    rows = torch.full((*copies.row.shape, 1), 1.0 + 2**-23, device=device)
-    total = launch_sum_copies(rows, copies.first, copies.slot, shape=[1, 1, 256, 1], dtype=torch.float64)
-    assert total[0, 0, 0, 0] == 256 + 256 * 2**-23  # of which float32 holds not even 3 * (1 + 2**-23)
-    expected = sum_copies_reference(rows.double(), copies.row, [1, 1, 256, 1])
-    assert torch.equal(total, expected)
+    dbias = torch.full(copies.row.shape, 1.0 + 2**-23, device=device)
+    *_, total = launch_sum_key_gradients(
+        *[dbias[..., None]] * 2, dbias, copies.first, copies.slot, shape=(1, 1, 256), wide=True
+    )
+    assert total[0, 0, 0] == 256 + 256 * 2**-23  # of which float32 holds not even 3 * (1 + 2**-23)
+    expected = sum_copies_reference(dbias[..., None].double(), copies.row, [1, 1, 256, 1])
+    assert torch.equal(total, expected.squeeze(-1))
 
 
 def test_gradients_of_biases_are_sums_in_float64(device: str) -> None:
