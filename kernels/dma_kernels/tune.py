@@ -101,7 +101,7 @@ def make_arguments(element_bytes: int, head_dim: int) -> Inputs:
     )
     ranks = torch.randn(1, 4, length, device="cuda")
     slots = SegmentSlots.of(Lifetimes.top_w(ranks, _WINDOW), 1, 4)
-    k, v, bias = launch_gather_keys(k, v, ranks, None, slots.copies.row, segment_length=slots.segment_length)
+    k, v, bias, _ = launch_gather_keys(k, v, ranks, None, slots.copies.row, segment_length=slots.segment_length)
     return {"q": q, "k": k, "v": v, "bias": bias, "birth": slots.birth, "death": slots.death}
 
 

@@ -52,13 +52,15 @@ def test_gather_of_keys(length: int, kv_heads: int, head_dim: int, dtype: torch.
     k = torch.randn(2, length, kv_heads, head_dim, device=device).to(dtype).transpose(1, 2)
     v = torch.randn(2, kv_heads, head_dim, length, device=device).to(dtype).mT
     bias, query_bias = (torch.randn(2, length, kv_heads, dtype=torch.float64, device=device).mT * 1e6 for _ in range(2))
-    bias[:, :, length // 2] = 1e300
+    bias[:, :, length // 2] = 3e38  # saturates
     for key_bias, asked in ((bias.float(), query_bias), (bias, None), (bias, query_bias), (bias, query_bias.float())):
         with poisoned_buffers():
             found = launch_gather_keys(k, v, key_bias, asked, row, segment_length=slots.segment_length)
         expected = [gather_rows_reference(slots.fill_up(x), row) for x in (k, v)]
-        expected.append(slots.gather_biases_plain(key_bias, asked))
-        for name, x, y in zip(("k", "v", "bias"), found, expected, strict=True):
+        bias_by_slot = slots.gather_biases_plain(key_bias, asked)
+        expected += [bias_by_slot, bias_by_slot * math.log2(math.e)]
+        assert expected[-1].isfinite().all()
+        for name, x, y in zip(("k", "v", "bias", "bias in base 2"), found, expected, strict=True):
             assert x.dtype == y.dtype, name
             assert torch.equal(x, y), name
 

@@ -156,9 +156,10 @@ def attend_slots(
     from dma_kernels.attention.kernels.choose_forward import launch_chosen_forward
     from dma_kernels.segments.gather_kernels import launch_gather_keys
 
-    k_seg, v_seg, bias = launch_gather_keys(k, v, key_bias, query_bias, row, segment_length=segment_length)
-    sizes: dict[str, Any] = {"scale": scale, "segment_length": segment_length}
-    out, lse = launch_chosen_forward(q, k_seg, v_seg, bias, birth, death, **sizes)
+    k_seg, v_seg, bias, base_2 = launch_gather_keys(k, v, key_bias, query_bias, row, segment_length=segment_length)
+    out, lse = launch_chosen_forward(
+        q, k_seg, v_seg, bias, birth, death, base_2=base_2, scale=scale, segment_length=segment_length
+    )
     return out, lse, k_seg, v_seg, bias
 
 

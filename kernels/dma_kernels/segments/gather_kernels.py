@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dma_kernels.primitives import LOG2_E
 from dma_kernels.rank_kernels import saturated
 
 _INFINITY = tl.constexpr(float("inf"))
@@ -34,7 +35,7 @@ def _copy_rows(p_x, p_out, o_m, m_row, o_x, slots, D: tl.constexpr, BLOCK_D: tl.
 
 @triton.jit
 def _copy_biases(
-    p_bias, p_query_bias, p_out, o_m, m_row, i_b, i_g, o_n, slots, heads, segments, segment, keys,
+    p_bias, p_query_bias, p_out, p_base_2, o_m, m_row, i_b, i_g, o_n, slots, heads, segments, segment, keys,
     bias_b, bias_g, bias_n, query_b, query_g, query_n,
 ):  # fmt: skip
     """Copy saturated biases into slots, shifted by the query bias, if any, of the segment's first query."""
@@ -43,7 +44,10 @@ def _copy_biases(
         o_first = o_m // (heads * keys) % segments * segment
         b_shift = tl.load(p_query_bias + i_b * query_b + i_g * query_g + o_first * query_n, mask=m_row, other=0.0)
         b_bias += tl.where(tl.abs(b_shift) < _INFINITY, b_shift, 0.0).to(tl.float64)  # neither infinite nor NaN
-    tl.store(p_out + o_m, saturated(b_bias).to(tl.float32), mask=o_m < slots)
+    b_bias = saturated(b_bias).to(tl.float32)
+    tl.store(p_out + o_m, b_bias, mask=o_m < slots)
+    if p_base_2 is not None:
+        tl.store(p_base_2 + o_m, b_bias * LOG2_E, mask=o_m < slots)  # finite where the bias is: it is saturated
 
 
 @triton.jit
@@ -64,23 +68,24 @@ def _gather_biases_kernel(
     """Biases."""
     o_m, m_row, i_b, i_g, o_n = _locate_rows(p_row, slots, heads, length, BLOCK_M)
     _copy_biases(
-        p_bias, p_query_bias, p_out, o_m, m_row, i_b, i_g, o_n, slots, heads, segments, segment, keys,
+        p_bias, p_query_bias, p_out, None, o_m, m_row, i_b, i_g, o_n, slots, heads, segments, segment, keys,
         bias_b, bias_g, bias_n, query_b, query_g, query_n,
     )  # fmt: skip
 
 
 @triton.jit
 def _gather_keys_kernel(
-    p_k, p_v, p_bias, p_query_bias, p_row, p_k_out, p_v_out, p_bias_out, slots, heads, length, segments, segment, keys,
+    p_k, p_v, p_bias, p_query_bias, p_row, p_k_out, p_v_out, p_bias_out, p_base_2,
+    slots, heads, length, segments, segment, keys,
     k_b, k_g, k_n, v_b, v_g, v_n, bias_b, bias_g, bias_n, query_b, query_g, query_n,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Rows of keys and of values, and biases."""
+    """Rows of keys and of values, and biases, the latter also in base 2."""
     o_m, m_row, i_b, i_g, o_n = _locate_rows(p_row, slots, heads, length, BLOCK_M)
     _copy_rows(p_k, p_k_out, o_m, m_row, i_b * k_b + i_g * k_g + o_n * k_n, slots, D, BLOCK_D)
     _copy_rows(p_v, p_v_out, o_m, m_row, i_b * v_b + i_g * v_g + o_n * v_n, slots, D, BLOCK_D)
     _copy_biases(
-        p_bias, p_query_bias, p_bias_out, o_m, m_row, i_b, i_g, o_n, slots, heads, segments, segment, keys,
+        p_bias, p_query_bias, p_bias_out, p_base_2, o_m, m_row, i_b, i_g, o_n, slots, heads, segments, segment, keys,
         bias_b, bias_g, bias_n, query_b, query_g, query_n,
     )  # fmt: skip
 
@@ -113,19 +118,22 @@ def launch_gather_biases(key_bias: Tensor, query_bias: Tensor | None, row: Tenso
 
 def launch_gather_keys(
     k: Tensor, v: Tensor, key_bias: Tensor, query_bias: Tensor | None, row: Tensor, *, segment_length: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of `k` and of `v`, both `[B, G, N, D]`, and the biases of `launch_gather_biases`, in one launch."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of `k` and of `v`, both `[B, G, N, D]`, and the biases of `launch_gather_biases`, in one launch.
+
+    The last tensor has the biases in base 2, that is, times log2(e).
+    """
     k, v, row, head_dim = _with_lines(k), _with_lines(v), row.contiguous(), k.shape[-1]
     k_out, v_out = (x.new_empty(*row.shape, head_dim) for x in (k, v))
-    bias_out = key_bias.new_empty(row.shape, dtype=torch.float32)
+    bias_out, base_2 = (key_bias.new_empty(row.shape, dtype=torch.float32) for _ in range(2))
     shifted, (block_d, block_m) = _shift(key_bias, query_bias), tile_of_rows(head_dim)
     if row.numel():
         _gather_keys_kernel[triton.cdiv(row.numel(), block_m),](
-            k, v, key_bias, shifted, row, k_out, v_out, bias_out, *_sizes(key_bias, row, segment_length),
+            k, v, key_bias, shifted, row, k_out, v_out, bias_out, base_2, *_sizes(key_bias, row, segment_length),
             *k.stride()[:3], *v.stride()[:3], *key_bias.stride(), *_strides(shifted),
             D=head_dim, BLOCK_D=block_d, BLOCK_M=block_m,
         )  # fmt: skip
-    return k_out, v_out, bias_out
+    return k_out, v_out, bias_out, base_2
 
 
 def _with_lines(x: Tensor) -> Tensor:

@@ -126,13 +126,15 @@ def test_it_is_as_exact_as_the_other(
         for heads in (2 * group, 2, 2)
     )
     bias = torch.randn(2, 2, length, device=device)
-    by_slot = slots.gather(k), slots.gather(v), slots.gather_biases(bias), slots.birth, slots.death
+    keys, lives = (slots.gather(k), slots.gather(v)), (slots.birth, slots.death)
+    bias_by_slot = slots.gather_biases(bias)
+    in_base_2 = bias_by_slot * 1.4426950408889634
     sizes = {"scale": head_dim**-0.5, "segment_length": slots.segment_length}
     exact, lse = segment_attention(*(x.double() for x in (q, k, v, bias)), mask, return_lse=True)
     with poisoned_buffers():
-        found = choose_forward.hopper_forward().launch_hopper_forward(q, *by_slot, **sizes)
-        again = choose_forward.hopper_forward().launch_hopper_forward(q, *by_slot, **sizes)
-    other = launch_forward(q, *by_slot, **sizes)
+        found = choose_forward.hopper_forward().launch_hopper_forward(q, *keys, in_base_2, *lives, **sizes)
+        again = choose_forward.hopper_forward().launch_hopper_forward(q, *keys, in_base_2, *lives, **sizes)
+    other = launch_forward(q, *keys, bias_by_slot, *lives, **sizes)
     assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
     sees = lse > -torch.inf
     assert torch.equal(found[1] > -torch.inf, sees)

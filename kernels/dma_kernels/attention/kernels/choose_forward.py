@@ -26,18 +26,21 @@ def launch_chosen_forward(
     birth: Tensor,
     death: Tensor,
     *,
+    base_2: Tensor,
     scale: float,
     segment_length: int,
 ) -> tuple[Tensor, Tensor]:
     """`launch_forward`, by the kernel for Hopper if it is made for this GPU, dtype and shape and can be imported.
 
-    The environment variable `DMA_KERNEL_GLUON=0` keeps it from being used.
+    `base_2` has the biases times log2(e), as that kernel takes them. The environment variable `DMA_KERNEL_GLUON=0`
+    keeps it from being used.
     """
     hopper = None if os.environ.get(_VARIABLE) == "0" or not q.is_cuda else hopper_forward()
     group, keys = q.shape[1] // k.shape[1], k.shape[2]
-    launch = launch_forward
     if hopper is not None and hopper.can_take(q, group, segment_length, keys):
-        launch, q = hopper.launch_hopper_forward, aligned(q)
+        launch, q, bias = hopper.launch_hopper_forward, aligned(q), base_2
+    else:
+        launch = launch_forward
     return launch(q, k, v, bias, birth, death, scale=scale, segment_length=segment_length)
 
 

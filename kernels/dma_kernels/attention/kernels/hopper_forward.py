@@ -26,7 +26,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dma_kernels.primitives import LOG2_E
 from dma_kernels.segments.tile_counts import launch_count_tiles
 
 BLOCK_K = 128  # slots of a tile
@@ -336,7 +335,10 @@ def launch_hopper_forward(
     scale: float,
     segment_length: int,
 ) -> tuple[Tensor, Tensor]:
-    """`launch_forward` for what `can_take` says; its arguments, q aligned for tensor descriptors, and its results."""
+    """`launch_forward` for what `can_take` says; its results, and its arguments but for two.
+
+    q is aligned for tensor descriptors, and biases are in base 2, that is, times log2(e).
+    """
     (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
     group = heads // kv_heads
     tiles = segment_length * group // 128
@@ -345,8 +347,8 @@ def launch_hopper_forward(
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
     programs = min(torch.cuda.get_device_properties(q.device).multi_processor_count, tiles * z * kv_heads)
     _forward_kernel[(programs,)](
-        _query_tiles(q, group), _slot_tiles(k), _slot_tiles(v), _slot_lines(bias * LOG2_E.value), _slot_lines(birth),
-        _slot_lines(death), _query_tiles(out, group), lse, count,
+        _query_tiles(q, group), _slot_tiles(k), _slot_tiles(v), *(_slot_lines(x) for x in (bias, birth, death)),
+        _query_tiles(out, group), lse, count,
         tiles * z * kv_heads, tiles, kv_heads, birth.shape[1], z // batch, segment_length, keys - segment_length, keys,
         length, scale, BLOCK_K=BLOCK_K, D=head_dim, R=group, STAGES=_STAGES[head_dim], num_warps=4,
     )  # fmt: skip
