@@ -1,4 +1,4 @@
-"""Triton kernels behind `ops.py`: deaths of the causal top-w, by one sort and five launches around it.
+"""Triton kernels behind `ops.py`: deaths of the causal top-w, by one sort and four launches around it.
 
 Let `key[x]` be the position of the key of order x. This key dies at the position of the W-th better key,
 
@@ -66,8 +66,7 @@ def _sort_keys_kernel(
 
 @triton.jit
 def _count_keys_kernel(
-    p_index, p_order, p_count, length, blocks, bins,
-    BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
+    p_index, p_order, p_count, length, blocks, bins, BINS: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """Invert one block of the sorted keys, and count it by bins of positions."""
     i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
@@ -75,8 +74,9 @@ def _count_keys_kernel(
     m_x = o_x < length
     b_key = (tl.load(p_index + i_row * length + o_x, mask=m_x, other=0) - i_row * length).to(tl.int32)
     tl.store(p_order + i_row * length + b_key, o_x, mask=m_x)
-    # The sums are of integers, so they do not depend on the order of the additions.
-    tl.atomic_add(p_count + (i_row * blocks + i_block) * bins + b_key // BLOCK_C, 1, mask=m_x, sem="relaxed")
+    o_c = tl.arange(0, BINS)
+    b_count = tl.histogram(b_key // BLOCK_C, BINS, mask=m_x)
+    tl.store(p_count + (i_row * blocks + i_block) * bins + o_c, b_count, mask=o_c < bins)
 
 
 @triton.jit
@@ -108,16 +108,15 @@ def _nth_position(b_count, p_order, least, window, length, bins, BINS: tl.conste
 
 
 @triton.jit
-def _candidates_kernel(
-    p_index, p_order, p_count, p_candidate, window, length, blocks, bins,
+def _store_candidates(
+    p_order, p_line, p_candidate, lowest_key, i_block, window, length, blocks, bins,
     BINS: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Positions at which the keys of one block can die, ascending; N after the last one."""
-    i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
-    p_order, p_line = p_order + i_row * length, p_count + (i_row * blocks + i_block) * bins
-    p_candidate += (i_row * blocks + i_block) * BLOCK_X
+    """Positions at which the keys of one block can die, ascending; N after the last one.
+
+    Pointers are those of the row, the block's line of the table, and its candidates.
+    """
     lowest, o_c = i_block * BLOCK_X, tl.arange(0, BINS)
-    lowest_key = (tl.load(p_index + i_row * length + lowest) - i_row * length).to(tl.int32)
     b_above = tl.load(p_line + bins + o_c, mask=(o_c < bins) & (i_block + 1 < blocks), other=0)
     b_better = tl.load(p_line + o_c, mask=o_c < bins, other=0) - (o_c == lowest_key // BLOCK_C).to(tl.int32)
     first = _nth_position(b_better, p_order, lowest + 1, window, length, bins, BINS, BLOCK_C)  # D of the lowest
@@ -135,14 +134,22 @@ def _candidates_kernel(
 
 @triton.jit
 def _deaths_kernel(
-    p_index, p_order, p_candidate, p_death, window, length, blocks, BLOCK_X: tl.constexpr, BLOCK_P: tl.constexpr
+    p_index, p_order, p_count, p_candidate, p_death, window, length, blocks, bins,
+    BINS: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Deaths of one block of the sorted keys: finds the candidate that is the `window`-th better key of each."""
-    i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
-    p_order, p_candidate = p_order + i_row * length, p_candidate + (i_row * blocks + i_block) * BLOCK_X
+    i_program = tl.program_id(0).to(tl.int64)
+    i_row, i_block = i_program // blocks, tl.program_id(0) % blocks
+    p_index, p_order = p_index + i_row * length, p_order + i_row * length
+    p_line, p_candidate = p_count + i_program * bins, p_candidate + i_program * BLOCK_X
     o_x = i_block * BLOCK_X + tl.arange(0, BLOCK_X)
     m_x = o_x < length
-    b_key = (tl.load(p_index + i_row * length + o_x, mask=m_x, other=0) - i_row * length).to(tl.int32)
+    b_key = (tl.load(p_index + o_x, mask=m_x, other=0) - i_row * length).to(tl.int32)
+    lowest_key = (tl.load(p_index + i_block * BLOCK_X) - i_row * length).to(tl.int32)
+    _store_candidates(
+        p_order, p_line, p_candidate, lowest_key, i_block, window, length, blocks, bins, BINS, BLOCK_X, BLOCK_C, BLOCK_S
+    )
+    tl.debug_barrier()  # other threads read them than those that wrote them
     # Before the first candidate are W - 1 keys better than the lowest of the block; keys of the block are subtracted.
     b_early = m_x & (o_x > i_block * BLOCK_X) & (b_key < tl.load(p_candidate))
     b_seen = window - 1 - tl.cumsum(b_early.to(tl.int32), axis=0)
@@ -171,17 +178,14 @@ def launch_top_w_deaths(
     rows, blocks, bins = index.numel() // length, triton.cdiv(length, tiling.block), triton.cdiv(length, tiling.bin)
     order, death = (torch.empty(ranks.shape, dtype=torch.int32, device=device) for _ in range(2))
     candidate = torch.empty(rows, blocks, tiling.block, dtype=torch.int32, device=device)
-    count = torch.zeros(rows, blocks, bins, dtype=torch.int32, device=device)
-    grid, warps = (rows * blocks,), 8 if tiling.block > 128 else 4
-    _count_keys_kernel[grid](index, order, count, length, blocks, bins, BLOCK_X=tiling.block, BLOCK_C=tiling.bin)
+    count = torch.empty(rows, blocks, bins, dtype=torch.int32, device=device)
+    grid, sizes = (rows * blocks,), (length, blocks, bins)
+    tiles = {"BINS": triton.next_power_of_2(bins), "BLOCK_X": tiling.block, "BLOCK_C": tiling.bin}
+    _count_keys_kernel[grid](index, order, count, *sizes, **tiles)
     _sum_blocks_kernel[(rows * triton.cdiv(bins, _TABLE[1]),)](count, blocks, bins, ROWS=_TABLE[0], BINS=_TABLE[1])
-    _candidates_kernel[grid](
-        index, order, count, candidate, window, length, blocks, bins, BINS=triton.next_power_of_2(bins),
-        BLOCK_X=tiling.block, BLOCK_C=tiling.bin, BLOCK_S=tiling.scan, num_warps=warps,
-    )  # fmt: skip
     _deaths_kernel[grid](
-        index, order, candidate, death, window, length, blocks,
-        BLOCK_X=tiling.block, BLOCK_P=min(tiling.block, 64), num_warps=warps,
+        index, order, count, candidate, death, window, *sizes, **tiles,
+        BLOCK_S=tiling.scan, BLOCK_P=min(tiling.block, 64), num_warps=8 if tiling.block > 128 else 4,
     )  # fmt: skip
     return death
 
