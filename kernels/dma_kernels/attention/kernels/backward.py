@@ -25,7 +25,7 @@ from dma_kernels.attention.kernels.key_gradients import (
 from dma_kernels.attention.kernels.query_gradients import launcher_of_query_gradients, list_key_tiles
 
 _VARIABLE = "DMA_KERNEL_BACKWARD_MIB"
-_MIB = 512
+_MIB = 1024
 _HALVES = 2
 
 
