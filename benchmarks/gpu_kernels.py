@@ -16,8 +16,8 @@ from torch.nn.attention import sdpa_kernel
 from dma_flex import flex_segment_attention
 from dma_kernels import Lifetimes, SegmentSlots, fused_attention, segment_attention
 from dma_kernels.attention.kernels.backward import launch_backward
+from dma_kernels.attention.kernels.choose_forward import launch_chosen_forward
 from dma_kernels.attention.kernels.delta import launch_delta
-from dma_kernels.attention.kernels.forward import launch_forward
 from dma_kernels.attention.kernels.key_gradients import key_tile
 from dma_kernels.attention.kernels.query_gradients import list_key_tiles
 from dma_kernels.attention.ops import attend_slots
@@ -74,14 +74,15 @@ def measure_parts(heads: int, kv_heads: int, length: int, window: int, head_dim:
     out, lse, *by_slot = attend_slots(q, k, v, ranks, *arguments, **sizes)
     grad = torch.randn_like(out)
     block_k, segment = key_tile(q, where[0].shape[2]), slots.segment_length
+    *_, base_2 = launch_gather_keys(k, v, ranks, None, copies.row, segment_length=segment)
     parts = {
         "selection": lambda: Lifetimes.top_w(ranks, window),
         "selection, CUDA graph": captured(lambda: Lifetimes.top_w(ranks, window)),
         "plan": lambda: SegmentSlots.of(mask, 1, kv_heads),
         "plan, CUDA graph": captured(lambda: SegmentSlots.of(mask, 1, kv_heads)),
         "gathers": lambda: launch_gather_keys(k, v, ranks, None, copies.row, segment_length=segment),
-        "forward kernel": lambda: launch_forward(q, *by_slot, *where, **sizes),
-        "backward kernels": lambda: launch_backward(q, *by_slot, *where, lse, out, grad, **sizes),
+        "forward kernels": captured(lambda: launch_chosen_forward(q, *by_slot, *where, base_2=base_2, **sizes)),
+        "backward kernels": captured(lambda: launch_backward(q, *by_slot, *where, lse, out, grad, **sizes)),
         "of these, rowsum(dO · O)": lambda: launch_delta(out, grad),
         "of these, lists of key tiles": lambda: list_key_tiles(*where, q, segment, key_tile=block_k),
         "sums": lambda: launch_sum_key_gradients(
@@ -91,7 +92,7 @@ def measure_parts(heads: int, kv_heads: int, length: int, window: int, head_dim:
     row: Row = {"heads": heads, "kv_heads": kv_heads, "length": length, "window": window}
     row |= {"head_dim": head_dim, "parts": {name: time_ms(part) for name, part in parts.items()}}
     flop = 2 * head_dim * mask.live_counts().sum().item() * heads / kv_heads  # of one matrix product
-    forward, backward = (row["parts"][name][1] for name in ("forward kernel", "backward kernels"))
+    forward, backward = (row["parts"][name][1] for name in ("forward kernels", "backward kernels"))
     row["forward TFLOP/s"], row["backward TFLOP/s"] = 2e-9 * flop / forward, 5e-9 * flop / backward
     copied = 2 * copies.row.numel() * (2 * head_dim * k.element_size() + ranks.element_size())  # read and written
     row["gather TB/s"] = 1e-9 * copied / row["parts"]["gathers"][1]
