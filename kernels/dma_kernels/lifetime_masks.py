@@ -196,9 +196,8 @@ class Lifetimes:
         length, packing = ranks.shape[-1], packing or Packing()
         packing.check_fits(ranks.shape[0], ranks)
         birth = torch.arange(length, dtype=torch.int32, device=ranks.device)[None, None]
-        death = deaths_by_rank(ranks.detach(), packing.runs, packing.padding, keep.window)
-        if keep.last:  # the competition is the same, this many positions later
-            death = (death + min(keep.last, length)).clamp(max=length)
+        # With last positions, the competition is the same, this many positions later.
+        death = deaths_by_rank(ranks.detach(), packing.runs, packing.padding, keep.window, keep.last)
         if keep.sinks:
             death = torch.where(is_sink(keep.sinks, birth, packing), length, death)
         return cls._within(birth, death, min(keep.capacity, length), packing)

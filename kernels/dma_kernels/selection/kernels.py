@@ -134,10 +134,10 @@ def _store_candidates(
 
 @triton.jit
 def _deaths_kernel(
-    p_index, p_order, p_count, p_candidate, p_death, window, length, blocks, bins,
+    p_index, p_order, p_count, p_candidate, p_death, window, last, length, blocks, bins,
     BINS: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Deaths of one block of the sorted keys: finds the candidate that is the `window`-th better key of each."""
+    """Deaths of one block of the sorted keys, `last` after the candidate that is the `window`-th better key of each."""
     i_program = tl.program_id(0).to(tl.int64)
     i_row, i_block = i_program // blocks, tl.program_id(0) % blocks
     p_index, p_order = p_index + i_row * length, p_order + i_row * length
@@ -163,11 +163,18 @@ def _deaths_kernel(
         b_nth += tl.sum(b_alive.to(tl.int32), axis=0)
         b_seen += tl.sum(b_better, axis=0)
     b_death = tl.load(p_candidate + b_nth, mask=b_nth < BLOCK_X, other=length)
-    tl.store(p_death + i_row * length + b_key, tl.maximum(b_death, b_key), mask=m_x)
+    b_death = tl.minimum(tl.maximum(b_death, b_key) + last, length)
+    tl.store(p_death + i_row * length + b_key, b_death, mask=m_x)
 
 
 def launch_top_w_deaths(
-    ranks: Tensor, runs: Tensor | None, padding: Tensor | None, *, window: int, tiling: Tiling | None = None
+    ranks: Tensor,
+    runs: Tensor | None,
+    padding: Tensor | None,
+    *,
+    window: int,
+    last: int = 0,
+    tiling: Tiling | None = None,
 ) -> Tensor:
     """`deaths_by_rank`, for ranks `[B, G, N]`."""
     length, device = ranks.shape[-1], ranks.device
@@ -184,7 +191,7 @@ def launch_top_w_deaths(
     _count_keys_kernel[grid](index, order, count, *sizes, **tiles)
     _sum_blocks_kernel[(rows * triton.cdiv(bins, _TABLE[1]),)](count, blocks, bins, ROWS=_TABLE[0], BINS=_TABLE[1])
     _deaths_kernel[grid](
-        index, order, count, candidate, death, window, *sizes, **tiles,
+        index, order, count, candidate, death, window, min(last, length), *sizes, **tiles,
         BLOCK_S=tiling.scan, BLOCK_P=min(tiling.block, 64), num_warps=8 if tiling.block > 128 else 4,
     )  # fmt: skip
     return death

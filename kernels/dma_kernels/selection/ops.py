@@ -10,12 +10,13 @@ from dma_kernels.launching import register_launch
 from dma_kernels.selection.deaths import KeyOrder, top_w_deaths
 
 
-def _plain_deaths(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int) -> Tensor:
-    return top_w_deaths(KeyOrder.of_ranks(ranks, runs, padding), window).contiguous()
+def _plain_deaths(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int, last: int = 0) -> Tensor:
+    length, death = ranks.shape[-1], top_w_deaths(KeyOrder.of_ranks(ranks, runs, padding), window)
+    return (death + min(last, length)).clamp(max=length).contiguous()
 
 
 @torch.library.custom_op("dma_kernels::top_w_deaths", mutates_args=())
-def deaths_by_rank(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int) -> Tensor:
+def deaths_by_rank(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int, last: int = 0) -> Tensor:
     """`top_w_deaths` of keys ordered by `KeyOrder.of_ranks`; opaque to torch.compile, with Triton kernels on CUDA.
 
     Args:
@@ -23,20 +24,21 @@ def deaths_by_rank(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, w
         runs: number of the document of each position, integers `[B, N]`, ascending from 0 or more.
         padding: bool `[B, N]`; keys with True do not compete, and their deaths have no meaning.
         window: W.
+        last: how many positions later each key dies, but by N.
 
     Returns:
         int32 `[B, G, N]`.
     """
-    return _plain_deaths(ranks, runs, padding, window)
+    return _plain_deaths(ranks, runs, padding, window, last)
 
 
 @register_launch(deaths_by_rank, without_triton=_plain_deaths)
-def _(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int) -> Tensor:
+def _(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int, last: int = 0) -> Tensor:
     from dma_kernels.selection.kernels import launch_top_w_deaths
 
-    return launch_top_w_deaths(ranks, runs, padding, window=window)
+    return launch_top_w_deaths(ranks, runs, padding, window=window, last=last)
 
 
 @deaths_by_rank.register_fake
-def _(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int) -> Tensor:
+def _(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, window: int, last: int = 0) -> Tensor:
     return ranks.new_empty(ranks.shape, dtype=torch.int32)

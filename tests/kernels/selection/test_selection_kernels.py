@@ -87,6 +87,16 @@ def test_tilings(tiling: Tiling | None, window: int, device: str) -> None:
     check(make_ranks("up", 1, 2, 111, device), window, tiling)
 
 
+@pytest.mark.parametrize("window", [1, 20, 70])
+@pytest.mark.parametrize("last", [1, 16, 70])
+def test_keys_die_later(last: int, window: int, device: str) -> None:
+    ranks, runs = make_ranks("random", 2, 2, 63, device), make_runs(2, 63, device)
+    expected = (top_w_deaths(KeyOrder.of_ranks(ranks, runs), window) + last).clamp(max=63)
+    with poisoned_buffers():
+        assert torch.equal(launch_top_w_deaths(ranks, runs, None, window=window, last=last, tiling=SMALL), expected)
+    assert torch.equal(deaths_by_rank(ranks, runs, None, window, last), expected)
+
+
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("kind", ["left", "right", "between"])
 @pytest.mark.parametrize("ranks", ["random", "integers"])
@@ -143,7 +153,7 @@ def test_empty_batch(device: str) -> None:
 @pytest.mark.parametrize("length", [1, 63])
 def test_operation(length: int, window: int, device: str) -> None:
     ranks, padding = make_ranks("ties", 2, 2, length, device), masks.make_padding("between", 2, length).to(device)
-    for arguments in ((ranks, None, None, window), (ranks, make_runs(2, length, device), padding, window)):
+    for arguments in ((ranks, None, None, window), (ranks, make_runs(2, length, device), padding, window, 0)):
         expected = top_w_deaths(KeyOrder.of_ranks(*arguments[:3]), window)
         assert torch.equal(deaths_by_rank(*arguments), expected)
         torch.library.opcheck(deaths_by_rank, arguments)
