@@ -11,6 +11,7 @@ Gluon is a part of Triton that may change. This ran on Triton 3.6.0; where it ca
 B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -366,8 +367,13 @@ def _slot_tiles(x: Tensor) -> TensorDescriptor:
 
 
 def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # that of all elements of two bytes
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _layout(*block))
+
+
+@functools.cache  # to make one takes the host about half as long as a launch
+def _layout(*block: int) -> gl.NVMMASharedLayout:
+    """How a tile lies in shared memory, of whatever elements of two bytes."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
 
 
 def _slot_lines(x: Tensor) -> TensorDescriptor:
