@@ -125,7 +125,7 @@ def _query_gradients(case: Case, arguments: Inputs) -> Callable[[], object]:
     launch = launcher_of_query_gradients(
         k, lists, torch.empty_like(q), scale=case.head_dim**-0.5, segment_length=_WINDOW
     )
-    return lambda: launch(StoredScores(ds, None, 0, half * k.shape[1]))
+    return lambda: launch(StoredScores(ds, 0, half * k.shape[1]))
 
 
 def compile_case(case: Case) -> str | None:

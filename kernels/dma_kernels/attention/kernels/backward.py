@@ -10,7 +10,7 @@ B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S seg
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -51,18 +51,15 @@ def launch_backward(
     """
     (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
     delta = launch_delta(out, grad_out)
-    block_k = key_tile(q, keys)
-    lists = list_key_tiles(birth, death, q, segment_length, key_tile=block_k, whole=dquery_bias is not None)
+    lists = list_key_tiles(birth, death, q, segment_length, key_tile=key_tile(q, keys))
     dq = torch.empty((batch, length, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
     gradients, columns = KeyGradients.like(k, v), heads // kv_heads * segment_length
     lines, parts, halves = cut_lines(z * kv_heads, keys * columns * q.element_size(), ds_bytes())
     ds = q.new_empty(halves, lines * keys, columns)
-    sums: Sequence[Tensor | None] | Tensor = [None] * halves
-    if dquery_bias is not None:
-        sums = q.new_empty(halves, lines * keys // block_k, columns, dtype=torch.float32)
     launch_key_gradients = launcher_of_key_gradients(
         gradients, q, k, v, bias, birth, death, lse, delta, grad_out,
         scale=scale, segment_length=segment_length, read_block=lists.config.rows,
+        rounded=dquery_bias is not None,
     )  # fmt: skip
     launch_query_gradients = launcher_of_query_gradients(
         k, lists, dq, scale=scale, segment_length=segment_length, dquery_bias=dquery_bias
@@ -71,7 +68,7 @@ def launch_backward(
         for i in range(parts):
             half, first = i % halves, i * lines
             with streams[half]:
-                stored = StoredScores(ds[half], sums[half], first, min(lines, z * kv_heads - first))
+                stored = StoredScores(ds[half], first, min(lines, z * kv_heads - first))
                 launch_key_gradients(stored)
                 launch_query_gradients(stored)
     return dq, *gradients

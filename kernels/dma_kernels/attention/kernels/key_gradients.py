@@ -25,9 +25,10 @@ from dma_kernels.rank_kernels import LARGEST_BIAS
 
 @triton.jit
 def _add_query_tile(
-    b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, d_q, d_do, p_lse, p_delta, d_ds, p_sums,
+    b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, d_q, d_do, p_lse, p_delta, d_ds,
     i_b, i_h, i_start, i_tile, i_row, i_column, length, count, scale,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, ROUNDED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what one tile of queries contributes to the gradients of the keys."""
     o_s = i_tile * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -50,43 +51,36 @@ def _add_query_tile(
     b_rounded = b_ds.to(b_q.dtype)
     if d_ds is not None:
         d_ds.store([i_row, i_column + i_tile * BLOCK_S], b_rounded)
-    if p_sums is not None:
-        tl.store(p_sums + i_column + o_s, tl.sum(b_ds, axis=0))
+    if ROUNDED:
+        b_ds = b_rounded.to(tl.float32)
     b_dk = tl.dot(b_rounded, b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv, b_dbias + tl.sum(b_ds, axis=1)
 
 
 @triton.jit
-def _store_zeros(d_ds, p_sums, i_row, i_column, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr):
-    d_ds.store([i_row, i_column], tl.zeros([BLOCK_K, BLOCK_S], dtype=d_ds.dtype))
-    if p_sums is not None:
-        tl.store(p_sums + i_column + tl.arange(0, BLOCK_S), tl.zeros([BLOCK_S], dtype=tl.float32))
-
-
-@triton.jit
 def _store_margins(
-    d_ds, p_sums, i_row, first, end, group, segment, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr
-):  # fmt: skip
+    d_ds, i_row, first, end, group, segment, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr
+):
     """Zeros around the tiles of queries from `first` to `end`, up to multiples of ALIGN, as wide as dq reads them."""
+    b_zero = tl.zeros([BLOCK_K, BLOCK_S], dtype=d_ds.dtype)
     for i in range(group):
         for i_tile in range(first // ALIGN * ALIGN, first):
-            _store_zeros(d_ds, p_sums, i_row, i * segment + i_tile * BLOCK_S, BLOCK_S, BLOCK_K)
+            d_ds.store([i_row, i * segment + i_tile * BLOCK_S], b_zero)
         for i_tile in range(end, tl.cdiv(end, ALIGN) * ALIGN):
-            _store_zeros(d_ds, p_sums, i_row, i * segment + i_tile * BLOCK_S, BLOCK_S, BLOCK_K)
+            d_ds.store([i_row, i * segment + i_tile * BLOCK_S], b_zero)
 
 
 @triton.jit(do_not_specialize=(*SIZES, "first_line"))
 def _key_gradients_kernel(
-    d_q, d_k, d_v, p_bias, p_birth, p_death, p_lse, p_delta, d_do, d_dk, d_dv, p_dbias, d_ds, p_sums,
+    d_q, d_k, d_v, p_bias, p_birth, p_death, p_lse, p_delta, d_do, d_dk, d_dv, p_dbias, d_ds,
     kv_heads, mask_heads, group, length, segments, segment, keys, first_line, scale,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, ROUNDED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys."""
     key_tiles = keys // BLOCK_K
     i_zg, i_tile = tl.program_id(0) // key_tiles, tl.program_id(0) % key_tiles
     i_row = i_zg * keys + i_tile * BLOCK_K  # of dS, which has lines from first_line on
-    if p_sums is not None:
-        p_sums += tl.program_id(0).to(tl.int64) * group * segment
     i_zg += first_line
     i_z, i_g = i_zg // kv_heads, i_zg % kv_heads
     i_line = i_zg * keys + i_tile * BLOCK_K
@@ -114,20 +108,20 @@ def _key_gradients_kernel(
         b_k, b_v = d_k.load([i_line, 0]), d_v.load([i_line, 0])  # [BLOCK_K, BLOCK_D]
         for i in range(group * full):
             b_dk, b_dv, b_dbias = _add_query_tile(
-                b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, d_q, d_do, p_lse, p_delta, d_ds, p_sums,
+                b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, d_q, d_do, p_lse, p_delta, d_ds,
                 i_b, i_g * group + i // full, i_start, begin + i % full, i_row, i // full * segment,
-                length, count, scale, BLOCK_D, BLOCK_S, False, PRECISION,
+                length, count, scale, BLOCK_D, BLOCK_S, False, ROUNDED, PRECISION,
             )  # fmt: skip
         for i in range(group * rest):
             i_rest = first + i % rest
             i_rest += tl.where((full > 0) & (i_rest >= begin), full, 0)
             b_dk, b_dv, b_dbias = _add_query_tile(
-                b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, d_q, d_do, p_lse, p_delta, d_ds, p_sums,
+                b_dk, b_dv, b_dbias, b_k, b_v, b_bias, b_birth, b_death, d_q, d_do, p_lse, p_delta, d_ds,
                 i_b, i_g * group + i // rest, i_start, i_rest, i_row, i // rest * segment,
-                length, count, scale, BLOCK_D, BLOCK_S, True, PRECISION,
+                length, count, scale, BLOCK_D, BLOCK_S, True, ROUNDED, PRECISION,
             )  # fmt: skip
         if d_ds is not None:
-            _store_margins(d_ds, p_sums, i_row, first, first + tiles, group, segment, BLOCK_S, BLOCK_K, ALIGN)
+            _store_margins(d_ds, i_row, first, first + tiles, group, segment, BLOCK_S, BLOCK_K, ALIGN)
     d_dk.store([i_line, 0], (b_dk * scale).to(d_dk.dtype))
     d_dv.store([i_line, 0], b_dv.to(d_dv.dtype))
     b_dbias = tl.where(tl.abs(b_key_bias) == LARGEST_BIAS, 0.0, b_dbias)  # saturated
@@ -158,14 +152,11 @@ class StoredScores(NamedTuple):
 
     Attributes:
         ds: `[lines * K, R * S]` or more rows, in the dtype of q.
-        sums: of dS over the keys of a tile, float32 `[lines * K / BLOCK_K, R * S]`, for the gradient of a bias of the
-            queries: sums of rounded dS would not cancel with those in dbias. None if nobody asks.
         first_line: number of the first line.
         lines: how many there are.
     """
 
     ds: Tensor
-    sums: Tensor | None
     first_line: int
     lines: int
 
@@ -232,11 +223,13 @@ def launcher_of_key_gradients(
     segment_length: int,
     config: KernelConfig | None = None,
     read_block: int | None = None,
+    rounded: bool = False,
 ) -> Callable[[StoredScores | None], None]:
     """`launch_key_gradients` of tensors that lie in memory as the kernel wants them, written into `gradients`.
 
     What is returned launches the kernel: for all lines without dS, or for those of a part, and stores their dS where a
-    query sees a key of a tile. `read_block` is how many queries a tile has in which dS is read, if it is stored.
+    query sees a key of a tile. `read_block` is how many queries a tile has in which dS is read, if it is stored. The
+    gradients of biases are sums of dS before it is rounded to the dtype of q, or after it if `rounded`.
     """
     (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
     block_d = padded_head_dim(head_dim)
@@ -251,14 +244,14 @@ def launcher_of_key_gradients(
     )  # fmt: skip
     sizes = (kv_heads, birth.shape[1], heads // kv_heads, length, z // batch, segment_length, keys)
     constants = {"BLOCK_D": block_d, "BLOCK_S": block_s, "BLOCK_K": block_k}
-    constants |= {"ALIGN": max(1, (read_block or 0) // block_s), "PRECISION": float32_precision()}
+    constants |= {"ALIGN": max(1, (read_block or 0) // block_s), "ROUNDED": rounded}
+    constants |= {"PRECISION": float32_precision()}
     kernel = RepeatedKernel(_key_gradients_kernel, constants, num_warps=warps, num_stages=stages, maxnreg=registers)
 
     def launch(stored: StoredScores | None) -> None:
-        d_ds, sums, first_line, lines = None, None, 0, z * kv_heads
+        d_ds, first_line, lines = None, 0, z * kv_heads
         if stored is not None:
-            d_ds, sums = ds_tiles(stored.ds, block_k, block_s), stored.sums
-            first_line, lines = stored.first_line, stored.lines
-        kernel.launch(keys // block_k * lines, *tensors, d_ds, sums, *sizes, first_line, scale)
+            d_ds, first_line, lines = ds_tiles(stored.ds, block_k, block_s), stored.first_line, stored.lines
+        kernel.launch(keys // block_k * lines, *tensors, d_ds, *sizes, first_line, scale)
 
     return launch

@@ -4,9 +4,9 @@
 
 The kernel of the key gradients has stored dS, keys by queries. A program here keeps the gradient of a tile of queries
 of one head in registers and passes over a list of the tiles of keys that any of them sees; the first kernel makes these
-lists. On request the gradient of a bias of the queries comes with dq, sum_j dS_tj: 0 but for rounding, mostly that of O
-within D = rowsum(dO · O). The sums of dS by keys hold the same rounding, so a number that is in both biases needs both,
-for it to cancel.
+lists. On request the gradient of a bias of the queries comes with dq, sum_j dS_tj, as a product of dS and ones. It is 0
+but for rounding: that of O within D = rowsum(dO · O), and that of dS. A number that is in the biases of queries and of
+keys needs the same rounding on both sides, for it to cancel, so the first kernel then sums rounded dS too.
 
 B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S segment length, K slots, Z = B * segments,
 L lists of a segment, one for each tile of queries.
@@ -27,6 +27,7 @@ from dma_kernels.attention.kernels.repeated import RepeatedKernel
 from dma_kernels.primitives import float32_precision, padded_head_dim
 
 _SLOTS_AT_ONCE = 1024
+_ONES = tl.constexpr(16)  # columns, the least that a product takes
 
 
 class KeyTileLists(NamedTuple):
@@ -75,18 +76,15 @@ def list_key_tiles(
     segment_length: int,
     *,
     key_tile: int,
-    whole: bool = False,
     config: KernelConfig | None = None,
 ) -> KeyTileLists:
     """The lists of all tiles of queries `[B, H, N, D]`; birth and death as in `launch_forward`.
 
-    Tiles of keys are as wide as `config` says, at most as those of the key gradients, `key_tile`; exactly so if they
-    are to be `whole`, as sums of dS are by these.
+    Tiles of keys are as wide as `config` says, at most as those of the key gradients, `key_tile`.
     """
     z, mask_heads, keys = birth.shape
     config = config or kernel_config("query gradients", q, padded_head_dim(q.shape[-1]))
-    columns = key_tile if whole else min(key_tile, config.columns)
-    config = config._replace(rows=slot_block(config.rows, segment_length), columns=columns)
+    config = config._replace(rows=slot_block(config.rows, segment_length), columns=min(key_tile, config.columns))
     tiles = segment_length // config.rows
     tile = torch.empty((z, mask_heads, tiles, keys // config.columns), dtype=torch.int32, device=birth.device)
     count = torch.empty((z, mask_heads, tiles), dtype=torch.int32, device=birth.device)
@@ -99,7 +97,7 @@ def list_key_tiles(
 
 @triton.jit(do_not_specialize=(*SIZES, "tiles", "first_line"))
 def _query_gradients_kernel(
-    d_ds, d_k, d_dq, p_tile, p_count, p_sums, p_dbias,
+    d_ds, d_k, d_dq, p_tile, p_count, p_dbias,
     kv_heads, mask_heads, group, length, segments, segment, keys, tiles, first_line, scale,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -111,10 +109,10 @@ def _query_gradients_kernel(
     i_b, i_start = i_z // segments, i_z % segments * segment + i_tile * BLOCK_M
     i_list = (i_z * mask_heads + i_g % mask_heads) * tiles + i_tile
     p_tile += i_list.to(tl.int64) * (keys // BLOCK_K)
-    b_dq, b_dbias = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32), tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    b_dbias = tl.zeros([BLOCK_M, _ONES], dtype=tl.float32)  # all columns are the same
+    b_ones = tl.full([BLOCK_K, _ONES], 1.0, dtype=d_ds.dtype)
     i_column = i_head * segment + i_tile * BLOCK_M
-    if p_sums is not None:
-        p_sums += i_line.to(tl.int64) * (keys // BLOCK_K) * group * segment + i_column
     count = tl.load(p_count + i_list)
     i_next = tl.load(p_tile, mask=count > 0, other=0)
     for i in range(count):
@@ -123,14 +121,14 @@ def _query_gradients_kernel(
         b_ds = d_ds.load([i_line * keys + i_key * BLOCK_K, i_column])  # [BLOCK_K, BLOCK_M]
         b_k = d_k.load([(first_line + i_line) * keys + i_key * BLOCK_K, 0])
         b_dq = tl.dot(tl.trans(b_ds), b_k, b_dq, input_precision=PRECISION)
-        if p_sums is not None:
-            b_dbias += tl.load(p_sums + i_key.to(tl.int64) * group * segment + tl.arange(0, BLOCK_M))
+        if p_dbias is not None:
+            b_dbias = tl.dot(tl.trans(b_ds), b_ones, b_dbias, input_precision="ieee")
     i_h = i_g * group + i_head
     d_dq.store([i_b, i_h, i_start, 0], (b_dq * scale).to(d_dq.dtype).reshape([1, 1, BLOCK_M, BLOCK_D]))
-    if p_sums is not None:
+    if p_dbias is not None:
         o_n = i_start + tl.arange(0, BLOCK_M)
         o_line = (i_b * kv_heads * group + i_h).to(tl.int64) * length
-        tl.store(p_dbias + o_line + o_n, b_dbias, mask=o_n < length)
+        tl.store(p_dbias + o_line + o_n, tl.max(b_dbias, axis=1), mask=o_n < length)
 
 
 def launcher_of_query_gradients(
@@ -150,8 +148,7 @@ def launcher_of_query_gradients(
         dq: `[B, H, N, D]`, in which the rows of these lines are written.
         scale: factor of q·k.
         segment_length: S.
-        dquery_bias: float32 `[B, H, N]`, in which the sums of dS over all keys are written, if it is given; sums of dS
-            are stored if it is.
+        dquery_bias: float32 `[B, H, N]`, in which the sums of dS over all keys are written, if it is given.
     """
     (batch, heads, length, head_dim), (z, kv_heads, keys) = dq.shape, k.shape[:3]
     block_m, block_k, warps, stages, registers = lists.config
@@ -163,7 +160,7 @@ def launcher_of_query_gradients(
 
     def launch(stored: StoredScores) -> None:
         d_ds = ds_tiles(stored.ds, block_k, block_m)
-        tensors = (d_ds, d_k, d_dq, lists.tile, lists.count, stored.sums, dquery_bias)
+        tensors = (d_ds, d_k, d_dq, lists.tile, lists.count, dquery_bias)
         kernel.launch(stored.lines * group * tiles, *tensors, *sizes, stored.first_line, scale)
 
     return launch
