@@ -1,4 +1,4 @@
-"""A bias of queries changes no output. Its gradient is the sum of dS over keys, with the rounding of the keys' gradient.
+"""A bias of queries changes no output. Its gradient is the sum of dS over keys, rounded as for the keys' biases.
 
 B batch, H query heads, G KV heads, N length, D head dim.
 """
@@ -59,8 +59,8 @@ def gradients(attention: Callable[..., Tensor], inputs: list[Tensor], grad: Tens
 def exact_sums(inputs: list[Tensor], mask: Lifetimes, out: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of dS over keys if nothing is rounded but an output, float64 `[B, G, N]`: of dO · (O - rounded O).
 
-    Beside them what rounding may make of them: some eps of float32 of the size of their terms, and of logits; and half an
-    eps of each dS, which is rounded to the dtype of q.
+    Beside them what rounding may make of them: some eps of float32 of the size of their terms, and of logits; and half
+    an eps of each dS, which is rounded to the dtype of q.
     """
     q, k, v, key_bias, grad = (x.double() for x in (*inputs[:4], grad))
     attention, group = over(reference_attention, mask), q.shape[1] // k.shape[1]
