@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dma_kernels.context import ContextGroup, drift_before
-from dma_kernels.fixed_point import drift_sums
+from dma_kernels.fixed_point import drifts
 from dma_kernels.precision import without_autocast
-from dma_kernels.units import UNIT
 from dma_lightning.mixers.base import MixerConfig
 
 DriftForm = Literal["none", "constant", "gate"]
@@ -140,39 +139,6 @@ class Drifted(NamedTuple):
         return -self.nats
 
 
-@torch.library.custom_op("dma_lightning::suffix_sum", mutates_args=())
-def _suffix_sum(x: Tensor) -> Tensor:
-    """Sum of each number and all after it, in float64. A custom operation: torch.compile cannot build it for a GPU."""
-    return x.double().flip(-1).cumsum(-1).flip(-1)
-
-
-@_suffix_sum.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x, dtype=torch.float64, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("dma_lightning::drift_in_nats", mutates_args=())
-def _in_nats(steps: Tensor, units: Tensor) -> Tensor:
-    broken = steps.isnan().int().cummax(-1).values.bool()
-    return (units.double() * UNIT).masked_fill(broken, torch.nan)
-
-
-@_in_nats.register_fake
-def _(steps: Tensor, units: Tensor) -> Tensor:
-    return torch.empty_like(units, dtype=torch.float64, memory_format=torch.contiguous_format)
-
-
-def _note_dtype(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.dtype = inputs[0].dtype
-
-
-def _gradient_of_steps(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    return _suffix_sum(gradient).to(ctx.dtype), None
-
-
-_in_nats.register_autograd(_gradient_of_steps, setup_context=_note_dtype)
-
-
 def add_up_parts(steps: Tensor, context: ContextGroup) -> Drifted:
     """D of the steps of a part `[B, G, n]`, with what earlier parts have drifted; all processes call it."""
     own = add_up(steps)
@@ -184,8 +150,7 @@ def add_up_parts(steps: Tensor, context: ContextGroup) -> Drifted:
 
 def add_up(steps: Tensor, start: Tensor | None = None) -> Drifted:
     """D of steps `[B, G, N]` in nats; `start` is D before them, in units, int64 `[B, G]`, by default 0."""
-    units = drift_sums(steps.detach(), start)
-    return Drifted(units, _in_nats(steps, units))
+    return Drifted(*drifts(steps, start))
 
 
 class DriftingCache:

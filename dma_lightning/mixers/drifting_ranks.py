@@ -55,6 +55,7 @@ class DriftedKeys(NamedTuple):
     key_bias: Tensor
     drifted: Drifted | None = None  # only with a drift
     near_bias: Tensor | None = None  # bias of keys among the last positions, if it differs
+    own_content: Tensor | None = None  # if only the retention loss trains it, with gradients to its own weights alone
 
 
 class DriftingRanks(nn.Module):
@@ -141,6 +142,11 @@ class DriftingRanks(nn.Module):
         """Whether some layers have heads without a drift."""
         return self.memory_heads > 0
 
+    @property
+    def reads_published(self) -> bool:
+        """Whether any layer reads ranks and biases as published."""
+        return self.weight is None or self.has_memories
+
     def forward(
         self,
         x: Tensor,
@@ -154,26 +160,36 @@ class DriftingRanks(nn.Module):
 
         Args:
             x: the layer's input `[B, N, C]`.
-            rank: ranks as published, `[B, G, N]`.
+            rank: ranks as published, `[B, G, N]`; `[1, 1, 1]` if they are not read.
             key_bias: biases as published, same shape.
             packing: documents, which make no difference here, and padding, which has steps of 0.
             cache: the cache of the positions before, which is advanced.
             context: the processes that have the other parts of the sequences, if x is a part and there is no cache.
         """
         steps = self.drift(x, None if packing is None else packing.padding)
-        content = self.content(x, rank)
+        content, own_content = self._content_and_own(x, rank)
         if self.stripes:
             rank = rank + _STRIPE * self._on_stripe(x, cache, context)
         if cache is not None:
             drifted = cache.advance(steps)
         else:
             drifted = add_up(steps) if context is None else add_up_parts(steps, context)
-        # Content is multiplied by 0 and not left out: DDP waits for all gradients, and a NaN must show in the loss.
+        # Content is multiplied by 0 and not left out, so that a NaN shows in the loss.
         bias = drifted.nats + content * float(self.content_in_bias is not False)
         drifts = self.drift.drifts[:, None]
         near = torch.where(drifts, drifted.nats, key_bias) if self.content_in_bias == "far" else None
         ranks = torch.where(drifts, drifted_ranks(content, drifted.units), as_integers(rank))
-        return DriftedKeys(ranks, torch.where(drifts, bias, key_bias), drifted, near)
+        return DriftedKeys(ranks, torch.where(drifts, bias, key_bias), drifted, near, own_content)
+
+    def _content_and_own(self, x: Tensor, rank: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Content as ranks and biases have it, and, where only a loss of its own trains it, as that loss takes it.
+
+        The first then has no gradient but 0: that of x and a matrix product would cost as much as another gate.
+        """
+        if self.content_in_bias is not False or self.weight is None:
+            return self.content(x, rank), None
+        own = self.content(x.detach(), rank.detach())
+        return own.detach() + self.weight.sum() * 0, own  # since DDP waits for the gradient of every parameter
 
     def _on_stripe(self, x: Tensor, cache: DriftingCache | None, context: ContextGroup | None) -> Tensor:
         """Which positions of x belong to the stripe of each head, bool `[B or 1, G, N]`."""

@@ -35,7 +35,7 @@ from dma_lightning.backends import (
     resolve_backend,
 )
 from dma_lightning.mixers.base import GroupedQueryMixer, mean_keys, merge_heads, packed
-from dma_lightning.mixers.drift import Drifted, DriftingCache
+from dma_lightning.mixers.drift import DriftingCache
 from dma_lightning.mixers.drifting_ranks import DriftedKeys, DriftingRanks, DriftingRanksConfig
 from dma_lightning.mixers.far_content import attend_with_far_bias
 from dma_lightning.mixers.part_retention import LayerPart, part_retention_loss
@@ -247,7 +247,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         if cache is None:
             out = self._attend(backend, q, k, v, keys, packing)
             if self.retention_weight and self.training and torch.is_grad_enabled():
-                out = with_auxiliary_loss(out, self._retention_loss(x, q, k, v, keys.drifted, packing))
+                out = with_auxiliary_loss(out, self._retention_loss(x, q, k, v, keys, packing))
             return self.o_proj(merge_heads(out))
         kept = cache.keys if isinstance(cache, DriftingCache) else cache
         asked = None if keys.drifted is None else keys.drifted.query_bias
@@ -313,11 +313,11 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         self.own_keep = replace(self.own_keep, **sizes)
 
     def _retention_loss(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, drifted: Drifted | None, packing: Packing | None
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, keys: DriftedKeys, packing: Packing | None
     ) -> Tensor:
         """The layer's retention loss with its weight; it trains only the parameters that make the content of ranks."""
-        content = self._content(x.detach(), v.detach())
-        nats = None if drifted is None else drifted.nats
+        content = self._content(x.detach(), v.detach()) if keys.own_content is None else keys.own_content
+        nats = None if keys.drifted is None else keys.drifted.nats
         values = v if self.retention_target == "output" else None
         length = x.shape[1] if self.context is None else x.shape[1] * self.context.size
         positions = RetentionQueries(self.own_keep.capacity).at(self.step, length, x.device)
@@ -336,18 +336,26 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         cache: KeyCache | DriftingCache | None = None,
         context: ContextGroup | None = None,
     ) -> DriftedKeys:
-        ranks = key_ranks(v, self.A, self.dt_proj.weight, self.dt_proj.bias)
+        ranks = self._published(v)
         key_bias = rank_bias(ranks, self.score_form)
         if self.drifting is None:
             return DriftedKeys(ranks, key_bias)
         return self.drifting(x, ranks, key_bias, packing, cache, context)
+
+    def _published(self, v: Tensor) -> Tensor:
+        """Ranks as published, `[B, G, N]`; `[1, 1, 1]` in layers that do not read them."""
+        if self.drifting is None or self.drifting.reads_published:
+            return key_ranks(v, self.A, self.dt_proj.weight, self.dt_proj.bias)
+        unread = torch.stack([x.sum() for x in (self.A, *self.dt_proj.parameters())]).sum() * 0
+        # Not just zeros: DDP waits for the gradient of every parameter.
+        return unread.to(torch.promote_types(v.dtype, torch.float32)).view(1, 1, 1)
 
     def content(self, x: Tensor) -> Tensor:
         """The content of keys, their ranks without a drift, `[B, G, N]`, for the layer's input x `[B, N, C]`."""
         return self._content(x, self.heads(x, self.v_proj))
 
     def _content(self, x: Tensor, v: Tensor) -> Tensor:
-        ranks = key_ranks(v, self.A, self.dt_proj.weight, self.dt_proj.bias)
+        ranks = self._published(v)
         return ranks if self.drifting is None else self.drifting.content(x, ranks)
 
     def lifetimes(

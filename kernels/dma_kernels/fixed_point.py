@@ -16,47 +16,93 @@ contents and steps are the same.
 B batch, G KV heads, N length.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dma_kernels.launching import register_launch
-from dma_kernels.units import LARGEST, NAN_RANK, in_units
+from dma_kernels.units import LARGEST, NAN_RANK, UNIT, in_units
 
 
-def drift_sums_reference(steps: Tensor, start: Tensor | None = None) -> Tensor:
-    """`drift_sums` in plain PyTorch."""
-    sums = in_units(steps).clamp(min=0).cumsum(-1)
-    beyond = (sums < 0) | (sums > LARGEST)  # the first sum that overflows is negative
-    sums = sums.masked_fill(beyond.int().cummax(-1).values.bool(), LARGEST)
-    return sums if start is None else (sums + start[..., None]).clamp(max=LARGEST)
+def drifts_reference(steps: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`drifts` in plain PyTorch, without a gradient."""
+    units = in_units(steps).clamp(min=0).cumsum(-1)
+    beyond = (units < 0) | (units > LARGEST)  # the first sum that overflows is negative
+    units = units.masked_fill(beyond.int().cummax(-1).values.bool(), LARGEST)
+    units = units if start is None else (units + start[..., None]).clamp(max=LARGEST)
+    broken = steps.isnan().int().cummax(-1).values.bool()
+    return units, (units.double() * UNIT).masked_fill(broken, torch.nan)
 
 
-@torch.library.custom_op("dma_kernels::drift_sums", mutates_args=())
-def drift_sums(steps: Tensor, start: Tensor | None = None) -> Tensor:
-    """D of every position in units.
+@torch.library.custom_op("dma_kernels::drifts", mutates_args=())
+def drifts(steps: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """D of every position.
 
-    It is a custom operation, since torch.compile cannot build all sums for a GPU, where a Triton kernel computes them.
+    It is a custom operation, since torch.compile cannot build all sums for a GPU, where Triton kernels compute them.
 
     Args:
         steps: d in nats, at least 0, floating `[..., N]`; NaN and negative steps count as 0.
         start: D of what came before, in units, int64 `[...]`; by default 0.
 
     Returns:
-        int64 `[..., N]`, ascending.
+        D in units, int64 `[..., N]`, ascending; and in nats, float64, with gradients to the steps, NaN from the first
+        NaN step on.
     """
-    return drift_sums_reference(steps, start)
+    return drifts_reference(steps, start)
 
 
-@register_launch(drift_sums, without_triton=drift_sums_reference)
-def _(steps: Tensor, start: Tensor | None = None) -> Tensor:
-    from dma_kernels.fixed_point_kernels import launch_drift_sums
+@register_launch(drifts, without_triton=drifts_reference)
+def _(steps: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    from dma_kernels.fixed_point_kernels import launch_drifts
 
-    return launch_drift_sums(steps, start)
+    return launch_drifts(steps, start)
 
 
-@drift_sums.register_fake
-def _(steps: Tensor, start: Tensor | None = None) -> Tensor:
-    return torch.empty_like(steps, dtype=torch.int64, memory_format=torch.contiguous_format)
+@drifts.register_fake
+def _(steps: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    units = torch.empty_like(steps, dtype=torch.int64, memory_format=torch.contiguous_format)
+    return units, torch.empty_like(units, dtype=torch.float64)
+
+
+def suffix_sums_reference(x: Tensor) -> Tensor:
+    """`suffix_sums` in plain PyTorch."""
+    return x.double().flip(-1).cumsum(-1).flip(-1)
+
+
+@torch.library.custom_op("dma_kernels::suffix_sums", mutates_args=())
+def suffix_sums(x: Tensor) -> Tensor:
+    """Sum of each number and all after it in its row, for floating `[..., N]`, in float64."""
+    return suffix_sums_reference(x)
+
+
+@register_launch(suffix_sums, without_triton=suffix_sums_reference)
+def _(x: Tensor) -> Tensor:
+    from dma_kernels.fixed_point_kernels import launch_suffix_sums
+
+    return launch_suffix_sums(x)
+
+
+@suffix_sums.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float64, memory_format=torch.contiguous_format)
+
+
+def _note_dtype(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
+    ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)
+
+
+def _gradient_of_steps(ctx: Any, _: None, gradient: Tensor | None) -> tuple[Tensor | None, None]:
+    return None if gradient is None else suffix_sums(gradient).to(ctx.dtype), None
+
+
+drifts.register_autograd(_gradient_of_steps, setup_context=_note_dtype)
+
+
+def drift_sums(steps: Tensor, start: Tensor | None = None) -> Tensor:
+    """D of every position in units; arguments as in `drifts`."""
+    return drifts(steps.detach(), start)[0]
 
 
 def drifted_ranks(content: Tensor, drift: Tensor) -> Tensor:

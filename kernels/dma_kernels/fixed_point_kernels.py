@@ -1,7 +1,8 @@
-"""Triton kernels behind `fixed_point.py`: the prefix sum of steps in whole units, which ends at the largest drift.
+"""Triton kernels behind `fixed_point.py`: prefix sums of steps in whole units, and suffix sums for their gradients.
 
-min(a + b, largest) of numbers from 0 on is associative, so blocks can be added up apart from each other: the first
-kernel adds up each block, and the second adds what is before a block to the sums within it.
+PyTorch computes each row by one block of threads, which takes long where rows are few. Here a first kernel adds up each
+block of a row, and a second one adds what is before (or after) a block to the sums within it. This is possible since
+min(a + b, largest), of numbers from 0 on, is associative.
 """
 
 import torch
@@ -23,45 +24,91 @@ def _add(a, b):
 
 @triton.jit
 def _load_units(p_steps, o_n, length):
-    """Steps in units, rounded half to even; negative ones and NaN are 0."""
+    """Steps in units, rounded half to even, where negative ones and NaN are 0; and where they are NaN."""
     b_nats = tl.load(p_steps + o_n, mask=o_n < length, other=0.0).to(tl.float64)
     b_units = tl.where(b_nats > 0, tl.minimum(b_nats, _LARGEST / _UNITS) * _UNITS, 0.0)
-    return tl.where(b_units < _WHOLE, (b_units + _WHOLE) - _WHOLE, b_units).to(tl.int64)
+    b_units = tl.where(b_units < _WHOLE, (b_units + _WHOLE) - _WHOLE, b_units)
+    return b_units.to(tl.int64), (b_nats != b_nats).to(tl.int32)
 
 
 @triton.jit
-def _sum_blocks_kernel(p_steps, p_sum, length, blocks, BLOCK: tl.constexpr):
-    """The sum of one block of one row."""
+def _sum_blocks_kernel(p_steps, p_sum, p_broken, length, blocks, BLOCK: tl.constexpr):
+    """The sum of one block of one row, and how many of its steps are NaN."""
     i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
-    b_units = _load_units(p_steps + i_row * length, i_block * BLOCK + tl.arange(0, BLOCK), length)
+    b_units, b_nan = _load_units(p_steps + i_row * length, i_block * BLOCK + tl.arange(0, BLOCK), length)
     tl.store(p_sum + tl.program_id(0), tl.reduce(b_units, 0, _add))
+    tl.store(p_broken + tl.program_id(0), tl.sum(b_nan, axis=0))
 
 
 @triton.jit
-def _drift_sums_kernel(p_steps, p_sum, p_start, p_drift, length, blocks, BLOCK: tl.constexpr):
-    """All sums of one block of one row."""
+def _drifts_kernel(p_steps, p_sum, p_broken, p_start, p_units, p_nats, length, blocks, BLOCK: tl.constexpr):
+    """All sums of one block of one row, in units and in nats."""
     i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
-    before = tl.zeros([], dtype=tl.int64)
+    before, broken = tl.zeros([], dtype=tl.int64), tl.zeros([], dtype=tl.int32)
     if p_start is not None:
         before = tl.load(p_start + i_row)
     for i in range(tl.cdiv(i_block, BLOCK)):
         o_block = i * BLOCK + tl.arange(0, BLOCK)
         b_sum = tl.load(p_sum + i_row * blocks + o_block, mask=o_block < i_block, other=0)
         before = _add(before, tl.reduce(b_sum, 0, _add))
+        broken += tl.sum(tl.load(p_broken + i_row * blocks + o_block, mask=o_block < i_block, other=0), axis=0)
     o_n = i_block * BLOCK + tl.arange(0, BLOCK)
-    b_drift = tl.associative_scan(_load_units(p_steps + i_row * length, o_n, length), 0, _add)
-    tl.store(p_drift + i_row * length + o_n, _add(b_drift, before), mask=o_n < length)
+    b_units, b_nan = _load_units(p_steps + i_row * length, o_n, length)
+    b_units = _add(tl.associative_scan(b_units, 0, _add), before)
+    b_nats = tl.where(tl.cumsum(b_nan, axis=0) + broken > 0, float("nan"), b_units.to(tl.float64) / _UNITS)
+    tl.store(p_units + i_row * length + o_n, b_units, mask=o_n < length)
+    tl.store(p_nats + i_row * length + o_n, b_nats, mask=o_n < length)
 
 
-def launch_drift_sums(steps: Tensor, start: Tensor | None = None, block: int = _BLOCK) -> Tensor:
-    """`drift_sums`, for steps `[..., N]`; a program adds up `block` of them."""
-    steps, length = steps.contiguous(), steps.shape[-1]
-    start = None if start is None else start.contiguous()
-    drift = torch.empty(steps.shape, dtype=torch.int64, device=steps.device)
-    if not drift.numel():
-        return drift
+@triton.jit
+def _sum_floats_kernel(p_x, p_sum, length, blocks, BLOCK: tl.constexpr):
+    """The sum of one block of one row."""
+    i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    o_n = i_block * BLOCK + tl.arange(0, BLOCK)
+    b_x = tl.load(p_x + i_row * length + o_n, mask=o_n < length, other=0.0).to(tl.float64)
+    tl.store(p_sum + tl.program_id(0), tl.sum(b_x, axis=0))
+
+
+@triton.jit
+def _suffix_sums_kernel(p_x, p_sum, p_out, length, blocks, BLOCK: tl.constexpr):
+    """All suffix sums of one block of one row."""
+    i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    after = tl.zeros([], dtype=tl.float64)
+    for i in range((i_block + 1) // BLOCK, tl.cdiv(blocks, BLOCK)):
+        o_block = i * BLOCK + tl.arange(0, BLOCK)
+        m_after = (o_block > i_block) & (o_block < blocks)
+        after += tl.sum(tl.load(p_sum + i_row * blocks + o_block, mask=m_after, other=0.0), axis=0)
+    o_n = i_block * BLOCK + tl.arange(0, BLOCK)
+    b_x = tl.load(p_x + i_row * length + o_n, mask=o_n < length, other=0.0).to(tl.float64)
+    tl.store(p_out + i_row * length + o_n, tl.cumsum(b_x, axis=0, reverse=True) + after, mask=o_n < length)
+
+
+def launch_drifts(steps: Tensor, start: Tensor | None = None, block: int = _BLOCK) -> tuple[Tensor, Tensor]:
+    """`drifts`, for steps `[..., N]`; a program adds up `block` of them."""
+    steps, start = steps.contiguous(), None if start is None else start.contiguous()
+    units, nats = (torch.empty(steps.shape, dtype=x, device=steps.device) for x in (torch.int64, torch.float64))
+    if steps.numel():
+        length, blocks, programs = _sizes(steps, block)
+        sums, broken = (torch.empty(programs, dtype=x, device=steps.device) for x in (torch.int64, torch.int32))
+        _sum_blocks_kernel[(programs,)](steps, sums, broken, length, blocks, BLOCK=block)
+        _drifts_kernel[(programs,)](steps, sums, broken, start, units, nats, length, blocks, BLOCK=block)
+    return units, nats
+
+
+def launch_suffix_sums(x: Tensor, block: int = _BLOCK) -> Tensor:
+    """`suffix_sums` of `x` [..., N]; a program adds up `block` numbers."""
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=torch.float64, device=x.device)
+    if x.numel():
+        length, blocks, programs = _sizes(x, block)
+        sums = torch.empty(programs, dtype=torch.float64, device=x.device)
+        _sum_floats_kernel[(programs,)](x, sums, length, blocks, BLOCK=block)
+        _suffix_sums_kernel[(programs,)](x, sums, out, length, blocks, BLOCK=block)
+    return out
+
+
+def _sizes(x: Tensor, block: int) -> tuple[int, int, int]:
+    """Length of rows, blocks of a row, and blocks of all rows."""
+    length = x.shape[-1]
     blocks = triton.cdiv(length, block)
-    sums = torch.empty(steps.numel() // length * blocks, dtype=torch.int64, device=steps.device)
-    _sum_blocks_kernel[(len(sums),)](steps, sums, length, blocks, BLOCK=block)
-    _drift_sums_kernel[(len(sums),)](steps, sums, start, drift, length, blocks, BLOCK=block)
-    return drift
+    return length, blocks, x.numel() // length * blocks

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from dma_kernels import Lifetimes, reference_mask
-from dma_kernels.fixed_point import drift_sums, drift_sums_reference, ranks_of_steps
+from dma_kernels.fixed_point import (
+    drift_sums,
+    drifts,
+    drifts_reference,
+    ranks_of_steps,
+    suffix_sums,
+    suffix_sums_reference,
+)
 from dma_kernels.ranks import ordered_bits
 from dma_kernels.selection.ops import deaths_by_rank
 from dma_kernels.units import LARGEST, NAN_RANK, in_units
@@ -52,7 +59,8 @@ def test_sums_do_not_depend_on_how_they_are_cut(kind: str, start: int) -> None:
 
 def test_the_operation_is_what_torch_expects() -> None:
     for start in (None, torch.ones(2, 2, dtype=torch.int64)):
-        torch.library.opcheck(drift_sums, (drifting.draw("special", SHAPE)[1], start))
+        torch.library.opcheck(drifts, (drifting.draw("mixed", SHAPE)[1], start))
+    torch.library.opcheck(suffix_sums, (torch.randn(SHAPE),))
 
 
 @pytest.mark.parametrize("case", masks.CASES, ids=str)
@@ -169,14 +177,26 @@ def test_a_nan_content_is_kept_and_a_nan_step_is_none() -> None:
 
 @pytest.mark.parametrize("kind", drifting.KINDS)
 @pytest.mark.parametrize("length", [0, 1, 16, 40])
-def test_the_kernel_of_sums(kind: str, length: int, device: str) -> None:
-    launch_drift_sums = pytest.importorskip("dma_kernels.fixed_point_kernels").launch_drift_sums
+def test_kernels_of_sums(kind: str, length: int, device: str) -> None:
+    module = pytest.importorskip("dma_kernels.fixed_point_kernels")
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         steps = drifting.draw(kind, (2, length, 3), dtype)[1].mT
         start = torch.tensor([[0, 1, LARGEST], [LARGEST - (5 << 32), 1 << 60, 12345]])
         for given in (None, start):
-            found = launch_drift_sums(steps.to(device), None if given is None else given.to(device), block=16)
-            assert torch.equal(found.cpu(), drift_sums_reference(steps, given))
+            found = module.launch_drifts(steps.to(device), None if given is None else given.to(device), block=16)
+            for x, y in zip(found, drifts_reference(steps, given), strict=True):
+                torch.testing.assert_close(x.cpu(), y, rtol=0, atol=0, equal_nan=True)
+        x = torch.randn(2, length, 3, dtype=dtype).mT
+        found = module.launch_suffix_sums(x.to(device), block=16).cpu()
+        torch.testing.assert_close(found, suffix_sums_reference(x), rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_steps() -> None:
+    steps = torch.rand(2, 3, 20, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, 20, dtype=torch.float64)
+    for given in (steps, steps.float()):  # sums are not of the given numbers, but of these in whole units
+        (found,) = torch.autograd.grad((drifts(given)[1] * weight).sum(), steps)
+        torch.testing.assert_close(found, weight.flip(-1).cumsum(-1).flip(-1), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -343,6 +343,24 @@ def test_a_retention_loss_is_the_same_where_every_key_is_kept_for_a_while() -> N
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_what_no_head_reads_is_not_computed(weight: float) -> None:
+    """Neither ranks as published nor a gradient of x by contents that only rank; but each parameter has a gradient."""
+    layer = mixer("dma", drift="gate", content="input", content_in_bias=False, retention_weight=weight)
+    x = inputs(33, packed=False)[0].requires_grad_()
+    with patch("dma_lightning.mixers.dynamic_mask.key_ranks", side_effect=AssertionError):
+        layer(x).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+    assert not layer.A.grad.any()
+    assert not layer.dt_proj.weight.grad.any()
+    assert layer.drifting.weight.grad.any() == (weight > 0)
+    expected, layer.retention_weight = x.grad.clone(), 0.0
+    for parameter in (layer.drifting.weight, layer.A, layer.dt_proj.weight):
+        parameter.requires_grad_(False)
+    (found,) = torch.autograd.grad(layer(x).sum(), x)
+    assert torch.equal(found, expected)
+
+
 def test_a_retention_loss_is_for_training_alone() -> None:
     layer = mixer("dma", drift="gate", retention_weight=0.3).eval()
     with patch("dma_lightning.mixers.dynamic_mask.retention_loss", side_effect=AssertionError):
