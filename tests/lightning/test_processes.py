@@ -18,7 +18,8 @@ import kill_runs
 import pytest
 import torch
 from harmful import Harmful
-from start_two import HERE, start_two
+from once import once, shared_folder
+from together import ends_of, run_together
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import TOGETHER, train
 
@@ -30,31 +31,29 @@ from dma_lightning.distributed import _watch
 
 pytestmark = pytest.mark.usefixtures("runs_in_double")
 
+HERE = Path(__file__).parent
+
 
 class Outcome:
     """What two processes have left."""
 
-    def __init__(self, folder: Path) -> None:
-        for attention in ("dma", "mha"):
-            for accumulate in (1, 2):
-                train(folder / f"one-{attention}-{accumulate}", attention, accumulate)
-        self.folder = folder
-        processes = start_two(HERE / "two_processes.py", folder)
-        try:
-            self.statuses = [0, processes[1].wait(timeout=240)]
-            began = time.monotonic()
-            self.statuses[0] = processes[0].wait(timeout=240)
-            self.seconds = time.monotonic() - began  # by which the first ended later
-        finally:
-            for process in processes:
-                process.kill()
-        self.log = (folder / "log0.txt").read_text()
+    def __init__(self, above: Path) -> None:
+        self.folder = once(above, "processes", _train_all)
+        self.ends = ends_of(self.folder)
+        self.log = (self.folder / "log0.txt").read_text()
+
+
+def _train_all(folder: Path) -> None:
+    for attention in ("dma", "mha"):
+        for accumulate in (1, 2):
+            train(folder / f"one-{attention}-{accumulate}", attention, accumulate)
+    run_together(HERE / "two_processes.py", folder, 2, check=False)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """All runs of two processes, and those of one to compare with."""
-    return Outcome(tmp_path_factory.mktemp("processes"))
+    return Outcome(shared_folder(tmp_path_factory))
 
 
 def read(path: Path) -> dict:
@@ -214,9 +213,10 @@ def test_a_signal_ends_both_after_the_next_logging_step(number: str, status: int
 
 @pytest.mark.skipif(TOGETHER != "cpu", reason="with NCCL, what has started the processes ends them")
 def test_a_killed_process_ends_the_other(two: Outcome) -> None:
-    assert two.statuses[1] == -9
-    assert two.statuses[0] not in (0, -9)
-    assert two.seconds < 60
+    other, killed = two.ends
+    assert killed.status == -9
+    assert other.status not in (0, -9)
+    assert 0 < other.seconds < 60
     assert "rank 0: ended at step 6 by RuntimeError. If a connection was lost, another process ended first" in two.log
     assert not list((two.folder / "killed").glob("[!.]*"))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from once import once, shared_folder
 from retention_runs import BOTH, CLIP, STEPS, TOGETHER_RUNS, train
-from start_two import HERE, start_two
+from together import run_together
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("runs_in_double")
@@ -28,15 +28,7 @@ class Runs:
         self.folder = once(folder, "retention-runs", self._train_together)
 
     def _train_together(self, folder: Path) -> None:
-        processes = start_two(HERE / "retention_runs.py", folder)
-        try:
-            for process in processes:
-                process.wait(timeout=240)
-        finally:
-            for process in processes:
-                process.kill()
-        log = (folder / "log0.txt").read_text()
-        assert {path.name for path in folder.glob("done*")} == {"done0", "done1"}, log[-3000:]
+        run_together(Path(__file__).with_name("retention_runs.py"), folder, processes=2)
 
     def alone(self, name: str, **options: Any) -> str:
         """The name of a run of one process."""

@@ -1,6 +1,6 @@
 """One of four processes that hold parts of the same sequences, alone and in pairs; started by `test_context.py`.
 
-    python context_processes.py FOLDER RANK
+    python context_processes.py FOLDER
 
 What comes out is written to the folder, and compared there with the definition.
 """
@@ -121,10 +121,11 @@ def not_finite(group: ContextGroup) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, (q, k, v, bias), group.part(drawn.out_gradient, 2))]
 
 
-def main(folder: Path, rank: int) -> None:
+def main(folder: Path) -> None:
     """All cases of four processes, and those of two, which the pairs divide among them."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     pairs = [dist.new_group(pair) for pair in ([0, 1], [2, 3])]
     groups = {PROCESSES: ContextGroup.of(dist.group.WORLD), 2: ContextGroup.of(pairs[rank // 2])}
     found = {}
@@ -145,4 +146,4 @@ def main(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -1,7 +1,6 @@
 """Runs of several processes that divide sequences are those of one; and their checkpoints are interchangeable."""
 
 import json
-import socket
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -36,9 +35,6 @@ def _fit_all(folder: Path) -> None:
     train(folder / "one-pairs", accumulate=2, **DRIFT)
     train(folder / "one-retention", accumulate=2, **RETENTION)
     train(folder / "one-swa", length=14, attention="swa", sliding_window=5)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (folder / "port").write_text(str(free.getsockname()[1]))
     run_together(HERE / "fit_parts.py", folder, PROCESSES)
 
 

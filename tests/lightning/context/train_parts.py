@@ -1,6 +1,6 @@
 """One of four processes that train on parts of the same sequences, alone and in pairs; started by `test_parts.py`.
 
-    python train_parts.py FOLDER RANK
+    python train_parts.py FOLDER
 
 Weights are written to the folder, and compared there with those of one process.
 """
@@ -17,10 +17,11 @@ from dma_kernels.context import ContextGroup
 PROCESSES = 4
 
 
-def main(folder: Path, rank: int) -> None:
+def main(folder: Path) -> None:
     """All runs of four processes, and those of two, which the pairs divide among them."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     pairs = [dist.new_group(pair) for pair in ([0, 1], [2, 3])]
     processes = {PROCESSES: dist.group.WORLD, 2: pairs[rank // 2]}
     found = {}
@@ -34,4 +35,4 @@ def main(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))
