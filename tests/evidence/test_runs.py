@@ -1,15 +1,18 @@
 """The runner: trainings by the command line, killed and started again."""
 
+import contextlib
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import msgspec
 import pytest
@@ -19,30 +22,33 @@ from filelock import FileLock
 from study_records import record
 
 from benchmarks.evidence import runs
+from benchmarks.evidence.__main__ import main
 from benchmarks.evidence.studies import read_study
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
 OF_THE_MACHINE = ("seconds", "seconds_per_token", "bytes", "environment", "torch", "device")
 
 
+def arguments(folder: Path, study: str, *args: str) -> list[str]:
+    return ["run", study, "--parallel=2", f"--runs={folder / 'runs'}", f"--results={folder / 'results.json'}", *args]
+
+
 def start(folder: Path, study: str, *args: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "benchmarks.evidence", "run", study, "--parallel=2"]
-    places = [f"--runs={folder / 'runs'}", f"--results={folder / 'results.json'}"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    return subprocess.Popen(
-        [*command, *places, *args],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    """The program, for tests that end it."""
+    command = [sys.executable, "-m", "benchmarks.evidence", *arguments(folder, study, *args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, **pipes)
 
 
 def run(folder: Path, study: str, *args: str) -> tuple[int, str]:
-    process = start(folder, study, *args)
-    printed, _ = process.communicate(timeout=300)
-    return process.returncode, printed
+    """The same in this process, whose server of forks has all imported from the second call on."""
+    program = patch("sys.argv", ["evidence", *arguments(folder, study, *args)])
+    with program, patch.dict(os.environ, ENVIRONMENT), contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            return main(), printed.getvalue()
+        except SystemExit as told:
+            return 1, str(told)
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -88,20 +94,22 @@ def test_smoke_killed_and_started_again_ends_with_the_same_results(tmp_path: Pat
     assert len(once["records"]) == printed.count("\nfinished  ")
     assert {x["task"] for x in once["records"]} >= {"mqar", "selective-copy", "induction", "needles", "text"}
 
-    process = start(killed, "smoke")
+    expected = [record for record in once["records"] if "needles" in record["task"]]
+    assert len(expected) == 4
+    process = start(killed, "smoke", "--only=needles")
     for line in process.stdout or ():
-        if line.startswith("finished") and len(results(killed)["records"]) == len(once["records"]) // 2:
+        if line.startswith("finished") and len(results(killed)["records"]) == 2:
             break
     process.kill()
     process.wait()
     done = results(killed)["records"]
-    code, printed = run(killed, "smoke")
+    code, printed = run(killed, "smoke", "--only=needles")
     assert code == 0, printed
-    assert printed.count("\nfinished  ") == len(once["records"]) - len(done)
-    assert without_machine(results(killed)["records"]) == without_machine(once["records"])
+    assert printed.count("\nfinished  ") == len(expected) - len(done)
+    assert without_machine(results(killed)["records"]) == without_machine(expected)
 
-    for more in ((), ("--only=mqar",)):  # nothing is left to do
-        code, printed = run(killed, "smoke", *more)
+    for folder, more in ((whole, ()), (killed, ("--only=text-needles",))):  # nothing is left to do
+        code, printed = run(folder, "smoke", *more)
         assert code == 0
         assert printed.startswith("0 finished")
 
@@ -121,25 +129,35 @@ def test_processes_end_with_a_killed_runner(tmp_path: Path) -> None:
 
 
 def test_a_deadline_ends_runs_that_go_on_with_the_next_call(tmp_path: Path) -> None:
-    steps = {"trainer.max_steps": 400, "trainer.val_check_interval": 200, "checkpoint.every_n_train_steps": 20}
+    steps = {"trainer.max_steps": 200, "trainer.val_check_interval": 100, "checkpoint.every_n_train_steps": 20}
     study = small_study(tmp_path, **steps)
-    begun = time.monotonic()
-    process = start(tmp_path, study, "--deadline=45", "--parallel=1")
-    while not (checkpoints := list(tmp_path.rglob("last.ckpt"))):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)  # the same as a deadline that has come
-    printed, _ = process.communicate()
+    ended = threading.Event()
+
+    def end() -> None:
+        while not (ended.wait(0.1) or list(tmp_path.rglob("last.ckpt"))):
+            pass
+        if not ended.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)  # the same as a deadline that has come
+
+    begun, ending = time.monotonic(), threading.Thread(target=end)
+    ending.start()
+    try:
+        code, printed = run(tmp_path, study, "--deadline=45", "--parallel=1")
+    finally:
+        ended.set()
+        ending.join()
     assert time.monotonic() - begun < 45
-    assert process.returncode == 1
+    assert code == 1
     assert re.search(r"^ended     mqar tiny mha, lr 0.01, seed 0: goes on", printed, re.MULTILINE), printed
     assert "0 finished" in printed
-    step = checkpoints[0].resolve().stem
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    step = checkpoint.resolve().stem
     code, printed = run(tmp_path, study, "--only=mha")
     assert code == 0, printed
     (log,) = tmp_path.rglob("log.txt")
     assert f"{step}.ckpt" in log.read_text()  # which it went on from
     (record,) = results(tmp_path)["records"]
-    assert record["steps"] == 400
+    assert record["steps"] == 200
 
 
 def test_a_cell_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
