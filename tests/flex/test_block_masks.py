@@ -16,9 +16,9 @@ TABLES = ["kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"
 TABLES += ["q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"]
 BLOCK_SIZE = 8
 ONE_OR_TWO_BLOCKS, THREE_BLOCKS_OR_MORE = st.integers(1, 2 * BLOCK_SIZE), st.integers(2 * BLOCK_SIZE + 1, 60)
-# Together more than 2,000 cases in each run, half of them of three blocks or more.
-generate = settings(max_examples=600, deadline=None, derandomize=True, database=None)
-generate_few = settings(generate, max_examples=150)
+# Together more than 800 cases in each run, half of them of three blocks or more.
+generate = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+generate_few = settings(generate, max_examples=60)
 
 
 def assert_same_tables(found: BlockMask, expected: BlockMask) -> None:
