@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+import docstrings
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ if not torch.cuda.is_available():
         import interpreter
 
         interpreter.patch_once()
+docstrings.read_once()
 torch.set_float32_matmul_precision("highest")  # no TF32 where products in float32 are compared
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # processes whose threads wait for each other take ten times as long

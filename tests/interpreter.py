@@ -4,10 +4,14 @@ import functools
 import inspect
 from types import FunctionType, ModuleType
 
+import numpy as np
 import triton.language as tl
+from triton.language import semantic
 from triton.runtime import interpreter
 
 _patch_lang = getattr(interpreter, "_patch_lang", None)
+_get_np_dtype = getattr(interpreter, "_get_np_dtype", None)
+_compute_and_check = getattr(semantic.TritonSemantic, "binary_op_sanitize_overflow_impl", None)
 
 
 @functools.cache
@@ -24,10 +28,32 @@ def _patch_lang_once(function: FunctionType) -> "interpreter._LangPatchScope":
     return interpreter._LangPatchScope()
 
 
+@functools.cache
+def _dtype_of_scalar(scalar: tl.dtype) -> np.dtype:
+    return _get_np_dtype(scalar)
+
+
+def _dtype(kind: tl.dtype) -> np.dtype:
+    """NumPy's dtype of a scalar or block; the interpreter makes a table of all of them for each question."""
+    scalar = kind.scalar
+    return np.dtype(np.uint64) if isinstance(scalar, tl.pointer_type) else _dtype_of_scalar(scalar)
+
+
+def _check_overflow(self: semantic.TritonSemantic, *operands: object) -> None:
+    """Sums, differences and products are computed a second time in int64 only if what they give is asserted."""
+    if self.builder.options.debug:
+        _compute_and_check(self, *operands)
+
+
 def patch_once() -> None:
     """Replace the functions of the language once a launch, and not again for each jitted function called in it.
 
-    A Triton without these private names is left as it is: tests of kernels then take twice as long.
+    Nor are dtypes looked up in tables made anew, or overflows that nothing asserts. A Triton without these private
+    names is left as it is: tests of kernels then take three times as long.
     """
     if _patch_lang is not None and hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = _patch_lang_once
+    if _get_np_dtype is not None:
+        interpreter._get_np_dtype = _dtype
+    if _compute_and_check is not None:
+        semantic.TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
