@@ -27,7 +27,7 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 WINDOW = 256
 # Compiling takes tens of seconds per shape on a CPU: there, every value once.
 CASES = list(itertools.product([1025, 4096, 8191], [1, 4], [64, 128], [torch.float32, torch.bfloat16]))
-ON_CPU = [(1025, 4, 64, torch.float32), (1536, 1, 128, torch.bfloat16), (2047, 1, 64, torch.float32)]
+ON_CPU = [(1025, 4, 64, torch.float32), (1536, 1, 128, torch.bfloat16)]
 
 
 def make_inputs(length: int, group: int, head_dim: int, dtype: torch.dtype, device: str) -> list[Tensor]:

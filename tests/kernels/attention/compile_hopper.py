@@ -1,4 +1,7 @@
-"""Compile the forward kernel for Hopper without a GPU: `python compile_hopper.py DTYPE HEAD_DIM GROUP`, prints JSON."""
+"""Compile the forward kernel for Hopper without a GPU: `python compile_hopper.py DTYPE,HEAD_DIM,GROUP ...`.
+
+Prints a line of JSON for each.
+"""
 
 import json
 import sys
@@ -37,6 +40,8 @@ def compiled(dtype: str, head_dim: int, group: int) -> object:
 
 
 if __name__ == "__main__":
-    kernel = compiled(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-    shared, assembly = kernel.metadata.shared, kernel.asm["ptx"]
-    print(json.dumps({"shared": shared, "products": assembly.count("wgmma.mma_async"), "bytes": len(kernel.kernel)}))
+    for asked in sys.argv[1:]:
+        dtype, head_dim, group = asked.split(",")
+        kernel = compiled(dtype, int(head_dim), int(group))
+        shared, products = kernel.metadata.shared, kernel.asm["ptx"].count("wgmma.mma_async")
+        print(json.dumps({"shared": shared, "products": products, "bytes": len(kernel.kernel)}))

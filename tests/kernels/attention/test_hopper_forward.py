@@ -30,20 +30,21 @@ needs_gluon = pytest.mark.skipif(choose_forward.hopper_forward() is None, reason
 
 
 @needs_gluon
-@pytest.mark.parametrize(("dtype", "head_dim", "group"), [("bf16", 128, 4), ("fp16", 64, 1), ("bf16", 128, 64)])
-def test_it_compiles_without_a_gpu(dtype: str, head_dim: int, group: int, tmp_path: Path) -> None:
+def test_it_compiles_without_a_gpu(tmp_path: Path) -> None:
     """In a process of its own, since Triton's interpreter, on in this one, does not know Gluon."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).with_name("compile_hopper.py")
     done = subprocess.run(
-        [sys.executable, str(script), dtype, str(head_dim), str(group)],
+        [sys.executable, str(script), "bf16,128,4", "fp16,64,1", "bf16,128,64"],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert 0 < found["shared"] <= 227 << 10  # of a core
-    assert found["products"] > 0
-    assert found["bytes"] > 0
+    kernels = [json.loads(line) for line in done.stdout.splitlines()[-3:]]
+    assert len(kernels) == 3
+    for found in kernels:
+        assert 0 < found["shared"] <= 227 << 10  # of a core
+        assert found["products"] > 0
+        assert found["bytes"] > 0
 
 
 def make_slots(length: int, window: int, kv_heads: int, device: str) -> tuple[Lifetimes, SegmentSlots]:
