@@ -72,7 +72,7 @@ def chunks_of(sizes: list[int], length: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     name=st.sampled_from(list(VARIANTS)),
     sizes=st.lists(st.integers(1, 30), max_size=4),
