@@ -1,1 +1,1 @@
-"""The Triton kernels of attention over segments: forward, and the gradients of queries and of keys."""
+"""The Triton kernels of attention over segments: the forward pass, and the gradients of keys and of queries."""

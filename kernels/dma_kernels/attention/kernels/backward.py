@@ -1,9 +1,9 @@
-"""The backward pass: which kernels, in which order, and how much memory dS takes between them.
+"""The backward pass: the order of its kernels, and the memory for dS.
 
-The kernel of the key gradients stores dS, that of the query gradients reads it. Lines, segments of one KV head, share
-nothing that is summed here, so they go through both in parts, and the bits do not depend on the size of a part. Where
-there are several, they take turns in two halves of the memory, each on a stream of its own: a part ends with few long
-programs, and what the GPU has left then computes on the other half.
+The kernel of the key gradients stores dS, and the kernel of the query gradients reads it. A line is one segment of one
+KV head. No sum here crosses lines, so lines can go through both kernels in parts, and the size of a part does not
+change the bits. Several parts alternate between two halves of the memory, each with a CUDA stream of its own. At the
+end of a part, a few long programs are still running, and the rest of the GPU already works on the other half.
 
 B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
@@ -47,7 +47,7 @@ def launch_backward(
     """Gradients of q, `[B, H, N, D]`, k and v, `[Z, G, K, D]`, in their dtypes, and of the bias, float32 `[Z, G, K]`.
 
     Arguments and layout are those of `launch_forward`; `out` and `lse` are its results, and `grad_out` is the gradient
-    of `out`. The sums of dS over the keys of a query go into `dquery_bias`, float32 `[B, H, N]`, if it is given.
+    of `out`. If `dquery_bias`, float32 `[B, H, N]`, is given, it receives the sum of dS over the keys of each query.
     """
     (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
     delta = launch_delta(out, grad_out)
@@ -75,24 +75,24 @@ def launch_backward(
 
 
 def cut_lines(lines: int, line_bytes: int, limit: int) -> tuple[int, int, int]:
-    """How many lines a part has at most, how many parts there are, and how many are in memory at once.
+    """The most lines of a part, the number of parts, and how many parts are in memory at once.
 
     Args:
-        lines: of all parts together.
-        line_bytes: memory of dS of one.
-        limit: what all in memory may take, in bytes; one line is taken in any case.
+        lines: number of lines in all parts together.
+        line_bytes: memory that dS of one line takes.
+        limit: memory for dS, in bytes. If one line needs more, it still gets what it needs.
     """
     if lines * line_bytes <= limit:
         return lines, 1, 1
     halves = _HALVES if limit >= _HALVES * line_bytes else 1
     parts = -(-lines // max(1, limit // (halves * line_bytes)))
-    lines = -(-lines // parts)  # about as many in each
+    lines = -(-lines // parts)  # parts of about the same size
     return lines, parts, halves
 
 
 @contextlib.contextmanager
 def _streams(count: int, device: torch.device) -> Iterator[list[contextlib.AbstractContextManager[None]]]:
-    """So many streams to launch on, which begin after the current one, which in turn goes on after all of them."""
+    """`count` streams: the current one, and others that wait for it first and that it waits for at the end."""
     if device.type != "cuda":
         yield [contextlib.nullcontext() for _ in range(count)]
         return
@@ -108,10 +108,10 @@ def _streams(count: int, device: torch.device) -> Iterator[list[contextlib.Abstr
 
 
 def ds_bytes() -> int:
-    """The most memory that dS may take, as the environment says; at least that of one line is taken.
+    """The most memory that dS may take, in bytes, from the environment variable. One line of dS may still take more.
 
     Raises:
-        ValueError: if it says no number above 0.
+        ValueError: if the variable is not a whole number above 0.
     """
     said = os.environ.get(_VARIABLE, str(_MIB))
     if not said.isdecimal() or not int(said):

@@ -1,4 +1,4 @@
-"""Which kernel computes the forward pass: that for Hopper where it runs, else the one for all GPUs.
+"""Chooses the kernel of the forward pass: the one for Hopper if it can run, and otherwise the one for all GPUs.
 
 B batch, H query heads, G KV heads, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from dma_kernels.attention.kernels.common import aligned
 from dma_kernels.attention.kernels.forward import launch_forward
 
-_RAN_ON = ("3.6",)  # versions of Triton, whose Gluon may change with any
+_RAN_ON = ("3.6",)  # versions of Triton on which the kernel ran; each version may change Gluon
 _VARIABLE = "DMA_KERNEL_GLUON"
 
 
@@ -30,10 +30,10 @@ def launch_chosen_forward(
     scale: float,
     segment_length: int,
 ) -> tuple[Tensor, Tensor]:
-    """`launch_forward`, by the kernel for Hopper if it is made for this GPU, dtype and shape and can be imported.
+    """`launch_forward`, with the kernel for Hopper if it supports this GPU, dtype and shape and can be imported.
 
-    `base_2` has the biases times log2(e), as that kernel takes them. The environment variable `DMA_KERNEL_GLUON=0`
-    keeps it from being used.
+    `base_2` holds the biases times log2(e), as the kernel for Hopper takes them. The environment variable
+    `DMA_KERNEL_GLUON=0` turns that kernel off.
     """
     hopper = None if os.environ.get(_VARIABLE) == "0" or not q.is_cuda else hopper_forward()
     group, keys = q.shape[1] // k.shape[1], k.shape[2]
@@ -46,7 +46,7 @@ def launch_chosen_forward(
 
 @functools.cache
 def hopper_forward() -> ModuleType | None:
-    """The module of the kernel for Hopper; None, and a line in the log, if this version of Triton cannot run it."""
+    """The module of the kernel for Hopper. If this version of Triton cannot run it, None, and the log says why."""
     if ".".join(triton.__version__.split(".")[:2]) not in _RAN_ON:
         why = f"it ran on Triton {', '.join(_RAN_ON)} alone, got {triton.__version__}"
     else:

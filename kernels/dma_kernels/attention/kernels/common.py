@@ -1,7 +1,7 @@
-"""What the attention kernels share: the positions of a tile of queries, the slots that it sees, and their logits.
+"""Code that the attention kernels share: tiles of queries, the slots that they see, logits, and tensor descriptors.
 
-Rows of a tile of queries are pairs of position and head of the group: row r is query r // R of the segment, in head
-r % R. So heads that share keys load them only once.
+In the forward kernel, each row of a tile of queries is one position and one head of the group: row r is query r // R of
+the segment, in head r % R. So the heads that share keys load them only once.
 
 B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, T segments, S segment length, C snapshot
 slots, K = C + S slots, Z = B * T.
@@ -17,13 +17,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dma_kernels.primitives import LOG2_E, scaled_products
 
-# Arguments whose values never make Triton compile a kernel again. The length can: loads are wider at multiples of 16.
+# Sizes that Triton does not specialize, so new values compile nothing. The length is specialized: if it is a multiple
+# of 16, loads are wider.
 SIZES = ("kv_heads", "mask_heads", "group", "segments")
 
 
 @triton.jit
 def locate_rows(kv_heads, group, length, segments, segment, BLOCK_M: tl.constexpr):
-    """A program's segment and KV head, together and apart, its sequence, row positions and heads, and its real rows."""
+    """What a program works on: segment and KV head (as one number, then as two), sequence, tile, rows and real rows."""
     tiles = tl.cdiv(segment * group, BLOCK_M)
     i_zg, i_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     i_z, i_g = i_zg // kv_heads, i_zg % kv_heads
@@ -39,17 +40,17 @@ def locate_rows(kv_heads, group, length, segments, segment, BLOCK_M: tl.constexp
 def count_slot_tiles(
     p_birth, p_death, snapshot, keys, i_tile, group, segment, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """How many tiles of slots a tile of queries passes over.
+    """Count the tiles of slots that a tile of queries needs: full, own_full, partial, own_partial.
 
-    The snapshot and the own keys each give two counts. First come the tiles at the beginning that all queries see,
-    which need no mask. Then come the tiles up to the last slot that any query sees. `slot_of` finds them.
+    Of the snapshot, `full` tiles at the beginning are seen by all queries and need no mask. The next `partial` tiles
+    reach to the last slot that any query sees, and need one. The other two counts are the same for the own keys.
     """
     first = i_tile * BLOCK_M // group
     end = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // group + 1, segment)
     BLOCK: tl.constexpr = 1024
     b_all, b_any, b_own = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     b_unseen = tl.full([BLOCK], 2147483647, tl.int32)
-    for i in range(0, tl.maximum(snapshot, keys - snapshot), BLOCK):  # both at once, to overlap their loads
+    for i in range(0, tl.maximum(snapshot, keys - snapshot), BLOCK):  # both in one loop, so that their loads overlap
         o_k = i + tl.arange(0, BLOCK)
         m_own = o_k < keys - snapshot
         b_death = tl.load(p_death + o_k, mask=o_k < snapshot, other=0)
@@ -66,7 +67,7 @@ def count_slot_tiles(
 
 @triton.jit
 def slot_of(i, tiles, first, own_first, BLOCK_K: tl.constexpr):
-    """First slot of the i-th tile: first come `tiles` of the snapshot from `first`, then own keys from `own_first`."""
+    """First slot of the i-th tile: `tiles` tiles of the snapshot, from slot `first`, then own keys from `own_first`."""
     return tl.where(i < tiles, first + i * BLOCK_K, own_first + (i - tiles) * BLOCK_K)
 
 
@@ -87,30 +88,33 @@ def tile_logits(
 
 
 def slot_tiles(x: Tensor, block_k: int, block_d: int) -> TensorDescriptor:
-    """A descriptor of `[Z, G, K, D]` as lines of D, in tiles of slots."""
+    """A descriptor of `[Z, G, K, D]`, as a matrix with a row for each slot, in tiles of slots."""
     lines = x.view(-1, x.shape[-1])
     return TensorDescriptor(lines, list(lines.shape), list(lines.stride()), [block_k, block_d])
 
 
 def query_tiles(x: Tensor, block_s: int, block_d: int) -> TensorDescriptor:
-    """A descriptor of `[B, H, N, D]` in tiles of positions of one head."""
+    """A descriptor of `[B, H, N, D]`, in tiles of positions of one head."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block_s, block_d])
 
 
 def ds_tiles(ds: Tensor, block_k: int, block_s: int) -> TensorDescriptor:
-    """dS, `[z * G * K, R * S]`, in tiles of slots by queries of one head."""
+    """A descriptor of dS, `[lines * K, R * S]`, in tiles of slots by queries of one head."""
     return TensorDescriptor(ds, list(ds.shape), list(ds.stride()), [block_k, block_s])
 
 
 def slot_block(largest: int, *slots: int) -> int:
-    """Slots of a tile: at most `largest`, and a divisor of all numbers of slots."""
+    """The number of slots in a tile: at most `largest`, and a divisor of each of the given numbers of slots."""
     block = math.gcd(largest, *slots)
     assert block >= 16, "slots come in multiples of 16"
     return block
 
 
 def aligned(x: Tensor) -> Tensor:
-    """`x`, or a copy if a tensor descriptor cannot address it: it needs contiguous lines and steps of 16 bytes."""
+    """`x`, or a copy if a tensor descriptor cannot address it.
+
+    The last dim must have stride 1. The other strides and the address must be multiples of 16 bytes.
+    """
     step = 16 // x.element_size()
     strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
     fits = x.stride(-1) == 1 and all(stride > 0 and stride % step == 0 for stride in strides)

@@ -1,4 +1,4 @@
-"""The Triton kernel of D = rowsum(dO · O), which the gradients of logits need: dS = P (dO v - D).
+"""The Triton kernel of D = rowsum(dO · O), which is part of the gradient of the logits: dS = P (dO v - D).
 
 B batch, H query heads, N length, D head dim.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dma_kernels.primitives import padded_head_dim
 
-_ROWS = 32  # of a program
+_ROWS = 32  # rows of a program
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def _delta_kernel(
     p_out, p_do, p_delta, out_b, out_h, out_n, do_b, do_h, do_n, rows, length, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """D of some rows, in the order [B, N, H] in which they lie in memory."""
+    """D of one tile of rows, which follow their order in memory, [B, N, H]."""
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_h, o_bn = o_row % heads, o_row // heads
     o_n, o_b = o_bn % length, o_bn // length
@@ -31,7 +31,7 @@ def _delta_kernel(
 
 
 def launch_delta(out: Tensor, grad_out: Tensor) -> Tensor:
-    """rowsum(dO · O), float32 `[B, H, N]`, of an output `[B, H, N, D]` and its gradient, whose lines are contiguous."""
+    """rowsum(dO · O), float32 `[B, H, N]`, of an output `[B, H, N, D]` and its gradient, both with stride 1 in D."""
     batch, heads, length, head_dim = out.shape
     delta = torch.empty((batch, heads, length), dtype=torch.float32, device=out.device)
     rows = delta.numel()

@@ -1,8 +1,8 @@
 """The Triton kernel of the forward pass.
 
-A program keeps a tile of queries in registers and passes over the slots of its segment. First come, without a mask,
-those slots at the beginning of the snapshot and of the own keys that all of its queries see. Then, with a mask, come
-the rest of the visible snapshot prefix and of the own keys born so far.
+A program keeps a tile of queries in registers and loops over tiles of slots of its segment. First come the tiles at the
+beginning of the snapshot and of the own keys that all of its queries see; they need no mask. Then come the rest of the
+visible snapshot prefix and the own keys born so far, with a mask.
 
 B batch, H query heads, G KV heads, N length, D head dim, S segment length, K slots, Z = B * segments.
 """

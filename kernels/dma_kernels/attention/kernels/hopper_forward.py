@@ -1,12 +1,17 @@
-"""The forward pass in Gluon for Hopper: one warp loads, two groups of four warps multiply; one program per core.
+"""The forward pass for Hopper, in Gluon: a persistent, warp-specialized kernel.
 
-A work item is a tile of 128 rows, 2 P positions of the R heads of a group, P = 64 / R. Each group of warps holds 64 of
-them: row r is head r // P and position r % P. Tiles of queries, keys, values and biases come through TMA, each with a
-barrier that says it is full and one that says it may be overwritten; birth and death come for tiles that need a mask.
-While a tile's logits become weights, the product of the weights and values before runs. The loading warp is ahead by
-two tiles of queries and `STAGES` of keys, across work items.
+One program per multiprocessor processes many work items, one after the other. One of its warps loads tiles, and two
+groups of four warps multiply them. A work item is a tile of 128 rows: 2 P positions, each in the R heads of a group,
+where P = 64 / R. Each group of warps holds 64 of the rows; its row r is head r // P and position r % P.
 
-Gluon is a part of Triton that may change. This ran on Triton 3.6.0; where it cannot be imported, `forward.py` runs.
+Tiles of queries, keys, values and biases are loaded by TMA into buffers in shared memory. Births and deaths are loaded
+only for tiles that need a mask. Each buffer has two barriers: one says that it is full, the other that it is empty and
+may be overwritten. There are buffers for two tiles of queries and for `STAGES` tiles of slots, so the loading warp runs
+ahead, also across work items. While a group computes the softmax weights of one tile, the tensor cores multiply the
+weights of the tile before by its values.
+
+Gluon is a part of Triton that may change. This kernel ran on Triton 3.6.0. Where it cannot be imported, `forward.py`
+takes its place.
 
 B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
@@ -29,13 +34,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dma_kernels.segments.tile_counts import launch_count_tiles
 
-BLOCK_K = 128  # slots of a tile
-_STAGES = {64: 4, 128: 2}  # by head dim; what fits into 227 KB
-_LINES = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)  # of biases, births and deaths
+BLOCK_K = 128  # slots in a tile
+_STAGES = {64: 4, 128: 2}  # by head dim; as many as fit into 227 KB of shared memory
+_LINES = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)  # layout of biases, births and deaths
 
 
 class _Inputs(NamedTuple):
-    """Descriptors of what is read; the same names stand for where it lies in shared memory."""
+    """Descriptors of the inputs in global memory; a second instance holds their buffers in shared memory."""
 
     q: Any
     k: Any
@@ -46,7 +51,7 @@ class _Inputs(NamedTuple):
 
 
 class _Barriers(NamedTuple):
-    """What says that a tile is full, and that it may be overwritten; of keys, with biases, births and deaths."""
+    """Barriers of the buffers of queries, keys and values. Those of keys also cover biases, births and deaths."""
 
     q_full: Any
     q_empty: Any
@@ -57,7 +62,7 @@ class _Barriers(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """Of the work; `tiles` are those of queries of a segment."""
+    """Sizes of the problem. `tiles` is the number of tiles of queries in a segment."""
 
     items: Any
     tiles: Any
@@ -71,7 +76,7 @@ class _Sizes(NamedTuple):
 
 
 class _Item(NamedTuple):
-    """A work item: segment, KV head, their line, tile of queries, line of the mask, numbers of tiles of slots."""
+    """A work item: segment, KV head, both as one number, tile of queries, line of the mask, numbers of slot tiles."""
 
     z: Any
     g: Any
@@ -97,7 +102,7 @@ def _locate_item(item, sizes, p_count):
 
 @gluon.jit
 def _slot_of(i, item, snapshot, BLOCK_K: gl.constexpr):
-    """First slot of the i-th tile: those without a mask first, each kind of the snapshot first."""
+    """First slot of the i-th tile. Tiles without a mask come first; of each kind, those of the snapshot come first."""
     k = i - item.full - item.own_full
     unmasked = gl.where(i < item.full, i * BLOCK_K, snapshot + (i - item.full) * BLOCK_K)
     of_snapshot, own = item.full + k, item.own_full + k - item.partial
@@ -110,7 +115,7 @@ def _load(
     inputs, shared, barriers, p_count, sizes,
     BLOCK_K: gl.constexpr, D: gl.constexpr, R: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """What the loading warp does."""
+    """The loading warp: load the tiles of all work items of this program."""
     P: gl.constexpr = 64 // R
     n_tile = 0
     n_item = 0
@@ -164,7 +169,7 @@ def _logits(products, shared, stage, masked, o_t, scale, BLOCK_K: gl.constexpr, 
 
 @gluon.jit
 def _finite_shift(maximum):
-    """What to subtract from logits of this maximum: 0 if nothing is seen, so that weights are 0 and not NaN."""
+    """The number to subtract from logits: their maximum, or 0 if no key is seen, so that weights are 0 and not NaN."""
     return gl.where(maximum == -float("inf"), 0.0, maximum)
 
 
@@ -173,7 +178,7 @@ def _multiply(
     shared, barriers, d_out, p_lse, p_count, sizes, scale,
     C: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr, R: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """What group C of the multiplying warps does."""
+    """Group C of the multiplying warps: compute its 64 rows of all work items of this program."""
     P: gl.constexpr = 64 // R
     DTYPE: gl.constexpr = shared.q.dtype
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
@@ -195,7 +200,7 @@ def _multiply(
         i_b = item.z // sizes.segments
         q = shared.q.index(half * 2 + C)._reinterpret(DTYPE, [64, D], QUERIES)
         mbarrier.wait(barriers.q_full.index(half), (n_item >> 1) & 1)
-        # The first tile: there are no weights yet whose product could go beside it.
+        # The first tile: there are no weights yet to multiply at the same time.
         stage = n_tile % STAGES
         mbarrier.wait(barriers.k_full.index(stage), (n_tile // STAGES) & 1)
         s = warpgroup_mma(q, shared.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -206,7 +211,7 @@ def _multiply(
         weights = gl.exp2(logits - _finite_shift(maximum)[:, None])
         total = gl.sum(weights, 1)
         out = gl.zeros([64, D], gl.float32, OUT)
-        tma.store_wait(0)  # the output of the item before has left the buffer of its queries
+        tma.store_wait(0)  # the last output, stored from the buffer of its queries, has left it
         mbarrier.arrive(barriers.q_empty.index(half ^ 1), count=1, pred=n_item > 0)
         mbarrier.wait(barriers.k_full.index((n_tile + 1) % STAGES), ((n_tile + 1) // STAGES) & 1, pred=count > 1)
         for i in range(1, count):
@@ -227,7 +232,7 @@ def _multiply(
             decay = gl.exp2(maximum - shift)
             total = total * decay + gl.sum(weights, 1)
             maximum = new
-            # Ends a basic block: ptxas would move the wait for the product above the exponentials.
+            # This wait ends a basic block. Otherwise ptxas would move the wait for the product above the exponentials.
             mbarrier.wait(
                 barriers.k_full.index((n_tile + 1) % STAGES), ((n_tile + 1) // STAGES) & 1, pred=i + 1 < count
             )
@@ -285,7 +290,7 @@ def _forward_kernel(
     items, tiles, kv_heads, mask_heads, segments, segment, snapshot, keys, length, scale,
     BLOCK_K: gl.constexpr, D: gl.constexpr, R: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of all work items."""
+    """Output and log-sum-exp of all work items; each program takes every n-th item, n the number of programs."""
     shared = _Inputs(
         gl.allocate_shared_memory(d_q.dtype, [4, 1, R, 64 // R, D], d_q.layout),
         gl.allocate_shared_memory(d_k.dtype, [STAGES, BLOCK_K, D], d_k.layout),
@@ -313,7 +318,7 @@ def _forward_kernel(
 
 
 def can_take(q: Tensor, group: int, segment_length: int, keys: int) -> bool:
-    """Whether the kernel is made for queries like `q` and so many heads to a KV head, positions and slots."""
+    """Whether the kernel supports queries like `q`, with `group` heads per KV head and segments of these sizes."""
     return (
         q.is_cuda
         and torch.cuda.get_device_capability(q.device) == (9, 0)
@@ -336,9 +341,9 @@ def launch_hopper_forward(
     scale: float,
     segment_length: int,
 ) -> tuple[Tensor, Tensor]:
-    """`launch_forward` for what `can_take` says; its results, and its arguments but for two.
+    """`launch_forward` for inputs that `can_take` accepts, with the same results.
 
-    q is aligned for tensor descriptors, and biases are in base 2, that is, times log2(e).
+    Two arguments differ: q must be aligned for tensor descriptors, and biases are in base 2, that is, times log2(e).
     """
     (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
     group = heads // kv_heads
@@ -357,12 +362,12 @@ def launch_hopper_forward(
 
 
 def _query_tiles(x: Tensor, group: int) -> TensorDescriptor:
-    """`[B, H, N, D]` in tiles of 64 rows: the heads of a group times 64 / R positions."""
+    """A descriptor of `[B, H, N, D]`, in tiles of 64 rows: 64 / R positions in all heads of a group."""
     return _described(x, [1, group, 64 // group, x.shape[-1]])
 
 
 def _slot_tiles(x: Tensor) -> TensorDescriptor:
-    """`[Z, G, K, D]` as lines of D, in tiles of slots."""
+    """A descriptor of `[Z, G, K, D]`, as a matrix with a row for each slot, in tiles of slots."""
     return _described(x.view(-1, x.shape[-1]), [BLOCK_K, x.shape[-1]])
 
 
@@ -370,13 +375,13 @@ def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _layout(*block))
 
 
-@functools.cache  # to make one takes the host about half as long as a launch
+@functools.cache  # making one takes the CPU about half as long as a launch
 def _layout(*block: int) -> gl.NVMMASharedLayout:
-    """How a tile lies in shared memory, of whatever elements of two bytes."""
+    """Layout of a tile in shared memory, for any element type of two bytes."""
     return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
 
 
 def _slot_lines(x: Tensor) -> TensorDescriptor:
-    """`[Z, G, K]` as lines of K, in tiles of slots."""
+    """A descriptor of `[Z, G, K]`, as a matrix with rows of K slots, in tiles of slots."""
     lines = x.view(-1, x.shape[-1])
     return TensorDescriptor(lines, list(lines.shape), list(lines.stride()), [1, BLOCK_K], _LINES)

@@ -1,8 +1,9 @@
 """The Triton kernel of the gradients of keys, values and key biases: deterministic, no atomics.
 
-A program keeps a tile of keys and their gradients in registers and passes over the queries that see any of them, in
-all heads of the group. Tiles of queries that all see all of these keys need no mask; they come first. On request dS is
-stored on the way, keys by queries; the gradient of the queries is then a product (`query_gradients.py`).
+A program keeps a tile of keys and their gradients in registers. It loops over the tiles of queries that see any of
+these keys, in all heads of the group. First come the tiles in which every query sees every key; they need no mask. On
+request, the kernel also stores dS, keys by queries. From dS, one matrix product gives the gradient of the queries
+(`query_gradients.py`).
 
 B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
@@ -47,7 +48,7 @@ def _add_query_tile(
     b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
     b_ds = b_p * (tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) - b_delta[None, :])
     if MASKED:
-        b_ds = tl.where(visible, b_ds, 0.0)  # P = 0 does not stop an infinity or NaN of a query that sees no key
+        b_ds = tl.where(visible, b_ds, 0.0)  # 0 times an infinity or NaN of a query that sees no key would be NaN
     b_rounded = b_ds.to(b_q.dtype)
     if d_ds is not None:
         d_ds.store([i_row, i_column + i_tile * BLOCK_S], b_rounded)
@@ -61,7 +62,7 @@ def _add_query_tile(
 def _store_margins(
     d_ds, i_row, first, end, group, segment, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr
 ):
-    """Zeros around the tiles of queries from `first` to `end`, up to multiples of ALIGN, as wide as dq reads them."""
+    """Zeros before tile `first` and from tile `end` on, out to multiples of ALIGN: dq reads larger tiles of queries."""
     b_zero = tl.zeros([BLOCK_K, BLOCK_S], dtype=d_ds.dtype)
     for i in range(group):
         for i_tile in range(first // ALIGN * ALIGN, first):
@@ -80,7 +81,7 @@ def _key_gradients_kernel(
     """Gradients of one tile of keys."""
     key_tiles = keys // BLOCK_K
     i_zg, i_tile = tl.program_id(0) // key_tiles, tl.program_id(0) % key_tiles
-    i_row = i_zg * keys + i_tile * BLOCK_K  # of dS, which has lines from first_line on
+    i_row = i_zg * keys + i_tile * BLOCK_K  # the row in dS, which begins with first_line
     i_zg += first_line
     i_z, i_g = i_zg // kv_heads, i_zg % kv_heads
     i_line = i_zg * keys + i_tile * BLOCK_K
@@ -97,7 +98,7 @@ def _key_gradients_kernel(
     p_lse += i_b.to(tl.int64) * kv_heads * group * length
     p_delta += i_b.to(tl.int64) * kv_heads * group * length
 
-    # Tiles of queries: `tiles` from `first` on in which a key is seen, of these `full` from `begin` on see all keys.
+    # Queries of `tiles` tiles, from `first` on, see some of the keys. In `full` tiles, from `begin` on, they see all.
     lives = b_death > b_birth
     first = tl.maximum(tl.min(tl.where(lives, b_birth, count)), 0) // BLOCK_S
     tiles = tl.maximum(tl.cdiv(tl.minimum(tl.max(tl.where(lives, b_death, 0)), count), BLOCK_S) - first, 0)
@@ -129,7 +130,7 @@ def _key_gradients_kernel(
 
 
 class KeyGradients(NamedTuple):
-    """What the kernel writes.
+    """The outputs of the kernel.
 
     Attributes:
         dk: `[Z, G, K, D]`.
@@ -143,17 +144,17 @@ class KeyGradients(NamedTuple):
 
     @classmethod
     def like(cls, k: Tensor, v: Tensor) -> "KeyGradients":
-        """For keys and values `[Z, G, K, D]`; nothing is written yet."""
+        """Empty tensors for the gradients of keys and values `[Z, G, K, D]`."""
         return cls(torch.empty_like(k), torch.empty_like(v), k.new_empty(k.shape[:3], dtype=torch.float32))
 
 
 class StoredScores(NamedTuple):
-    """Where dS of some lines is stored; a line is a segment of one KV head, number z * G + g.
+    """The stored dS of consecutive lines. A line is segment z of KV head g, and has number z * G + g.
 
     Attributes:
-        ds: `[lines * K, R * S]` or more rows, in the dtype of q.
+        ds: `[lines * K, R * S]`, or more rows, in the dtype of q.
         first_line: number of the first line.
-        lines: how many there are.
+        lines: number of lines.
     """
 
     ds: Tensor
@@ -176,9 +177,10 @@ def launch_key_gradients(
     segment_length: int | None = None,
     config: KernelConfig | None = None,
 ) -> KeyGradients:
-    """`key_gradients` for float32, bfloat16 and float16; `q` may be `[B, H, N, D]`, cut into segments of S positions.
+    """Launch the kernel for `key_gradients`, without storing dS; in float32, bfloat16 or float16.
 
-    `lse` is in base 2. By default a sequence is one segment, and `config` that of `kernel_config`.
+    `q` may also be `[B, H, N, D]`, with segments of S positions; by default, a sequence is one segment. `lse` is in
+    base 2. `config` is by default the one from `kernel_config`.
 
     Raises:
         ValueError: for another dtype.
@@ -203,7 +205,7 @@ def launch_key_gradients(
 
 
 def key_tile(q: Tensor, keys: int) -> int:
-    """Keys of a tile, for queries like `q` and so many slots."""
+    """The number of keys in a tile, for queries like `q` and segments of `keys` slots."""
     return slot_block(kernel_config("key gradients", q, padded_head_dim(q.shape[-1])).rows, keys)
 
 
@@ -225,11 +227,14 @@ def launcher_of_key_gradients(
     read_block: int | None = None,
     rounded: bool = False,
 ) -> Callable[[StoredScores | None], None]:
-    """`launch_key_gradients` of tensors that lie in memory as the kernel wants them, written into `gradients`.
+    """A function that launches the kernel, which writes into `gradients`.
 
-    What is returned launches the kernel: for all lines without dS, or for those of a part, and stores their dS where a
-    query sees a key of a tile. `read_block` is how many queries a tile has in which dS is read, if it is stored. The
-    gradients of biases are sums of dS before it is rounded to the dtype of q, or after it if `rounded`.
+    Called with None, the function computes all lines and stores no dS. Called with `StoredScores`, it computes their
+    lines, and stores dS for every tile of queries that sees a key of a tile.
+
+    The other tensors are as in `launch_key_gradients`, but already have the layout that the kernel needs. If dS is
+    stored, `read_block` is the number of queries in the tiles in which it will be read. Bias gradients are sums of dS:
+    if `rounded`, after dS is rounded to the dtype of q, and otherwise before.
     """
     (batch, heads, length, head_dim), (z, kv_heads, keys) = q.shape, k.shape[:3]
     block_d = padded_head_dim(head_dim)

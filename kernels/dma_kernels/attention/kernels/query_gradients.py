@@ -2,11 +2,14 @@
 
     dq_t = scale · sum_j dS_tj k_j
 
-The kernel of the key gradients has stored dS, keys by queries. A program here keeps the gradient of a tile of queries
-of one head in registers and passes over a list of the tiles of keys that any of them sees; the first kernel makes these
-lists. On request the gradient of a bias of the queries comes with dq, sum_j dS_tj, as a product of dS and ones. It is 0
-but for rounding: that of O within D = rowsum(dO · O), and that of dS. A number that is in the biases of queries and of
-keys needs the same rounding on both sides, for it to cancel, so the first kernel then sums rounded dS too.
+The kernel of the key gradients has stored dS, keys by queries. `_list_key_tiles_kernel` lists, for each tile of
+queries, the tiles of keys that its queries see. In `_query_gradients_kernel`, a program keeps the gradient of a tile of
+queries of one head in registers, and loops over the tile's list.
+
+On request, the second kernel also computes the gradient of a query bias, sum_j dS_tj, as a product of dS and ones. It
+is 0 except for two rounding errors: that of O in D = rowsum(dO · O), and that of dS. The gradients of key biases
+contain the first, and also the second if the kernel of the key gradients sums rounded dS (`rounded`). So if a number is
+in the biases of queries and of keys, both errors cancel in its gradient.
 
 B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S segment length, K slots, Z = B * segments,
 L lists of a segment, one for each tile of queries.
@@ -27,16 +30,16 @@ from dma_kernels.attention.kernels.repeated import RepeatedKernel
 from dma_kernels.primitives import float32_precision, padded_head_dim
 
 _SLOTS_AT_ONCE = 1024
-_ONES = tl.constexpr(16)  # columns, the least that a product takes
+_ONES = tl.constexpr(16)  # columns of ones; tl.dot takes no fewer
 
 
 class KeyTileLists(NamedTuple):
-    """Which tiles of keys a tile of queries sees.
+    """The tiles of keys that each tile of queries sees.
 
     Attributes:
-        tile: numbers of the tiles, ascending, int32 `[Z, G or 1, L, K / BLOCK_K]`; behind `count`, anything.
-        count: how many there are, int32 `[Z, G or 1, L]`.
-        config: of the query gradients, whose rows and columns the tiles of queries and keys have.
+        tile: numbers of these tiles, ascending, int32 `[Z, G or 1, L, K / BLOCK_K]`; undefined from `count` on.
+        count: number of these tiles, int32 `[Z, G or 1, L]`.
+        config: configuration of the query gradients; `rows` are the queries of a tile, and `columns` its keys.
     """
 
     tile: Tensor
@@ -80,7 +83,7 @@ def list_key_tiles(
 ) -> KeyTileLists:
     """The lists of all tiles of queries `[B, H, N, D]`; birth and death as in `launch_forward`.
 
-    Tiles of keys are as wide as `config` says, at most as those of the key gradients, `key_tile`.
+    A tile of keys has `config.columns` keys, but at most `key_tile`, as many as in a tile of the key gradients.
     """
     z, mask_heads, keys = birth.shape
     config = config or kernel_config("query gradients", q, padded_head_dim(q.shape[-1]))
@@ -101,23 +104,23 @@ def _query_gradients_kernel(
     kv_heads, mask_heads, group, length, segments, segment, keys, tiles, first_line, scale,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one tile of queries of one head, and of their biases if there are any."""
+    """Gradient of one tile of queries of one head, and of their biases if they need one."""
     i_line, i_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     i_head = i_line % group
-    i_line = i_line // group  # of dS, which has lines from first_line on
+    i_line = i_line // group  # counted from first_line, with which dS begins
     i_z, i_g = (first_line + i_line) // kv_heads, (first_line + i_line) % kv_heads
     i_b, i_start = i_z // segments, i_z % segments * segment + i_tile * BLOCK_M
     i_list = (i_z * mask_heads + i_g % mask_heads) * tiles + i_tile
     p_tile += i_list.to(tl.int64) * (keys // BLOCK_K)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    b_dbias = tl.zeros([BLOCK_M, _ONES], dtype=tl.float32)  # all columns are the same
+    b_dbias = tl.zeros([BLOCK_M, _ONES], dtype=tl.float32)  # its columns are all equal
     b_ones = tl.full([BLOCK_K, _ONES], 1.0, dtype=d_ds.dtype)
     i_column = i_head * segment + i_tile * BLOCK_M
     count = tl.load(p_count + i_list)
     i_next = tl.load(p_tile, mask=count > 0, other=0)
     for i in range(count):
         i_key = i_next
-        i_next = tl.load(p_tile + i + 1, mask=i + 1 < count, other=0)  # before the loads that it says where from
+        i_next = tl.load(p_tile + i + 1, mask=i + 1 < count, other=0)  # early: the next loads need its address
         b_ds = d_ds.load([i_line * keys + i_key * BLOCK_K, i_column])  # [BLOCK_K, BLOCK_M]
         b_k = d_k.load([(first_line + i_line) * keys + i_key * BLOCK_K, 0])
         b_dq = tl.dot(tl.trans(b_ds), b_k, b_dq, input_precision=PRECISION)
@@ -140,15 +143,15 @@ def launcher_of_query_gradients(
     segment_length: int,
     dquery_bias: Tensor | None = None,
 ) -> Callable[[StoredScores], None]:
-    """What writes the gradients of the queries of some lines, segments of one KV head, of the dS that is stored.
+    """A function that launches the kernel for the lines whose dS is stored (`StoredScores`).
 
     Args:
         k: in segment order, contiguous, `[Z, G, K, D]`.
-        lists: of all segments.
-        dq: `[B, H, N, D]`, in which the rows of these lines are written.
+        lists: lists of all segments.
+        dq: `[B, H, N, D]`; the kernel writes the rows of these lines.
         scale: factor of q·k.
         segment_length: S.
-        dquery_bias: float32 `[B, H, N]`, in which the sums of dS over all keys are written, if it is given.
+        dquery_bias: float32 `[B, H, N]`. If it is given, the kernel writes the sums of dS over all keys into it.
     """
     (batch, heads, length, head_dim), (z, kv_heads, keys) = dq.shape, k.shape[:3]
     block_m, block_k, warps, stages, registers = lists.config
