@@ -2,10 +2,10 @@
 
     rank_j = content_j + D_j        D_j = d_1 + ... + d_j, d_l >= 0
 
-Near 1,000,000 nats, a float32 sum has steps of 0.06 nats, so keys that differ by less would count as equal. So contents
-and steps are rounded to whole units of 2^-32 nats, half to even, and added up in int64 (Q31.32). A sum of integers does
-not depend on how it is divided: a whole sequence, its chunks, and its tokens one by one give the same ranks if their
-contents and steps are the same.
+Near 1,000,000 nats, neighboring float32 numbers are 0.06 nats apart, so keys that differ by less would count as equal.
+So contents and steps are rounded to whole units of 2^-32 nats, half to even, and added up in int64 (Q31.32). A sum of
+integers does not depend on how it is divided. So a whole sequence, its chunks, and its tokens one by one give the same
+ranks from the same contents and steps.
 
 - *Range.* Contents and D are limited to 2^29 nats, about 5.4e8. D reaches that after 67 million tokens at 8 nats each.
   Larger numbers and infinities become that bound. Keys whose D has reached it differ by content alone.
@@ -39,15 +39,16 @@ def drifts_reference(steps: Tensor, start: Tensor | None = None) -> tuple[Tensor
 def drifts(steps: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """D of every position.
 
-    It is a custom operation, since torch.compile cannot build all sums for a GPU, where Triton kernels compute them.
+    On CUDA, Triton kernels compute it. It is a custom operation, since torch.compile cannot compile all such sums for
+    GPUs.
 
     Args:
         steps: d in nats, at least 0, floating `[..., N]`; NaN and negative steps count as 0.
-        start: D of what came before, in units, int64 `[...]`; by default 0.
+        start: D of the position before the first, in units, int64 `[...]`; by default 0.
 
     Returns:
-        D in units, int64 `[..., N]`, ascending; and in nats, float64, with gradients to the steps, NaN from the first
-        NaN step on.
+        D in units, int64 `[..., N]`, ascending; and D in nats, float64 `[..., N]`. The second is differentiable in the
+        steps, and NaN from the first NaN step on.
     """
     return drifts_reference(steps, start)
 
@@ -72,7 +73,7 @@ def suffix_sums_reference(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("dma_kernels::suffix_sums", mutates_args=())
 def suffix_sums(x: Tensor) -> Tensor:
-    """Sum of each number and all after it in its row, for floating `[..., N]`, in float64."""
+    """For each number, the sum of it and all later numbers of its row; floating `[..., N]`, summed in float64."""
     return suffix_sums_reference(x)
 
 
@@ -106,7 +107,7 @@ def drift_sums(steps: Tensor, start: Tensor | None = None) -> Tensor:
 
 
 def drifted_ranks(content: Tensor, drift: Tensor) -> Tensor:
-    """int64 ranks from contents in nats and D in units, all of one shape."""
+    """int64 ranks from contents in nats and D in units, all of the same shape."""
     return (in_units(content) + drift).masked_fill(content.isnan(), NAN_RANK)
 
 
@@ -119,9 +120,9 @@ def ranks_of_steps(content: Tensor, steps: Tensor, padding: Tensor | None = None
         padding: bool `[B, N]`, True where steps do not count.
 
     Raises:
-        ValueError: if steps are not floating or differ from contents in shape or device, or if some are negative. The
-            check for negative steps waits for the device. Where it cannot, under torch.compile and while a CUDA graph
-            is captured, it is left out, and they count as 0.
+        ValueError: if contents or steps are not floating, if they differ in shape or device, or if a step is negative.
+            The check for negative steps waits for the device. Under torch.compile, and while a CUDA graph is captured,
+            it cannot wait, so there is no check, and negative steps count as 0.
     """
     if not content.is_floating_point():
         raise ValueError(

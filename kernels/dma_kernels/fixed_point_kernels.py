@@ -1,8 +1,9 @@
 """Triton kernels behind `fixed_point.py`: prefix sums of steps in whole units, and suffix sums for their gradients.
 
-PyTorch computes each row by one block of threads, which takes long where rows are few. Here a first kernel adds up each
-block of a row, and a second one adds what is before (or after) a block to the sums within it. This is possible since
-min(a + b, largest), of numbers from 0 on, is associative.
+PyTorch computes each row with one block of threads, which is slow if there are few rows. Here, a first kernel computes
+the total of each block of a row. A second kernel adds the totals of all blocks before (or after) to the sums within
+each block. Sums of steps are limited to the largest drift. On numbers that are not negative, min(a + b, largest) is
+associative, so the blocks can still be summed independently.
 """
 
 import torch
@@ -14,7 +15,7 @@ from dma_kernels.units import FRACTION_BITS, LARGEST
 
 _BLOCK = 1024
 _LARGEST, _UNITS = tl.constexpr(LARGEST), tl.constexpr(2.0**FRACTION_BITS)  # units in a nat
-_WHOLE = tl.constexpr(2.0**52)  # float64 numbers from here on are whole
+_WHOLE = tl.constexpr(2.0**52)  # from here on, all float64 numbers are whole
 
 
 @triton.jit
@@ -24,7 +25,7 @@ def _add(a, b):
 
 @triton.jit
 def _load_units(p_steps, o_n, length):
-    """Steps in units, rounded half to even, where negative ones and NaN are 0; and where they are NaN."""
+    """Steps in units, rounded half to even, with 0 for negative steps and NaN; and 1 for each step that is NaN."""
     b_nats = tl.load(p_steps + o_n, mask=o_n < length, other=0.0).to(tl.float64)
     b_units = tl.where(b_nats > 0, tl.minimum(b_nats, _LARGEST / _UNITS) * _UNITS, 0.0)
     b_units = tl.where(b_units < _WHOLE, (b_units + _WHOLE) - _WHOLE, b_units)
@@ -33,7 +34,7 @@ def _load_units(p_steps, o_n, length):
 
 @triton.jit
 def _sum_blocks_kernel(p_steps, p_sum, p_broken, length, blocks, BLOCK: tl.constexpr):
-    """The sum of one block of one row, and how many of its steps are NaN."""
+    """The total of one block of one row, and how many of its steps are NaN."""
     i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     b_units, b_nan = _load_units(p_steps + i_row * length, i_block * BLOCK + tl.arange(0, BLOCK), length)
     tl.store(p_sum + tl.program_id(0), tl.reduce(b_units, 0, _add))
@@ -42,7 +43,7 @@ def _sum_blocks_kernel(p_steps, p_sum, p_broken, length, blocks, BLOCK: tl.const
 
 @triton.jit
 def _drifts_kernel(p_steps, p_sum, p_broken, p_start, p_units, p_nats, length, blocks, BLOCK: tl.constexpr):
-    """All sums of one block of one row, in units and in nats."""
+    """The prefix sums of one block of one row, in units and in nats."""
     i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     before, broken = tl.zeros([], dtype=tl.int64), tl.zeros([], dtype=tl.int32)
     if p_start is not None:
@@ -62,7 +63,7 @@ def _drifts_kernel(p_steps, p_sum, p_broken, p_start, p_units, p_nats, length, b
 
 @triton.jit
 def _sum_floats_kernel(p_x, p_sum, length, blocks, BLOCK: tl.constexpr):
-    """The sum of one block of one row."""
+    """The total of one block of one row."""
     i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     o_n = i_block * BLOCK + tl.arange(0, BLOCK)
     b_x = tl.load(p_x + i_row * length + o_n, mask=o_n < length, other=0.0).to(tl.float64)
@@ -71,7 +72,7 @@ def _sum_floats_kernel(p_x, p_sum, length, blocks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _suffix_sums_kernel(p_x, p_sum, p_out, length, blocks, BLOCK: tl.constexpr):
-    """All suffix sums of one block of one row."""
+    """The suffix sums of one block of one row."""
     i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     after = tl.zeros([], dtype=tl.float64)
     for i in range((i_block + 1) // BLOCK, tl.cdiv(blocks, BLOCK)):
@@ -84,7 +85,7 @@ def _suffix_sums_kernel(p_x, p_sum, p_out, length, blocks, BLOCK: tl.constexpr):
 
 
 def launch_drifts(steps: Tensor, start: Tensor | None = None, block: int = _BLOCK) -> tuple[Tensor, Tensor]:
-    """`drifts`, for steps `[..., N]`; a program adds up `block` of them."""
+    """`drifts`, for steps `[..., N]`; each program sums `block` of them."""
     steps, start = steps.contiguous(), None if start is None else start.contiguous()
     units, nats = (torch.empty(steps.shape, dtype=x, device=steps.device) for x in (torch.int64, torch.float64))
     if steps.numel():
@@ -96,7 +97,7 @@ def launch_drifts(steps: Tensor, start: Tensor | None = None, block: int = _BLOC
 
 
 def launch_suffix_sums(x: Tensor, block: int = _BLOCK) -> Tensor:
-    """`suffix_sums` of `x` [..., N]; a program adds up `block` numbers."""
+    """`suffix_sums` of `x` [..., N]; each program sums `block` numbers."""
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=torch.float64, device=x.device)
     if x.numel():

@@ -1,9 +1,9 @@
-"""Find the fastest tiles, warps, stages and registers of the attention kernels on this GPU, and keep them in a file.
+"""Find the fastest tiles, warps, stages and registers of the attention kernels on this GPU, and write them to a file.
 
     python -m dma_kernels.tune      takes a few minutes; later processes on such a GPU find the file
 
-The measurement uses 16 query and 4 KV heads, N = 32k (8k in float32), w = 1024 and random ranks. Several processes
-compile all kernels first. `attention/configs.py` says where the file is kept, and how to choose another one.
+The measurement uses 16 query and 4 KV heads, N = 32k (8k in float32), w = 1024 and random ranks. First, several
+processes compile all kernels. `attention/configs.py` says where the file is kept, and how to choose another one.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from dma_kernels.segments.gather_kernels import launch_gather_keys
 from dma_kernels.segments.slots import SegmentSlots
 
 _WINDOW = 1024
-_CONFIGS: dict[int, list[tuple[int, ...]]] = {  # by bytes of an element
+_CONFIGS: dict[int, list[tuple[int, ...]]] = {  # by element size in bytes
     2: [
         (64, 32, 4, 2),
         (64, 32, 4, 3),
@@ -47,15 +47,15 @@ _CONFIGS: dict[int, list[tuple[int, ...]]] = {  # by bytes of an element
     ],
     4: [(64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 4, 1), (16, 16, 4, 1)],
 }
-_OF_QUERY_GRADIENTS: dict[int, list[tuple[int, ...]]] = {  # a product alone; the columns are those of the key gradients
+_OF_QUERY_GRADIENTS: dict[int, list[tuple[int, ...]]] = {  # columns: at most the rows of the key gradients
     2: [(64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4)],
     4: [(64, 32, 4, 2), (64, 32, 8, 2), (128, 32, 8, 2)],
 }
-_SHARE = 0.78  # the largest share of a thread's registers that accumulators may take
+_SHARE = 0.78  # the most of a thread's registers that accumulators may take
 
 
 class Case(NamedTuple):
-    """One kernel with one configuration, for one size of elements and head dim."""
+    """One kernel with one configuration, for one element size and head dim."""
 
     kernel: Kernel
     element_bytes: int
@@ -64,7 +64,7 @@ class Case(NamedTuple):
 
 
 class Inputs(TypedDict):
-    """Arguments of every kernel: queries, keys in segment order, and the keys' lifetimes."""
+    """Inputs of the kernels: queries, keys in segment order, and the lifetimes of the keys."""
 
     q: Tensor
     k: Tensor
@@ -75,7 +75,7 @@ class Inputs(TypedDict):
 
 
 def cases() -> list[Case]:
-    """All cases that are measured: those whose sums fit into registers."""
+    """The cases to measure: those whose accumulators fit into registers."""
     every = (
         Case(kernel, size, head_dim, KernelConfig(*config))
         for size in _CONFIGS
@@ -87,7 +87,7 @@ def cases() -> list[Case]:
 
 
 def _accumulators(case: Case) -> float:
-    """How many registers of a thread hold sums over all columns."""
+    """The number of registers per thread that hold accumulators."""
     sums = 2 if case.kernel == "key gradients" else 1
     return sums * case.config.rows * case.head_dim / (32 * case.config.warps)
 
@@ -106,7 +106,7 @@ def make_arguments(element_bytes: int, head_dim: int) -> Inputs:
 
 
 def launcher(case: Case, arguments: Inputs) -> Callable[[], object]:
-    """The launch of a case; its time does not depend on the values of its inputs."""
+    """A function that launches the kernel of a case; its time does not depend on the values of the inputs."""
     rest: dict[str, Any] = {"scale": case.head_dim**-0.5, "segment_length": _WINDOW, "config": case.config}
     grad, lse = torch.randn_like(arguments["q"]), torch.full(arguments["q"].shape[:3], 12.0, device="cuda")
     if case.kernel == "forward":
@@ -117,7 +117,7 @@ def launcher(case: Case, arguments: Inputs) -> Callable[[], object]:
 
 
 def _query_gradients(case: Case, arguments: Inputs) -> Callable[[], object]:
-    """The launch of the query gradients, with dS of half of the sequence."""
+    """A function that launches the query gradients, for dS of half of the segments."""
     q, k, birth, death = (arguments[name] for name in ("q", "k", "birth", "death"))
     keys, half = k.shape[2], len(k) // 2
     lists = list_key_tiles(birth, death, q, _WINDOW, key_tile=key_tile(q, keys), config=case.config)
@@ -129,7 +129,7 @@ def _query_gradients(case: Case, arguments: Inputs) -> Callable[[], object]:
 
 
 def compile_case(case: Case) -> str | None:
-    """Compile into Triton's cache on disk; returns the error if a configuration does not fit the GPU."""
+    """Compile a case into Triton's cache on disk, or return the error if its configuration does not fit the GPU."""
     try:
         launcher(case, make_arguments(case.element_bytes, case.head_dim))()
     except (OutOfResources, torch.OutOfMemoryError) as error:
@@ -138,7 +138,7 @@ def compile_case(case: Case) -> str | None:
 
 
 def measure(case: Case, error: str | None) -> dict[str, Any]:
-    """A row with the median time of a case in milliseconds, or with its error."""
+    """A row of the file: the case, with its median time in milliseconds or its error."""
     row: dict[str, Any] = case._asdict()
     if error:
         return row | {"error": error}
@@ -147,7 +147,7 @@ def measure(case: Case, error: str | None) -> dict[str, Any]:
 
 
 def mark_fastest(rows: list[dict[str, Any]]) -> None:
-    """Mark the fastest row of each kernel, size of elements and head dim."""
+    """Mark the fastest row of each kernel, element size and head dim."""
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in (row for row in rows if "ms" in row):
         where = row["kernel"], row["element_bytes"], row["head_dim"]
@@ -176,7 +176,7 @@ def main() -> None:
     out = args.out or tuned_file(gpu)
     out.parent.mkdir(parents=True, exist_ok=True)
     result = {"gpu": gpu, "torch": torch.__version__, "triton": version("triton"), "rows": rows}
-    partial = out.with_suffix(f".{os.getpid()}.partial")  # others may measure at the same time
+    partial = out.with_suffix(f".{os.getpid()}.partial")  # other processes may write at the same time
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(out)
     print(f"written to {out}")

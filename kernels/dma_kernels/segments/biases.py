@@ -1,4 +1,4 @@
-"""Biases of keys in their slots, in float32; float64 biases are relative to the first query of their segment.
+"""Gathers key biases into slots, in float32; float64 biases become relative to the first query of their segment.
 
 A key that a segment's queries see has either drifted little from the segment's first query, or so far that its weight
 in the softmax vanishes. So one number, the first query's bias, makes all relevant key biases of a segment small; see
@@ -17,12 +17,12 @@ from dma_kernels.wide_biases import in_float32, shift_of
 
 
 def segment_shifts(query_bias: Tensor, segment_length: int) -> Tensor:
-    """Float64 `[Z, G]` to add to the float64 biases of each segment's keys, from a query bias `[B, G, N]`."""
+    """The shift to add to the float64 key biases of each segment, float64 `[Z, G]`, from a query bias `[B, G, N]`."""
     return shift_of(query_bias[..., ::segment_length]).transpose(1, 2).flatten(0, 1)
 
 
 def gather_biases_reference(key_bias: Tensor, query_bias: Tensor | None, row: Tensor, segment_length: int) -> Tensor:
-    """`gather_biases` in plain PyTorch, twice differentiable in `key_bias`; the same arguments."""
+    """`gather_biases` in plain PyTorch, with the same arguments; differentiable twice in `key_bias`."""
     if key_bias.dtype != torch.float64:
         return gather_rows_plain(saturated(key_bias)[..., None], row).squeeze(-1)
     bias = gather_rows_plain(key_bias[..., None], row).squeeze(-1)

@@ -1,6 +1,6 @@
-"""Segments in plain PyTorch: gathers the scattered live keys of a mask into dense, contiguous lists.
+"""Fills the slots of segments in plain PyTorch: turns the scattered live keys of a mask into dense lists.
 
-Queries are cut into segments of S positions. Each segment has its own key list:
+Queries are cut into segments of S positions. Each segment has its own list of keys:
 
     slots [0, C)       snapshot: the keys alive at the segment's start, sorted by death, latest first
     slots [C, C + S)   own: the keys born in the segment that are ever alive, in time order
@@ -33,7 +33,7 @@ def segment_slots_reference(
     key = torch.cat([snapshot, own], dim=-1)  # [B or 1, G or 1, T, K]
     birth, death = (_as_batch(x.expand(batch, -1, -1, -1)) for x in _local_lifetimes(birth, death, key, segment_length))
     copies = _copies(key.expand(batch, num_kv_heads, -1, -1), segment_length)
-    return [copies.row, birth, death, copies.first, copies.slot.clone()]  # the slots are a view
+    return [copies.row, birth, death, copies.first, copies.slot.clone()]  # `slot` is a view
 
 
 def snapshot_slots(capacity: int, length: int, segment_length: int, block_size: int) -> int:

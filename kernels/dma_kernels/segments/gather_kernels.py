@@ -1,4 +1,4 @@
-"""Triton kernels behind `gather.py` and `biases.py`: they copy rows by number, and are bound by memory bandwidth.
+"""Triton kernels that copy rows and biases into slots (`gather.py`, `biases.py`); bound by memory bandwidth.
 
 B batch, G KV heads, N length, S segment length, K slots, Z = B * segments, M slots of any shape, R rows, D head dim.
 """
@@ -12,7 +12,7 @@ from dma_kernels.primitives import LOG2_E
 from dma_kernels.rank_kernels import saturated
 
 _INFINITY = tl.constexpr(float("inf"))
-_TILE = 1024  # elements of a program; in larger programs, more rows wait for the one with the most copies
+_TILE = 1024  # elements per program; with more rows, more of them would wait for the row with the most copies
 
 
 @triton.jit
@@ -38,16 +38,16 @@ def _copy_biases(
     p_bias, p_query_bias, p_out, p_base_2, o_m, m_row, i_b, i_g, o_n, slots, heads, segments, segment, keys,
     bias_b, bias_g, bias_n, query_b, query_g, query_n,
 ):  # fmt: skip
-    """Copy saturated biases into slots, shifted by the query bias, if any, of the segment's first query."""
+    """Copy saturated biases into slots. A query bias, if given, is added: that of the segment's first query."""
     b_bias = tl.load(p_bias + i_b * bias_b + i_g * bias_g + o_n * bias_n, mask=m_row, other=0.0)
     if p_query_bias is not None:
         o_first = o_m // (heads * keys) % segments * segment
         b_shift = tl.load(p_query_bias + i_b * query_b + i_g * query_g + o_first * query_n, mask=m_row, other=0.0)
-        b_bias += tl.where(tl.abs(b_shift) < _INFINITY, b_shift, 0.0).to(tl.float64)  # neither infinite nor NaN
+        b_bias += tl.where(tl.abs(b_shift) < _INFINITY, b_shift, 0.0).to(tl.float64)  # not infinities or NaN
     b_bias = saturated(b_bias).to(tl.float32)
     tl.store(p_out + o_m, b_bias, mask=o_m < slots)
     if p_base_2 is not None:
-        tl.store(p_base_2 + o_m, b_bias * LOG2_E, mask=o_m < slots)  # finite where the bias is: it is saturated
+        tl.store(p_base_2 + o_m, b_bias * LOG2_E, mask=o_m < slots)  # a saturated bias stays finite
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _gather_rows_kernel(
     p_x, p_row, p_out, slots, heads, length, x_b, x_g, x_n,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one tensor."""
+    """Gather the rows of one tensor."""
     o_m, m_row, i_b, i_g, o_n = _locate_rows(p_row, slots, heads, length, BLOCK_M)
     _copy_rows(p_x, p_out, o_m, m_row, i_b * x_b + i_g * x_g + o_n * x_n, slots, D, BLOCK_D)
 
@@ -65,7 +65,7 @@ def _gather_biases_kernel(
     p_bias, p_query_bias, p_row, p_out, slots, heads, length, segments, segment, keys,
     bias_b, bias_g, bias_n, query_b, query_g, query_n, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Biases."""
+    """Gather biases."""
     o_m, m_row, i_b, i_g, o_n = _locate_rows(p_row, slots, heads, length, BLOCK_M)
     _copy_biases(
         p_bias, p_query_bias, p_out, None, o_m, m_row, i_b, i_g, o_n, slots, heads, segments, segment, keys,
@@ -80,7 +80,7 @@ def _gather_keys_kernel(
     k_b, k_g, k_n, v_b, v_g, v_n, bias_b, bias_g, bias_n, query_b, query_g, query_n,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Rows of keys and of values, and biases, the latter also in base 2."""
+    """Gather the rows of keys and values, and biases; store the biases also in base 2."""
     o_m, m_row, i_b, i_g, o_n = _locate_rows(p_row, slots, heads, length, BLOCK_M)
     _copy_rows(p_k, p_k_out, o_m, m_row, i_b * k_b + i_g * k_g + o_n * k_n, slots, D, BLOCK_D)
     _copy_rows(p_v, p_v_out, o_m, m_row, i_b * v_b + i_g * v_g + o_n * v_n, slots, D, BLOCK_D)
@@ -119,9 +119,9 @@ def launch_gather_biases(key_bias: Tensor, query_bias: Tensor | None, row: Tenso
 def launch_gather_keys(
     k: Tensor, v: Tensor, key_bias: Tensor, query_bias: Tensor | None, row: Tensor, *, segment_length: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of `k` and of `v`, both `[B, G, N, D]`, and the biases of `launch_gather_biases`, in one launch.
+    """Gather `k` and `v`, both `[B, G, N, D]`, as `gather_rows`, and biases, as `gather_biases`, in one launch.
 
-    The last tensor has the biases in base 2, that is, times log2(e).
+    The last tensor that it returns holds the biases in base 2, that is, times log2(e).
     """
     k, v, row, head_dim = _with_lines(k), _with_lines(v), row.contiguous(), k.shape[-1]
     k_out, v_out = (x.new_empty(*row.shape, head_dim) for x in (k, v))
@@ -137,12 +137,12 @@ def launch_gather_keys(
 
 
 def _with_lines(x: Tensor) -> Tensor:
-    """`x`, or a copy if its lines are not contiguous."""
+    """`x`, or a contiguous copy if the stride of the last dim is not 1."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _shift(key_bias: Tensor, query_bias: Tensor | None) -> Tensor | None:
-    """The biases whose first of each segment is added to the key biases."""
+    """The query bias, if it shifts the key biases: only float64 key biases are shifted."""
     return query_bias if key_bias.dtype == torch.float64 else None
 
 
@@ -151,12 +151,12 @@ def _strides(query_bias: Tensor | None) -> tuple[int, ...]:
 
 
 def _sizes(key_bias: Tensor, row: Tensor, segment_length: int) -> tuple[int, ...]:
-    """Slots, KV heads, rows of a head, segments of a sequence, their length, and slots of a segment's head."""
+    """Numbers of slots, KV heads, rows per head, segments per sequence, positions and slots per segment."""
     segments = row.shape[0] // key_bias.shape[0]
     return row.numel(), key_bias.shape[1], segments * segment_length, segments, segment_length, row.shape[-1]
 
 
 def tile_of_rows(head_dim: int) -> tuple[int, int]:
-    """Columns and rows of a program's tile."""
+    """Columns and rows of the tile that a program copies or sums."""
     columns = triton.next_power_of_2(head_dim)
     return columns, max(1, _TILE // columns)

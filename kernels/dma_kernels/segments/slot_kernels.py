@@ -1,9 +1,9 @@
 """Triton kernels behind `slots.py`: two launches, one sort and one prefix sum.
 
 All keys that are ever alive are sorted by (death, position). The keys that die after a segment's start are at the end
-of this list. Those of them that are born before the start are the segment's snapshot. Their number is known beforehand,
-so the program walks this part of the list from both ends at once, until it has found them all. This takes O(W) steps
-for a sliding window, with or without sinks, and never more than the number of keys that are ever alive.
+of this list. Of these, the keys born before the start are the segment's snapshot. Their number is known, so the program
+searches this part of the list from both ends at once until it has found that many. This takes O(W) steps for a sliding
+window, with or without sinks, and never more steps than there are keys that are ever alive.
 
 B batch, G KV heads, n keys given, N length, T segments, S segment length, C snapshot slots, K = C + S slots.
 """
@@ -23,7 +23,7 @@ def _prepare_keys_kernel(
     p_death, p_key, p_copies, p_own, p_first, kv_heads, mask_batch, mask_heads, given, length, segment, segments,
     bits, half, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """For one head and segment: each key's sort key and number of copies, and how many keys are ever alive."""
+    """For the keys of one head and segment: sort keys, numbers of copies, and how many of them are ever alive."""
     i_head, i_segment = (tl.program_id(0) // segments).to(tl.int64), tl.program_id(0) % segments
     i_b, i_g = i_head // kv_heads, i_head % kv_heads
     i_mask = i_b % mask_batch * mask_heads + i_g % mask_heads
@@ -71,7 +71,7 @@ def _store_keys(
     p_row, p_birth, p_death, p_first, p_slot, b_slot, b_position, b_death, m_slot, writes, i_base, i_line,
     i_segment, segment,
 ):  # fmt: skip
-    """Put keys into slots of a segment; all pointers but `p_slot` and `p_first` point to its line."""
+    """Put keys into slots of a segment. The pointers, except `p_first` and `p_slot`, are to the slots of its head."""
     start = i_segment * segment
     tl.store(p_row + b_slot, (i_base + b_position).to(tl.int32), mask=m_slot)
     tl.store(p_birth + b_slot, b_position - start, mask=m_slot & writes)
@@ -83,7 +83,7 @@ def _store_keys(
 
 @triton.jit
 def _store_empty(p_row, p_birth, p_death, first, behind, writes, start, length, BLOCK: tl.constexpr):
-    """Mark the slots of a segment from `first` up to, not including, `behind` as empty."""
+    """Mark the slots of a segment from `first` to `behind` as empty; `behind` is excluded."""
     for i in range(tl.cdiv(behind - first, BLOCK)):
         o_k = first + i * BLOCK + tl.arange(0, BLOCK)
         b_start = tl.zeros([BLOCK], dtype=tl.int32) + start
@@ -151,7 +151,7 @@ def _fill_slots_kernel(
     _store_empty(p_row, p_slot_birth, p_slot_death, own, keys, writes, start, length, BLOCK)
 
     total = tl.load(p_first + heads * length)
-    for i in range(tl.cdiv(keys, BLOCK)):  # after the last copy; every program writes a part
+    for i in range(tl.cdiv(keys, BLOCK)):  # -1 after the last copy; every program writes its share
         o_k = i * BLOCK + o_block
         tl.store(p_slot + i_line + o_k, tl.full([BLOCK], -1, tl.int32), mask=(o_k < keys) & (i_line + o_k >= total))
 
@@ -167,7 +167,7 @@ def launch_segment_slots(
     block_size: int,
     block: int = _BLOCK,
 ) -> list[Tensor]:
-    """`segment_slots` of keys born at their own positions; a program reads `block` keys at once."""
+    """`segment_slots`, for keys born at their own positions; a program loads `block` keys at once."""
     death = death.contiguous()
     (mask_batch, mask_heads, given), device = death.shape, death.device
     heads, segments = batch * num_kv_heads, length // segment_length
@@ -195,7 +195,7 @@ def launch_segment_slots(
 
 
 def _sort_dtype(rows: int, bits: int) -> torch.dtype:
-    """int32 if it can hold a row's number above a death of `bits` bits, which sorts in half the passes; else int64."""
+    """int32, which sorts in half the passes, if a row's number fits above a death of `bits` bits; otherwise int64."""
     return torch.int32 if rows << bits <= 1 << 32 else torch.int64
 
 

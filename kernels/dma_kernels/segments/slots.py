@@ -1,7 +1,7 @@
-"""Which key is in which slot of which segment, and which queries see it there.
+"""The slots of segments: which key is in each slot, and which queries see it there.
 
-`fill_slots.py` explains what a list of slots holds. `segment_slots` does the same in one operation that is opaque to
-torch.compile; on CUDA it runs Triton kernels.
+`fill_slots.py` explains what a list of slots holds, and fills it in plain PyTorch. `segment_slots` does the same as one
+operation that is opaque to torch.compile. On CUDA it runs Triton kernels.
 
 B batch, H query heads, G KV heads, N length, D head dim, T segments, S segment length, C snapshot slots, K = C + S
 slots, Z = B * T.
@@ -23,7 +23,7 @@ from dma_kernels.segments.gather import Copies
 
 @dataclass(frozen=True)
 class SegmentSlots:
-    """Which key is in which slot of which segment; valid for all tensors of one shape.
+    """The keys in the slots of all segments; valid for all tensors of one shape.
 
     The segments form a batch: Z = B * T of them, each with S queries and K slots.
 
@@ -119,7 +119,7 @@ class SegmentSlots:
 
     @property
     def filled_length(self) -> int:
-        """The length of whole segments to which sequences are filled up."""
+        """T * S, the length to which sequences are filled up."""
         return self.segments * self.segment_length
 
     @property

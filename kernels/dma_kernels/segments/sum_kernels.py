@@ -1,6 +1,7 @@
-"""Triton kernels behind `gather.py` that sum the copies of rows, for their gradients; bound by memory bandwidth.
+"""Triton kernels that sum the gradients of copied rows (`gather.py`); bound by memory bandwidth.
 
-They walk along the list of each row's copies: one pass without atomics or sorting, and the same bits in every run.
+They walk along each row's list of copies, in one pass. They need no atomics and no sort, and give the same bits in
+every run.
 
 B batch, G KV heads, N length, K slots, Z = B * segments, M slots of any shape, R rows, D head dim.
 """
@@ -15,9 +16,9 @@ from dma_kernels.segments.gather_kernels import tile_of_rows
 
 @triton.jit
 def _locate_copies(p_first, count, length, head_rows, BLOCK_R: tl.constexpr):
-    """A program's rows, which of them are real, where their lists of copies begin, and how long these are.
+    """A program's rows, which of them are real, and where their lists of copies begin and how long they are.
 
-    Of `head_rows` rows of each head in the lists, the first `length` are wanted; `count` in all heads.
+    The lists have `head_rows` rows per head. Only the first `length` of them are summed, `count` rows in all heads.
     """
     o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r, o_row = o_r < count, o_r // length * head_rows + o_r % length
@@ -27,7 +28,7 @@ def _locate_copies(p_first, count, length, head_rows, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def _load_copies(p_rows, b_slot, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What slots hold, [BLOCK_R, BLOCK_D]; zeros for slot -1."""
+    """Load the contents of slots, [BLOCK_R, BLOCK_D]; zeros for slot -1."""
     o_d = tl.arange(0, BLOCK_D)
     m_x = (b_slot >= 0)[:, None] & (o_d < D)[None, :]
     return tl.load(p_rows + b_slot.to(tl.int64)[:, None] * D + o_d[None, :], mask=m_x, other=0.0)
@@ -57,7 +58,7 @@ def _sum_key_gradients_kernel(
     p_dk, p_dv, p_dbias, p_first, p_slot, p_dk_out, p_dv_out, p_dbias_out, count, length, head_rows,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The same for keys, values and biases at once: the lists of copies are read only once."""
+    """Sum the copies of keys, values and biases together, so that the lists of copies are read only once."""
     o_r, m_r, b_first, b_copies = _locate_copies(p_first, count, length, head_rows, BLOCK_R)
     b_dk = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
@@ -73,7 +74,7 @@ def _sum_key_gradients_kernel(
 
 
 def launch_sum_copies(rows: Tensor, first: Tensor, slot: Tensor, *, shape: list[int]) -> Tensor:
-    """`sum_copies` of `rows` [M..., D] into `shape` [B, G, N, D]; added up in float32."""
+    """`sum_copies` of `rows` [M..., D] into `shape` [B, G, N, D]; the sums are computed in float32."""
     rows, out = rows.contiguous(), rows.new_empty(shape)
     block_d, block_r = tile_of_rows(shape[-1])
     if out.numel():
@@ -87,11 +88,11 @@ def launch_sum_copies(rows: Tensor, first: Tensor, slot: Tensor, *, shape: list[
 def launch_sum_key_gradients(
     dk: Tensor, dv: Tensor, dbias: Tensor, first: Tensor, slot: Tensor, *, shape: tuple[int, int, int], wide: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums of copies `[Z, G, K, D]`, `[Z, G, K, D]` and `[Z, G, K]`, all contiguous, in one launch.
+    """Sum the copies of dk and dv, `[Z, G, K, D]`, and dbias, `[Z, G, K]`, all contiguous, in one launch.
 
     Returns:
-        `shape` [B, G, N] with D behind it twice, and `shape`, in the dtypes of the copies; the last in float64 if
-        `wide`, and then also added up in it.
+        dk and dv, `[*shape, D]` in their dtypes, and dbias, `shape`. `shape` is [B, G, N]. If `wide`, dbias is summed
+        and returned in float64, and otherwise in float32.
     """
     batch, kv_heads, length = shape
     dk_out, dv_out = (x.new_empty(*shape, x.shape[-1]) for x in (dk, dv))

@@ -1,4 +1,4 @@
-"""How many tiles of slots each tile of queries passes over, counted once for all heads that share a mask.
+"""The number of tiles of slots that each tile of queries needs, counted once for all heads that share a mask.
 
 B batch, G KV heads, S segment length, C snapshot slots, K = C + S slots, Z = B * segments.
 """
@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024  # slots looked at at once
-_TILES = 4  # tiles of queries of a program
+_BLOCK = 1024  # slots that a program loads at once
+_TILES = 4  # tiles of queries per program
 
 NEVER = tl.constexpr(2147483647)
 
@@ -19,7 +19,7 @@ def _count_tiles_kernel(
     p_birth, p_death, p_count, snapshot, keys, segment, tiles,
     POSITIONS: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of some tiles of queries of one segment and head: full, own_full, partial, own_partial."""
+    """The counts full, own_full, partial and own_partial of several tiles of queries of one segment and head."""
     i_line = tl.program_id(0).to(tl.int64)
     o_tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
     first, end = (o_tile * POSITIONS)[:, None], tl.minimum((o_tile + 1) * POSITIONS, segment)[:, None]
@@ -27,7 +27,7 @@ def _count_tiles_kernel(
     p_death += i_line * keys
     b_all, b_any, b_own = tl.zeros([TILES], tl.int32), tl.zeros([TILES], tl.int32), tl.zeros([TILES], tl.int32)
     b_unseen = tl.full([TILES], NEVER, tl.int32)
-    for i in range(0, tl.maximum(snapshot, keys - snapshot), BLOCK):  # both at once, as each waits for memory
+    for i in range(0, tl.maximum(snapshot, keys - snapshot), BLOCK):  # both in one loop, so that their loads overlap
         o_k = i + tl.arange(0, BLOCK)
         m_own = o_k < keys - snapshot
         b_death = tl.load(p_death + o_k, mask=o_k < snapshot, other=0)[None, :]
@@ -49,18 +49,19 @@ def _count_tiles_kernel(
 
 
 def launch_count_tiles(birth: Tensor, death: Tensor, *, segment_length: int, positions: int, block_k: int) -> Tensor:
-    """Numbers of tiles, int32 `[Z, G or 1, S / positions, 4]`; at least one tile for each tile of queries.
+    """Four numbers of tiles for each tile of queries, int32 `[Z, G or 1, S / positions, 4]`.
 
-    Of the snapshot: tiles from slot 0 on that all queries of a tile see, so that they need no mask. Of the own keys:
-    the same, from slot C on. Then those behind the first up to the last that any of them sees, and those behind the
-    second.
+    Their order is full, own_full, partial, own_partial. `full` tiles of the snapshot, from slot 0 on, are seen by all
+    queries of the tile and need no mask. `partial` tiles follow them, up to the last slot that any of these queries
+    sees. `own_full` and `own_partial` count the tiles of own keys in the same way, from slot C on. Where all four would
+    be 0, own_partial is 1.
 
     Args:
         birth: first query of the segment that sees a slot, int32 `[Z, G or 1, K]`; own slots in order of birth.
-        death: first later query that no longer does, same shape; snapshot slots in falling order.
+        death: first later query that no longer sees it, same shape; snapshot slots in descending order.
         segment_length: S.
-        positions: of a tile of queries; S is a multiple.
-        block_k: slots of a tile; C and S are multiples.
+        positions: number of positions in a tile of queries; S is a multiple of it.
+        block_k: number of slots in a tile; C and S are multiples of it.
     """
     (z, heads, keys), tiles = birth.shape, segment_length // positions
     count = torch.empty(z, heads, tiles, 4, dtype=torch.int32, device=birth.device)

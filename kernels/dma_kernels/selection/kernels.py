@@ -6,11 +6,11 @@ Let `key[x]` be the position of the key of order x. This key dies at the positio
 
 or on arrival if it arrives later than that. D grows with x.
 
-Orders are divided into blocks, and positions into bins. A table counts the keys of every block in every bin, and then
-adds up the counts of a block and all blocks above it. From the table come the D of the lowest and of the highest key of
-each block. From the first of these two positions to the second, at most X keys are better than the lowest key of the
-block, and the D of every other key of the block is the position of one of them. This takes O(N X) comparisons in all,
-and O(N² / (X C)) memory, which is kept to at most 4 N numbers.
+Orders are divided into blocks, and positions into bins. A table first counts the keys of each block in each bin. Then
+each entry becomes the sum over its block and all blocks above it. The table gives D for the lowest and for the highest
+key of each block. Between these two positions, both included, at most X keys are better than the lowest key of the
+block. These keys are the candidates: the D of every other key of the block is the position of one of them. All of this
+takes O(N X) comparisons, and O(N² / (X C)) memory, which the tiling limits to 4 N numbers.
 
 R rows (batch and KV heads together), N length, W keep-window size, X orders of a block, C positions of a bin, S
 positions searched at once, P candidates compared at once.
@@ -26,8 +26,8 @@ from torch import Tensor
 from dma_kernels.rank_kernels import ordered_bits
 from dma_kernels.selection.deaths import LOWEST_PRIORITY, RANK_BITS
 
-_TABLE = (128, 32)  # blocks and bins that a program sums at once
-_KEYS = 1024  # keys for which a program makes sort keys
+_TABLE = (128, 32)  # blocks that a program sums at once, and bins per program
+_KEYS = 1024  # sort keys that a program makes
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def _sort_keys_kernel(
     p_rank, p_run, p_padding, p_key, length, heads, rows, stride_b, stride_g, stride_n, run_b, run_n, padding_b,
     padding_n, bits, BITS: tl.constexpr, LOWEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the integers by which keys are sorted: row, document, rank."""
+    """Write the sort keys: integers that hold row, document and rank."""
     chunks = tl.cdiv(length, BLOCK)
     i_row, o_n = tl.program_id(0) // chunks, (tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     i_b, i_g, m_n = (i_row // heads).to(tl.int64), i_row % heads, o_n < length
@@ -68,7 +68,7 @@ def _sort_keys_kernel(
 def _count_keys_kernel(
     p_index, p_order, p_count, length, blocks, bins, BINS: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Invert one block of the sorted keys, and count it by bins of positions."""
+    """For one block of the sorted keys, write the order of each key, and count the keys in each bin of positions."""
     i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     o_x = i_block * BLOCK_X + tl.arange(0, BLOCK_X)
     m_x = o_x < length
@@ -81,7 +81,7 @@ def _count_keys_kernel(
 
 @triton.jit
 def _sum_blocks_kernel(p_count, blocks, bins, ROWS: tl.constexpr, BINS: tl.constexpr):
-    """Add to the count of each block in each bin the counts of all blocks above it."""
+    """In each bin, add to the count of each block the counts of all blocks above it."""
     chunks = tl.cdiv(bins, BINS)
     o_c = tl.program_id(0) % chunks * BINS + tl.arange(0, BINS)
     p_count += (tl.program_id(0) // chunks).to(tl.int64) * blocks * bins
@@ -97,7 +97,7 @@ def _sum_blocks_kernel(p_count, blocks, bins, ROWS: tl.constexpr, BINS: tl.const
 
 @triton.jit
 def _nth_position(b_count, p_order, least, window, length, bins, BINS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Position of the `window`-th key whose order is at least `least`, or N; `b_count` has the number in each bin."""
+    """Position of the `window`-th key with an order from `least` on, or N; `b_count` counts these keys in each bin."""
     o_c = tl.arange(0, BINS)
     i_bin = tl.minimum(tl.sum((tl.cumsum(b_count, axis=0) < window).to(tl.int32), axis=0), bins - 1)
     before = tl.sum(tl.where(o_c < i_bin, b_count, 0), axis=0)
@@ -112,16 +112,16 @@ def _store_candidates(
     p_order, p_line, p_candidate, lowest_key, i_block, window, length, blocks, bins,
     BINS: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Positions at which the keys of one block can die, ascending; N after the last one.
+    """Store the positions at which the keys of one block can die, ascending, with N after the last one.
 
-    Pointers are those of the row, the block's line of the table, and its candidates.
+    The pointers are to the orders of the row, the block's line of the table, and its candidates.
     """
     lowest, o_c = i_block * BLOCK_X, tl.arange(0, BINS)
     b_above = tl.load(p_line + bins + o_c, mask=(o_c < bins) & (i_block + 1 < blocks), other=0)
     b_better = tl.load(p_line + o_c, mask=o_c < bins, other=0) - (o_c == lowest_key // BLOCK_C).to(tl.int32)
     first = _nth_position(b_better, p_order, lowest + 1, window, length, bins, BINS, BLOCK_C)  # D of the lowest
     last = _nth_position(b_above, p_order, lowest + BLOCK_X, window, length, bins, BINS, BLOCK_C)  # D of the highest
-    found = 0  # at most X: W - 1 keys better than the lowest are before `first`, and fewer than W + X are up to `last`
+    found = 0  # at most X: fewer than W + X keys up to `last` are better than the lowest, and W - 1 are before `first`
     for i in range(first // BLOCK_S, tl.cdiv(tl.minimum(last + 1, length), BLOCK_S)):
         o_p = i * BLOCK_S + tl.arange(0, BLOCK_S)
         m_p = (o_p >= first) & (o_p <= last) & (o_p < length)
@@ -137,7 +137,7 @@ def _deaths_kernel(
     p_index, p_order, p_count, p_candidate, p_death, window, last, length, blocks, bins,
     BINS: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Deaths of one block of the sorted keys, `last` after the candidate that is the `window`-th better key of each."""
+    """Deaths of the keys of one block: `last` positions after the candidate that is a key's `window`-th better key."""
     i_program = tl.program_id(0).to(tl.int64)
     i_row, i_block = i_program // blocks, tl.program_id(0) % blocks
     p_index, p_order = p_index + i_row * length, p_order + i_row * length
@@ -149,15 +149,15 @@ def _deaths_kernel(
     _store_candidates(
         p_order, p_line, p_candidate, lowest_key, i_block, window, length, blocks, bins, BINS, BLOCK_X, BLOCK_C, BLOCK_S
     )
-    tl.debug_barrier()  # other threads read them than those that wrote them
-    # Before the first candidate are W - 1 keys better than the lowest of the block; keys of the block are subtracted.
+    tl.debug_barrier()  # threads read candidates that other threads wrote
+    # W - 1 keys before the first candidate are better than the lowest of the block. Subtract those in the block itself.
     b_early = m_x & (o_x > i_block * BLOCK_X) & (b_key < tl.load(p_candidate))
     b_seen = window - 1 - tl.cumsum(b_early.to(tl.int32), axis=0)
     b_nth = tl.zeros([BLOCK_X], dtype=tl.int32)
     for i in range(BLOCK_X // BLOCK_P):
         b_position = tl.load(p_candidate + i * BLOCK_P + tl.arange(0, BLOCK_P))
         b_order = tl.load(p_order + b_position, mask=b_position < length, other=-1)
-        # Candidates along axis 0: each thread then holds whole columns, and sums them without other threads.
+        # Candidates are along axis 0, so that each thread holds whole columns and sums them by itself.
         b_better = (b_order[:, None] > o_x[None, :]).to(tl.int32)  # [BLOCK_P, BLOCK_X]
         b_alive = b_seen[None, :] + tl.cumsum(b_better, axis=0) < window
         b_nth += tl.sum(b_alive.to(tl.int32), axis=0)
@@ -198,16 +198,16 @@ def launch_top_w_deaths(
 
 
 def _sorted_index(ranks: Tensor, runs: Tensor | None, padding: Tensor | None) -> Tensor:
-    """Indices of the keys of all rows, sorted within each row, one row after the other, int64 `[B * G * N]`."""
+    """Flat indices of the keys, row after row, in sorted order within each row, int64 `[B * G * N]`."""
     if ranks.dtype != torch.int64:
-        return launch_sort_keys(ranks, runs, padding).sort(stable=True).indices  # stable: of equal keys the later wins
+        return launch_sort_keys(ranks, runs, padding).sort(stable=True).indices  # stable: of equal keys, the later wins
     return _sorted_integers(ranks, runs, padding)
 
 
 def _sorted_integers(ranks: Tensor, runs: Tensor | None, padding: Tensor | None) -> Tensor:
-    """`_sorted_index` of int64 ranks: a sort of all rows by rank, then one by row and document, as ranks fill 64 bits.
+    """`_sorted_index` of int64 ranks: one sort by rank, then one by row and document, since ranks fill all 64 bits.
 
-    Both are of all rows at once: a sort of one row alone takes as long.
+    Each sorts all rows together, which takes no longer than one row alone.
     """
     batch, heads, length = ranks.shape
     index = ranks.flatten().sort(stable=True).indices
@@ -223,7 +223,7 @@ def _sorted_integers(ranks: Tensor, runs: Tensor | None, padding: Tensor | None)
 
 
 def _least_dtype(count: int) -> torch.dtype:
-    """An integer type for numbers below `count`; fewer bits sort faster."""
+    """The smallest integer type for numbers below `count`; fewer bits sort faster."""
     sizes = {torch.uint8: 8, torch.int16: 15, torch.int32: 31}
     return next((dtype for dtype, bits in sizes.items() if count <= 1 << bits), torch.int64)
 
@@ -231,11 +231,11 @@ def _least_dtype(count: int) -> torch.dtype:
 def launch_sort_keys(ranks: Tensor, runs: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
     """`key_priorities` of floating ranks, with the row's number in the bits above them, `[B * G * N]`.
 
-    So a single sort handles all rows; a sort of one row alone takes as long.
+    So one sort handles all rows, which takes no longer than one row alone.
     """
     batch, heads, length = ranks.shape
     rows = batch * heads
-    # The number of the document is above the rank; the -1 of padding needs no extra bit.
+    # The number of the document is in the bits above the rank. Padding, with -1, needs no extra bit.
     bits = RANK_BITS if runs is None else RANK_BITS + 1 + max(7, length.bit_length())
     assert (rows + 1) << bits <= 1 << 64, f"{rows} rows of {bits} bits do not fit into 64"
     dtype = torch.int32 if runs is None and (rows + 1) << bits <= 1 << 32 else torch.int64  # 32 bits: half the passes
