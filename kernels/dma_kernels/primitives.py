@@ -22,19 +22,19 @@ def row_pointers(p_x, i_b, o_h, o_n, stride_b, stride_h, stride_n, BLOCK_D: tl.c
 
 @triton.jit
 def scaled_products(b_x, b_y, scale, PRECISION: tl.constexpr):
-    """Logits without biases, [M, K], of all pairs of a row of `b_x` [M, D] and a row of `b_y` [K, D]."""
+    """Logits without biases, [M, K], for each pair of a row of `b_x` [M, D] and a row of `b_y` [K, D]."""
     return tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION) * (scale * LOG2_E)
 
 
 @triton.jit
 def finite_shift(b_max):
-    """The maximum or log-sum-exp to subtract from logits; 0 where nothing is seen, so that P is 0 and not NaN."""
+    """The maximum or log-sum-exp to subtract from logits; 0 if no key is seen, so that P is 0 and not NaN."""
     return tl.where(b_max == -float("inf"), 0.0, b_max)
 
 
 @triton.jit
 def online_softmax_step(b_max, b_sum, b_logits):
-    """Add logits [M, K] to a running softmax: gives their weights, the decay of the old sums, new maximum and sum."""
+    """Add logits [M, K] to a running softmax: returns their weights, the decay of old sums, and new maximum and sum."""
     b_new = tl.maximum(b_max, tl.max(b_logits, axis=1))
     b_shift = finite_shift(b_new)
     b_p = tl.exp2(b_logits - b_shift[:, None])
@@ -44,7 +44,7 @@ def online_softmax_step(b_max, b_sum, b_logits):
 
 @triton.jit
 def add_values(b_out, b_p, b_decay, b_v, PRECISION: tl.constexpr):
-    """Decay the sum of values, and add the values [K, D] of a step; load these after it, so that the two overlap."""
+    """Decay the sum of values, and add the values [K, D] of a softmax step. Load them after it, to overlap both."""
     return tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision=PRECISION)
 
 
@@ -72,12 +72,12 @@ def log_sum_exp(b_max, b_sum):
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """The head dim of a tile in kernels: the least power of two that is at least `head_dim` and 16."""
+    """The head dim of tiles in kernels: the least power of two that is at least `head_dim` and at least 16."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
 def float32_precision() -> str:
-    """`ieee` or `tf32`, by torch's settings, as FlexAttention's own kernels do it."""
+    """`ieee` or `tf32`, from torch's settings, as FlexAttention's own kernels choose it."""
     setting = torch.backends.cuda.matmul.fp32_precision
     exact = torch.get_float32_matmul_precision() == "highest" if setting == "none" else setting == "ieee"
     return "ieee" if exact else "tf32"

@@ -1,10 +1,10 @@
 """Tiles, warps, pipeline stages and registers of the attention kernels.
 
-Which configuration is fastest depends on the GPU, the size of an element and the head dim, and hardly on anything else.
-Nothing is measured during training: that would delay the first step, fail inside a CUDA graph, and could change the
-bits of the next run. This file has the table of one GPU. `python -m dma_kernels.tune` measures another GPU, and writes
-a file that every later process on such a GPU finds. The environment variable `DMA_KERNEL_CONFIGS` names a file to use
-instead, or is `builtin` for the table here.
+The fastest configuration depends on the GPU, the element size and the head dim, and hardly on anything else. Nothing is
+measured during training: that would delay the first step, fail inside a CUDA graph, and could change the bits of the
+next run. This file has the table of one GPU. `python -m dma_kernels.tune` measures another GPU, and writes a file that
+every later process on such a GPU finds. The environment variable `DMA_KERNEL_CONFIGS` names a file to use instead, or
+is `builtin` for the table here.
 """
 
 import functools
@@ -23,11 +23,11 @@ class KernelConfig(NamedTuple):
     """Sizes of a kernel's tiles, and how its programs run.
 
     Attributes:
-        rows: of a tile that stays in registers: queries, or keys for the key gradients; a power of two from 16.
-        columns: of a tile that passes by: slots, or queries for the key gradients; a power of two from 16. The
-            query gradients take at most the rows of the key gradients.
-        warps: of a program, a power of two.
-        stages: of the pipeline that loads tiles.
+        rows: size of the tile that stays in registers: queries, or for the key gradients, keys. A power of two from 16.
+        columns: size of the tiles of the loop: slots, or for the key gradients, queries. A power of two from 16. The
+            query gradients take no more columns than the key gradients have rows.
+        warps: warps of a program, a power of two.
+        stages: stages of the pipeline that loads tiles.
         registers: limit per thread, so that several programs fit on a multiprocessor; None leaves it to the compiler.
     """
 
@@ -38,9 +38,9 @@ class KernelConfig(NamedTuple):
     registers: int | None = None
 
 
-Table = dict[tuple[Kernel, int, int], KernelConfig]  # by kernel, bytes of an element, padded head dim
+Table = dict[tuple[Kernel, int, int], KernelConfig]  # by kernel, element size in bytes, padded head dim
 
-# Measured on an NVIDIA H200 (benchmarks/results/tune_kernels.json), but for the query gradients: these are guesses.
+# Measured on an NVIDIA H200 (benchmarks/results/tune_kernels.json), except for the query gradients: those are guesses.
 BUILTIN: Table = {
     ("forward", 2, 64): KernelConfig(64, 32, 4, 2),
     ("forward", 2, 128): KernelConfig(128, 64, 8, 2, 128),

@@ -1,8 +1,8 @@
 """Gradients of keys, values and key biases of an attention over intervals, in one key-major pass.
 
-If the backward of an attention kernel takes keys, values and bias as constants, it gives only dq. This operation gives
-the other gradients, from the results of the forward. With P = exp(logits - lse), dS = P (dO v - D), D = rowsum(dO O),
-summed over the queries t that see key j, in all heads of its group:
+If the backward pass of an attention kernel takes keys, values and bias as constants, it gives only dq. This operation
+computes the other gradients from the results of the forward pass. With P = exp(logits - lse), dS = P (dO v - D) and
+D = rowsum(dO O), and with sums over the queries t that see key j, in all heads of its group:
 
     dk_j = scale · sum_t dS_tj q_t        dv_j = sum_t P_tj dO_t        dbias_j = sum_t dS_tj
 
@@ -85,7 +85,7 @@ def key_gradients_reference(
     grad_out: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`key_gradients` in plain PyTorch: it makes all of P and dS at once, in at least float32."""
+    """`key_gradients` in plain PyTorch: it computes all of P and dS at once, in at least float32."""
     dtype, kv_heads = torch.promote_types(q.dtype, torch.float32), k.shape[1]
     q, grad_out, lse, delta = (x.to(dtype).unflatten(1, (kv_heads, -1)) for x in (q, grad_out, lse, delta))
     k_wide, v_wide, bias = (x.to(dtype)[:, :, None] for x in (k, v, bias))  # a group of 1

@@ -1,7 +1,7 @@
 """Attention over lifetimes by Triton kernels: gather into segments, forward, backward, sum of a key's copies.
 
-Two operations, opaque to torch.compile, and the function around them. The backward is five matrix products and no
-atomics, so the same inputs give the same bits in every run.
+`fused_attention` calls two custom operations that are opaque to torch.compile. The backward pass takes five matrix
+products and no atomics, so the same inputs give the same bits in every run.
 
 B batch, H query heads, G KV heads, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
@@ -39,9 +39,9 @@ def fused_attention(
 ) -> Tensor:
     """Softmax attention over the live keys, with a bias for each key, by Triton kernels.
 
-    It is differentiable in q, k, v and biases, and gives the same bits in every run. A NaN or infinity in v shows in
-    all queries of a segment that pass over the key's tile, also in earlier ones. (A NaN in v also makes the rank of its
-    key NaN.)
+    It is differentiable in q, k, v and biases, and gives the same bits in every run. A NaN or infinity in v spreads to
+    every query for which a kernel loads the key's tile, even to earlier queries of the segment. (If ranks come from
+    values, a NaN in v also makes the rank of its key NaN.)
 
     Args:
         q: `[B, H, N, D]`, float32, bfloat16 or float16; products are accumulated in float32.
@@ -51,15 +51,14 @@ def fused_attention(
         lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
         scale: factor of q·k, by default `1 / sqrt(D)`.
         segment_length: S, by default the mask's capacity; rounded up to a multiple of 128.
-        slots: `SegmentSlots.of` these lifetimes, to use them more than once. It is not checked that they belong to the
-            lifetimes.
-        query_bias: added to all logits of a query, float32 or float64 `[B, G, N]`. Softmax ignores it. Its gradient is
-            the sum of dS over the keys of a query and the heads of the group: 0 except for rounding, which the
-            gradients of key_bias have too. If key_bias is float32, the output has the same bits without it. If key_bias
-            is float64, the query bias of each segment's first query is added to the key biases before they are rounded
-            to float32. If the query bias is minus the drift of the queries, key biases are then as exact far into a
-            text as at its beginning. Without a query bias, float64 key biases are rounded as they are. None costs
-            nothing.
+        slots: `SegmentSlots.of(lifetimes, B, G)`, so that several calls can share it. Nothing checks that it belongs to
+            the lifetimes.
+        query_bias: added to all logits of a query, float32 or float64 `[B, G, N]`. Softmax cancels it. Its gradient is
+            the sum of dS over the query's keys and the heads of the group. This is 0 except for rounding errors, and
+            the gradients of key_bias contain the same errors. If key_bias is float32, the query bias changes no bit of
+            the output. If key_bias is float64, the query bias of each segment's first query is added to the segment's
+            key biases before they are rounded to float32. So if the query bias is minus the drift of the queries, key
+            biases are as exact far into a text as at its beginning. Without a query bias, they are rounded as they are.
 
     Returns:
         `[B, H, N, D]` in the dtype of q. A query without any key gives 0.
@@ -146,11 +145,11 @@ def attend_slots(
     scale: float,
     query_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output and log-sum-exp in base 2, and keys, values and saturated biases in segment order, for the backward.
+    """Output and log-sum-exp in base 2, and keys, values and saturated biases in segment order, for the backward pass.
 
-    Arguments as in `fused_attention` and `SegmentSlots`; head dims in steps of 16 bytes. The log-sum-exp is that of
-    logits with the returned biases. So if key_bias is float64, it is relative to the number that is added to the biases
-    of its segment. Otherwise query_bias is added to no logit, and is an argument only because it has a gradient.
+    Arguments are as in `fused_attention` and `SegmentSlots`; a head takes a multiple of 16 bytes. The log-sum-exp is
+    that of the logits with the returned biases. If key_bias is float64, these biases contain a shift per segment, made
+    of query_bias. If key_bias is float32, query_bias is not used, and is an argument only because it has a gradient.
     """
     check_machine(q.device, q.dtype)  # here, since torch.compile cannot trace it
     from dma_kernels.attention.kernels.choose_forward import launch_chosen_forward
@@ -183,10 +182,10 @@ def attend_slots_backward(
     query_bias: bool = False,
     wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v `[B, G, N, D]`, key_bias `[B, G, N]` and query_bias; k, v and bias come in segment order.
+    """Gradients of q, k, v `[B, G, N, D]`, key_bias `[B, G, N]` and query_bias; k, v and bias are in segment order.
 
-    The gradient of key_bias is float32, or float64 if `wide`. That of query_bias is given for each head, float32
-    `[B, H, N]`, and is empty unless `query_bias` is True.
+    The gradient of key_bias is float32, or float64 if `wide`. The gradient of query_bias has an entry per query head,
+    float32 `[B, H, N]`; it is empty unless `query_bias` is True.
     """
     from dma_kernels.attention.kernels.backward import launch_backward
     from dma_kernels.attention.kernels.common import aligned
@@ -226,13 +225,13 @@ def _bias_dtype(wide: bool) -> torch.dtype:
 
 
 def _positions_first(q: Tensor) -> Tensor:
-    """A new `[B, H, N, D]` whose memory has the order `[B, N, H, D]`, as the output projection needs it."""
+    """A new `[B, H, N, D]` tensor, laid out in memory as `[B, N, H, D]`, as the output projection needs it."""
     batch, heads, length, head_dim = q.shape
     return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
 def _empty_query_bias_gradient(q: Tensor, asked: bool) -> Tensor:
-    """A new float32 `[B, H, N]`, or an empty tensor if it is not needed, since an operation cannot return None."""
+    """A new float32 `[B, H, N]`; if it is not needed, an empty tensor, since an operation cannot return None."""
     return q.new_empty(q.shape[:3] if asked else (0,), dtype=torch.float32)
 
 
