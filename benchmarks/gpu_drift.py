@@ -1,10 +1,13 @@
-"""What the shipped form of dynamic masks costs on a GPU beside the published one: drift, gates and retention loss.
+"""The cost of the shipped form of dynamic masks on a GPU, compared with the published form.
 
-Two tables. The parts, as CUDA graphs, with and without a drift: selection of the keys from ranks (and steps), attention
-with the plan given, and a step of decoding. And training steps of 80m through `fit`, as in gpu_fit.py: attention over
-all keys, the published form, and the shipped form in a step of its own window, without its retention loss, and in a
-step that keeps all keys, as `MixedWindows` makes them. bfloat16, w = 1024. A figure of a part is the median [min - max]
-of several measurements by Triton's `do_bench`, each itself a median; one of training is what `SpeedMonitor` logs.
+The shipped form adds a drift, gates and a retention loss. There are two tables, both in bfloat16 with w = 1024.
+
+1. Times of parts, with and without a drift, as CUDA graphs: selecting keys by their ranks, attention with slots that
+   are already filled, and a step of decoding. Each figure is the median [min - max] of several measurements by Triton's
+   `do_bench`, each of which is itself a median.
+2. Training steps of 80m through `fit`, as in gpu_fit.py: full attention (`mha`), the published form, and the shipped
+   form. The shipped form has three rows: a step with its own window, the same without the retention loss, and a step
+   that keeps all keys, as `MixedWindows` makes them. The figures are those that `SpeedMonitor` logs.
 """
 
 import gc
@@ -39,12 +42,12 @@ from harness.training import (
 )
 
 WINDOW, LENGTHS = 1024, [4096, 32768]
-LAYERS = 16  # of a decoding step, each with its own cache, so that none finds its keys in the L2 cache
+LAYERS = 16  # layers of a decoding step; each has its own cache, so that its keys are not in the L2 cache
 PARTS = ("selection", "selection with keep_last", "forward", "forward and backward", "decoding step")
 
 
 class Form(NamedTuple):
-    """A form of attention that is trained."""
+    """A form of attention to train."""
 
     attention: str
     published: bool
@@ -61,7 +64,7 @@ FORMS = {
 
 
 class Keys(NamedTuple):
-    """What selection and attention read of keys `[1, G, N]`, with a drift or without."""
+    """Inputs of selection and attention for keys `[1, G, N]`, with or without a drift."""
 
     content: Tensor
     steps: Tensor | None
@@ -81,7 +84,7 @@ class Keys(NamedTuple):
 
 
 def measure_parts(heads: int, kv_heads: int, length: int) -> Iterator[Row]:
-    """Each part with and without a drift."""
+    """Measure each part, without and with a drift."""
     q, k, v, _ = make_inputs(heads, kv_heads, length, projected=True)
     grad = torch.randn_like(q)
     for drifts in (False, True):
@@ -111,18 +114,18 @@ def train(attend: partial[Tensor], inputs: Sequence[Tensor], grad: Tensor) -> tu
 
 
 def decoding_steps(heads: int, kv_heads: int, drifts: bool) -> partial[None]:
-    """A step of one position, in which the new key pushes another out, of several layers."""
+    """A decoding step of one position in several layers; in each, the new key pushes another one out."""
     caches = []
     for _ in range(LAYERS):
         caches.append(DynamicMaskCache(1, kv_heads, 128, WINDOW, dtype=torch.bfloat16, device="cuda", backend="triton"))
         caches[-1].attend(*new_keys(heads, kv_heads, 2 * WINDOW, drifts), attention=fused_attention)
     q, new = new_keys(heads, kv_heads, 1, drifts)
-    new.rank.fill_(1 << 50 if drifts else 9)  # of equal ranks the new one wins
+    new.rank.fill_(1 << 50 if drifts else 9)  # if the rank equals another one, the new key wins
     return partial(step_all, caches, q, new)
 
 
 def new_keys(heads: int, kv_heads: int, count: int, drifts: bool) -> tuple[Tensor, NewKeys]:
-    """Queries and keys of so many positions."""
+    """Queries and keys of `count` positions."""
     q, k, v, _ = (x.detach() for x in make_inputs(heads, kv_heads, count))
     keys = Keys.drawn(kv_heads, count, drifts)
     query_bias = None if keys.query_bias is None else keys.query_bias.detach()
@@ -130,13 +133,13 @@ def new_keys(heads: int, kv_heads: int, count: int, drifts: bool) -> tuple[Tenso
 
 
 def step_all(caches: Sequence[DynamicMaskCache], q: Tensor, new: NewKeys) -> None:
-    """A step of every cache."""
+    """One step with every cache."""
     for cache in caches:
         cache.attend(q, new)
 
 
 def fit_form(corpus: Path, watch: pl.Callback, length: int, form: str, steps: int, **options: Any) -> None:
-    """Train 80m for so many steps."""
+    """Train 80m for `steps` steps."""
     chosen, every = FORMS[form], INTERVAL[COMPILED]
     case = Case(COMPILED, length, chosen.attention, chosen.published)
     trainer = {"max_steps": steps, "log_every_n_steps": min(every, steps - 1)}
@@ -144,15 +147,15 @@ def fit_form(corpus: Path, watch: pl.Callback, length: int, form: str, steps: in
 
 
 def compile_form(corpus: Path, case: Case) -> None:
-    """Compile what a measurement does, with one layer, since the layers of a model share it.
+    """Compile what a measurement needs, with one layer, since all layers share the compiled code.
 
-    What the case calls its shape is the name of a form.
+    The `shape` of the case holds the name of a form.
     """
     fit_form(corpus, pl.Callback(), case.length, case.shape, 4, num_hidden_layers=1)
 
 
 def measure_training(corpus: Path, lengths: Sequence[int], forms: Sequence[str]) -> Iterator[Row]:
-    """One row by length and form."""
+    """One row for each length and form."""
     for length, form in product(lengths, forms):
         watch = LoggedFigures()
         fit_form(corpus, watch, length, form, INTERVAL[COMPILED] * (COMPILING + FIGURES) + 1)
@@ -169,15 +172,15 @@ def measure_training(corpus: Path, lengths: Sequence[int], forms: Sequence[str])
 
 
 def tables(result: Result) -> list[Part]:
-    """What the pages show: the parts, and training steps by form."""
+    """The tables on the pages: the parts, and training steps by form."""
     plain, drifting = result["parts"]
     published = {row["length"]: row for row in result["training"] if row["form"] == "published"}
     return [
         Table(
             PARTS,
-            "**`python benchmarks/gpu_drift.py`**: milliseconds of each part with and without a drift, as CUDA graphs "
-            f"({plain['heads']}/{plain['kv_heads']} heads, {length_of(plain)}, w = {WINDOW}, bfloat16, batch 1); lower "
-            f"is better ({gpu_of(result)}).",
+            "**`python benchmarks/gpu_drift.py`**: milliseconds of each part, with and without a drift; lower is "
+            f"better. Each part is a CUDA graph ({plain['heads']}/{plain['kv_heads']} heads, {length_of(plain)} "
+            f"tokens, w = {WINDOW}, bfloat16, batch 1; {gpu_of(result)}). Median [min - max]:",
             ["", "no drift", "drift", "with / without"],
             lambda name: [
                 name, interval(plain["ms"][name]), interval(drifting["ms"][name]),
@@ -186,9 +189,10 @@ def tables(result: Result) -> list[Part]:
         ),
         Table(
             result["training"],
-            "Milliseconds of a step of 80m through `dma-lightning fit`, by form, with 32,768 tokens; lower is better. "
-            "Layers are compiled and run as CUDA graphs; w = 1024. Median [min - max] of 3 intervals of 20 steps:",
-            ["form", "N", "step", "against the published form", "peak GiB"],
+            "Milliseconds of a training step of 80m with 32,768 tokens through `dma-lightning fit`; lower is better. "
+            "`without retention loss` and `all keys` are steps of the shipped form, too. Layers are compiled and run "
+            "as CUDA graphs; w = 1024. Median [min - max] of 3 intervals of 20 steps:",
+            ["form", "N", "step", "compared with published", "peak GiB"],
             lambda row: [
                 row["form"], length_of(row), interval(row["step_ms"]),
                 f"{row['step_ms'][1] / published[row['length']]['step_ms'][1] - 1:+.1%}", f"{row['peak_gib']:.1f}",
