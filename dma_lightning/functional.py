@@ -35,12 +35,12 @@ def dynamic_mask_attention(
         q: queries `[B, H, N, D]`, with position embeddings.
         k: keys `[B, G, N, D]`, H a multiple of G.
         v: values `[B, G, N, D]`.
-        ranks: floating `[B, G, N]`, or int64 beside a `key_bias`; of two equal ranks the later key wins.
+        ranks: floating `[B, G, N]`, or int64 together with a `key_bias`; of two equal ranks, the later key wins.
         keep_window_size: w, how many best-ranked keys a query sees.
-        keep_last: how many last positions it sees whatever their rank; the w keys are chosen from those before.
-        sinks: how many first keys of its document it sees in addition.
+        keep_last: how many last positions a query sees whatever their rank; the w keys are chosen from those before.
+        sinks: how many first keys of its document a query also sees.
         score_form: what is added to the logits of a key: `exp(rank)` (`exp`) or the rank itself (`linear`).
-        key_bias: added instead, `[B, G, N]` in at least float32; zeros give selection without a bias.
+        key_bias: added instead of `score_form`, `[B, G, N]` in at least float32; zeros give selection without a bias.
         documents: integer ids `[B, N]`; a run of equal ids is a document and sees only itself.
         padding: bool `[B, N]`, True at padded positions, which no query sees.
         scale: factor of q·k. Default: `1 / sqrt(D)`.

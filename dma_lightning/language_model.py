@@ -72,19 +72,20 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
 
     Args:
         lr: peak learning rate.
-        weight_decay: decay of the matrices; norms, residual weights, A and contents of the input are never decayed.
+        weight_decay: decay of the matrices. Norms, residual weights, A, and the matrix that computes the content of
+            ranks from the input have none.
         betas: decay rates of AdamW's moments.
         schedule: learning rate over the steps: wsd (warm-up, stable, linear decay to 0), cosine, or constant.
-        warmup_fraction: share of all steps in which the learning rate rises linearly. All steps are trainer.max_steps,
-            or without it the steps of trainer.max_epochs.
-        decay_fraction: share of all steps in which wsd falls linearly.
+        warmup_fraction: share of all steps in which the learning rate rises linearly. The number of all steps is
+            trainer.max_steps or, if that is not set, the number of steps in trainer.max_epochs.
+        decay_fraction: share of all steps, at the end, in which the learning rate of wsd falls linearly.
         bytes_per_token: mean bytes of a token; none for data that is not text. It does not affect bits per byte, which
             are reported for batches that have `label_bytes`.
         compile_layers: compile every layer and the loss (torch.compile), when a trainer runs the model.
         cuda_graphs: let the GPU launch the kernels of compiled layers by itself. This helps where the CPU launches them
             too slowly: in small models, or long steps of many kernels. For one GPU or DDP; each new batch shape costs
             memory.
-        activation_checkpointing: keep no activations within layers, but compute them again in the backward pass.
+        activation_checkpointing: store no activations within layers; the backward pass computes them again.
         init_from: weights to start from when a trainer first runs the model without a checkpoint: a checkpoint of
             ours, or a folder of Transformers with a Doge, Llama, Qwen2 or Qwen3. Optimizer, schedule and data start
             from scratch. On the command line, the model's sizes also come from there.

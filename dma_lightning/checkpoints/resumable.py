@@ -48,7 +48,7 @@ class ResumableCheckpoint(ModelCheckpoint):
       checkpoint stays.
     - Without `monitor`, it keeps the two newest checkpoints, in case the newest is damaged, and the checkpoint that the
       run resumed from.
-    - With `monitor`, it keeps the `save_top_k` best validated checkpoints (use at least 2), and the newest as the last.
+    - With `monitor`, it keeps the `save_top_k` checkpoints with the best validation (use at least 2), and the newest.
     - Only one run at a time may write to a folder, and a resumed run deletes checkpoints only in its own folder.
 
     Args:

@@ -34,13 +34,13 @@ def generate(
     backend: str | None = None,
     full_cache: bool = False,
 ) -> None:
-    """Continue a text, and print it while generating; at the end, print the speed, prompt included, to stderr.
+    """Continue a text, and print it while generating. At the end, print the speed to stderr; its time includes prompts.
 
     Args:
-        ckpt_path: a checkpoint; its tokens are bytes, or those of the tokenizer in it or beside it.
+        ckpt_path: a checkpoint. Its tokens are bytes, or come from a tokenizer in the checkpoint or beside it.
         prompt: text to continue, used as it is; may be given several times.
-        prompt_file: instead of a prompt, a file whose whole text is the prompt, including its last line break; - for
-            standard input.
+        prompt_file: a file to use instead of a prompt, or - for standard input. Its whole text is the prompt, including
+            the last line break.
         num_samples: number of texts for each prompt, printed prompt by prompt. If there is more than one text in all, a
             title line precedes each.
         max_new_tokens: maximum number of new tokens in each text.

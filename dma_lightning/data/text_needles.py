@@ -208,17 +208,17 @@ class MixedExamples(NeedleExamples):
 class TextNeedleDataModule(HaystackDataModule):
     """Needles in a haystack of text, byte by byte; validation and test use different words from training.
 
-    A share of the training examples has 1 to max_needles needles at any depth, a length from an eighth of
-    sequence_length up to all of it, and a question about one of the needles. The others are plain text. Validation and
-    test examples have one needle. They go through depths of 0, 10, ... 100 percent, and a quarter, a half and all of
-    the length. Text is read and cached as `TextDataModule` does it.
+    A share of the training examples has 1 to max_needles needles at any depth, and a question about one of them. The
+    length of such an example is from an eighth of sequence_length up to all of it. The others are plain text.
+    Validation and test examples have one needle. They cover depths of 0, 10, ..., 100 percent at a quarter, a half and
+    all of sequence_length. Text is read and cached as in `TextDataModule`.
 
     Args:
         path: a file, a folder (all files below it that are not hidden) or a glob. Default: the English help topics
             that come with every Python (`pydoc_data.topics`).
-        sequence_length: the most tokens of an example; shorter ones are padded.
+        sequence_length: maximum number of tokens in an example; shorter examples are padded.
         needle_fraction: share of training examples with needles.
-        max_needles: the most needles of a training example.
+        max_needles: maximum number of needles in a training example.
         val_path: another text, for validation and test.
         val_fraction: share of the text, at its end, that is kept for validation and test, unless val_path is given.
         train_examples: number of training examples.
@@ -230,8 +230,8 @@ class TextNeedleDataModule(HaystackDataModule):
         cache_dir: folder of the cached text. Default: `dma-lightning` in the user's cache folder.
 
     Raises:
-        ValueError: if there are no such examples; in `prepare_data` or `setup`, if a path holds no text, or if the
-            text is too short or changes during reading.
+        ValueError: if a size or share is out of range; in `prepare_data` or `setup`, if a path holds no text, or if
+            the text is too short or changes during reading.
     """
 
     needles: TextNeedles

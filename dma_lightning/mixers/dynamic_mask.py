@@ -116,8 +116,8 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
     """Causal self-attention in which every query keeps the `keep_window_size` best-ranked keys of its past.
 
     The rank of a key is computed from the values at its position. Ranks select keys. A bias that is computed from the
-    rank is also added to the logits of the key, so gradients train the selection. At initialization, `A` is 0, and this
-    is exactly a sliding window of `keep_window_size + keep_last` positions, plus the sinks.
+    rank is also added to the logits of the key, so gradients train the selection. At initialization, the parameter `A`
+    is 0, and the mask is exactly a sliding window of `keep_window_size + keep_last` positions, plus the sinks.
 
     Args:
         hidden_size: C, width of input and output.
@@ -138,7 +138,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         drifting: a drift of the ranks and biases; by default none.
         retention_weight: weight of the retention loss.
         qk_norm: whether queries and keys are normalized.
-        wide: layers of a model that keep another number of keys.
+        wide: the layers of a model that keep a different number of keys, and that number.
         retention_target: what the retention loss trains ranks to predict, `attention` or `output`.
 
     Raises:

@@ -54,24 +54,26 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
     """Causal self-attention with three branches, each weighted by a sigmoid gate per query head.
 
     The compressed branch attends to blocks of keys and values, each compressed to one key and one value by a network.
-    The selected branch attends to the tokens of `nsa_select_count` blocks per query. These are always the first block,
-    the query's own and the one before, and then those with the most weight in the compressed branch, summed over the
-    heads of a group. The choice itself has no gradient. The third branch attends to the last `nsa_window` positions.
+    The selected branch attends to the tokens of `nsa_select_count` blocks per query. The first block, the query's own
+    block and the block before it are always among them. The others are those with the most weight in the compressed
+    branch, summed over the heads of a group. The choice itself has no gradient. The third branch attends to the last
+    `nsa_window` positions.
 
-    Blocks lie on one grid over the whole row, also with documents. A compressed block is seen only if it lies within
-    one document, and the first block of a document is the block in which it begins. So a document that does not begin
-    at a multiple of the block sizes gives slightly different results than it would alone.
+    Blocks lie on one grid over the whole row, even if it holds several documents. A query sees a compressed block only
+    if the block lies within one document. The first block of a document is the block in which the document begins. So
+    a document that does not begin at a multiple of the block sizes gives slightly different results than it would
+    alone.
 
     Args:
         nsa_compress_block: l, tokens of a compressed block.
-        nsa_compress_stride: s, tokens from one compressed block to the next; l and the selection block are multiples.
+        nsa_compress_stride: s, tokens from one compressed block to the next; it divides l and the selection block.
         nsa_compress_hidden: hidden width of the network that compresses.
         nsa_select_block: tokens of a selection block.
         nsa_select_count: number of selected blocks per query.
         nsa_window: positions of the window, the query's own included.
         nsa_separate_kv: whether each branch has separate keys and values, as in the paper, or all share them.
-        initializer_range: standard deviation of the learned vectors that are added to the tokens of a compressed block
-            by their place in it.
+        initializer_range: initial standard deviation of the learned vectors, one for each place in a compressed block,
+            that are added to the tokens there.
         backend: backend of the window and the selected branch. The selected branch has Triton kernels. `auto` uses them
             where it chooses `triton` and they support the blocks. Otherwise the selected branch gathers the keys of a
             few queries at a time.

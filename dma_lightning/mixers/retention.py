@@ -1,11 +1,11 @@
 """The retention loss: it trains the content of a key's rank to predict how much later queries attend to the key.
 
 In each step, a few queries are sampled. For each, the target is its attention to keys far behind it. The prediction is
-a softmax over the contents of these keys, each with its drift. Suppose that keys are attended to at a rate of
-exp(rank), with a decay that all keys share. Then this cross entropy is Cox's partial likelihood of the rates, and
-keeping the best-ranked keys keeps most of the attention.
+a softmax over these keys, of content plus drift. Suppose that queries attend to a key at a rate of exp(rank), with a
+decay that all keys share. Then this cross entropy is the negative logarithm of Cox's partial likelihood, and keeping
+the best-ranked keys keeps most of the attention.
 
-A mixer calls it in its forward, with an `x` that its result depends on, such as its output:
+A mixer calls it in its forward pass. Here, `x` is a tensor that the mixer's result depends on, such as its output:
 
     if self.training and torch.is_grad_enabled() and cache is None:
         positions = self.retention_queries.at(self.step, N, x.device)
@@ -15,8 +15,8 @@ A mixer calls it in its forward, with an `x` that its result depends on, such as
 - `q` and `k` are the inputs of attention, after norm and rotary embedding. Content must be float32 and drift float64,
   also under autocast.
 - `self.step` is the number of the optimizer step, in an int64 buffer `[]` that is not saved. With a Python number,
-  layers would be compiled again for each step. The step must not change between a layer's forward and its backward,
-  which may compute the layer again.
+  layers would be compiled again for each step. The step must not change between the forward and the backward pass
+  of a layer, since the backward pass may compute the layer again.
 - `weight` is the weight of the whole loss, divided by the number of layers, so that the mean over layers is trained.
 - The loss is also computed if no key is far. Then it is 0 and gives zero gradients, since DDP waits for every gradient.
 - The mixer names the parameters of content in `auxiliary_parameters`, so that they are clipped separately.
@@ -103,13 +103,15 @@ def retention_loss(
 ) -> Tensor:
     """Cross entropy between the attention of sampled queries to far keys and its prediction from content and drift.
 
-    A query's far keys are at least `keep.last` and a quarter of `keep.window` behind it, in its document, real, and no
-    sinks. The target is the attention over all real keys of the document's past, with the drift but without content
-    (else content would feed itself and grow without limit); its mean over the heads of a group. Per group,
+    A key is far from a query if it is at least `keep.last` and at least a quarter of `keep.window` positions behind it,
+    lies in the same document, is real, and is not a sink. The target is the query's attention to these keys, averaged
+    over the heads of a group. Its softmax is over all real keys of the document up to the query, with the drift but
+    without content: otherwise content would feed itself and grow without limit. The loss of a group is
 
         - sum_t sum_far target · log softmax_far(content + drift)  /  (sum_t sum_far target + 0.01 · queries)
 
-    over all rows of the batch. Only queries that are real and have far keys count. If there are none, the loss is 0.
+    with sums over all rows of the batch. Only queries that are real and have far keys count. If there are none, the
+    loss is 0. The computation needs memory for `[B, H, M, N]`.
 
     Args:
         q: queries `[B, H, N, D]`, as attention takes them.
@@ -117,16 +119,16 @@ def retention_loss(
         content: each key's rank without its drift, in nats, `[B, G, N]`, float32 (float64 if q is). Only it gets a
             gradient.
         drift: sum of the decays up to each key, in nats, `[B, G, N]`, float32 or float64. Differences are taken before
-            rounding. None: there is no decay.
+            rounding. If it is None, keys do not decay.
         positions: positions of the sampled queries, int64 `[M]`; see `RetentionQueries`.
-        keep: the keep rule; it says which keys are sinks, and from which distance on keys are far.
+        keep: the keep rule. It determines which keys are sinks, and the distance from which keys are far.
         packing: documents and padding.
         values: `[B, G, N, D]`. If given, the target is not the attention a_j but `a_j |v_j - m|`, divided by its sum
             over all keys that the query may attend to; m is the mean value of these keys. So a key counts little if its
             value is close to the mean, even if it gets much attention, as an attention sink may.
 
     Returns:
-        The mean over groups, `[]` in float32 (float64 if q is). It needs memory for `[B, H, M, N]`.
+        The mean over groups, `[]` in float32 (float64 if q is).
 
     Raises:
         ValueError: if shapes, dtypes or devices do not match.

@@ -48,9 +48,9 @@ def flex_segment_attention(
         lifetimes: the mask, for B or 1 sequences and G or 1 KV heads.
         scale: factor of q·k, by default `1 / sqrt(D)`.
         segment_length: S, rounded up to a multiple of 128; by default about the mask's capacity.
-        plan: `FlexPlan.of` these lifetimes, to use it more than once. It is not checked that it belongs to the
-            lifetimes.
-        query_bias: added to all logits of a query, float32 or float64 `[B, G, N]`. Softmax ignores it. But if key_bias
+        plan: `FlexPlan.of` these lifetimes, so that several calls can share it. Nothing checks that it belongs to
+            the lifetimes.
+        query_bias: added to all logits of a query, float32 or float64 `[B, G, N]`. Softmax cancels it. But if key_bias
             is float64, the query bias of each segment's first query is added to the key biases before they are rounded
             to float32. It must not require a gradient, which FlexAttention does not give; the backends `triton` and
             `torch` do.

@@ -158,7 +158,7 @@ class Lifetimes:
         """The dynamic mask: each query sees the `keep_window_size` best-ranked keys of its own past.
 
         With `keep_last`, each query sees its last positions and the best-ranked keys before them. Documents and
-        padding take part in the selection itself: keys of another document never push out yours.
+        padding take part in the selection itself, so a key of another document never pushes out a key of this one.
 
         Args:
             ranks: `[B, G, N]`. Of two equal ranks, the later key wins. Floating-point ranks are compared in float32
@@ -171,7 +171,7 @@ class Lifetimes:
             keep_last: this many last positions are visible whatever their rank. A key competes with others only once
                 it is no longer among them.
             sinks: this many first real keys of each document stay visible to its end.
-            drift: by how many nats each position lets the keys before it fall behind, floating `[B, G, N]`, at least 0.
+            drift: how far each position lets all keys before it fall behind, in nats, floating `[B, G, N]`, at least 0.
                 The rank of a key is then its entry in `ranks`, in nats, plus the sum of the drift up to its position,
                 without padded positions. Both are integers in units of 2^-32 nats (`dma_kernels.fixed_point`). By
                 default there is no drift.
