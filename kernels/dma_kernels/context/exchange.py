@@ -19,12 +19,12 @@ from dma_kernels.packing import Packing
 
 @dataclass(frozen=True)
 class ExtendedKeys:
-    """M keys of earlier parts, and behind them the n of this one.
+    """M keys of earlier parts, followed by the n keys of this part.
 
     Attributes:
-        rows: what has been exchanged, `[B, G, M + n, ...]` each.
+        rows: tensors of these keys, `[B, G, M + n, ...]` each.
         lifetimes: the mask, for M + n positions; the last n are the queries of this part.
-        earlier: M. Where fewer keys have come before, the first ones are padding.
+        earlier: M. If there are fewer earlier keys, the first of the M are padding.
     """
 
     rows: Sequence[Tensor]
@@ -32,10 +32,10 @@ class ExtendedKeys:
     earlier: int
 
     def attend(self, attention: Callable[..., Tensor], q: Tensor, query_bias: Tensor | None = None) -> Tensor:
-        """Attention of the part's queries to keys, values and biases, which `rows` begins with.
+        """Attention of the part's queries to keys, values and biases, the first three tensors of `rows`.
 
         Args:
-            attention: of q, k, v, key biases, lifetimes and `query_bias`, such as `fused_attention`.
+            attention: a function of q, k, v, key biases, lifetimes and `query_bias`, such as `fused_attention`.
             q: `[B, H, n, D]`.
             query_bias: as `attention` takes it, `[B, G, n]`.
 
@@ -55,24 +55,24 @@ class ExtendedKeys:
 def exchange_keys(
     group: ContextGroup, rows: Sequence[Tensor], ranks: Tensor, keep: KeepRule, packing: Packing | None = None
 ) -> ExtendedKeys:
-    """Send the keys that later parts may see, and select among those of earlier parts and this one.
+    """Send the keys that later parts may see, and select among the keys of earlier parts and of this one.
 
-    All processes of the group call it, with parts of one length. One all-gather takes w + r - 1 + s keys of each
-    process and KV head, or all of a shorter part; the gradient of `rows` goes back by a reduce-scatter.
+    All processes of the group call it, with parts of equal length. One all-gather takes w + r - 1 + s keys of each
+    process and KV head, or all keys of a shorter part. A reduce-scatter returns the gradient of `rows`.
 
     Args:
         group: the processes.
-        rows: what each key has, floating `[B, G, n, ...]`: keys after the rotary embedding, values, biases.
-        ranks: what selection compares, `[B, G, n]`, of the same dtype in all processes; with a drift, that of earlier
-            parts included (`drift_before`).
-        keep: the rule.
+        rows: tensors of the keys, floating `[B, G, n, ...]`: keys after the rotary embedding, values, biases.
+        ranks: `[B, G, n]`, of the same dtype in all processes. A drift must include that of earlier parts
+            (`drift_before`).
+        keep: the keep rule.
         packing: documents and padding of this part, from `ContextGroup.pack`.
 
     Returns:
         Keys of earlier parts and of this one, and their mask: a query sees what it would see in the whole sequence.
 
     Raises:
-        ValueError: on wrong shapes, dtypes or devices, or a packing of this part alone.
+        ValueError: on wrong shapes, dtypes or devices, or a packing that was not made by `ContextGroup.pack`.
     """
     check_ranks(ranks)
     extended, all_ranks, all_packing, earlier = _extended(group, rows, ranks, Reach.of(keep), packing)
@@ -83,10 +83,11 @@ def exchange_keys(
 def exchange_window(
     group: ContextGroup, rows: Sequence[Tensor], window: int, packing: Packing | None = None
 ) -> ExtendedKeys:
-    """The same for a sliding window of `window` positions: one less of earlier parts; arguments as `exchange_keys`.
+    """`exchange_keys` for a sliding window of `window` positions; takes `window - 1` keys of earlier parts.
 
     Raises:
-        ValueError: on wrong shapes, dtypes or devices, a window below 1, or a packing of this part alone.
+        ValueError: on wrong shapes, dtypes or devices, a window below 1, or a packing that was not made by
+            `ContextGroup.pack`.
     """
     check_at_least("window", window, 1)
     ranks = rows[0].new_zeros(len(rows[0]), 1, rows[0].shape[2], dtype=torch.float32)
@@ -190,7 +191,7 @@ def _of_list(state: Tensor, late: Tensor, first_run: Tensor | None) -> Packing:
 
 
 def _joined(received: Packing, kept: Tensor, own: Packing, length: int) -> Packing:
-    """The packing of the keys that are kept of the received ones, and of this part behind them."""
+    """The packing of the received keys that are kept, followed by that of this part."""
     assert received.padding is not None
     own_padding = own.padding
     if own_padding is None:

@@ -26,11 +26,11 @@ class PartPacking(Packing):
 
 @dataclass(frozen=True)
 class ContextGroup:
-    """Processes that hold the same sequences together; process p of P has the positions from p n on, n of them.
+    """Processes that hold the same sequences together; process p of P has n positions, from position p n on.
 
     Args:
-        name: of a group that is registered; see `of`.
-        rank: p, of this process.
+        name: name of a registered group; see `of`.
+        rank: p, the number of this process.
         size: P.
     """
 
@@ -40,10 +40,10 @@ class ContextGroup:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> "ContextGroup":
-        """That of torch.distributed. The order of parts is that of the ranks in the group.
+        """The group of these processes of torch.distributed. Parts are in the order of the ranks in the group.
 
         Raises:
-            ValueError: if this process is none of the group's.
+            ValueError: if this process does not belong to the group.
         """
         rank = dist.get_rank(group)
         if rank < 0:
@@ -54,22 +54,22 @@ class ContextGroup:
         return cls(register_group(group), rank, dist.get_world_size(group))
 
     def part_length(self, length: int) -> int:
-        """n, of parts of sequences of N positions: N / P, rounded up."""
+        """n, the length of a part of a sequence of N positions: N / P, rounded up."""
         return -(-length // self.size)
 
     def part(self, x: Tensor, dim: int = 1, fill: float = 0) -> Tensor:
-        """The part of this process, of a tensor with whole sequences.
+        """Cut this process's part out of a tensor with whole sequences.
 
-        Parts have equal lengths. If N is no multiple of P, the last ones are filled up: give `padding` True there, and
-        labels what the loss ignores.
+        Parts have equal lengths. If N is not a multiple of P, positions after the end fill up the last parts. Fill
+        `padding` with True, and labels with the number that the loss ignores.
 
         Args:
-            x: of N positions in dimension `dim`.
-            dim: which one.
-            fill: value of positions behind the end.
+            x: a tensor with N positions in dimension `dim`.
+            dim: the dimension of positions.
+            fill: value at positions after the end.
 
         Returns:
-            The same with n positions.
+            A tensor with n positions in dimension `dim`.
         """
         dim, length = dim % x.ndim, x.shape[dim]
         n = self.part_length(length)
@@ -79,9 +79,9 @@ class ContextGroup:
         return F.pad(part, [0, 0] * (x.ndim - 1 - dim) + [0, missing], value=fill) if missing else part.contiguous()
 
     def padding(self, length: int, device: torch.device | str | None = None) -> Tensor | None:
-        """Which positions of this part lie behind the end of sequences of N positions, bool `[1, n]`.
+        """Which positions of this part lie after the end of sequences of N positions, bool `[1, n]`.
 
-        None if N is a multiple of P, in all processes.
+        If N is a multiple of P, it is None in all processes.
         """
         if length % self.size == 0:
             return None
@@ -127,13 +127,13 @@ class ContextGroup:
 
 
 def _continued(runs: Tensor, begun: Tensor, borders: Tensor) -> Tensor:
-    """Runs `[B, n]` of a part, counted from the first part on.
+    """Runs `[B, n]` of a part, numbered along the whole rows.
 
     Args:
-        runs: counted from 0 in the part.
-        begun: bool `[B, n]`, False before the part's first real position; these belong to the document before.
-        borders: of the parts up to this one, `[p + 1, B, 4]`: whether anything is real, the ids of the first and the
-            last real position, and the last run.
+        runs: runs of the part, counted from 0.
+        begun: bool `[B, n]`, False before the part's first real position; there, the document before continues.
+        borders: four numbers of each part up to this one, `[p + 1, B, 4]`: whether any position is real, the ids of the
+            first and the last real position, and the last run.
     """
     last_run = first_run = end = torch.zeros_like(runs[:, :1])  # [B, 1]
     any_before, id_before = torch.zeros_like(last_run, dtype=torch.bool), last_run

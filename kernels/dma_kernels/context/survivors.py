@@ -1,7 +1,7 @@
-"""Which keys of a list a query behind its end may see: the best-ranked, the last, and the first of its last document.
+"""The keys of a list that later queries may see: the best-ranked, the last, and the first keys of its last document.
 
-The list may be a part of a sequence, or what such lists of earlier parts have left: of several lists, one behind the
-other, the survivors of their survivors are those of all keys.
+The list may be a part of a sequence, or the joined survivors of earlier parts. The survivors of joined survivors are
+the survivors of all keys of these parts.
 
 Z lists, n keys, K survivors.
 """
@@ -48,16 +48,16 @@ class Reach:
 
 
 def survivors(ranks: Tensor, reach: Reach, packing: Packing, count: int) -> Tensor:
-    """Places of the keys that a query behind the end may see, ascending.
+    """Places of the keys that a query after the end of the list may see, ascending.
 
-    If there are fewer than `count`, other keys fill up, latest first. A key that is out of the best never comes back,
-    so with these the selection stays the same.
+    If there are fewer than `count`, the latest of the other keys fill up the rest. These do not change the selection,
+    since a key that has left the best never comes back.
 
     Args:
         ranks: `[Z, 1, n]`, as in `Lifetimes.selected`; the keys are in the order of their positions, and the last
             `reach.last` of them are consecutive.
-        reach: how many of each kind.
-        packing: of Z rows; runs count from 0, and no more than n.
+        reach: the number of keys of each kind.
+        packing: documents and padding of the Z rows; runs count from 0, and there are at most n.
         count: K, at most n; `reach.count` are enough.
 
     Returns:

@@ -35,7 +35,7 @@ _WIDEST = {"rank": torch.int64, "key_bias": torch.float64}  # dtypes for keys wi
 
 
 class KeyCache(Protocol):
-    """What a decoder layer needs of a cache."""
+    """The interface of caches that decoder layers use."""
 
     if TYPE_CHECKING:  # a cache may compute it
 

@@ -51,10 +51,10 @@ def _count_tiles_kernel(
 def launch_count_tiles(birth: Tensor, death: Tensor, *, segment_length: int, positions: int, block_k: int) -> Tensor:
     """Four numbers of tiles for each tile of queries, int32 `[Z, G or 1, S / positions, 4]`.
 
-    Their order is full, own_full, partial, own_partial. `full` tiles of the snapshot, from slot 0 on, are seen by all
-    queries of the tile and need no mask. `partial` tiles follow them, up to the last slot that any of these queries
-    sees. `own_full` and `own_partial` count the tiles of own keys in the same way, from slot C on. Where all four would
-    be 0, own_partial is 1.
+    Their order is full, own_full, partial, own_partial. All queries of the tile see the first `full` tiles of the
+    snapshot, from slot 0 on, so these need no mask. The next `partial` tiles reach to the last slot that any of these
+    queries sees. `own_full` and `own_partial` count the tiles of own keys in the same way, from slot C on. If all four
+    would be 0, own_partial is 1.
 
     Args:
         birth: first query of the segment that sees a slot, int32 `[Z, G or 1, K]`; own slots in order of birth.

@@ -42,8 +42,8 @@ def count_slot_tiles(
 ):  # fmt: skip
     """Count the tiles of slots that a tile of queries needs: full, own_full, partial, own_partial.
 
-    Of the snapshot, `full` tiles at the beginning are seen by all queries and need no mask. The next `partial` tiles
-    reach to the last slot that any query sees, and need one. The other two counts are the same for the own keys.
+    All queries see the first `full` tiles of the snapshot, so these need no mask. The next `partial` tiles reach to the
+    last slot that any query sees, and need a mask. The other two counts are the same for the own keys.
     """
     first = i_tile * BLOCK_M // group
     end = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // group + 1, segment)
