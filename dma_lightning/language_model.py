@@ -12,14 +12,13 @@ from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -32,6 +31,7 @@ from dma_lightning.data.base import IGNORE_INDEX, Batch
 from dma_lightning.data.parts import part_of_batch
 from dma_lightning.files.reading import verifies_content
 from dma_lightning.initial_weights import InitialWeights
+from dma_lightning.losses import TokenScores, check_loss_chunk, token_losses
 from dma_lightning.metrics import EvaluationMetrics, bits_per_byte
 from dma_lightning.model import DogeForCausalLM
 from dma_lightning.plain_values import PlainHyperparameters, plain
@@ -65,6 +65,7 @@ class _Arguments(AttributeDict):
     compile_layers: bool
     cuda_graphs: bool
     activation_checkpointing: bool
+    loss_chunk: int | None
 
 
 class LanguageModel(PlainHyperparameters, pl.LightningModule):
@@ -93,11 +94,15 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             published models.
         train_only: which weights to train: all, those of the attention in all layers, or only those that decide which
             keys are kept (selection). The others stay as they are.
+        loss_chunk: tokens whose logits are in memory at once: the loss is computed in chunks of so many, and the
+            backward pass computes their logits again. Default: those of the whole batch, without computing any twice.
         config: the fields of `ModelConfig`.
     """
 
     hparams: _Arguments
     _batch_labels: Tensor | None = None  # of the last batch, in all parts of its sequences
+    _data_is_known = False  # whether no batch can have a token that the model does not know
+    _epoch_steps: int | None = None  # steps of trainer.max_epochs, if a schedule needs them
 
     def __init__(
         self,
@@ -114,6 +119,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         init_from: str | None = None,
         padded_vocab_size: int | None = None,
         train_only: TrainedPart = "all",
+        loss_chunk: int | None = None,
         **config: Any,
     ) -> None:
         super().__init__()
@@ -122,6 +128,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas: expected two numbers, each at least 0 and below 1, got {betas}")
         check_schedule(schedule, warmup_fraction, decay_fraction)
+        check_loss_chunk(loss_chunk)
         if cuda_graphs and (activation_checkpointing or not compile_layers):
             raise ValueError(
                 "cuda_graphs: expected compile_layers and no activation_checkpointing, got "
@@ -135,8 +142,6 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         freeze_others(self.model, train_only)
         self._token_losses = token_losses
         self._batches: list[StepTotals] = []  # of the current step
-        self._data_is_known = False  # whether no batch can have a token that the model does not know
-        self._epoch_steps: int | None = None  # steps of trainer.max_epochs, if a schedule needs them
         self.init_from = init_from
         self._has_begun = False  # whether the weights come from a checkpoint or `init_from`, or are trained
         self._restored = False  # whether optimizer and schedule come from a checkpoint
@@ -255,6 +260,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
                 mesh = init_device_mesh(mesh.device_type, (self.device_mesh.size(),))
             for module in (*self.model.layers, self.model):
                 fully_shard(module, mesh=mesh)
+            register_fsdp_forward_method(self.model, "scores")
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Check the tokens while they are on the CPU, if the data does not state them or nobody has verified it.
@@ -286,7 +292,8 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         trainer, precision = self.trainer, str(self.trainer.precision)
         number_bytes = 2 if "16" in precision else 8 if "64" in precision else 4
         shards = 1 if self.device_mesh is None else trainer.world_size
-        needed = least_step_bytes(self.model, batch_size, -(-length // self.model.parts), number_bytes, shards)
+        part, chunk = -(-length // self.model.parts), self.hparams.loss_chunk
+        needed = least_step_bytes(self.model, batch_size, part, number_bytes, shards, chunk)
         sharing = trainer.num_devices if self.device.type == "cpu" else 1  # processes that share one memory
         return too_large(needed * sharing, self.device, batch_size, length)
 
@@ -295,7 +302,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         if has_trainer(self):
             for mixer in self.model.mixers:
                 mixer.begin_step(self.trainer.global_step)
-        loss, _, totals = self._loss(batch)
+        loss, totals = self._loss(batch)
         lead_auxiliary_losses(loss)
         if has_trainer(self):
             self._batches.append(totals)
@@ -346,8 +353,9 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """The likeliest token at every position, and the log-probability of its label (0 without a label)."""
-        logits = self._logits(batch)
-        return {"tokens": logits.argmax(-1), "label_log_probs": -self._token_losses(logits, batch["labels"])}
+        losses, tokens = self._scores(batch, predict=True)
+        assert tokens is not None
+        return {"tokens": tokens, "label_log_probs": -losses}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if not is_logging_step(self.trainer, before_step=True):
@@ -453,30 +461,33 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
                 f"max_epochs {self.trainer.max_epochs}; set trainer.max_steps, or schedule to constant"
             )
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def _scores(self, batch: Batch, predict: bool = False) -> TokenScores:
+        """The loss of each label, and the likeliest tokens if `predict`."""
         if self.hparams.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # without gradients each layer would otherwise be its own step
-        return self.model(batch["input_ids"], batch.get("documents"), batch.get("padding"))
+        if self.hparams.loss_chunk is not None:
+            return self.model.scores(batch, self.hparams.loss_chunk, predict, self._token_losses)
+        logits = self.model(batch["input_ids"], batch.get("documents"), batch.get("padding"))
+        return TokenScores(self._token_losses(logits, batch["labels"]), logits.argmax(-1) if predict else None)
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, StepTotals]:
-        """Mean loss over the labels of a batch, logits `[B, N, V]`, and sums over labels, detached.
+    def _loss(self, batch: Batch) -> tuple[Tensor, StepTotals]:
+        """Mean loss over the labels of a batch, and sums over labels, detached.
 
         Of divided sequences it is this part's share of the mean over all parts.
         """
-        logits = self._logits(batch)
-        totals = _totals(self._token_losses(logits, batch["labels"]), batch)
+        totals = _totals(self._scores(batch).losses, batch)
         self._batch_labels = totals.labels
         if self.model.context is not None:
             self._batch_labels = self.model.context.gather([totals.labels])[0].sum(0)
         mean = totals.nats / self._batch_labels.clamp(min=1)
-        return mean, logits, replace(totals, nats=totals.nats.detach())
+        return mean, replace(totals, nats=totals.nats.detach())
 
     def _evaluate(self, batch: Batch, split: Literal["val", "test"], metrics: EvaluationMetrics) -> Tensor:
         """Add a batch to metrics; returns the losses of its labels `[B, N]`."""
-        logits = self._logits(batch)
-        losses = self._token_losses(logits, batch["labels"])
+        losses, tokens = self._scores(batch, predict=True)
+        assert tokens is not None
         totals = _totals(losses, batch)
-        for name, metric in metrics.add(batch, logits, totals.nats, totals.labels):
+        for name, metric in metrics.add(batch, tokens, totals.nats, totals.labels):
             shown, attribute = name in ("loss", "bits_per_byte", "accuracy"), f"{split}_metrics.{name}"
             # Lightning looks for metrics only once, but `setup` makes new ones.
             self.log(f"{split}/{name}", metric, prog_bar=shown, metric_attribute=attribute)
@@ -500,11 +511,3 @@ def _set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     yield
     for parameter, gradient in gradients:
         parameter.grad = gradient
-
-
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy in nats of logits `[B, N, V]` at every position, `[B, N]`; 0 where the label is ignored."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view_as(
-        labels
-    )

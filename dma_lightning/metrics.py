@@ -131,18 +131,18 @@ class EvaluationMetrics(nn.ModuleDict):
         for metric in self._metrics():
             metric.reset()
 
-    def add(self, batch: Batch, logits: Tensor, nats: Tensor, count: Tensor) -> Iterator[tuple[str, Metric]]:
+    def add(self, batch: Batch, predictions: Tensor, nats: Tensor, count: Tensor) -> Iterator[tuple[str, Metric]]:
         """Add a batch to each metric that applies to it; yields these metrics with their names.
 
         The keys of the batch alone decide which apply, so that all processes report the same metrics.
 
         Args:
             batch: inputs and labels `[B, N]`.
-            logits: `[B, N, V]`.
+            predictions: the likeliest tokens, int64 `[B, N]`.
             nats: sum of the losses of all labels.
             count: number of labels.
         """
-        predictions, labels, tensors = logits.argmax(-1), batch["labels"], cast("dict[str, Tensor]", batch)
+        labels, tensors = batch["labels"], cast("dict[str, Tensor]", batch)
         for name, metric in zip(self, self._metrics(), strict=True):
             if isinstance(metric, BitsPerByte):
                 if "label_bytes" not in batch:

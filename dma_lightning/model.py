@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from dma_kernels import Packing
 from dma_kernels.context import ContextGroup
 from dma_lightning.config import ModelConfig
+from dma_lightning.data.base import Batch
 from dma_lightning.generation import generate
+from dma_lightning.losses import Loss, TokenScores, chunked_scores, token_losses
 from dma_lightning.mixers import MIXERS, MixerCache, TokenMixer
 from dma_lightning.sampling import Sampling
 from dma_lightning.vocabularies import check_tokens
@@ -107,6 +109,25 @@ class DogeForCausalLM(nn.Module):
             ValueError: on a wrong shape, dtype or device, or a sequence that is too long; on a CPU also on a token not
                 below `vocab_size`, which other devices do not report in time.
         """
+        x = self._last_layer(input_ids, documents, padding, cache)
+        return self.lm_head(self.norm(x[:, -1:] if last_only else x))
+
+    def scores(self, batch: Batch, chunk: int, predict: bool = False, loss: Loss = token_losses) -> TokenScores:
+        """Losses and likeliest tokens of a batch, from the logits of one chunk of tokens at a time.
+
+        See `forward` for inputs and errors, and `chunked_scores` for the other arguments.
+        """
+        x = self._last_layer(batch["input_ids"], batch.get("documents"), batch.get("padding"))
+        return chunked_scores(self.lm_head, self.norm(x), batch["labels"], chunk, predict, loss)
+
+    def _last_layer(
+        self,
+        input_ids: Tensor,
+        documents: Tensor | None,
+        padding: Tensor | None,
+        cache: Sequence[MixerCache] | None = None,
+    ) -> Tensor:
+        """The output of the last layer, `[B, N, C]`; arguments and errors are those of `forward`."""
         longest = self.config.max_position_embeddings
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids: expected integers [B, N], got {input_ids.dtype} {list(input_ids.shape)}")
@@ -134,7 +155,7 @@ class DogeForCausalLM(nn.Module):
                 x = checkpoint(layer, x, packing, use_reentrant=False)
             else:
                 x = layer(x, packing, layer_cache)
-        return self.lm_head(self.norm(x[:, -1:] if last_only else x))
+        return x
 
     def join_context(self, context: ContextGroup | None) -> None:
         """Take parts of sequences, whose other parts the other processes of a group take; None: whole sequences.

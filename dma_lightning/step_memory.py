@@ -13,12 +13,20 @@ _MEMINFO = Path("/proc/meminfo")
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-def least_step_bytes(model: DogeForCausalLM, batch_size: int, length: int, number_bytes: int, shards: int = 1) -> int:
+def least_step_bytes(
+    model: DogeForCausalLM,
+    batch_size: int,
+    length: int,
+    number_bytes: int,
+    shards: int = 1,
+    loss_chunk: int | None = None,
+) -> int:
     """A lower bound of the memory that a training step with AdamW takes in addition to the weights.
 
     It counts gradients and two moments of every weight, in float32. For each layer and token it counts what projections
     and feed-forward network keep for the backward pass: 3 I + 4 C numbers, or C if activations are computed again. For
-    each token it counts logits and their gradient, 2 V numbers. It does not count what attention keeps.
+    each token, or those of a chunk, it counts logits and their gradient, 2 V numbers. It does not count what attention
+    keeps.
 
     Args:
         model: the decoder.
@@ -26,13 +34,15 @@ def least_step_bytes(model: DogeForCausalLM, batch_size: int, length: int, numbe
         length: N.
         number_bytes: bytes of an activation, 2 for bfloat16.
         shards: how many processes share the weights.
+        loss_chunk: tokens whose logits are in memory at once; None for all.
     """
     config = model.config
     kept = config.hidden_size
     if not model.activation_checkpointing:
         kept = 3 * config.intermediate_size + 4 * config.hidden_size
-    per_token = config.num_hidden_layers * kept + 2 * config.vocab_size
-    return 12 * model.num_parameters // shards + batch_size * length * per_token * number_bytes
+    tokens = batch_size * length
+    logits = 2 * config.vocab_size * (tokens if loss_chunk is None else min(tokens, loss_chunk))
+    return 12 * model.num_parameters // shards + (tokens * config.num_hidden_layers * kept + logits) * number_bytes
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -56,6 +66,6 @@ def too_large(needed: int, device: torch.device, batch_size: int, length: int) -
     return (
         f"a step takes at least {needed / 1e9:,.1f} GB besides the weights (batch_size {batch_size} x sequence_length "
         f"{length:,}), and {device.type} has {available / 1e9:,.1f} GB left: it will be killed or run out of "
-        "memory; lower data.batch_size (and raise trainer.accumulate_grad_batches) or data.sequence_length, or set "
-        "model.activation_checkpointing to true"
+        "memory; lower data.batch_size (and raise trainer.accumulate_grad_batches) or data.sequence_length, set "
+        "model.activation_checkpointing to true, or set model.loss_chunk"
     )

@@ -71,7 +71,7 @@ def _told(error: Exception, own: bool) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"{str(error).partition('. ')[0]}; lower data.batch_size (and raise trainer.accumulate_grad_batches) or "
-            "data.sequence_length, or set model.activation_checkpointing to true"
+            "data.sequence_length, set model.activation_checkpointing to true, or set model.loss_chunk"
         )
     package = _raised_in(error).partition(".")[0]
     if package == "jsonargparse" and (found := CLASS_PROBLEM.search(str(error))):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dma_lightning.data.text_formats import read_documents
 from dma_lightning.evaluation.reading import Reader
-from dma_lightning.language_model import token_losses
+from dma_lightning.losses import token_losses
 from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer
 
 _FIRST = 64  # positions of the first bucket

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dma_lightning.data.base import IGNORE_INDEX
-from dma_lightning.language_model import token_losses
+from dma_lightning.losses import token_losses
 
 
 @dataclass(frozen=True, eq=False)  # comparing tensors gives no single truth value

@@ -190,8 +190,9 @@ def main(folder: Path) -> None:
     if TOGETHER == "gpu":
         together(folder / "ddp-graphs", strategy="ddp", compile_layers=True, cuda_graphs=True)
     torch.compile = functools.partial(torch.compile, backend="eager")  # inductor would take a minute
-    together(folder / "ddp-compiled", strategy="ddp", compile_layers=True, activation_checkpointing=True)
-    together(folder / "fsdp-compiled", strategy=FullyShardedStrategy(), activation_checkpointing=True)
+    recomputed = functools.partial(together, activation_checkpointing=True, loss_chunk=23)
+    recomputed(folder / "ddp-compiled", strategy="ddp", compile_layers=True)
+    recomputed(folder / "fsdp-compiled", strategy=FullyShardedStrategy())
 
     for number in (signal.SIGTERM, signal.SIGINT):
         ask = At(5 + rank, functools.partial(os.kill, os.getpid(), number))  # not at the same time

@@ -36,10 +36,10 @@ class Jump(LanguageModel):
 
     jumps: dict[int, float]
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, StepTotals]:
-        loss, logits, totals = super()._loss(batch)
+    def _loss(self, batch: Batch) -> tuple[Tensor, StepTotals]:
+        loss, totals = super()._loss(batch)
         factor = self.jumps.get(self.global_step + 1, 1.0)
-        return loss * factor, logits, replace(totals, nats=totals.nats * factor)
+        return loss * factor, replace(totals, nats=totals.nats * factor)
 
 
 def train(*callbacks: pl.Callback, jumps: dict[int, float] | None = None, **options: object) -> pl.Trainer:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dma_kernels.context import ContextGroup
 from dma_lightning import DogeForCausalLM, ModelConfig
-from dma_lightning.language_model import token_losses
+from dma_lightning.losses import token_losses
 
 STEPS, VOCABULARY, BATCH = 20, 24, 2
 DRIFT = {"drift": "gate", "score_form": "linear"}

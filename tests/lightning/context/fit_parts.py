@@ -19,9 +19,10 @@ def main(folder: Path) -> None:
     """Two groups of two, and one of four, which goes on where one process ended."""
     torch.set_num_threads(1)
     train(folder / "pairs", 2, 2, accumulate=2, **DRIFT)
-    train(folder / "retention", 4, 1, accumulate=2, **RETENTION)
+    train(folder / "retention", 4, 1, accumulate=2, loss_chunk=7, **RETENTION)
     train(folder / "resumed", 4, 1, length=14, ckpt_path=folder / "one/step=4.ckpt", **DRIFT)
-    train(folder / "swa", 4, 1, length=14, attention="swa", sliding_window=5, activation_checkpointing=True)
+    recomputed = {"activation_checkpointing": True, "loss_chunk": 3}
+    train(folder / "swa", 4, 1, length=14, attention="swa", sliding_window=5, **recomputed)
     errors = []
     for options in ({"parts": 3, "groups": 4 / 3}, {"parts": 4, "attention": "mha"}):
         try:

@@ -146,6 +146,6 @@ def test_documented_figures_and_no_other(tmp_path: Path) -> None:
     share = sum((x & y).sum() for x, y in zip(copies, labels, strict=True)) / sum(x.sum() for x in labels)
     assert values(read, "val/far_copy_share") == pytest.approx([share.item()] * 2)
     with torch.no_grad():
-        losses = [cli.model._token_losses(cli.model._logits(x), x["labels"]) for x in batches]
+        losses = [cli.model._scores(x).losses for x in batches]
     far = torch.cat([loss[x & y] for loss, x, y in zip(losses, copies, labels, strict=True)])
     assert values(read, "val/far_copy_loss")[-1] == pytest.approx(far.mean().item(), rel=1e-4)
