@@ -12,7 +12,7 @@ The model, from the inside out:
 Training:
 
 - `data`: data modules; `metrics`, `schedules`, `step_means`: used by the LightningModule in `language_model`
-- `auxiliary_losses`: losses of layers in addition to the main loss
+- `losses`: the main loss; `auxiliary_losses`: losses of layers in addition to it
 - `callbacks`: act on a run; `monitoring`: only watch it
 - `checkpoints`: writing, checking and reading them; `saved_run`: one opened checkpoint and what it says
 - `initial_weights`: weights of a checkpoint or a Hugging Face folder that a run starts from

@@ -69,8 +69,11 @@ def is_logging_step(trainer: pl.Trainer, before_step: bool = False) -> bool:
         before_step: whether the optimizer step is still to come, as in `training_step`; in `on_train_batch_end` it is
             done.
     """
-    if accumulates(trainer):
-        return False
+    return not accumulates(trainer) and is_of_logging_step(trainer, before_step)
+
+
+def is_of_logging_step(trainer: pl.Trainer, before_step: bool = True) -> bool:
+    """Whether a batch belongs to such a step, also if it does not end it; arguments as in `is_logging_step`."""
     return trainer._logger_connector.should_update_logs or is_last_step(trainer, before_step)
 
 

@@ -13,6 +13,7 @@ from dma_lightning.callbacks import FitReport, GradientGuard, MixedWindows
 from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.cli.parsing import Parser
 from dma_lightning.monitoring import (
+    ContextMonitor,
     CurveOverview,
     DynamicMaskMonitor,
     FinalMetrics,
@@ -26,6 +27,7 @@ from dma_lightning.monitoring import (
 DEFAULT_CALLBACKS: dict[str, type[pl.Callback]] = {
     "lr_monitor": LearningRateMonitor,
     "speed_monitor": SpeedMonitor,
+    "context_monitor": ContextMonitor,  # before others whose extra passes exchange, too
     "mask_monitor": DynamicMaskMonitor,
     "sample_monitor": SampleMonitor,
     "final_metrics": FinalMetrics,

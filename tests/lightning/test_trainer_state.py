@@ -39,6 +39,7 @@ from dma_lightning.trainer_state import (
     has_trainer,
     is_last_step,
     is_logging_step,
+    is_of_logging_step,
     is_of_restoring,
     let_clip_gradients,
     log_into_version,
@@ -168,6 +169,13 @@ def test_between_steps_nothing_is_written() -> None:
     callback = LambdaCallback(on_train_batch_end=lambda trainer, *_: found.append(is_logging_step(trainer)))
     fit(callback, batches=4, accumulate_grad_batches=2, log_every_n_steps=1)
     assert found == [False, True, False, True]
+
+
+def test_all_batches_of_a_step_that_is_written() -> None:
+    found: list[bool] = []
+    callback = LambdaCallback(on_train_batch_start=lambda trainer, *_: found.append(is_of_logging_step(trainer)))
+    fit(callback, batches=9, max_steps=3, accumulate_grad_batches=2, log_every_n_steps=2)
+    assert found == [False, False, True, True, True, True]  # of the second step, and of the last
 
 
 def test_the_step_of_a_validation() -> None:

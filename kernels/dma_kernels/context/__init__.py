@@ -6,12 +6,23 @@ parts what its own queries may see. Then selection and attention are the ordinar
 
 - `group`: the processes; how sequences are cut into parts; the numbers of documents that cross parts
 - `survivors`: which keys of a list a later query may see
-- `collectives`: the all-gather and its gradient, a reduce-scatter, as operations that are opaque to torch.compile
+- `collectives`: the all-gather and its gradient, a reduce-scatter, as operations that are opaque to torch.compile;
+  `traffic`: what they send
 - `exchange`: what comes of the keys of one layer; `drift`: how far earlier parts have drifted
 """
 
 from dma_kernels.context.drift import drift_before
 from dma_kernels.context.exchange import ExtendedKeys, exchange_keys, exchange_window
 from dma_kernels.context.group import ContextGroup, PartPacking
+from dma_kernels.context.traffic import Traffic, traffic
 
-__all__ = ["ContextGroup", "ExtendedKeys", "PartPacking", "drift_before", "exchange_keys", "exchange_window"]
+__all__ = [
+    "ContextGroup",
+    "ExtendedKeys",
+    "PartPacking",
+    "Traffic",
+    "drift_before",
+    "exchange_keys",
+    "exchange_window",
+    "traffic",
+]

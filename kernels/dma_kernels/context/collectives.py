@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dma_kernels.context.traffic import traffic
+
 _ALIGNMENT = 16  # bytes at which each tensor begins in a message
 _GROUPS: dict[str, dist.ProcessGroup] = {}  # operations take names, and modules that hold these can be copied
 
@@ -37,7 +39,8 @@ def gather_parts(parts: Sequence[Tensor], group: str, size: int) -> list[Tensor]
     messages = [_as_bytes(part) for part in parts]
     sent = torch.cat(messages)
     received = sent.new_empty(size * len(sent))
-    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(received, sent, group=_GROUPS[group])
+    with traffic.counted(size, sent.nbytes, sent.device):
+        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(received, sent, group=_GROUPS[group])
     chunks = received.view(size, -1).split([len(message) for message in messages], dim=1)
     found = (chunk[:, : part.nbytes].view(part.dtype) for chunk, part in zip(chunks, parts, strict=True))
     # Results of an operation must not share memory, so each is copied out of the message.
@@ -60,9 +63,9 @@ def sum_parts(parts: Sequence[Tensor], group: str, size: int) -> list[Tensor]:
         numbers = [number for number, part in enumerate(parts) if part.dtype == dtype]
         sent = torch.cat([parts[number].flatten(1) for number in numbers], dim=1)
         received = sent.new_empty(sent.shape[1])
-        getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(
-            received, sent.flatten(), group=_GROUPS[group]
-        )
+        reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+        with traffic.counted(size, received.nbytes, sent.device):
+            reduce_scatter(received, sent.flatten(), group=_GROUPS[group])
         sizes = [parts[number][0].numel() for number in numbers]
         for number, total in zip(numbers, received.split(sizes), strict=True):
             sums[number] = total.view(parts[number].shape[1:]).clone()

@@ -22,6 +22,7 @@ from dma_kernels.context import (
     drift_before,
     exchange_keys,
     exchange_window,
+    traffic,
 )
 from dma_kernels.context.collectives import gather_parts
 from dma_kernels.fixed_point import drift_sums, drifted_ranks
@@ -132,7 +133,9 @@ def main(folder: Path) -> None:
     for number, case in enumerate(cases()):
         if case.parts == PROCESSES or number % 2 == rank // 2:
             found[case.name] = results(case, groups[case.parts], attended)
+    before = traffic.bytes
     found["gathered"] = gathered(groups[PROCESSES])
+    found["bytes"] = traffic.bytes - before
     found["not finite"] = not_finite(groups[PROCESSES])
     compiled = torch.compile(attended, backend="eager", fullgraph=True)
     found["compiled"] = results(COMPILED, groups[PROCESSES], compiled)

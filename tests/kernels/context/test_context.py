@@ -12,7 +12,7 @@ from together import run_together
 from torch import Tensor
 
 from dma_kernels import KeepRule, Packing, reference_attention, reference_mask
-from dma_kernels.context import ContextGroup, PartPacking, exchange_keys, exchange_window
+from dma_kernels.context import ContextGroup, PartPacking, Traffic, exchange_keys, exchange_window
 from dma_kernels.fixed_point import drift_sums
 from dma_kernels.lifetime_masks import Lifetimes
 from dma_kernels.units import UNIT
@@ -92,6 +92,45 @@ def test_tensors_of_all_dtypes_in_one_message(found: list[dict[str, list[Tensor]
         assert torch.equal(part["gathered"][-2], torch.full((5, 3), weight).bfloat16())
         square = sum(x[rank].double() ** 2 for x in weights)
         torch.testing.assert_close(part["gathered"][-1], 2 * square * wide[rank], rtol=1e-12, atol=0)
+
+
+def test_bytes_are_counted_in_both_directions(found: list[dict[str, int]]) -> None:
+    """Of a message with tensors that begin at multiples of 16 bytes, and of sums in at least float32."""
+    message, sums = 32 + 16 + 16 + 0 + 16 + 16, 4 * 15 + 8 * 2
+    assert [part["bytes"] for part in found] == [2 * (PROCESSES - 1) * (message + sums)] * PROCESSES
+
+
+class FakeEvent:
+    """One of a GPU whose clock goes on by a millisecond with each."""
+
+    clock = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, stream: None) -> None:
+        FakeEvent.clock += 1
+        self.time = FakeEvent.clock
+
+    def synchronize(self) -> None:
+        assert self.time
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return end.time - self.time
+
+
+def test_collectives_of_gpus_are_timed_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    traffic, gpu = Traffic(), torch.device("cuda", 0)
+    for timed, expected in ((False, 0.0), (True, 2.0), (False, 0.0)):
+        if timed:
+            traffic.start_timing()
+        for device in (gpu, torch.device("cpu"), gpu):
+            with traffic.counted(3, 5, device):
+                pass
+        assert traffic.stop_timing() == expected
+    assert (traffic.bytes, FakeEvent.clock) == (9 * 2 * 2 * 5, 4)
 
 
 def test_a_group_of_others_is_refused(found: list[dict[str, list[Tensor]]]) -> None:

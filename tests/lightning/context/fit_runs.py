@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from dma_lightning import LanguageModel, TextDataModule
 from dma_lightning.checkpoints import ResumableCheckpoint
 from dma_lightning.checkpoints.io import AtomicCheckpointIO
+from dma_lightning.monitoring import ContextMonitor
 from dma_lightning.strategies import FullyShardedStrategy
 
 STEPS, SEQUENCES = 8, 4  # in a batch of all processes together
@@ -71,7 +72,7 @@ def train(
         strategy="auto" if parts * groups == 1 else FullyShardedStrategy(context_parallel_size=parts),
         gradient_clip_val=0.5, log_every_n_steps=3, val_check_interval=3 * accumulate, check_val_every_n_epoch=None,
         limit_val_batches=3, num_sanity_val_steps=0, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[ResumableCheckpoint(4, dirpath=folder, save_top_k=-1)],
+        enable_model_summary=False, callbacks=[ContextMonitor(), ResumableCheckpoint(4, dirpath=folder, save_top_k=-1)],
         plugins=[AtomicCheckpointIO()],
     )  # fmt: skip
     trainer.fit(model, data, ckpt_path=ckpt_path)

@@ -38,11 +38,18 @@ def _fit_all(folder: Path) -> None:
     run_together(HERE / "fit_parts.py", folder, PROCESSES)
 
 
+def figures(folder: Path) -> dict[str, float]:
+    """What a run has logged last."""
+    return json.loads((folder / "figures.json").read_text())
+
+
 def compare(folder: Path, run: str, one: str, steps: tuple[int, ...] = (4, 8)) -> None:
     """Checkpoints and figures of a run with those of one process."""
     for step in steps:
         assert_same(read(folder / run / f"step={step}.ckpt"), read(folder / one / f"step={step}.ckpt"))
-    found, wanted = (json.loads((folder / name / "figures.json").read_text()) for name in (run, one))
+    found, wanted = (figures(folder / name) for name in (run, one))
+    assert ("context/mib_per_step" in found) == (run != "again")
+    found.pop("context/mib_per_step", None)
     assert found == pytest.approx(wanted, rel=1e-6)
     assert {"val/loss", "val/bits_per_byte", "val/accuracy", "train/loss"} <= wanted.keys()
 
@@ -51,6 +58,15 @@ def compare(folder: Path, run: str, one: str, steps: tuple[int, ...] = (4, 8)) -
 def test_parts_train_as_the_whole(run: str, folder: Path) -> None:
     """Two groups of two; a loss of the layers; a length that four do not divide."""
     compare(folder, run, f"one-{run}")
+
+
+def test_what_is_sent_is_counted(folder: Path) -> None:
+    """A window of 5 in 4 parts of 4 positions: each process sends 4 keys of 4 sequences."""
+    keys, float64 = 4 * 4, 8
+    rows = keys * (8 + 8 + 1) * float64  # key, value and bias
+    layer = 2 * (rows + keys * (4 + 4)) + rows + keys * 4  # forward, recomputed: rank and document, too; backward
+    batch = 16 + 4 * 4 * 8  # number of labels; borders of documents
+    assert figures(folder / "swa")["context/mib_per_step"] * 2**20 == 2 * 3 * (2 * layer + batch)
 
 
 def test_four_go_on_from_one(folder: Path) -> None:
