@@ -2,14 +2,14 @@
 
     python tests/lightning/kill_runs.py --kills 100
 
-There are three kinds of runs: `mqar`, a plain one; `text`, with all callbacks of `configs/trainer/cpu.yaml`, packed
-documents and workers that load them; and `processes`, two with DDP, of which one is killed and the other must end
-within a minute, unless it has not begun to train. All have dropout, gradient accumulation over batches of which an
-epoch has no multiple, a schedule, validations also between optimizer steps, and several epochs. A run is killed
-(SIGKILL) and resumed until it has finished; then the next begins, until there were as many kills. Every loss of a batch
-and of a validation must be that of the uninterrupted run bit for bit, whenever it is computed, and so must the weights
-at the end. A process is forked from one that has imported all, so that a kill costs no imports; it goes through the
-whole command line.
+There are four kinds of runs: `mqar`, a plain one; `text`, with all callbacks of `configs/trainer/cpu.yaml`, packed
+documents and workers that load them; `processes`, two with DDP, and `context`, two that divide each sequence: of these
+one is killed and the other must end within a minute, unless it has not begun to train. All have dropout, gradient
+accumulation over batches of which an epoch has no multiple, a schedule, validations also between optimizer steps, and
+several epochs. A run is killed (SIGKILL) and resumed until it has finished; then the next begins, until there were as
+many kills. Every loss of a batch and of a validation must be that of the uninterrupted run bit for bit, whenever it is
+computed, and so must the weights at the end. A process is forked from one that has imported all, so that a kill costs
+no imports; it goes through the whole command line.
 """
 
 import argparse
@@ -32,6 +32,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from benchmarks.harness.environment import describe
@@ -48,14 +49,15 @@ MODEL = [
     "--model.keep_window_size=4",
     "--model.hidden_dropout=0.2",
 ]
-OPTIONS = [
-    *MODEL,
+MQAR = [
     "--data=dma_lightning.MQARDataModule",
     "--data.sequence_length=16",
     "--data.num_pairs=2",
     "--data.batch_size=4",
     "--data.train_examples=52",  # 13 batches: the last of an epoch is a step of its own
     "--data.val_examples=6",
+]
+TRAINING = [
     "--trainer.accelerator=cpu",
     "--trainer.accumulate_grad_batches=2",
     "--trainer.val_check_interval=5",
@@ -66,6 +68,8 @@ OPTIONS = [
     "--checkpoint.every_n_train_steps=3",
     "--trainer.callbacks+=kill_runs.Recorder",
 ]
+OPTIONS = [*MODEL, *MQAR, *TRAINING]
+SHORT = ["--data.sequence_length=15", "--data.batch_size=4"]
 LOGGER = [
     "--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger",
     "--trainer.logger.save_dir=runs",
@@ -89,7 +93,18 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "mqar": Kind([*OPTIONS, *LOGGER]),
         "text": Kind(_text_options(folder)),
         "processes": Kind([*OPTIONS, *LOGGER, "--trainer.strategy=ddp", "--trainer.devices=2"], processes=2),
+        "context": context_kind(folder),
     }
+
+
+def context_kind(folder: Path) -> Kind:
+    """Of 13 batches, half of each sequence in a process."""
+    text = folder / "text.txt"
+    text.write_text("".join(f"{i}: {i * i % 97}\n" for i in range(200))[:880])
+    strategy = ["--trainer.strategy=dma_lightning.strategies.FullyShardedStrategy", "--trainer.devices=2"]
+    data = ["--data=dma_lightning.TextDataModule", f"--data.path={text}", f"--data.cache_dir={folder / 'cache'}"]
+    options = [*strategy, "--trainer.strategy.context_parallel_size=2", *data, *SHORT]
+    return Kind([*MODEL, *options, *TRAINING, *LOGGER], processes=2)
 
 
 def _text_options(folder: Path) -> list[str]:
@@ -121,7 +136,8 @@ class Recorder(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         digest = hashlib.sha256()
         for tensor in pl_module.model.state_dict().values():
-            digest.update(tensor.numpy().tobytes())
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            digest.update(whole.numpy().tobytes())
         if trainer.is_global_zero:
             Path("weights.txt").write_text(digest.hexdigest())
 
@@ -228,13 +244,13 @@ def killed_run(
             (other,) = (process for process in processes if process != killed)
             if not kill["new_batches"]:  # before both have met, what started them must end them, as torchrun does
                 os.kill(other, signal.SIGKILL)
-            kill |= {"killed_rank": processes.index(killed), "seconds_to_the_other's_end": _await_end(folder, other)}
+            kill |= {"killed_rank": processes.index(killed), "seconds_to_the_other's_end": await_end(folder, other)}
         kills.append(kill)
     finish(folder, steps, kind)
     return kills
 
 
-def _await_end(folder: Path, process: int, most: float = 60.0) -> float:
+def await_end(folder: Path, process: int, most: float = 60.0) -> float:
     """How long a process takes to end, in seconds.
 
     Raises:
@@ -296,7 +312,7 @@ def kill_runs(folder: Path, kind: Kind, kills: int, steps: int, seed: int = 0) -
 
 def main() -> None:
     """Kill, compare, and write the file."""
-    names = ["mqar", "text", "processes"]
+    names = ["mqar", "text", "processes", "context"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="of each kind")
     parser.add_argument("--kinds", nargs="+", default=names, choices=names)
