@@ -3,6 +3,7 @@
 import functools
 import inspect
 from types import FunctionType, ModuleType
+from typing import Any
 
 import numpy as np
 import triton.language as tl
@@ -12,6 +13,8 @@ from triton.runtime import interpreter
 _patch_lang = getattr(interpreter, "_patch_lang", None)
 _get_np_dtype = getattr(interpreter, "_get_np_dtype", None)
 _compute_and_check = getattr(semantic.TritonSemantic, "binary_op_sanitize_overflow_impl", None)
+_generic_reduce = getattr(getattr(interpreter, "ReduceOps", None), "generic_reduce", None)
+_xor = getattr(tl.standard, "_xor_combine", None)
 
 
 @functools.cache
@@ -45,11 +48,19 @@ def _check_overflow(self: semantic.TritonSemantic, *operands: object) -> None:
         _compute_and_check(self, *operands)
 
 
+def _xor_at_once(self: Any, inputs: tuple[Any, ...]) -> list[Any]:
+    """Reduce by xor, of which sorts consist, in one step and not element by element."""
+    if self.combine_fn is not _xor or self.axis is None:
+        return _generic_reduce(self, inputs)
+    x = inputs[0]
+    return [self.to_tensor(np.bitwise_xor.reduce(x.handle.data, axis=self.axis, keepdims=self.keep_dims), x.dtype)]
+
+
 def patch_once() -> None:
     """Replace the functions of the language once a launch, and not again for each jitted function called in it.
 
-    Nor are dtypes looked up in tables made anew, or overflows that nothing asserts. A Triton without these private
-    names is left as it is: tests of kernels then take three times as long.
+    Nor are dtypes looked up in tables made anew, overflows that nothing asserts computed, or sorts reduced element by
+    element. A Triton without these private names is left as it is: tests of kernels then take three times as long.
     """
     if _patch_lang is not None and hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = _patch_lang_once
@@ -57,3 +68,5 @@ def patch_once() -> None:
         interpreter._get_np_dtype = _dtype
     if _compute_and_check is not None:
         semantic.TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
+    if _generic_reduce is not None and _xor is not None:
+        interpreter.ReduceOps.generic_reduce = _xor_at_once

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dma_kernels import Packing
 from dma_kernels.selected_blocks.attention import block_attention, block_attention_reference, kernels_take
+from dma_kernels.selected_blocks.choice import kernel_takes
 from dma_lightning.backends import Backend, check_backend, explain_backend, resolve_backend
 from dma_lightning.mixers.base import (
     GroupedQueryMixer,
@@ -76,7 +77,8 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
             that are added to the tokens there.
         backend: backend of the window and the selected branch. The selected branch has Triton kernels. `auto` uses them
             where it chooses `triton` and they support the blocks. Otherwise the selected branch gathers the keys of a
-            few queries at a time.
+            few queries at a time. Where they are used, a Triton kernel also chooses the blocks, if it takes their
+            number and sizes (`kernel_takes`); otherwise plain PyTorch does, and `computed_by` says so.
         shape: the arguments of `GroupedQueryMixer`.
 
     Raises:
@@ -179,9 +181,10 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
 
     def computed_by(self, device: torch.device, dtype: torch.dtype) -> str:
         window = explain_backend(self.backend, device.type, device.index, dtype, self.head_dim)
-        return (
-            f"{window}; selected blocks by {'Triton kernels' if self._by_kernels(device, dtype) else 'plain PyTorch'}"
-        )
+        if not self._by_kernels(device, dtype):
+            return f"{window}; selected blocks by plain PyTorch"
+        choice = "" if self._chooses_at_once() else ", chosen in plain PyTorch"
+        return f"{window}; selected blocks by Triton kernels{choice}"
 
     def cache_elements(self, length: int) -> int:
         blocks = self.grid.compressed(length)
@@ -213,6 +216,10 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
             return kernels_take(self.grid.select_block, self.head_dim, dtype)
         return chosen == "triton"
 
+    def _chooses_at_once(self) -> bool:
+        """Whether the kernels of the selected branch have one that chooses these blocks."""
+        return kernel_takes(self.grid, self.num_heads // self.num_kv_heads)
+
     def _blocks(
         self,
         q: Tensor,
@@ -231,13 +238,15 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
         if not by_kernels:
             rows = max(16, min(rows, 1024, _GATHERED // gathered))
         (compressed_k, compressed_v), seen, selected, chosen = compressed, [], [], []
+        at_once = by_kernels and self._chooses_at_once()
         for start in range(0, length, rows):
             here = slice(start, start + rows)
             part, places = q[:, :, here], queries.rows(start, start + rows)
             visible = grid.sees_compressed(places, keys)
             none = not visible.shape[-1]
             seen.append(part * 0 if none else masked_attention(part, compressed_k, compressed_v, visible))
-            chosen.append(grid.choose(part.detach(), compressed_k.detach(), first[:, here], places, keys))
+            if not at_once:
+                chosen.append(grid.choose(part.detach(), compressed_k.detach(), first[:, here], places, keys))
             if by_kernels:
                 continue
             arguments = (part, k, v, chosen[-1], places.position, first[:, here], keys.padding, grid.select_block)
@@ -245,6 +254,8 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
                 selected.append(checkpoint(block_attention_reference, *arguments, use_reentrant=False))
             else:
                 selected.append(block_attention_reference(*arguments))
+        if at_once:
+            chosen = [grid.choose_at_once(q.detach(), compressed_k.detach(), first, keys)]
         if by_kernels:
             selected = [block_attention(q, k, v, torch.cat(chosen, dim=2), first, keys.padding, grid.select_block)]
         return torch.cat(seen, dim=2), torch.cat(selected, dim=2)

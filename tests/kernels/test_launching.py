@@ -13,6 +13,7 @@ from dma_kernels.attention.key_gradients import key_gradients
 from dma_kernels.launching import on_device_of_first, register_launch
 from dma_kernels.segments.gather import gather_rows, sum_copies
 from dma_kernels.segments.slots import segment_slots
+from dma_kernels.selected_blocks.choice import best_blocks
 from dma_kernels.selection.ops import deaths_by_rank
 
 
@@ -56,6 +57,8 @@ def make_cases(device: str) -> Iterable[tuple[CustomOpDef, tuple[Any, ...]]]:
     yield sum_copies, (rows, copies.row, copies.first, copies.slot, list(x.shape))
     q = torch.randn(birth.shape[0], 4, 32, 16, device=device)
     k, lse = torch.randn(*birth.shape, 16, device=device), torch.full(q.shape[:3], 9.0, device=device)
+    run, block_run = torch.zeros(2, 63, dtype=torch.int64, device=device), mask.birth[:, 0, :14] * 0
+    yield best_blocks, (torch.randn(2, 4, 63, 16, device=device), x[:, :, :14], run, run, block_run, 8, 4, 8, 5)
     yield key_gradients, (q, k, k.flip(0), k[..., 0].contiguous(), birth, death, lse, lse.sin(), q.flip(0), 0.25)
 
 
