@@ -1,10 +1,11 @@
-"""NSA's selected branch by our Triton kernels, by those of others and by dense attention, in one run on one GPU.
+"""NSA's selected branch and its choice of blocks by our Triton kernels, and by others, in one run on one GPU.
 
     python benchmarks/gpu_block_attention.py [--xl CHECKOUT] [--fla CHECKOUT]
 
 The checkouts are of github.com/XunhaoLai/native-sparse-attention-triton and github.com/fla-org/flash-linear-attention.
 Given the blocks that each query has chosen: 16 of 64 tokens, by random keys, so that neighbors share few of them. Ours
-includes making the tiles. bfloat16, batch 1, head dim 128. Each figure is minimum, median and maximum in milliseconds.
+includes making the tiles. The choice by our kernel is compared with that in plain PyTorch. bfloat16, batch 1, head dim
+128. Each figure is minimum, median and maximum in milliseconds.
 """
 
 import importlib
@@ -20,25 +21,58 @@ from torch.nn.attention import sdpa_kernel
 
 from dma_kernels.selected_blocks.attention import block_attention
 from dma_lightning.mixers.native_sparse_blocks import BlockGrid
-from dma_lightning.mixers.position_cache import PositionCache
+from dma_lightning.mixers.position_cache import Places, PositionCache
 from harness import CommandLine, Part, Result, Row, Table, describe, record
 from harness.inputs import DENSE, dense, make_inputs
 from harness.tables import gpu_of, interval, shape_of
-from harness.timing import check_equal, forward_and_backward_ms
+from harness.timing import check_equal, forward_and_backward_ms, peak_gib, time_ms
 
 SHAPES = [(6, 3, 16384), (16, 8, 4096), (16, 8, 16384), (16, 8, 32768), (64, 4, 16384)]  # query and KV heads, N
 GRID, HEAD_DIM = BlockGrid(32, 16, 64, 16), 128
 
 
+def make_compressed(kv_heads: int, length: int) -> tuple[Tensor, Places, Tensor]:
+    """Random compressed keys in bfloat16, the places of one document, and each query's first position."""
+    keys = torch.randn(1, kv_heads, GRID.compressed(length), HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    places = PositionCache(1, device=keys.device).place(length, None)
+    return keys, places, places.first_of(places)
+
+
+def choose_plainly(q: Tensor, keys: Tensor, places: Places, first: Tensor) -> Tensor:
+    """The choice in plain PyTorch, for 1,024 queries at a time."""
+    parts = [slice(i, i + 1024) for i in range(0, q.shape[2], 1024)]
+    blocks = [GRID.choose(q[:, :, x], keys, first[:, x], places.rows(x.start, x.stop), places) for x in parts]
+    return torch.cat(blocks, dim=2)
+
+
 def make_chosen(heads: int, kv_heads: int, length: int) -> tuple[list[Tensor], Tensor, Tensor]:
     """q, k, v in bfloat16, the blocks that random compressed keys choose, and each query's first position."""
     q, k, v, _ = (x.detach() for x in make_inputs(heads, kv_heads, length, HEAD_DIM))
-    keys = torch.randn(1, kv_heads, GRID.compressed(length), HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    places = PositionCache(1, device=q.device).place(length, None)
-    first = places.first_of(places)
-    parts = [slice(i, i + 1024) for i in range(0, length, 1024)]
-    blocks = [GRID.choose(q[:, :, x], keys, first[:, x], places.rows(x.start, x.stop), places) for x in parts]
-    return [x.requires_grad_() for x in (q, k, v)], torch.cat(blocks, dim=2), first
+    keys, places, first = make_compressed(kv_heads, length)
+    return [x.requires_grad_() for x in (q, k, v)], choose_plainly(q, keys, places, first), first
+
+
+def measure_choice() -> Iterator[Row]:
+    """One row by shape: time and peak memory of the choice by the kernel and in plain PyTorch.
+
+    Raises:
+        RuntimeError: if more than one in 1,000 queries chooses other blocks; some do, by rounding.
+    """
+    for heads, kv_heads, length in SHAPES:
+        q = make_inputs(heads, kv_heads, length, HEAD_DIM)[0].detach()
+        keys, places, first = make_compressed(kv_heads, length)
+        ways = {
+            "ours": partial(GRID.choose_at_once, q, keys, first, places),
+            "plain": partial(choose_plainly, q, keys, places, first),
+        }
+        sets = [way().sort(dim=-1).values for way in ways.values()]
+        share = (sets[0] != sets[1]).any(-1).float().mean().item()
+        if share > 1e-3:
+            raise RuntimeError(f"{heads}/{kv_heads}, {length}: {share:.2%} of the queries choose other blocks")
+        row: Row = {"heads": heads, "kv_heads": kv_heads, "length": length, "other_blocks": share}
+        for name, way in ways.items():
+            row |= {name: time_ms(way), f"{name}_gib": peak_gib(way)}
+        yield row
 
 
 def measure(peers: dict[str, Callable[..., Tensor]]) -> Iterator[Row]:
@@ -109,7 +143,7 @@ def tables(result: Result) -> list[Part]:
     for row in result["selected"]:
         for part in ("forward", "backward"):
             rows.append([shape_of(row), part, *(time_of(row.get(name), part) for name in names)])
-    return [
+    parts: list[Part] = [
         Table(
             rows,
             "**`python benchmarks/gpu_block_attention.py`**: milliseconds of the selected branch of native sparse "
@@ -122,6 +156,22 @@ def tables(result: Result) -> list[Part]:
             labels=2,
         )
     ]
+    return parts + ([choice_table(result)] if "choice" in result else [])
+
+
+def choice_table(result: Result) -> Table:
+    """What the pages show of the choice."""
+    ways = ("ours", "plain")
+    rows = [
+        [shape_of(row), *(interval(row[x]) for x in ways), *(f"{row[f'{x}_gib']:.2f}" for x in ways)]
+        for row in result["choice"]
+    ]
+    return Table(
+        rows,
+        "The choice of the blocks, by the kernel and in plain PyTorch for 1,024 queries at a time; lower is better. "
+        f"Median [min - max] of 3 ({gpu_of(result)}).",
+        ["heads, N", "ours, ms", "plain PyTorch, ms", "ours, peak GiB", "plain PyTorch, peak GiB"],
+    )
 
 
 def main() -> None:
@@ -132,7 +182,7 @@ def main() -> None:
     args = line.parse_args()
     peers = {"XL": load_xl(args.xl)} if args.xl else {}
     peers |= {"fla": load_fla(args.fla)} if args.fla else {}
-    record(args.out, {"environment": describe()}, {"selected": measure(peers)}, tables)
+    record(args.out, {"environment": describe()}, {"selected": measure(peers), "choice": measure_choice()}, tables)
 
 
 if __name__ == "__main__":
