@@ -186,8 +186,8 @@ def tables(result: Result) -> list[Part]:
         ),
         Table(
             result["bias_gradients"],
-            "Milliseconds of attention over segments at 32k, w = 1024, by the way to compute the gradient of the key "
-            "biases; lower is better. The `flex` backend uses the last one, and FlexAttention computes dq alone:",
+            "Milliseconds of attention over segments at 32k, w = 1024, for each way to compute the gradient of the key "
+            "biases; lower is better. The `flex` backend uses the last one, and FlexAttention computes only dq:",
             ["", "forward", "backward"],
             lambda row: [row["way"], *(interval(row[x]) if x in row else "" for x in ("forward", "backward"))],
         ),

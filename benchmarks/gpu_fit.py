@@ -266,13 +266,13 @@ def tables(small: Result, large: Result) -> list[Part]:
         ),
         Table(
             rows,
-            "Milliseconds of such a step, divided by what they are spent on; lower is better. PyTorch's profiler says "
-            "what the GPU's kernels are for, and how long the GPU waits between them. The two columns for the "
-            "processor show its time for data and callbacks in a step that does not log, including launches that wait "
-            "for a busy GPU. The last column shows how much longer a step takes that logs, as every 25th step does "
-            "with this config (median of 3). The GPU waits longer in profiled steps than in measured ones: for 1.7b, "
-            "4k, `dma`, so much longer that the parts add up to more than the step. Kernels of 80m come from a short "
-            "run without CUDA graphs, in which the GPU is cooler and the kernels are faster than in the measured run. "
+            "Milliseconds of the parts of such a step; lower is better. PyTorch's profiler measured the GPU's kernels, "
+            "and how long the GPU waits between them. The two columns for the processor show its time for data and "
+            "callbacks in a step that does not log, including launches that wait for a busy GPU. The last column shows "
+            "how much longer a step takes if it logs (median of 3); with this config, every 25th step does. The GPU "
+            "waits longer in profiled steps than in measured ones, so for 1.7b, 4k, `dma`, the parts add up to more "
+            "than the step. Kernels of 80m come from a short run without CUDA graphs, in which the GPU is cooler and "
+            "the kernels are faster than in the measured run. "
             f"{in_words(next(row for row in rows if row['attention'] == 'dma'))}:",
             ["", "step", *GPU_PARTS, "waiting", *(f"processor: {x}" for x in BESIDE), "logging, once in 25 steps"],
             time_cells,

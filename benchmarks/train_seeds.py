@@ -58,8 +58,8 @@ def tables(text: Result, mqar: Result, *published: Result) -> list[Part]:
             [(form, python, run) for form, python, result in texts for run in result["runs"]],
             "**`make train`**, and the same with `configs/model/tiny-published.yaml`: bits per byte on the last tenth "
             f"of the text, before and after training on a CPU; lower is better ({cpu_of(text)}; as published: "
-            f"{cpu_of(published[0])}; the corpora of the other Python versions were trained on with the same "
-            "interpreter). On another processor, or with sums in another order, the same seed gives another result; "
+            f"{cpu_of(published[0])}; the same interpreter was used for the corpora of other Python "
+            "versions). On another processor, or with sums in another order, the same seed gives another result; "
             "the spread of the seeds shows how different.",
             ["dynamic masks", "corpus: help topics of", "seed", "bits per byte at start", "at end", "seconds in all"],
             lambda row: [row[0], f"Python {row[1]}", *text_cells(row[2])],
