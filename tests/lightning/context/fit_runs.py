@@ -53,6 +53,7 @@ def train(
     length: int = 16,
     ckpt_path: Path | None = None,
     accumulate: int = 1,
+    callbacks: tuple[pl.Callback, ...] = (),
     **options: Any,
 ) -> LanguageModel:
     """Train 8 steps in float64, with checkpoints after steps 4 and 8; figures of validation are in a file."""
@@ -72,7 +73,8 @@ def train(
         strategy="auto" if parts * groups == 1 else FullyShardedStrategy(context_parallel_size=parts),
         gradient_clip_val=0.5, log_every_n_steps=3, val_check_interval=3 * accumulate, check_val_every_n_epoch=None,
         limit_val_batches=3, num_sanity_val_steps=0, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[ContextMonitor(), ResumableCheckpoint(4, dirpath=folder, save_top_k=-1)],
+        enable_model_summary=False,
+        callbacks=[ContextMonitor(), *callbacks, ResumableCheckpoint(4, dirpath=folder, save_top_k=-1)],
         plugins=[AtomicCheckpointIO()],
     )  # fmt: skip
     trainer.fit(model, data, ckpt_path=ckpt_path)
