@@ -20,7 +20,7 @@ class BlockGrid(BlockSizes):
 
     def sees_compressed(self, queries: Places, keys: Places) -> Tensor:
         """Which compressed blocks queries see, bool `[B, 1, n, Nc]`: those with only real tokens of their document."""
-        return sees_compressed(queries.position, Seen(queries.run, queries.run, self._block_run(keys)), self)
+        return sees_compressed(queries.position, queries.run, self._block_run(keys), self)
 
     @torch.no_grad()
     def choose(self, q: Tensor, compressed_keys: Tensor, first: Tensor, queries: Places, keys: Places) -> Tensor:

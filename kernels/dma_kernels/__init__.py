@@ -10,7 +10,7 @@ The parts, in the order in which a key passes through them:
 - `attention`: attention over these lists, forward and backward
 - `decoding`: attention token by token, with an exact cache of constant size
 - `context`: one sequence over several processes
-- `selected_blocks`: the selected branch of native sparse attention
+- `selected_blocks`: the choice of blocks and the selected branch of native sparse attention
 
 Shared by these parts:
 

@@ -1,1 +1,1 @@
-"""The selected branch of native sparse attention (NSA): attention to the blocks that each query has chosen."""
+"""Native sparse attention (NSA): which blocks each query chooses, and attention to them, the selected branch."""

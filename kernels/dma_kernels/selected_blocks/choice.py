@@ -38,7 +38,7 @@ def choose_blocks_reference(
         keys: number of tokens, from position 0.
         sizes: of the blocks.
     """
-    weights = _group_weights(q, compressed_keys, sees_compressed(position, seen, sizes))
+    weights = _group_weights(q, compressed_keys, sees_compressed(position, seen.run, seen.block_run, sizes))
     importance = sizes.importance(weights, keys)  # [B, G, n, Nb]
     block = torch.arange(importance.shape[-1], device=q.device)
     own = (position // sizes.select_block)[:, None]

@@ -101,8 +101,15 @@ class Seen(NamedTuple):
         return Seen(self.run[:, start:end], self.first[:, start:end], self.block_run)
 
 
-def sees_compressed(position: Tensor, seen: Seen, sizes: BlockSizes) -> Tensor:
-    """Which compressed blocks queries at `position`, int64 `[n]`, see, bool `[B, 1, n, Nc]`."""
-    start = torch.arange(seen.block_run.shape[-1], device=position.device) * sizes.compress_stride
+def sees_compressed(position: Tensor, run: Tensor, block_run: Tensor, sizes: BlockSizes) -> Tensor:
+    """Which compressed blocks queries see, bool `[B, 1, n, Nc]`: those before them, in their document.
+
+    Args:
+        position: of each query, int64 `[n]`.
+        run: as in `Seen`, `[B, n]`.
+        block_run: as in `Seen`, `[B, Nc]`.
+        sizes: of the blocks.
+    """
+    start = torch.arange(block_run.shape[-1], device=position.device) * sizes.compress_stride
     past = start + sizes.compress_block - 1 <= position[:, None]  # [n, Nc]
-    return (past & (seen.block_run[:, None] == seen.run[:, :, None]))[:, None]
+    return (past & (block_run[:, None] == run[:, :, None]))[:, None]

@@ -17,9 +17,8 @@ from dma_kernels.selected_blocks.choice import (
     best_blocks,
     choose_blocks,
     choose_blocks_reference,
-    sees_compressed,
 )
-from dma_kernels.selected_blocks.grid import NO_BLOCK, NO_RUN, BlockSizes, Seen
+from dma_kernels.selected_blocks.grid import NO_BLOCK, NO_RUN, BlockSizes, Seen, sees_compressed
 
 pytest.importorskip("triton")
 
@@ -41,7 +40,7 @@ GROUPS = [1, 2, 3, 16]
 GROUPED = list(itertools.product([*CASES, ((32, 16, 64, 16), 5000)], GROUPS))
 if not ON_GPU:  # the interpreter is slow
     GROUPED = list(zip(CASES, [1, 2, 2, 1, 3, 2, 4, 1], strict=True))
-CLOSE = 2.0**-13  # importances are compared with 16 mantissa bits
+CLOSE = 2.0**-14  # importances are compared with 16 mantissa bits, and have an error in float32
 
 
 def see(sizes: BlockSizes, documents: Tensor, padding: Tensor) -> Seen:
@@ -82,7 +81,7 @@ def by_plain_code(q: Tensor, k: Tensor, seen: Seen, sizes: BlockSizes) -> Tensor
 def exact_importance(q: Tensor, k: Tensor, seen: Seen, sizes: BlockSizes) -> Tensor:
     """Importance of each block for each query in float64, [B, G, N, Nb]; infinite for forced blocks, -1 for others."""
     position = torch.arange(q.shape[2], device=q.device)
-    visible = sees_compressed(position, seen, sizes)[:, :, None]
+    visible = sees_compressed(position, seen.run, seen.block_run, sizes)[:, :, None]
     logits = q.double().unflatten(1, (k.shape[1], -1)) @ k.double()[:, :, None].transpose(-1, -2) * q.shape[-1] ** -0.5
     weights = logits.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0).sum(2)
     importance = sizes.importance(weights, q.shape[2])
@@ -102,11 +101,11 @@ def check(found: Tensor, q: Tensor, k: Tensor, seen: Seen, sizes: BlockSizes) ->
     assert not ((listed[..., 1:] == listed[..., :-1]) & (listed[..., 1:] != NO_BLOCK)).any()  # each block once
     values = [exact.gather(3, x.clamp(min=0)) for x in (found, expected)]
     torch.testing.assert_close(*values, rtol=CLOSE, atol=0)
-    order = exact.sort(dim=-1, descending=True).values
+    order = exact.sort(dim=-1, descending=True).values[..., : found.shape[-1] + 1]
     above, below = order[..., :-1], order[..., 1:]
-    apart = (above - below > 2 * CLOSE * above) | (above == below) | above.isinf()  # equal ones are sums of the same
+    apart = (above - below > CLOSE * above) | (above == below) | above.isinf()  # equal ones are sums of the same
     clear = apart.all(-1)
-    assert clear.float().mean() > 0.9
+    assert clear.float().mean() > 0.8
     assert torch.equal(found[clear], expected[clear])
 
 
