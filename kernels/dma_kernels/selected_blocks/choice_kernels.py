@@ -76,10 +76,13 @@ def _columns(i_block, C: tl.constexpr, LINE: tl.constexpr, BEFORE: tl.constexpr,
 
 
 @triton.jit
-def _importances(b_p, b_shared, m_c, QUERIES: tl.constexpr, LINE: tl.constexpr):
-    """Importances of selection blocks, [Q, J], from the weights of columns [M, C]."""
+def _importances(b_p, b_shared, QUERIES: tl.constexpr, LINE: tl.constexpr):
+    """Importances of selection blocks, [Q, J], from the weights of columns [M, C], of which empty ones are 0.
+
+    A NaN in a query makes all of its weights NaN, those of empty columns, too. This changes nothing, since every block
+    that is not forced overlaps a compressed block.
+    """
     J: tl.constexpr = b_p.shape[1] // LINE
-    b_p = tl.where(m_c[None, :], b_p, 0.0)  # what is no block counts nothing, even in a row of NaN
     b_group = tl.sum(tl.reshape(b_p, [QUERIES, b_p.shape[0] // QUERIES, J, LINE]), axis=1)
     return tl.sum(b_group * tl.reshape(b_shared, [1, J, LINE]), axis=2)
 
@@ -142,7 +145,7 @@ def _best_blocks_kernel(
             b_q, b_query, b_run, p_k, p_block_run, o_near, m_c, k_n, scale, L, S, D, BLOCK_D, PRECISION
         )  # fmt: skip
         b_p = tl.exp2(b_logits - finite_shift(b_lse)[:, None])
-        b_importance = _importances(b_p, b_shared, m_c, QUERIES, LINE)
+        b_importance = _importances(b_p, b_shared, QUERIES, LINE)
         b_best = _keep_best(b_best, _orders(b_importance, i + o_j, o_query // SELECT, b_first // SELECT))
 
     b_block = tl.where(b_best < 0, _NO_BLOCK, b_best & 0xFFFFFFFF)
