@@ -1,4 +1,4 @@
-"""No kernel touches memory that is not its own: small attention, forward and backward, under compute-sanitizer."""
+"""No kernel touches memory that is not its own: small attention and choices of blocks, under compute-sanitizer."""
 
 import os
 import shutil
@@ -11,6 +11,8 @@ import torch
 ATTENTION = """
 import torch
 from dma_kernels import Lifetimes, fused_attention
+from dma_kernels.selected_blocks.choice import choose_blocks
+from dma_kernels.selected_blocks.grid import BlockSizes, Seen
 
 torch.manual_seed(0)
 for length, window, group, head_dim in ((300, 40, 2, 64), (257, 1000, 1, 40), (1, 1, 4, 128)):
@@ -22,6 +24,13 @@ for length, window, group, head_dim in ((300, 40, 2, 64), (257, 1000, 1, 40), (1
     mask = Lifetimes.top_w(inputs[3], window, documents=documents, padding=padding, keep_last=2, sinks=1)
     out = fused_attention(*inputs, mask)
     torch.autograd.grad(out, inputs, torch.ones_like(out))
+    torch.cuda.synchronize()
+for length, heads in ((301, 6), (301, 2), (9, 4)):
+    sizes = BlockSizes(16, 8, 16, 5)
+    q = torch.randn(2, heads, length, 40, device="cuda", dtype=torch.bfloat16)
+    run = torch.zeros(2, length, dtype=torch.int64, device="cuda")
+    blocks = sizes.compressed(length)
+    choose_blocks(q, q[:, :2, :blocks].clone(), Seen(run, run, run[:, :blocks]), sizes)
     torch.cuda.synchronize()
 print("finished")
 """
