@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dma_lightning.auxiliary_losses import end_auxiliary_losses, lead_auxiliary_losses
@@ -34,13 +34,14 @@ from dma_lightning.initial_weights import InitialWeights
 from dma_lightning.losses import TokenScores, check_loss_chunk, token_losses
 from dma_lightning.metrics import EvaluationMetrics, bits_per_byte
 from dma_lightning.model import DogeForCausalLM
+from dma_lightning.optimizers import OptimizerName, check_optimizer, make_optimizer, weights_with_one_moment
 from dma_lightning.plain_values import PlainHyperparameters, plain
 from dma_lightning.saved_run import SavedRun
 from dma_lightning.schedules import Schedule, check_schedule, lr_factor, total_steps
 from dma_lightning.step_means import StepTotals, scale_gradients
 from dma_lightning.step_memory import least_step_bytes, too_large
 from dma_lightning.trained_parts import TrainedPart, freeze_others
-from dma_lightning.trainer_state import accumulates, has_trainer, is_logging_step, let_clip_gradients, saved_device
+from dma_lightning.trainer_state import accumulates, has_trainer, is_logging_step, saved_device
 from dma_lightning.vocabularies import check_tokens, check_vocabulary
 
 # Options for compiled layers: a value that two kernels read, such as the rotary embedding's gradient, is computed in
@@ -48,15 +49,12 @@ from dma_lightning.vocabularies import check_tokens, check_vocabulary
 _INDUCTOR = {"realize_reads_threshold": 12}
 
 
-# Options of AdamW that always have these values, whatever a checkpoint says.
-_ADAMW = {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False}
-
-
 class _Arguments(AttributeDict):
     """Types of the arguments of `LanguageModel` in `hparams`, which also holds those of a `ModelConfig`."""
 
     lr: float
     weight_decay: float
+    optimizer: OptimizerName
     betas: Sequence[float]
     schedule: Schedule
     warmup_fraction: float
@@ -69,7 +67,7 @@ class _Arguments(AttributeDict):
 
 
 class LanguageModel(PlainHyperparameters, pl.LightningModule):
-    """Trains a Doge decoder with AdamW to predict the labels of each position.
+    """Trains a Doge decoder with AdamW or Muon to predict the labels of each position.
 
     Args:
         lr: peak learning rate.
@@ -96,6 +94,8 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             keys are kept (selection). The others stay as they are.
         loss_chunk: tokens whose logits are in memory at once: the loss is computed in chunks of so many, and the
             backward pass computes their logits again. Default: those of the whole batch, without computing any twice.
+        optimizer: adamw, or muon: Muon for the matrices within layers, and AdamW for everything else. Both parts have
+            the same learning rate and weight decay.
         config: the fields of `ModelConfig`.
     """
 
@@ -120,13 +120,11 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         padded_vocab_size: int | None = None,
         train_only: TrainedPart = "all",
         loss_chunk: int | None = None,
+        optimizer: OptimizerName = "adamw",
         **config: Any,
     ) -> None:
         super().__init__()
-        if lr <= 0 or weight_decay < 0:
-            raise ValueError(f"expected lr > 0 and weight_decay >= 0, got {lr} and {weight_decay}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas: expected two numbers, each at least 0 and below 1, got {betas}")
+        check_optimizer(optimizer, lr, weight_decay, betas)
         check_schedule(schedule, warmup_fraction, decay_fraction)
         check_loss_chunk(loss_chunk)
         if cuda_graphs and (activation_checkpointing or not compile_layers):
@@ -293,7 +291,8 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         number_bytes = 2 if "16" in precision else 8 if "64" in precision else 4
         shards = 1 if self.device_mesh is None else trainer.world_size
         part, chunk = -(-length // self.model.parts), self.hparams.loss_chunk
-        needed = least_step_bytes(self.model, batch_size, part, number_bytes, shards, chunk)
+        spared = weights_with_one_moment(self.hparams.optimizer, self.model)
+        needed = least_step_bytes(self.model, batch_size, part, number_bytes, shards, chunk, spared)
         sharing = trainer.num_devices if self.device.type == "cpu" else 1  # processes that share one memory
         return too_large(needed * sharing, self.device, batch_size, length)
 
@@ -380,7 +379,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
                 self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with two groups, and the schedule per optimizer step.
+        """The optimizer, and the schedule per optimizer step.
 
         Raises:
             ValueError: if the schedule needs the number of steps and nothing determines it.
@@ -390,11 +389,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         # Counting the steps of epochs starts the data, before a checkpoint's position in it could be restored.
         if self.trainer.max_steps < 1 and self.trainer.ckpt_path is None and not self._restored:
             self._count_steps_of_epochs()
-        kept = {mixer.get_parameter(name) for mixer in self.model.mixers for name in mixer.undecayed_parameters}
-        decayed = [p for p in self.parameters() if p.ndim >= 2 and p not in kept]
-        others = [p for p in self.parameters() if p.ndim < 2 or p in kept]  # norms, residual weights, A, contents
-        optimizer = AdamW([{"params": decayed}, {"params": others}], lr=hp.lr, fused=self._fuses_optimizer)
-        let_clip_gradients(optimizer)
+        optimizer = make_optimizer(hp.optimizer, self, self.model, hp.lr, self._fuses_optimizer)
         self._set_rates(optimizer, step=0)
         return {
             "optimizer": optimizer,
@@ -402,11 +397,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let this run decide how the optimizer computes, not the checkpoint."""
         self._restored = self._has_begun = True
-        for state in checkpoint.get("optimizer_states", []):
-            for group in state["param_groups"]:
-                group.update(_ADAMW, fused=self._fuses_optimizer)
 
     def on_train_start(self) -> None:
         """Let this run's arguments replace those that a checkpoint of another run has restored."""
@@ -438,9 +429,12 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
 
     def _set_rates(self, optimizer: Optimizer, step: int) -> None:
         hp = self.hparams
-        for group, decay in zip(optimizer.param_groups, (hp.weight_decay, 0.0), strict=True):
-            rates = {"initial_lr": hp.lr, "lr": hp.lr * self._lr_factor(step)}
-            group.update(rates, weight_decay=decay, betas=tuple(hp.betas))
+        rates = {"initial_lr": hp.lr, "lr": hp.lr * self._lr_factor(step)}
+        for group in optimizer.param_groups:
+            group.update(rates, weight_decay=hp.weight_decay)
+            if "betas" in group:  # Muon has none
+                group["betas"] = tuple(hp.betas)
+        optimizer.param_groups[-1]["weight_decay"] = 0.0
 
     def _lr_factor(self, step: int) -> float:
         hp, steps = self.hparams, self.trainer.max_steps

@@ -20,8 +20,9 @@ def least_step_bytes(
     number_bytes: int,
     shards: int = 1,
     loss_chunk: int | None = None,
+    spared: int = 0,
 ) -> int:
-    """A lower bound of the memory that a training step with AdamW takes in addition to the weights.
+    """A lower bound of the memory that a training step takes in addition to the weights.
 
     It counts gradients and two moments of every weight, in float32. For each layer and token it counts what projections
     and feed-forward network keep for the backward pass: 3 I + 4 C numbers, or C if activations are computed again. For
@@ -35,6 +36,7 @@ def least_step_bytes(
         number_bytes: bytes of an activation, 2 for bfloat16.
         shards: how many processes share the weights.
         loss_chunk: tokens whose logits are in memory at once; None for all.
+        spared: number of weights for which the optimizer keeps only one moment, as Muon does.
     """
     config = model.config
     kept = config.hidden_size
@@ -42,7 +44,8 @@ def least_step_bytes(
         kept = 3 * config.intermediate_size + 4 * config.hidden_size
     tokens = batch_size * length
     logits = 2 * config.vocab_size * (tokens if loss_chunk is None else min(tokens, loss_chunk))
-    return 12 * model.num_parameters // shards + (tokens * config.num_hidden_layers * kept + logits) * number_bytes
+    optimized = (12 * model.num_parameters - 4 * spared) // shards
+    return optimized + (tokens * config.num_hidden_layers * kept + logits) * number_bytes
 
 
 def available_bytes(device: torch.device) -> int | None:

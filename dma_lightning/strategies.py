@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from dma_kernels.context import ContextGroup
 from dma_lightning.checkpoints.io import check_readable, read_checkpoint
 from dma_lightning.checkpoints.sharded import META, load_sharded, remove, replace_folder
+from dma_lightning.optimizers import check_same_optimizer, kind_of
 
 _FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -103,15 +104,18 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Give every process its part of a checkpoint that any number of processes have saved."""
         path = Path(self.broadcast(checkpoint_path))
-        if path.is_dir():
-            load_sharded(path, self._own_model, self.optimizers)
-            return read_checkpoint(path)
         checkpoint = read_checkpoint(path)
+        if path.is_dir():
+            saved = checkpoint.get("hyper_parameters", {}).get("optimizer", "adamw")
+            for optimizer in self.optimizers:
+                check_same_optimizer(saved, kind_of(optimizer.param_groups), f"{path}")
+            load_sharded(path, self._own_model, self.optimizers)
+            return checkpoint
         set_model_state_dict(self._own_model, checkpoint.pop("state_dict"), options=_FULL_STATE)
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
+            saved = kind_of(state["param_groups"])
+            check_same_optimizer(saved, kind_of(optimizer.param_groups), f"{path}")  # before torch compares moments
             named = _renamed(state, dict(enumerate(self._names(optimizer))))
-            for group, own in zip(named["param_groups"], optimizer.param_groups, strict=True):
-                group["fused"] = own["fused"]  # as in `LanguageModel.on_load_checkpoint`, which comes too late here
             set_optimizer_state_dict(self._own_model, optimizer, named, options=_FULL_STATE)
         return checkpoint
 

@@ -25,6 +25,7 @@ from dma_lightning.checkpoints.weights import (
 from dma_lightning.config import ModelConfig
 from dma_lightning.data import SequenceDataModule
 from dma_lightning.language_model import LanguageModel
+from dma_lightning.optimizers import check_same_optimizer
 from dma_lightning.saved_run import SavedRun
 
 # Arguments that the model takes from the data: attribute of the data module, argument of the model.
@@ -173,6 +174,20 @@ def check_holds_training(saved: SavedRun) -> None:
             f"ckpt_path: expected a checkpoint of `fit`, got {saved.path}, which holds only weights; to start a "
             "new run from them, use --model.init_from"
         )
+
+
+def check_optimizer(saved: SavedRun, arguments: Mapping[str, Any]) -> None:
+    """Refuse to resume training with another optimizer than a checkpoint's.
+
+    Args:
+        saved: the checkpoint.
+        arguments: arguments of the model.
+
+    Raises:
+        ValueError: if the optimizers differ.
+    """
+    was = saved.model_arguments(LanguageModel).get("optimizer", "adamw")
+    check_same_optimizer(was, arguments.get("optimizer", "adamw"), f"ckpt_path {saved.path}")
 
 
 def check_weights(saved: SavedRun, arguments: Mapping[str, Any]) -> None:

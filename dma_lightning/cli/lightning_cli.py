@@ -22,6 +22,7 @@ from dma_lightning.cli.ckpt_path import (
     LINKS,
     check_data,
     check_holds_training,
+    check_optimizer,
     check_weights,
     open_argument,
     open_ckpt_path,
@@ -191,9 +192,10 @@ class DMACLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         if self.saved is not None:  # before building anything that could be too large
+            arguments = self._subcommand_config().model.as_dict()
             if self.subcommand == "fit":
                 check_holds_training(self.saved)
-            arguments = self._subcommand_config().model.as_dict()
+                check_optimizer(self.saved, arguments)
             check_weights(self.saved, arguments)
         if self.initial is not None:
             self.initial.check(self._subcommand_config().model.as_dict())

@@ -95,6 +95,8 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
             (`dma_lightning.auxiliary_losses`). Their gradients are clipped by their own norm, so such a loss does not
             shorten the step of other parameters.
         undecayed_parameters: names of the mixer's matrices that have no weight decay, as vectors have none.
+        per_head_parameters: names of the mixer's linear weights that compute a few separate numbers for each head. Muon
+            leaves them, as well as `auxiliary_parameters`, to AdamW.
         selection_parameters: names of the mixer's parameters that decide which keys are kept.
         drawn_apart: names of the mixer's linear maps whose initial weights come from separate random numbers. If two
             mixers differ only in such maps, all other weights of their models start the same.
@@ -103,6 +105,7 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
 
     auxiliary_parameters: Sequence[str] = ()
     undecayed_parameters: Sequence[str] = ()
+    per_head_parameters: Sequence[str] = ()
     selection_parameters: Sequence[str] = ()
     drawn_apart: Sequence[str] = ()
     context: ContextGroup | None = None

@@ -149,6 +149,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
     """
 
     drawn_apart = ("dt_proj",)
+    per_head_parameters = ("dt_proj.weight",)
 
     def __init__(
         self,

@@ -88,6 +88,8 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
         the rotary embedding and rotated by the position of their first token; of equal blocks, the later is chosen.
     """
 
+    per_head_parameters = ("gate_proj.weight",)
+
     def __init__(
         self,
         *,

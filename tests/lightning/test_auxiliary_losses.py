@@ -191,14 +191,16 @@ def test_compiled_layers_of_a_run(own: type[Own]) -> None:
     torch.testing.assert_close(found.content[-1], gradient_of_content(model.double(), 4), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_its_gradient_is_clipped_apart(own: type[Own], monkeypatch: pytest.MonkeyPatch, algorithm: str) -> None:
+@pytest.mark.parametrize(("algorithm", "optimizer"), [("norm", "adamw"), ("value", "adamw"), ("norm", "muon")])
+def test_its_gradient_is_clipped_apart(
+    own: type[Own], monkeypatch: pytest.MonkeyPatch, algorithm: str, optimizer: str
+) -> None:
     runs = []
     for strength in (1.0, 1e4):
         monkeypatch.setattr(own, "strength", strength)
         torch.manual_seed(0)
         options = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": algorithm}
-        runs.append(fit(small_model(lr=1e-300, attention="own"), **options))
+        runs.append(fit(small_model(lr=1e-300, attention="own", optimizer=optimizer), **options))
     for found in runs:
         before, after = (runs[0].content[0], runs[0].others[0]), (found.content[-1], found.others[-1])
         assert min(x.norm() for x in before) > 0.01

@@ -69,12 +69,6 @@ def test_processes_that_share_weights_do_not_predict() -> None:
         model.setup("predict")
 
 
-def test_the_device_decides_how_the_optimizer_computes() -> None:
-    checkpoint = {"optimizer_states": [{"param_groups": [{"fused": True}]}]}  # of a GPU
-    LanguageModel().on_load_checkpoint(checkpoint)
-    assert checkpoint["optimizer_states"][0]["param_groups"][0]["fused"] is None
-
-
 def test_the_loss_of_a_step_is_that_of_all_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     losses, real = [], LanguageModel.training_step

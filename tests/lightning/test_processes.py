@@ -47,6 +47,7 @@ def _train_all(folder: Path) -> None:
     for attention in ("dma", "mha"):
         for accumulate in (1, 2):
             train(folder / f"one-{attention}-{accumulate}", attention, accumulate)
+    train(folder / "one-muon", accumulate=2, optimizer="muon")
     run_together(HERE / "two_processes.py", folder, 2, check=False)
 
 
@@ -88,6 +89,18 @@ def test_two_processes_are_one_of_twice_the_batch(run: str, accumulate: int, two
         expected = load(two, f"one-{run.split('-')[1]}-{accumulate}", step)
         assert_same(load(two, f"{run}-{accumulate}", step), expected)
     assert expected["state_dict"]["model.embed_tokens.weight"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("run", ["ddp-muon", "fsdp-muon"])
+def test_two_processes_with_muon_are_one(run: str, two: Outcome) -> None:
+    assert_same(load(two, run), load(two, "one-muon"))
+
+
+@pytest.mark.parametrize("run", ["one-dma-1", "fsdp-sharded"])
+def test_two_processes_refuse_moments_of_another_optimizer(run: str, two: Outcome) -> None:
+    for rank in range(2):
+        error = json.loads((two.folder / f"{run}-refused-{rank}.json").read_text())
+        assert re.search(r"step=10\.ckpt: expected a state of optimizer 'muon', .* got one of 'adamw'", error)
 
 
 @pytest.mark.parametrize("run", ["ddp-compiled", "fsdp-compiled"])

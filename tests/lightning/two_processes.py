@@ -180,6 +180,16 @@ def main(folder: Path) -> None:
     with contextlib.suppress(OnPurposeError):
         strategy = TornStrategy(save_distributed_checkpoint=True)
         together(folder / "fsdp-torn", strategy=strategy, saving={"save_last": True, "save_top_k": 0})
+    muon = functools.partial(together, accumulate=2, optimizer="muon")
+    muon(folder / "ddp-muon", strategy="ddp")
+    muon(folder / "fsdp-muon-sharded", strategy=FullyShardedStrategy(save_distributed_checkpoint=True))
+    path = folder / "fsdp-muon-sharded/step=10.ckpt"
+    muon(folder / "fsdp-muon", strategy=FullyShardedStrategy(), ckpt_path=path)
+    for other in ("one-dma-1", "fsdp-sharded"):
+        try:
+            muon(folder / "none", strategy=FullyShardedStrategy(), ckpt_path=folder / other / "step=10.ckpt")
+        except ValueError as error:
+            (folder / f"{other}-refused-{rank}.json").write_text(json.dumps(str(error)))
     for strategy in ("ddp", FullyShardedStrategy()):
         name = f"guarded-{strategy if isinstance(strategy, str) else 'fsdp'}"
         together(folder / name, strategy=strategy, callbacks=(Spoil(rank), GradientGuard(not_finite="skip")))
