@@ -189,7 +189,7 @@ def test_weights_that_were_changing_are_not_saved(
                 raise OnPurposeError
 
     with monkeypatch.context() as patch:
-        patch.setattr("dma_lightning.language_model.AdamW", Torn)
+        patch.setattr("dma_lightning.optimizers.AdamW", Torn)
         with pytest.raises(OnPurposeError):
             train(tmp_path)
     path = newest_checkpoint([tmp_path])
