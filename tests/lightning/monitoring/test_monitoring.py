@@ -213,7 +213,7 @@ def test_nothing_waits_for_the_device_between_logging_steps(tmp_path: Path, monk
 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # for the progress bar
     monkeypatch.setattr(SingleDeviceStrategy, "reduce", noted)
-    monkeypatch.setattr("dma_lightning.language_model.AdamW", sgd)
+    monkeypatch.setattr("dma_lightning.optimizers.AdamW", sgd)
     monkeypatch.setattr(
         pl.LightningModule, "on_train_epoch_start", lambda self: setattr(syncs, "trainer", self.trainer)
     )
