@@ -53,6 +53,7 @@ def test_weights_count_by_their_share() -> None:
     model = LanguageModel(vocab_size=16, max_position_embeddings=16, **SIZES).model
     one, four = (least_step_bytes(model, 1, 16, 4, shards) for shards in (1, 4))
     assert one - four == 12 * model.num_parameters - 12 * model.num_parameters // 4
+    assert least_step_bytes(model, 1, 16, 4, spared=100) == one - 400
 
 
 def test_the_least_of_all_limits_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
