@@ -28,7 +28,7 @@ class FitReport(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.metric not in trainer.callback_metrics:
             known = [name for name in trainer.callback_metrics if name.startswith("val/")]
-            raise ValueError(f"metric: expected one of {known}, got {self.metric!r}")
+            raise ValueError(f"metric: expected one of {known}, got {self.metric!r}; set fit_report.metric to one")
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         value = trainer.callback_metrics.get(self.metric)
