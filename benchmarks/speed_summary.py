@@ -26,11 +26,11 @@ def tables(kernels: Result, small: Result, large: Result, forms: Result, decode:
         f"*Time of a forward and backward pass of one attention layer on an {kernels['environment']['gpu']}; lower is\n"
         "better. DMA in its published form, selection included; `triton` backend, bfloat16, head dim 128, 32 query\n"
         "and 8 KV heads (16 and 4 in the last row).*",
-        f"In this form, whole models train at {speeds(small)} times the speed of full attention at 4k, 16k and 32k\n"
+        f"Whole models in this form train at {speeds(small)} times the speed of full attention at 4k, 16k and 32k\n"
         f"tokens (80M parameters), and at {speeds(large)} times with 1.7B. The shipped configs train\n"
         "[another form](#how-it-works), which learns better and costs more. With it, the 80M model trains at\n"
-        f"{speeds_of('shipped', forms)} times the speed of full attention at 4k and 32k. The 27.5 % of its steps that\n"
-        f"keep all keys run at {speeds_of('all keys', forms)} times (measured at 4k).",
+        f"{speeds_of('shipped', forms)} times the speed of full attention at 4k and 32k. In 27.5 % of the\n"
+        f"steps, it keeps all keys, and runs at {speeds_of('all keys', forms)} times (measured at 4k).",
         f"A decoding step of one layer takes {step:.0f} µs at any length; dense attention takes {dense:.0f} µs at\n"
         "128k. See [all measurements](docs/benchmarks.md).",
     ]
