@@ -59,7 +59,7 @@ def tables(result: Result) -> list[Part]:
         Table(
             zip(rows[::2], rows[1::2], strict=True),
             "**`python benchmarks/cpu_decode.py`**: time per decoded token on a CPU, and size of the cache, with the "
-            "tiny model; lower is better. w = 64, batch 1, float32. The full cache is for comparison, and repeats the "
+            "tiny model; lower is better. w = 64, batch 1, float32. For comparison, the full cache repeats the "
             f"whole selection at every token. Median [min - max] ({cpu_of(result)}).",
             ["tokens read", "small cache, ms per token", "MB", "full cache, ms per token", "MB"],
             lambda pair: [length_of(pair[0]), *(x for row in pair for x in (interval(row["ms"]), f"{row['mb']:.2f}"))],

@@ -56,8 +56,8 @@ def text_tokens(length: int) -> Tensor:
 def tables(result: Result) -> list[Part]:
     """What the pages say: how many queries see other keys."""
     return [
-        "**`python benchmarks/decode_live_sets.py`**: how many queries see other keys when a text is decoded token by "
-        f"token than in one forward pass; 0 is correct. Of {sum(result['queries']):,} queries, "
+        "**`python benchmarks/decode_live_sets.py`**: how many queries see different keys when a text is decoded token "
+        f"by token than in one forward pass; 0 is correct. Of {sum(result['queries']):,} queries, "
         f"{sum(result['different'])} do (all layers and KV heads, {result['length']:,} bytes of text, the model of "
         f"`make train`, w = {result['window']}; {cpu_of(result)})."
     ]

@@ -171,8 +171,8 @@ def tables(result: Result) -> list[Part]:
         Table(
             chain.from_iterable(map(attention_rows, result["attention"])),
             "**`python benchmarks/gpu_attention.py`**: milliseconds of forward and backward passes of attention on a "
-            "GPU; lower is better. Gathers and the gradient of the key biases are included. The last line of each "
-            "shape has the times of selection and plan alone, and the speedup of everything together. cuDNN and "
+            "GPU; lower is better. Times include gathers and the gradient of the key biases. The last line of each "
+            "shape has the times of selection and plan alone, and the speedup with everything included. cuDNN and "
             f"FlashAttention-2 are PyTorch's dense causal attention; {setting}, random ranks; median [min - max] of "
             f"{result['shape']['repeats']} ({gpu_of(result)}).",
             ["heads, N, w", "", "`flex`", *DENSE, "FlexAttention, natural order", "`flex` against cuDNN"],
@@ -187,14 +187,14 @@ def tables(result: Result) -> list[Part]:
         Table(
             result["bias_gradients"],
             "Milliseconds of attention over segments at 32k, w = 1024, for each way to compute the gradient of the key "
-            "biases; lower is better. The `flex` backend uses the last one, and FlexAttention computes only dq:",
+            "biases; lower is better. The `flex` backend uses the last way, in which FlexAttention computes only dq:",
             ["", "forward", "backward"],
             lambda row: [row["way"], *(interval(row[x]) if x in row else "" for x in ("forward", "backward"))],
         ),
         Table(
             [["GiB", *(f"{row.get('train_gib', row.get('forward_gib')):.2f}" for row in memory)]],
             "Peak GPU memory of selection, plan, forward and backward together, with 16 query and 4 KV heads, "
-            "w = 1024; lower is better (every run takes the same number of bytes):",
+            "w = 1024; lower is better (the same in every run):",
             ["N", *("1M, forward only" if "forward_gib" in row else length_of(row) for row in memory)],
         ),
     ]

@@ -150,7 +150,7 @@ def tables(result: Result) -> list[Part]:
             "attention on a GPU; lower is better. The blocks of each query are given (16 of 64 tokens, chosen with "
             "random keys). bfloat16, batch 1, head dim 128. It is compared with the Triton kernels of XunhaoLai "
             "(9bea856) and of flash-linear-attention (`fla`, bc3b101d, which takes only groups of 16 heads or more), "
-            "and with dense attention. The time of `ours` includes making its tiles. Median [min - max] of 3 "
+            "and with dense attention. The time of `ours` includes building its tiles. Median [min - max] of 3 "
             f"({gpu_of(result)}).",
             ["heads, N", "", "ours", "native-sparse-attention-triton", "fla", *(f"{name}, dense" for name in DENSE)],
             labels=2,

@@ -160,10 +160,10 @@ def tables(result: Result) -> list[Part]:
         Table(
             result["steps"],
             "**`python benchmarks/gpu_decode.py`**: microseconds of a decoding step of one layer on a GPU; lower is "
-            "better. In a step, which is replayed as a CUDA graph, the new key enters the cache and its query attends. "
-            "32 query and 8 KV heads, head dim 128, w = 1024, bfloat16. It is compared with PyTorch's "
+            "better. In a step, the new key enters the cache and its query attends. Each step is a replayed CUDA "
+            "graph. 32 query and 8 KV heads, head dim 128, w = 1024, bfloat16. It is compared with PyTorch's "
             "FlashAttention-2 over the same number of keys, without a cache to update, and with PyTorch's cuDNN "
-            "attention over a full cache (in parentheses, how many times slower that is). Median [min - max] of 3 "
+            "attention over a full cache (in parentheses: how many times as long it takes). Median [min - max] of 3 "
             f"({gpu_of(result)}).",
             ["batch", "`triton`", "plain PyTorch", names[2], *(f"cuDNN, {x // 1024}k keys" for x in lengths)],
             lambda row: [row["batch"], *(interval(row[x]) for x in names), *(beside_dense(row, x) for x in lengths)],
@@ -178,7 +178,7 @@ def tables(result: Result) -> list[Part]:
                 for layer, model in zip(result["contexts"], result["model"], strict=True)
             ],
             "Time and cache memory at batch 1, by the number of tokens read; lower is better. The first columns are "
-            "for the step above, and the others for a token of a whole model and all of its caches "
+            "for the step above. The others are for one token of a whole model and for all of its caches "
             f"({result['model'][0]['parameters'] / 1e9:.2f}B parameters, random weights, "
             "`configs/model/1.7b-published.yaml`: 28 layers, w = 2048):",
             ["tokens read", "a layer's step, us", "MiB", "a token, eagerly, ms", "as a CUDA graph, ms", "MiB"],

@@ -190,7 +190,7 @@ def tables(result: Result) -> list[Part]:
         Table(
             result["training"],
             "Milliseconds of a training step of 80m with 32,768 tokens through `dma-lightning fit`; lower is better. "
-            "`without retention loss` and `all keys` are steps of the shipped form, too. Layers are compiled and run "
+            "`without retention loss` and `all keys` are also steps of the shipped form. Layers are compiled and run "
             "as CUDA graphs; w = 1024. Median [min - max] of 3 intervals of 20 steps:",
             ["form", "N", "step", "compared with published", "peak GiB"],
             lambda row: [

@@ -259,20 +259,20 @@ def tables(small: Result, large: Result) -> list[Part]:
             "**`python benchmarks/gpu_fit.py 80m`** and **`1.7b`**: thousand tokens per second and utilization of "
             "`dma-lightning fit` on a GPU, on the same tokens as above; higher is better. The trainer is "
             "`configs/trainer/gpu.yaml`. Layers are compiled; those of 80m run as CUDA graphs, and those of 1.7b are "
-            "computed again for the backward. `SpeedMonitor` logs the figures; median [min - max] of 3 intervals "
+            "recomputed in the backward pass. `SpeedMonitor` logs the figures; median [min - max] of 3 intervals "
             f"(80m: {gpu_of(small)}; 1.7b: {gpu_of(large)}):",
             ["model, N", "`dma`", "`mha`", "speed of `dma` / `mha`"],
             speed_cells,
         ),
         Table(
             rows,
-            "Milliseconds of the parts of such a step; lower is better. PyTorch's profiler measured the GPU's kernels, "
-            "and how long the GPU waits between them. The two columns for the processor show its time for data and "
-            "callbacks in a step that does not log, including launches that wait for a busy GPU. The last column shows "
-            "how much longer a step takes if it logs (median of 3); with this config, every 25th step does. The GPU "
-            "waits longer in profiled steps than in measured ones, so for 1.7b, 4k, `dma`, the parts add up to more "
-            "than the step. Kernels of 80m come from a short run without CUDA graphs, in which the GPU is cooler and "
-            "the kernels are faster than in the measured run. "
+            "Milliseconds of the parts of such a step; lower is better. PyTorch's profiler measured the GPU's kernels "
+            "and the GPU's waiting time between them. The two columns for the processor (CPU) show its time for data "
+            "and callbacks in a step that does not log, including launches that wait for a busy GPU. The last column "
+            "shows how much longer a step takes if it logs (median of 3). With this config, every 25th step logs. The "
+            "GPU waits longer in profiled steps than in measured ones, so for 1.7b, 4k, `dma`, the parts add up to "
+            "more than the step. Kernels of 80m come from a short run without CUDA graphs. There, the GPU is cooler "
+            "and the kernels are faster. "
             f"{in_words(next(row for row in rows if row['attention'] == 'dma'))}:",
             ["", "step", *GPU_PARTS, "waiting", *(f"processor: {x}" for x in BESIDE), "logging, once in 25 steps"],
             time_cells,
@@ -299,8 +299,8 @@ def time_cells(row: Row) -> list[str]:
 def in_words(row: Row) -> str:
     """What the GPU does in the measured run."""
     return (
-        f"There, `dma` at 4k computes for {row['busy_ms']:.1f} ms of a step and waits for {row['waiting_ms']:.1f}, "
-        f"at {row['watts']:.0f} of {row['most_watts']:.0f} W "
+        f"In the measured run, `dma` at 4k computes for {row['busy_ms']:.1f} ms of a step and waits for "
+        f"{row['waiting_ms']:.1f}, at {row['watts']:.0f} of {row['most_watts']:.0f} W "
         f"and {row['clock_mhz']:.0f} of {row['largest_clock_mhz']:.0f} MHz"
     )
 

@@ -135,14 +135,14 @@ def tables(result: Result) -> list[Part]:
         Table(
             result["attention"],
             "**`python benchmarks/gpu_kernels.py`**: milliseconds of a forward and backward pass of attention on a "
-            "GPU; lower is better. Ranks are given; selection, plan, gathers and the gradient of the key biases are "
-            f"included. bfloat16, batch 1, head dim 128, random ranks; median [min - max] of 3 ({gpu_of(result)}).",
+            "GPU; lower is better. Ranks are given; times include selection, plan, gathers and the gradient of the "
+            f"key biases. bfloat16, batch 1, head dim 128, random ranks; median [min - max] of 3 ({gpu_of(result)}).",
             ["heads, N, w", "`triton`", "as a CUDA graph", "`flex`", *DENSE, "`triton` against cuDNN"],
             lambda row: [shape_of(row), *(interval(row[name]) for name in names), against_dense(row)],
         ),
         Table(
             part_rows,
-            "Milliseconds of each part by itself; lower is better. In the last two rows, TFLOP/s; higher is better:",
+            "Milliseconds of each part by itself; lower is better. The last two rows are TFLOP/s; higher is better:",
             ["16/4 heads, 32k", *(f"w = {row['window']}, head dim {row['head_dim']}" for row in parts)],
         ),
         Table(

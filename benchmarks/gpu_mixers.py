@@ -89,9 +89,9 @@ def tables(result: Result) -> list[Part]:
             [[case, *own] for case, own in rows.items()],
             "**`python benchmarks/gpu_mixers.py`**: milliseconds of a training step of a whole model on a GPU, and its "
             "peak memory, with each attention; lower is better. A step takes 32,768 random tokens in sequences of N; "
-            "bf16-mixed, fused AdamW. Layers of 80m are compiled; those of 1.7b are not, and are computed again for "
-            f"the backward. Median [min - max] of 5 steps of 80m and 3 of 1.7b ({gpu_of(result)}). At 80m, the steps "
-            "of `dma` and `swa` wait for the processor; with CUDA graphs (next section) they do not:",
+            "bf16-mixed, fused AdamW. Layers of 80m are compiled. Those of 1.7b are not, and are recomputed in the "
+            f"backward pass. Median [min - max] of 5 steps of 80m and 3 of 1.7b ({gpu_of(result)}). At 80m, the steps "
+            "of `dma` and `swa` wait for the CPU; with CUDA graphs (next section), they do not:",
             ["model, N", *dict.fromkeys(f"`{row['attention']}`" for row in result["steps"])],
         )
     ]

@@ -71,10 +71,10 @@ def tables(result: Result) -> list[Part]:
     on, off = ([row["step_ms"] for row in result["turns"] if row["visible"] is which] for which in (True, False))
     with_, without = (" and ".join(f"{time:.2f}" for time in times) for times in (on, off))
     return [
-        "**`python benchmarks/gpu_monitoring.py`**: how much longer monitoring makes a training step of 80m at 4k on a "
+        "**`python benchmarks/gpu_monitoring.py`**: how much monitoring lengthens a training step of 80m at 4k on a "
         "GPU; lower is better. With all callbacks of `configs/trainer/gpu.yaml` except checkpoints, and with "
         f"validations and samples, a step takes {sum(on) / sum(off) - 1:.1%} longer ({with_} ms) than without "
-        f"callbacks and without a logger ({without} ms). Each was measured in two turns of 1,000 steps "
+        f"callbacks and logger ({without} ms). Each was measured twice, for 1,000 steps "
         f"({gpu_of(result)})."
     ]
 

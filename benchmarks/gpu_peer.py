@@ -67,7 +67,7 @@ def tables(result: Result) -> list[Part]:
             rows,
             "**`python benchmarks/gpu_peer.py`**: milliseconds of our attention and of the compact Triton kernel of "
             "flash-sparse-attn 1.2.3 on a GPU; lower is better. That kernel selects one set of w keys per head for the "
-            "whole sequence, so it looks into the future and is another model. 16/4 heads, selection included on both "
+            "whole sequence, so it sees the future and computes another model. 16/4 heads, selection included on both "
             f"sides ({gpu_of(result)}).",
             ["N, w", "", "`triton`", "flash-sparse-attn, compact", "speedup"],
             labels=2,

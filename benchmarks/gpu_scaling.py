@@ -65,9 +65,9 @@ def tables(result: Result) -> list[Part]:
         Table(
             [[shape, *(cell(shape, strategy) for strategy in STRATEGIES)] for shape in INTERVAL],
             "**`python benchmarks/gpu_scaling.py`**: thousand tokens per second of each GPU (higher is better), and "
-            f"its peak memory, when one and when {max(row['gpus'] for row in result['runs'])} GPUs train. These are "
-            "the runs above at 4k with `dma`, with the same number of tokens for each GPU; FSDP2 has no CUDA graphs. "
-            f"Median [min - max] of 3 intervals, and the share of the speed of one GPU ({gpu_of(result)}):",
+            f"its peak memory, when one GPU and when {max(row['gpus'] for row in result['runs'])} GPUs train. These "
+            "are the runs above at 4k with `dma`, with the same number of tokens per GPU; FSDP2 has no CUDA graphs. "
+            f"Median [min - max] of 3 intervals, and the percentage of the speed of one GPU ({gpu_of(result)}):",
             ["model", "one GPU", "DDP", "FSDP2"],
         )
     ]

@@ -56,20 +56,20 @@ def tables(text: Result, mqar: Result, *published: Result) -> list[Part]:
     return [
         Table(
             [(form, python, run) for form, python, result in texts for run in result["runs"]],
-            "**`make train`**, and the same with `configs/model/tiny-published.yaml`: bits per byte on the last tenth "
+            "**`make train`**, also with `configs/model/tiny-published.yaml`: bits per byte on the last tenth "
             f"of the text, before and after training on a CPU; lower is better ({cpu_of(text)}; as published: "
             f"{cpu_of(published[0])}; the same interpreter was used for the corpora of other Python "
-            "versions). On another processor, or with sums in another order, the same seed gives another result; "
-            "the spread of the seeds shows how different.",
+            "versions). On another processor, or with sums in another order, the same seed gives another result. "
+            "The spread of the seeds shows by how much.",
             ["dynamic masks", "corpus: help topics of", "seed", "bits per byte at start", "at end", "seconds in all"],
             lambda row: [row[0], f"Python {row[1]}", *text_cells(row[2])],
         ),
         Table(
             [[run["seed"], *(f"{100 * value:.2f} %" for _, value in run["curve"])] for run in runs],
-            "**`make mqar`**, with `configs/model/mqar-published.yaml` in place of its model: accuracy of recall on "
+            "**`make mqar`**, with the model of `configs/model/mqar-published.yaml`: accuracy of recall on "
             "1,000 unseen examples, during training on a CPU; higher is better. "
             f"{solved} of {len(runs)} seeds end at 98 % or more, in {min(seconds):.0f} - {max(seconds):.0f} s each, "
-            f"some of them while other work ran ({cpu_of(mqar)}).",
+            f"some of them on a busy machine ({cpu_of(mqar)}).",
             ["seed", *(f"step {step}" for step, _ in runs[0]["curve"])],
         ),
     ]
