@@ -58,9 +58,7 @@ def chunked_scores(
     """
 
     def scores(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        with without_autocast_cache(
-            x.device
-        ):  # else the weight's gradient would sum over chunks in the lower precision
+        with without_autocast_cache(x.device):  # so that the weight's gradient sums over chunks in its own dtype
             logits = head(x)
         return loss(logits, labels), logits.argmax(-1) if predict else None
 

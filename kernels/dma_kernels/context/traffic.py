@@ -55,4 +55,4 @@ class Traffic:
 
 
 traffic = Traffic()
-"""That of this process."""
+"""The traffic of this process."""
