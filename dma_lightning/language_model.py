@@ -81,19 +81,20 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         bytes_per_token: mean bytes of a token; none for data that is not text. It does not affect bits per byte, which
             are reported for batches that have `label_bytes`.
         compile_layers: compile every layer and the loss (torch.compile), when a trainer runs the model.
-        cuda_graphs: let the GPU launch the kernels of compiled layers by itself. This helps where the CPU launches them
-            too slowly: in small models, or long steps of many kernels. For one GPU or DDP; each new batch shape costs
-            memory.
+        cuda_graphs: run compiled layers as CUDA graphs, whose kernels the GPU launches by itself. This helps where the
+            CPU launches them too slowly: in small models, or long steps of many kernels. It works on one GPU and with
+            DDP. Each new batch shape costs memory.
         activation_checkpointing: store no activations within layers; the backward pass computes them again.
         init_from: weights to start from when a trainer first runs the model without a checkpoint: a checkpoint of
             ours, or a folder of Transformers with a Doge, Llama, Qwen2 or Qwen3. Optimizer, schedule and data start
             from scratch. On the command line, the model's sizes also come from there.
-        padded_vocab_size: rows of the embedding and the output head, if more than the data has tokens, as in many
-            published models.
+        padded_vocab_size: rows of the embedding and the output head, if there are more of them than different tokens in
+            the data, as in many published models.
         train_only: which weights to train: all, those of the attention in all layers, or only those that decide which
             keys are kept (selection). The others stay as they are.
-        loss_chunk: tokens whose logits are in memory at once: the loss is computed in chunks of so many, and the
-            backward pass computes their logits again. Default: those of the whole batch, without computing any twice.
+        loss_chunk: for how many tokens the logits are in memory at once. The loss is computed in chunks of this size,
+            and the backward pass computes the logits of a chunk again. Default: the whole batch at once, with no logits
+            computed twice.
         optimizer: adamw, or muon: Muon for the matrices within layers, and AdamW for everything else. Both parts have
             the same learning rate and weight decay.
         config: the fields of `ModelConfig`.

@@ -62,8 +62,8 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     Raises:
         ValueError: if `monitor` is a training metric, which exists only at logging steps; if `filename` would create
-            folders or give all checkpoints the same name; if an option is refused, or the options would not keep the
-            newest checkpoint.
+            folders, or give all checkpoints the same name; if an option is one of the exceptions above; or if the
+            options would not keep the newest checkpoint.
     """
 
     def __init__(

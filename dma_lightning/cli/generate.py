@@ -34,7 +34,7 @@ def generate(
     backend: str | None = None,
     full_cache: bool = False,
 ) -> None:
-    """Continue a text, and print it while generating. At the end, print the speed to stderr; its time includes prompts.
+    """Continue a text, and print it while generating. At the end, print the speed, prompts included, to stderr.
 
     Args:
         ckpt_path: a checkpoint. Its tokens are bytes, or come from a tokenizer in the checkpoint or beside it.

@@ -56,11 +56,11 @@ class TokenizedDataModule(SequenceDataModule):
 class TextDataModule(TokenizedDataModule):
     """Language modeling on text files, byte by byte or with a tokenizer.
 
-    The text is written once into a memory-mapped array in a cache folder. The array's name depends on its content.
-    If some users may not read the text, only its owner may read the array. The first part of the text is for training,
-    the last for validation; `test` and `predict` also use the validation part. Files are read as `prepare` reads them,
-    without a byte order mark. A line feed is added to the end of each file that has text. Bytes that are not UTF-8 stay
-    as they are; a tokenizer reads each as U+FFFD.
+    The tokens of the text are written once into an array in a cache folder, which is mapped into memory. The name of
+    the array depends on its content. If some users may not read the text, only its owner may read the array. The first
+    part of the text is for training, and the last for validation, `test` and `predict`. Files are read as `prepare`
+    reads them, without a byte order mark. A line feed is added to the end of each file that has text. Bytes that are
+    not UTF-8 stay as they are; a tokenizer reads each as U+FFFD.
 
     Args:
         path: a file, a folder (all files below it that are not hidden) or a glob. Default: the English help topics

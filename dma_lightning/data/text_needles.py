@@ -206,7 +206,7 @@ class MixedExamples(NeedleExamples):
 
 
 class TextNeedleDataModule(HaystackDataModule):
-    """Needles in a haystack of text, byte by byte; validation and test use different words from training.
+    """Needles (sentences with a code) in a haystack of text, byte by byte; validation and test have words of their own.
 
     A share of the training examples has 1 to max_needles needles at any depth, and a question about one of them. The
     length of such an example is from an eighth of sequence_length up to all of it. The others are plain text.

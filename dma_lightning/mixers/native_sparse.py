@@ -54,11 +54,11 @@ class NativeSparseConfig(MixerConfig):
 class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
     """Causal self-attention with three branches, each weighted by a sigmoid gate per query head.
 
-    The compressed branch attends to blocks of keys and values, each compressed to one key and one value by a network.
-    The selected branch attends to the tokens of `nsa_select_count` blocks per query. The first block, the query's own
-    block and the block before it are always among them. The others are those with the most weight in the compressed
-    branch, summed over the heads of a group. The choice itself has no gradient. The third branch attends to the last
-    `nsa_window` positions.
+    - The compressed branch attends to blocks. A network makes one key and one value of each block.
+    - The selected branch attends to the tokens of `nsa_select_count` blocks per query. The first block, the query's own
+      block and the block before it are always among them. The others are the blocks with the most weight in the
+      compressed branch, summed over the heads of a group. The choice itself has no gradient.
+    - The third branch attends to the last `nsa_window` positions.
 
     Blocks lie on one grid over the whole row, even if it holds several documents. A query sees a compressed block only
     if the block lies within one document. The first block of a document is the block in which the document begins. So
@@ -76,16 +76,17 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
         initializer_range: initial standard deviation of the learned vectors, one for each place in a compressed block,
             that are added to the tokens there.
         backend: backend of the window and the selected branch. The selected branch has Triton kernels. `auto` uses them
-            where it chooses `triton` and they support the blocks. Otherwise the selected branch gathers the keys of a
-            few queries at a time. With `triton` by name, a Triton kernel also chooses the blocks, if it takes their
-            number and sizes (`kernel_takes`); otherwise plain PyTorch does, and `computed_by` says so.
+            where it chooses `triton` and they support the blocks. Otherwise, plain PyTorch gathers the keys of a few
+            queries at a time. If you name `triton`, a Triton kernel also chooses the blocks, provided that it takes
+            their number and sizes (`kernel_takes`). If it does not, plain PyTorch chooses them, and `computed_by` says
+            so.
         shape: the arguments of `GroupedQueryMixer`.
 
     Raises:
         ValueError: if the sizes do not match, or for an unknown backend.
 
-    Source: arXiv 2502.11089, section 3. Our choices where it does not say: compressed keys are made from keys before
-        the rotary embedding and rotated by the position of their first token; of equal blocks, the later is chosen.
+    Source: arXiv 2502.11089, section 3. We chose what it leaves open: compressed keys are made from keys before the
+        rotary embedding, and rotated by the position of their first token; of equal blocks, the later one is chosen.
     """
 
     per_head_parameters = ("gate_proj.weight",)

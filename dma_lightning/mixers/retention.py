@@ -5,7 +5,8 @@ a softmax over these keys, of content plus drift. Suppose that queries attend to
 decay that all keys share. Then this cross entropy is the negative logarithm of Cox's partial likelihood, and keeping
 the best-ranked keys keeps most of the attention.
 
-A mixer calls it in its forward pass. Here, `x` is a tensor that the mixer's result depends on, such as its output:
+A mixer calls `retention_loss` in its forward pass. Here, `x` is a tensor that the mixer's result depends on, such as
+its output:
 
     if self.training and torch.is_grad_enabled() and cache is None:
         positions = self.retention_queries.at(self.step, N, x.device)
@@ -105,8 +106,9 @@ def retention_loss(
 
     A key is far from a query if it is at least `keep.last` and at least a quarter of `keep.window` positions behind it,
     lies in the same document, is real, and is not a sink. The target is the query's attention to these keys, averaged
-    over the heads of a group. Its softmax is over all real keys of the document up to the query, with the drift but
-    without content: otherwise content would feed itself and grow without limit. The loss of a group is
+    over the heads of a group. The softmax of this attention is over all real keys of the document up to the query, with
+    the drift but without content: otherwise, content would feed itself and grow without limit. The prediction is a
+    softmax over the far keys alone, of content plus drift. The loss of a group is
 
         - sum_t sum_far target · log softmax_far(content + drift)  /  (sum_t sum_far target + 0.01 · queries)
 

@@ -54,11 +54,12 @@ def fused_attention(
         slots: `SegmentSlots.of(lifetimes, B, G)`, so that several calls can share it. Nothing checks that it belongs to
             the lifetimes.
         query_bias: added to all logits of a query, float32 or float64 `[B, G, N]`. Softmax cancels it. Its gradient is
-            the sum of dS over the query's keys and the heads of the group. This is 0 except for rounding errors, and
-            the gradients of key_bias contain the same errors. If key_bias is float32, the query bias changes no bit of
-            the output. If key_bias is float64, the query bias of each segment's first query is added to the segment's
-            key biases before they are rounded to float32. So if the query bias is minus the drift of the queries, key
-            biases are as exact far into a text as at its beginning. Without a query bias, they are rounded as they are.
+            the sum of dS, the gradient of the logits, over the query's keys and the heads of the group. This is 0
+            except for rounding errors, and the gradients of key_bias contain the same errors. If key_bias is float32,
+            the query bias changes no bit of the output. If key_bias is float64, the query bias of each segment's first
+            query is added to the segment's key biases before they are rounded to float32. So if the query bias is minus
+            the drift of the queries, key biases are as exact far into a text as at its beginning. Without a query bias,
+            float64 key biases are rounded as they are.
 
     Returns:
         `[B, H, N, D]` in the dtype of q. A query without any key gives 0.

@@ -61,9 +61,9 @@ def segment_attention(
         segment_length: S, by default about the mask's capacity.
         return_lse: also return the log-sum-exp of each query's logits.
         query_bias: added to all logits of a query, float32 or float64 `[B, G, N]`. It does not change the output, and
-            the log-sum-exp leaves it out. Its gradient is the sum of dS over the keys of a query and the heads of the
-            group, which is 0 except for rounding. If key_bias is float64 and q is not, the query bias of each segment's
-            first query is added to the key biases before they are rounded to float32.
+            the log-sum-exp leaves it out. Its gradient is the sum of dS, the gradient of the logits, over the keys of a
+            query and the heads of the group, which is 0 except for rounding. If key_bias is float64 and q is not, the
+            query bias of each segment's first query is added to the key biases before they are rounded to float32.
 
     Returns:
         Output `[B, H, N, D]` in the dtype of q, and with `return_lse` the log-sum-exp `[B, H, N]` in float32 (float64
