@@ -80,9 +80,9 @@ class AnswerAccuracy(Metric):
 
     def update(self, predictions: Tensor, labels: Tensor, is_answer: Tensor) -> None:
         """Add sequences `[B, N]`; those that are answers `[B]` and have a label count."""
-        labelled = labels != IGNORE_INDEX
-        counts = is_answer & labelled.any(-1)
-        right = counts & ((predictions == labels) | ~labelled).all(-1)
+        labeled = labels != IGNORE_INDEX
+        counts = is_answer & labeled.any(-1)
+        right = counts & ((predictions == labels) | ~labeled).all(-1)
         self.counts = self.counts + torch.stack([right.sum(), counts.sum()])
 
     def compute(self) -> Tensor:

@@ -60,8 +60,8 @@ class Sampling:
         logits = logits.float()
         if self.repetition_penalty != 1:
             penalty = self.repetition_penalty
-            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-            logits = torch.where(occurred, penalised, logits)
+            penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits = torch.where(occurred, penalized, logits)
         if self.temperature == 0:
             return logits
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # the largest is 0: no overflow

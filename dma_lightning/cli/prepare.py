@@ -243,7 +243,7 @@ def _write_shards(
     writer = ShardWriter(output, len(done), *shape)
     bar = tqdm(total=int(before[-1]), initial=int(before[place[0]]), desc="prepare", unit="B", unit_scale=True)
     try:
-        for file, piece, (tokens, lengths) in _tokenised(pool, processes, _pieces(files, place, plan.text_field)):
+        for file, piece, (tokens, lengths) in _tokenized(pool, processes, _pieces(files, place, plan.text_field)):
             writer.add(tokens, piece.bytes, lengths)
             bar.update(int(before[file]) + piece.read - bar.n)
             if piece.next_line == -1:
@@ -297,7 +297,7 @@ def _pieces(files: list[Path], start: _Place, text_field: str) -> Iterator[tuple
             yield number, piece
 
 
-def _tokenised(
+def _tokenized(
     pool: ProcessPoolExecutor, processes: int, pieces: Iterable[tuple[int, Piece]]
 ) -> Iterator[tuple[int, Piece, tuple]]:
     """Pieces with their tokens, in order; reads only as much text as the processes need."""

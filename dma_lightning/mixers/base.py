@@ -278,7 +278,7 @@ class GroupedQueryMixer(TokenMixer[Cache]):
     def heads(self, x: Tensor, projection: nn.Module, norm: nn.RMSNorm | None = None) -> Tensor:
         """`x` projected to heads `[B, heads, N, D]`, and normalized if `norm` is given."""
         y = projection(x).unflatten(-1, (-1, self.head_dim))
-        return (y if norm is None else normalised(y, norm)).transpose(1, 2)
+        return (y if norm is None else normalized(y, norm)).transpose(1, 2)
 
     def queries_keys_values(self, x: Tensor, cache: MixerCache | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, H, N, D]`, keys and values `[B, G, N, D]`, after QK-norm and rotation; checks x."""
@@ -345,7 +345,7 @@ def _packing(forward: Callable[..., Tensor], takes_tensors: bool) -> Callable[..
     return taking
 
 
-def normalised(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+def normalized(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     """`x` after a norm, in its own dtype. The norm runs in the dtype of its weight, since only then torch fuses it."""
     return norm(x.to(norm.weight.dtype)).to(x.dtype)
 

@@ -18,7 +18,7 @@ from dma_lightning.mixers.base import (
     check_mixer_input,
     mean_keys,
     merge_heads,
-    normalised,
+    normalized,
     positions_of,
 )
 from dma_lightning.mixers.position_cache import PositionCache
@@ -123,7 +123,7 @@ class LatentAttention(TokenMixer[PositionCache]):
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, P + R]
         q_plain, q_rotated = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         latent, k_rotated = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        latent = normalised(latent, self.kv_a_layernorm)  # [B, N, L]
+        latent = normalized(latent, self.kv_a_layernorm)  # [B, N, L]
         q_rotated = apply_rope(q_rotated, self.rope_theta, positions, self.rope_scaling)
         k_rotated = apply_rope(k_rotated[:, None], self.rope_theta, positions, self.rope_scaling)  # [B, 1, N, R]
         if cache is None:

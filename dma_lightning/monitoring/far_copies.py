@@ -119,13 +119,13 @@ class FarCopyMonitor(pl.Callback):
                 f"FarCopyMonitor: expected {type(pl_module).__name__}.validation_step to return `token_losses`, as "
                 f"LanguageModel does, got {type(outputs).__name__}; return them or leave the callback out"
             )
-        labelled = batch["labels"] != IGNORE_INDEX
-        copies = labelled & far_copies(
+        labeled = batch["labels"] != IGNORE_INDEX
+        copies = labeled & far_copies(
             batch["input_ids"], self.window, batch.get("documents"), batch.get("padding"), self.order
         )
         nats = outputs["token_losses"].masked_fill(~copies, 0).sum()
         self.loss.update(nats, copies.sum(dtype=nats.dtype))
-        self.share.update(copies.sum(dtype=nats.dtype), labelled.sum(dtype=nats.dtype))
+        self.share.update(copies.sum(dtype=nats.dtype), labeled.sum(dtype=nats.dtype))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         figures = {"val/far_copy_loss": self.loss.compute(), "val/far_copy_share": self.share.compute()}

@@ -210,8 +210,8 @@ def mask_picture(mask: RecordedMask, heads: int, length: int) -> Tensor:
     """
     visible = _corner(mask.lifetimes, length)[:heads]  # [heads, L, L]
     possible = _corner(mask.causal, length)  # [1, L, L]
-    colours = torch.tensor([_UNSEEN, _DEAD, _LIVE])
-    picture = colours[visible.long() + possible.long()].permute(3, 0, 1, 2)  # [3, heads, L, L]
+    colors = torch.tensor([_UNSEEN, _DEAD, _LIVE])
+    picture = colors[visible.long() + possible.long()].permute(3, 0, 1, 2)  # [3, heads, L, L]
     pixels = -(-_LEAST_PIXELS // picture.shape[-1])
     picture = picture.repeat_interleave(pixels, 2).repeat_interleave(pixels, 3)
     picture = torch.nn.functional.pad(picture, (0, _GAP), value=1.0)

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from test_metrics import quiet_trainer, small_model
-from test_step_means import Labelled
+from test_step_means import Labeled
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -148,7 +148,7 @@ def fit(model: LanguageModel, accumulate: int = 1, **options: object) -> Watch:
     watch = Watch()
     options = {"precision": "64-true", "callbacks": [watch]} | options
     trainer = quiet_trainer(max_epochs=1, accumulate_grad_batches=accumulate, log_every_n_steps=1, **options)
-    trainer.fit(model, DataLoader(Labelled(LABELS), batch_size=4 // accumulate))
+    trainer.fit(model, DataLoader(Labeled(LABELS), batch_size=4 // accumulate))
     return watch
 
 
@@ -160,7 +160,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> type[Own]:
 
 def gradient_of_content(model: LanguageModel, accumulate: int) -> Tensor:
     """The mean of the mixer's loss over batches, weighed by their labels."""
-    data, total = Labelled(LABELS), torch.zeros((), dtype=torch.float64)
+    data, total = Labeled(LABELS), torch.zeros((), dtype=torch.float64)
     layer, size = model.model.layers[0], 4 // accumulate
     for first in range(0, 4, size):
         ids = torch.stack([data[i]["input_ids"] for i in range(first, first + size)])
@@ -225,5 +225,5 @@ def test_evaluation_computes_none(own: type[Own], monkeypatch: pytest.MonkeyPatc
         raise AssertionError("computed")
 
     monkeypatch.setattr(own, "own_loss", fail)
-    loader = DataLoader(Labelled(LABELS), batch_size=4)
+    loader = DataLoader(Labeled(LABELS), batch_size=4)
     quiet_trainer(default_root_dir=tmp_path).validate(small_model(attention="own"), loader, verbose=False)

@@ -20,7 +20,7 @@ from dma_lightning.callbacks import GradientGuard
 from dma_lightning.data import IGNORE_INDEX
 
 
-class Labelled(Dataset):
+class Labeled(Dataset):
     """Sequences with so many labels each."""
 
     def __init__(self, labels: list[int]) -> None:
@@ -58,7 +58,7 @@ def steps(labels: list[int], batch_size: int, accumulate: int, *callbacks: pl.Ca
     trainer = quiet_trainer(
         max_epochs=1, accumulate_grad_batches=accumulate, callbacks=[found, *callbacks], log_every_n_steps=1, **options
     )
-    trainer.fit(small_model(lr=1e-300), DataLoader(Labelled(labels), batch_size=batch_size))
+    trainer.fit(small_model(lr=1e-300), DataLoader(Labeled(labels), batch_size=batch_size))
     return found
 
 
@@ -126,7 +126,7 @@ FINDER = {"min_lr": 1e-6, "max_lr": 1.0, "early_stop_threshold": None}
 
 
 def test_the_tuner_tries_the_rates_that_it_reports(rates: list[float]) -> None:
-    trainer, loader = quiet_trainer(max_steps=8), DataLoader(Labelled([32] * 80), batch_size=2)
+    trainer, loader = quiet_trainer(max_steps=8), DataLoader(Labeled([32] * 80), batch_size=2)
     module = small_model(lr=3e-3)
     reported = Tuner(trainer).lr_find(module, loader, num_training=20, update_attr=False, **FINDER).results["lr"]
     assert rates == pytest.approx(reported[: len(rates)])
@@ -136,7 +136,7 @@ def test_the_tuner_tries_the_rates_that_it_reports(rates: list[float]) -> None:
 
 
 def test_a_resumed_run_leaves_the_rates_to_the_finder(rates: list[float]) -> None:
-    loader = DataLoader(Labelled([32] * 80), batch_size=2)
+    loader = DataLoader(Labeled([32] * 80), batch_size=2)
     trainer = pl.Trainer(accelerator="cpu", max_steps=3, logger=False, enable_progress_bar=False)
     trainer.fit(small_model(lr=3e-3), loader)
     (checkpoint,) = Path("checkpoints").glob("*.ckpt")
@@ -149,7 +149,7 @@ def test_a_resumed_run_leaves_the_rates_to_the_finder(rates: list[float]) -> Non
 
 def test_training_begins_with_the_rate_that_was_found(rates: list[float]) -> None:
     finder = LearningRateFinder(num_training_steps=20, **FINDER)
-    trainer, loader = quiet_trainer(max_steps=8, callbacks=[finder]), DataLoader(Labelled([32] * 80), batch_size=2)
+    trainer, loader = quiet_trainer(max_steps=8, callbacks=[finder]), DataLoader(Labeled([32] * 80), batch_size=2)
     trainer.fit(small_model(lr=3e-3), loader)
     suggested = finder.optimal_lr.suggestion()
     assert suggested != 3e-3

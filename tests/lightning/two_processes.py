@@ -99,8 +99,8 @@ class FewerLabels(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         item = self.examples[index]
-        labelled = (item["labels"] != IGNORE_INDEX).nonzero()
-        item["labels"][labelled[index % 4 :]] = IGNORE_INDEX
+        labeled = (item["labels"] != IGNORE_INDEX).nonzero()
+        item["labels"][labeled[index % 4 :]] = IGNORE_INDEX
         return item
 
 

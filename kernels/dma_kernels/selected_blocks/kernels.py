@@ -2,7 +2,7 @@
 
 Row r of a tile (see `tiles.py`) is query r // R of the tile, in head r % R. A tile passes over its entries. For the
 gradients of keys and values, programs pass over the entries of a block instead. The entries of a block that many tiles
-have chosen are divided into chunks, and the sums of the chunks are added up afterwards, in order. There are no atomics,
+have chosen are divided into chunks, and the sums of the chunks are added up afterward, in order. There are no atomics,
 so every run gives the same bits.
 
 B batch, G KV heads, R query heads of a KV head, N length, D head dim, S tokens of a block, T tiles, E entries of a

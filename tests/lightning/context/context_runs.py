@@ -97,7 +97,7 @@ def train(run: Run, group: ContextGroup | None = None, processes: dist.ProcessGr
     first = None
     for step in range(STEPS):
         found = batch(run, step)
-        labelled = (found["labels"] >= 0).sum()
+        labeled = (found["labels"] >= 0).sum()
         if group is not None:
             found = part_of(found, group)
         labels = found.pop("labels")
@@ -105,7 +105,7 @@ def train(run: Run, group: ContextGroup | None = None, processes: dist.ProcessGr
             mixer.begin_step(step)
         logits = model(**found)
         first = logits.detach() if first is None else first
-        (token_losses(logits, labels).sum() / labelled).backward()
+        (token_losses(logits, labels).sum() / labeled).backward()
         if group is not None:
             gradients = [parameter.grad for parameter in model.parameters()]
             together = torch.cat([gradient.flatten() for gradient in gradients])

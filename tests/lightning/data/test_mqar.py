@@ -14,7 +14,7 @@ def make_task(**changed: object) -> MQARTask:
     return MQARTask(**(arguments | changed))
 
 
-def labelled(labels: np.ndarray) -> dict[int, int]:
+def labeled(labels: np.ndarray) -> dict[int, int]:
     """Position and value of every label."""
     return {int(i): int(labels[i]) for i in np.flatnonzero(labels != IGNORE_INDEX)}
 
@@ -26,19 +26,19 @@ def test_golden_examples_of_the_original() -> None:
         [8, 15, 3, 12, 0, 0, 8, 0, 0, 0, 3, 0, 0, 0, 0, 0],
         [4, 15, 2, 11, 4, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0],
     ]
-    assert labelled(labels[0]) == {6: 15, 10: 12}
-    assert labelled(labels[1]) == {4: 15, 8: 11}
+    assert labeled(labels[0]) == {6: 15, 10: 12}
+    assert labeled(labels[1]) == {4: 15, 8: 11}
     task = make_task(vocab_size=40, sequence_length=24, num_pairs=4, random_fillers=False)
     inputs, labels = task.generate(seed=1, count=1)
     assert inputs[0].tolist() == [4, 35, 16, 28, 7, 36, 11, 23, 11, 0, 4, 0, 0, 0, 0, 0, 7, 0, 16, 0, 0, 0, 0, 0]
-    assert labelled(labels[0]) == {8: 23, 10: 35, 16: 36, 18: 28}
+    assert labeled(labels[0]) == {8: 23, 10: 35, 16: 36, 18: 28}
 
 
 def test_every_query_asks_for_a_pair_of_the_context() -> None:
     inputs, labels = make_task().generate(seed=5, count=50)
     for row, label in zip(inputs, labels, strict=True):
         pairs = dict(zip(row[:12:2].tolist(), row[1:12:2].tolist(), strict=True))
-        asked = labelled(label)
+        asked = labeled(label)
         assert sorted(asked.values()) == sorted(pairs.values())
         assert all(pairs[row[i]] == value and i >= 12 and i % 2 == 0 for i, value in asked.items())
         assert all(1 <= key < 32 <= value < 64 for key, value in pairs.items())

@@ -285,9 +285,9 @@ class CountingModel(SmallModel):
         self.sequences, self.labels = SumMetric(), SumMetric()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        labelled = batch["labels"] != IGNORE_INDEX
-        self.sequences.update(labelled.any(1).sum())
-        self.labels.update(batch["labels"][labelled].sum())
+        labeled = batch["labels"] != IGNORE_INDEX
+        self.sequences.update(labeled.any(1).sum())
+        self.labels.update(batch["labels"][labeled].sum())
         self.log_dict({"val/sequences": self.sequences, "val/labels": self.labels})
 
 
