@@ -3,7 +3,8 @@
 The shipped form adds a drift, gates and a retention loss. There are two tables, both in bfloat16 with w = 1024.
 
 1. Times of parts, with and without a drift, as CUDA graphs: selecting keys by their ranks, attention with slots that
-   are already filled, and a step of decoding. Each figure is the median [min - max] of several measurements by Triton's
+   are already filled (over the same mask in both cases, so that biases and their gradients make the difference), and a
+   step of decoding. Each figure is the median [min - max] of several measurements by Triton's
    `do_bench`, each of which is itself a median.
 2. Training steps of 80m through `fit`, as in gpu_fit.py: full attention (`mha`), the published form, and the shipped
    form. The shipped form has three rows: a step with its own window, the same without the retention loss, and a step
@@ -87,9 +88,9 @@ def measure_parts(heads: int, kv_heads: int, length: int) -> Iterator[Row]:
     """Measure each part, without and with a drift."""
     q, k, v, _ = make_inputs(heads, kv_heads, length, projected=True)
     grad = torch.randn_like(q)
-    for drifts in (False, True):
-        keys = Keys.drawn(kv_heads, length, drifts)
-        mask = Lifetimes.top_w(keys.content, WINDOW, drift=keys.steps)
+    both = {drifts: Keys.drawn(kv_heads, length, drifts) for drifts in (False, True)}
+    mask = Lifetimes.top_w(both[True].content, WINDOW, drift=both[True].steps)  # of attention, in both cases
+    for drifts, keys in both.items():
         attend = partial(
             fused_attention, q, k, v, keys.bias, mask, slots=SegmentSlots.of(mask, 1, kv_heads),
             query_bias=keys.query_bias,

@@ -39,7 +39,13 @@ from dma_lightning.mixers.drift import DriftingCache
 from dma_lightning.mixers.drifting_ranks import DriftedKeys, DriftingRanks, DriftingRanksConfig
 from dma_lightning.mixers.far_content import attend_with_far_bias
 from dma_lightning.mixers.part_retention import LayerPart, part_retention_loss
-from dma_lightning.mixers.retention import RetentionQueries, RetentionTarget, check_retention, retention_loss
+from dma_lightning.mixers.retention import (
+    RetentionQueries,
+    RetentionTarget,
+    check_retention,
+    fused_retention_loss,
+    retention_loss,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +254,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         if cache is None:
             out = self._attend(backend, q, k, v, keys, packing)
             if self.retention_weight and self.training and torch.is_grad_enabled():
-                out = with_auxiliary_loss(out, self._retention_loss(x, q, k, v, keys, packing))
+                out = with_auxiliary_loss(out, self._retention_loss(backend, x, q, k, v, keys, packing))
             return self.o_proj(merge_heads(out))
         kept = cache.keys if isinstance(cache, DriftingCache) else cache
         asked = None if keys.drifted is None else keys.drifted.query_bias
@@ -314,7 +320,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         self.own_keep = replace(self.own_keep, **sizes)
 
     def _retention_loss(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, keys: DriftedKeys, packing: Packing | None
+        self, backend: str, x: Tensor, q: Tensor, k: Tensor, v: Tensor, keys: DriftedKeys, packing: Packing | None
     ) -> Tensor:
         """The layer's retention loss with its weight; it trains only the parameters that make the content of ranks."""
         content = self._content(x.detach(), v.detach()) if keys.own_content is None else keys.own_content
@@ -323,7 +329,8 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
         length = x.shape[1] if self.context is None else x.shape[1] * self.context.size
         positions = RetentionQueries(self.own_keep.capacity).at(self.step, length, x.device)
         if self.context is None:
-            loss = retention_loss(q, k, content, nats, positions, self.own_keep, packing, values)
+            loss_of = fused_retention_loss if backend == "triton" else retention_loss
+            loss = loss_of(q, k, content, nats, positions, self.own_keep, packing, values)
         else:
             part = LayerPart(q, k, content, nats, values)
             loss = part_retention_loss(self.context, part, positions, self.own_keep, packing)

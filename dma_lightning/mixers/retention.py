@@ -32,11 +32,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from dma_kernels.attention.ops import check_kernels_can
 from dma_kernels.checks import check_attention_inputs
 from dma_kernels.keep_rule import KeepRule, check_at_least
 from dma_kernels.lifetime_masks import is_sink
 from dma_kernels.packing import Packing
 from dma_kernels.precision import without_autocast
+from dma_kernels.retention.runs import NO_RUN
+from dma_kernels.retention.terms import Terms, retention_terms, retention_terms_reference
 
 RetentionTarget = Literal["attention", "output"]
 
@@ -113,7 +116,7 @@ def retention_loss(
         - sum_t sum_far target · log softmax_far(content + drift)  /  (sum_t sum_far target + 0.01 · queries)
 
     with sums over all rows of the batch. Only queries that are real and have far keys count. If there are none, the
-    loss is 0. The computation needs memory for `[B, H, M, N]`.
+    loss is 0. The computation needs memory for `[B, H, M, N]`; `fused_retention_loss` does not.
 
     Args:
         q: queries `[B, H, N, D]`, as attention takes them.
@@ -135,6 +138,45 @@ def retention_loss(
     Raises:
         ValueError: if shapes, dtypes or devices do not match.
     """
+    inputs = _of_terms(q, k, content, drift, positions, keep, packing, values)
+    with without_autocast(q.device):
+        return _loss(retention_terms_reference(*inputs))
+
+
+def fused_retention_loss(
+    q: Tensor,
+    k: Tensor,
+    content: Tensor,
+    drift: Tensor | None,
+    positions: Tensor,
+    keep: KeepRule,
+    packing: Packing | None = None,
+    values: Tensor | None = None,
+) -> Tensor:
+    """`retention_loss` by Triton kernels, in memory that is linear in N.
+
+    Arguments are as there; float32, bfloat16 or float16, with head dims up to 256.
+
+    Raises:
+        ValueError: if the arguments do not match, or the kernels cannot compute with them.
+    """
+    inputs = _of_terms(q, k, content, drift, positions, keep, packing, values)
+    check_kernels_can(q.dtype, q.shape[-1])
+    with without_autocast(q.device):
+        return _loss(retention_terms(*inputs))
+
+
+def _of_terms(
+    q: Tensor,
+    k: Tensor,
+    content: Tensor,
+    drift: Tensor | None,
+    positions: Tensor,
+    keep: KeepRule,
+    packing: Packing | None,
+    values: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None, int]:
+    """The arguments of `retention_terms`."""
     check_attention_inputs(q, k, k, content)
     if drift is not None and (drift.shape != content.shape or drift.device != content.device):
         raise ValueError(
@@ -153,59 +195,28 @@ def retention_loss(
         )
     packing, content = packing or Packing(), content.to(torch.promote_types(q.dtype, torch.float32))
     packing.check_fits(len(q), content)
-    with without_autocast(q.device):
-        seen, far = _seen_and_far(content, positions, keep, packing)  # [B or 1, 1, M, N]
-        decay = _decay(content, drift, positions)  # [B, G, M, N]
-        target = _target(q[:, :, positions], k, decay, seen, values).where(far, 0)  # [B, G, M, N]
-        has_far = far.any(-1)  # [B or 1, 1, M]
-        foreseen = (content[:, :, None] + decay).where(far, -torch.inf)
-        log_p = foreseen.where(has_far[..., None], 0).log_softmax(-1).where(far, 0)  # [B, G, M, N]
-        queries = has_far.expand(len(q), -1, -1).sum(dtype=content.dtype)
-        mass = target.sum((0, 2, 3)) + FLOOR * queries  # [G]
-        return -((target * log_p).sum((0, 2, 3)) / mass.where(queries > 0, 1)).mean()
+    runs, distance = _runs(content, keep.sinks, packing), max(keep.last, keep.window // 4)
+    return q[:, :, positions], k, values, content, drift, positions, runs, distance
 
 
 @torch.no_grad()
-def _seen_and_far(content: Tensor, positions: Tensor, keep: KeepRule, packing: Packing) -> tuple[Tensor, Tensor]:
-    """Which keys each sampled query may attend to, and which of them are far; bool `[B or 1, 1, M, N]`.
+def _runs(content: Tensor, sinks: int, packing: Packing) -> Tensor | None:
+    """`runs` of `retention_terms`, int32 `[2, B or 1, N]`; None if each row is one document without padding and sinks.
 
-    A padded query has no far keys.
+    Padded queries are in no document, so they have no far keys and do not count.
     """
+    if packing.runs is None and packing.padding is None and not sinks:
+        return None
     key = torch.arange(content.shape[-1], device=content.device)
-    age = positions[:, None] - key  # [M, N]
-    seen, real = (age >= 0)[None, None], torch.ones_like(positions, dtype=torch.bool)[None]  # and [B or 1, M]
-    if packing.runs is not None:
-        seen = seen & (packing.runs[:, positions, None] == packing.runs[:, None])[:, None]
+    runs = torch.zeros_like(key)[None] if packing.runs is None else packing.runs
     if packing.padding is not None:
-        seen, real = seen & ~packing.padding[:, None, None], ~packing.padding[:, positions]
-    far = seen & (age >= max(keep.last, keep.window // 4)) & real[:, None, :, None]
-    if keep.sinks:
-        far = far & ~is_sink(keep.sinks, key[None, None], packing)[:, :, None]
-    return seen, far
+        runs = runs.masked_fill(packing.padding, NO_RUN)
+    far = runs if not sinks else runs.masked_fill(is_sink(sinks, key[None, None], packing)[:, 0], NO_RUN)
+    return torch.stack([runs.expand_as(far), far]).int()
 
 
-@torch.no_grad()
-def _decay(content: Tensor, drift: Tensor | None, positions: Tensor) -> Tensor:
-    """The decay of each key at each sampled query, in nats, at most 0; `[B, G, M or 1, N]`."""
-    if drift is None:
-        return torch.zeros_like(content)[:, :, None]
-    return (drift[:, :, None] - drift[:, :, positions, None]).to(content.dtype)
-
-
-@torch.no_grad()
-def _target(q: Tensor, k: Tensor, decay: Tensor, seen: Tensor, values: Tensor | None) -> Tensor:
-    """Attention of queries `[B, H, M, D]` to the keys they see, as a mean over a group's heads, `[B, G, M, N]`.
-
-    With values, it is the effect of this attention on the output. NaN for a query that sees no key.
-    """
-    grouped = q.to(decay.dtype).unflatten(1, (k.shape[1], -1))  # [B, G, R, M, D]
-    logits = grouped @ k.to(decay.dtype)[:, :, None].transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, G, R, M, N]
-    attention = (logits + decay[:, :, None]).where(seen[:, :, None], -torch.inf).softmax(-1)
-    if values is None:
-        return attention.mean(2)
-    v, shared = values.to(decay.dtype), seen.to(decay.dtype)
-    mean = shared / shared.sum(-1, keepdim=True) @ v  # [B, G, M, D]
-    square = v.square().sum(-1)[:, :, None] - 2 * mean @ v.mT + mean.square().sum(-1, keepdim=True)
-    effect = attention * square.clamp(min=0).sqrt()[:, :, None]  # [B, G, R, M, N]
-    total = effect.sum(-1, keepdim=True)
-    return (effect / total.where(total != 0, 1)).mean(2)
+def _loss(terms: Terms) -> Tensor:
+    """The mean over groups of the loss, from its terms `[B, G, M]`."""
+    queries = terms.has_far.sum((0, 2), dtype=terms.fit.dtype)
+    mass = terms.mass.sum((0, 2)) + FLOOR * queries
+    return -(terms.fit.sum((0, 2)) / mass.where(queries > 0, 1)).mean()

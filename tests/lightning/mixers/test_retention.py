@@ -1,6 +1,7 @@
 """The retention loss: equal to its definition pair by pair, with a gradient to content alone."""
 
 import copy
+from collections.abc import Callable
 
 import masks
 import pytest
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dma_kernels import KeepRule, Packing
 from dma_lightning.auxiliary_losses import with_auxiliary_loss
-from dma_lightning.mixers.retention import FLOOR, RetentionQueries, retention_loss
+from dma_lightning.mixers.retention import FLOOR, RetentionQueries, fused_retention_loss, retention_loss
 
 CASES = [*masks.CASES, masks.Case(documents=True, padding="right", keep_last=5, sinks=2)]
 
@@ -77,6 +78,25 @@ def test_equals_its_definition(case: masks.Case, length: int, window: int, kv_he
         loss = loss_of(q, k, leaf, drift, positions, keep, packing, values)
         results.append([loss, torch.autograd.grad(loss, leaf)[0] if loss.requires_grad else torch.zeros_like(leaf)])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("target", ["attention", "output"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_fused_loss_is_the_same(case: masks.Case, target: str, device: str) -> None:
+    """The kernels have tests of their own; here, what documents, padding, sinks and last positions mean to them."""
+    pytest.importorskip("triton")
+    sizes = case.arguments(2, 63)
+    packing = Packing.of(*(None if x is None else x.to(device) for x in (sizes["documents"], sizes["padding"])))
+    keep, positions = KeepRule(7, case.keep_last, case.sinks), RetentionQueries(7, 16).at(3, 63, device)
+    q, k, content, drift = (x.to(device) for x in inputs(63, dtype=torch.float32))
+    values = values_like(k) if target == "output" else None
+    results = []
+    for loss_of, dtype in ((fused_retention_loss, torch.float32), (retention_loss, torch.float64)):
+        *tensors, leaf = (x if x is None else x.to(dtype) for x in (q, k, drift, values, content))
+        leaf = leaf.clone().requires_grad_()
+        loss = loss_of(*tensors[:2], leaf, tensors[2], positions, keep, packing, tensors[3])
+        results.append([loss.double(), torch.autograd.grad(loss, leaf)[0].double()])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -199,8 +219,9 @@ def test_positions_are_those_of_seed_and_step() -> None:
 class Layer(nn.Module):
     """As a mixer calls the loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, loss_of: Callable[..., Tensor]) -> None:
         super().__init__()
+        self.loss_of = loss_of
         self.q, self.k, self.content = nn.Linear(32, 32), nn.Linear(32, 16), nn.Linear(32, 2)
         self.queries, self.keep = RetentionQueries(24, 16), KeepRule(24, last=8, sinks=2)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -210,13 +231,15 @@ class Layer(nn.Module):
         content = self.content(x).transpose(1, 2)
         drift = torch.full_like(content, 0.1).cumsum(-1)
         positions = self.queries.at(self.step, x.shape[1], x.device)
-        loss = retention_loss(q, k, content, drift, positions, self.keep, packing)
+        loss = self.loss_of(q, k, content, drift, positions, self.keep, packing)
         return with_auxiliary_loss(x * k.mean(), loss, 0.3)
 
 
-def test_a_compiled_layer_goes_on_from_step_to_step() -> None:
-    x, layer = torch.randn(2, 111, 32), Layer()
-    packing = Packing.of(masks.make_documents(2, 111), torch.rand(2, 111) < 0.1)
+@pytest.mark.parametrize("loss_of", [retention_loss, fused_retention_loss])
+def test_a_compiled_layer_goes_on_from_step_to_step(loss_of: Callable[..., Tensor], device: str) -> None:
+    pytest.importorskip("triton")
+    x, layer = torch.randn(2, 63, 32, device=device), Layer(loss_of).to(device)
+    packing = Packing.of(masks.make_documents(2, 63).to(device), torch.rand(2, 63, device=device) < 0.1)
     compiled = copy.deepcopy(layer)
     compiled.compile(backend="aot_eager", fullgraph=True)
     found: list[Tensor] = []
@@ -247,5 +270,7 @@ def test_what_does_not_fit_is_refused(changed: dict[str, object], message: str) 
     arguments = dict(zip(names, inputs(63), strict=True)) | {"positions": torch.tensor([8]), "keep": KeepRule(7)}
     with pytest.raises(ValueError, match=message):
         retention_loss(**arguments | changed)
+    with pytest.raises(ValueError, match=r"computes in float32, bfloat16 or float16, got torch\.float64"):
+        fused_retention_loss(**arguments)
     with pytest.raises(ValueError, match="window: expected at least 1"):
         RetentionQueries(0)
