@@ -29,13 +29,13 @@ def positions(
 
     Args:
         ckpt_path: a checkpoint; its tokens are bytes, or those of the tokenizer in it or beside it.
-        path: held-out text: a file, a folder or a glob of text or JSONL, also .gz and .zst, as `prepare` reads it.
+        path: held-out text: a file, a folder or a glob of what `prepare` reads.
         length: number of positions to score in each document; documents with no more tokens than that are left out.
             Default: twice the training length.
         documents: maximum number of documents.
         batch_size: documents read at once.
         chunk_size: positions read at once.
-        text_field: the field of a JSONL line that holds the text.
+        text_field: the field of a JSONL line, or the column, that holds the text.
         special_tokens: whether the name of a special token in the text stays text (text) or becomes that token (parse).
             Default: as in the training data.
         device: where to compute, such as cpu or cuda:1. Default: the GPU if there is one.

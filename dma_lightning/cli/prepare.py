@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dma_lightning.data.find_files import text_files, user_path
+from dma_lightning.data.find_files import size_and_time, text_files, user_path
 from dma_lightning.data.manifests import (
     MANIFEST,
     PLAN,
@@ -40,7 +40,7 @@ _TASKS_AHEAD = 3  # for each process
 
 _SHARD_FILE = re.compile(r"(shard-[0-9]{5,})\.(tokens|ends\.npy|lengths|json)(\.tmp)?")
 
-_Place = tuple[int, int]  # number of a file, number of its lines that are done
+_Place = tuple[int, int]  # number of a file, number of its lines or rows that are done
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,12 @@ def prepare(
 
     Args:
         path: a file, a folder (all files below it that are not hidden) or a glob. Each line of a .jsonl or .ndjson file
-            is a document; any other file is one document. All files may be .gz or .zst.
+            is a document, and each row of a .parquet file or of a folder that Dataset.save_to_disk wrote; any other
+            file is one document. Text and JSONL may be .gz or .zst.
         output: folder to write to: a new one, or one of the same command.
         tokenizer: a tokenizer.json of the tokenizers library; it is copied to the folder. Default: tokens are bytes.
         special_tokens: whether the name of a special token in the text stays text (text) or becomes that token (parse).
-        text_field: the field of a JSONL line that holds the text.
+        text_field: the field of a JSONL line, or the column, that holds the text.
         eos_token_id: token to add after each document. Default: none.
         shard_tokens: a shard ends with the document that reaches this number of tokens.
         processes: number of processes that tokenize. Default: one per core.
@@ -153,7 +154,7 @@ def _plan(
 def _state(files: list[Path]) -> list[tuple[str, int, int]]:
     """Names, sizes and times of files; bytes of a name that are not UTF-8 are escaped, as JSON requires."""
     names = (os.fsencode(file).decode(errors="backslashreplace") for file in files)
-    return [(name, x.st_size, x.st_mtime_ns) for name, x in zip(names, map(Path.stat, files), strict=True)]
+    return [(name, *state) for name, state in zip(names, map(size_and_time, files), strict=True)]
 
 
 def _carried(tokenizer: DataTokenizer) -> str | None:

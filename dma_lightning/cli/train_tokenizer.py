@@ -25,10 +25,10 @@ def train_tokenizer(
     end token; `prepare --eos_token_id 0` ends documents with it.
 
     Args:
-        path: a file, a folder or a glob of text or JSONL, also .gz and .zst, as `prepare` reads it.
+        path: a file, a folder or a glob of what `prepare` reads.
         vocab_size: number of tokens, including the 256 bytes and the end token.
         output: the file to write; it must not exist.
-        text_field: the field of a JSONL line that holds the text.
+        text_field: the field of a JSONL line, or the column, that holds the text.
         end_token: name of the end token.
 
     Raises:

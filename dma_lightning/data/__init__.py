@@ -5,7 +5,7 @@
 - `drawn`: tasks that draw their examples: `mqar` (associative recall), `selective_copy`, `induction`,
   `needles` (in a haystack of tokens), `text_needles` (in a haystack of text)
 
-Below these: `find_files` and `text_formats` (raw text), `arrays`, `shards`, `manifests` and `text_cache`
+Below these: `find_files`, `text_formats` and `row_formats` (raw text), `arrays`, `shards`, `manifests` and `text_cache`
 (tokens on disk), `windows` and `samplers` (which tokens form a sequence, and the order of the sequences), `parts`
 (of sequences that several processes divide).
 """

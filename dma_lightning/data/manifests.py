@@ -36,7 +36,7 @@ class ShardRecord:
         tokens_sha256: hash of the file of tokens.
         ends_sha256: hash of the file of ends.
         next_file: number of the input file where the next shard begins.
-        next_line: lines of that file that are done.
+        next_line: lines or rows of that file that are done.
         lengths_dtype: dtype of the file with each token's bytes; none if tokens are bytes, and in version 1.
         lengths_sha256: hash of that file.
     """
@@ -91,10 +91,10 @@ class Plan:
         tokenizer_sha256: hash of `tokenizer.json`; none if tokens are bytes.
         vocab_size: number of different tokens.
         dtype: of tokens; the smallest that holds them.
-        text_field: which field of a JSONL line is the text.
+        text_field: which field of a JSONL line, or which column, is the text.
         eos_token_id: token at the end of each document, if there is one.
         shard_tokens: a shard ends with the document that reaches this many tokens.
-        files: text files, each with its size and its modification time in ns.
+        files: text files and saved datasets, each with its size and its modification time in ns.
         special_tokens: whether text that spells a special token became that token or stayed text.
     """
 

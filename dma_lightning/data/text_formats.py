@@ -1,4 +1,4 @@
-"""Documents in files of text or JSONL, compressed or not, read as streams."""
+"""Documents in files of text or JSONL, compressed or not, or in rows, read as streams."""
 
 import gzip
 import io
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dma_lightning.data.find_files import COMPRESSED, JSONL
+from dma_lightning.data.find_files import COMPRESSED, JSONL, PARQUET, is_saved_dataset
+from dma_lightning.data.row_formats import Row, dataset_rows, parquet_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # in collections.abc from Python 3.12 on
@@ -31,8 +32,8 @@ class Piece:
         text: of the piece.
         bytes: of the text in UTF-8.
         read: bytes of the file that were read so far, before decompression.
-        next_line: at the end of a document, the number of lines up to there, or none if it is the whole file; -1
-            within a document.
+        next_line: at the end of a document, the number of lines or rows up to there, or none if it is the whole file;
+            -1 within a document.
     """
 
     text: str
@@ -42,20 +43,27 @@ class Piece:
 
 
 def read_documents(path: Path, text_field: str, skip_lines: int = 0) -> Iterator[Piece]:
-    """The documents of a file: each line of JSONL (`.jsonl`, `.ndjson`), else the whole file; also `.gz` and `.zst`.
+    """The documents of a file.
 
-    Empty documents and a byte order mark are left out.
+    Each line of JSONL (`.jsonl`, `.ndjson`) is one, each row of `.parquet` or of a saved dataset, else the whole file.
+    Text and JSONL may be `.gz` and `.zst`. Empty documents and a byte order mark are left out.
 
     Args:
-        path: of the file.
-        text_field: which field of a JSONL line is the text.
-        skip_lines: number of JSONL lines to skip.
+        path: of the file, or of the folder of a saved dataset.
+        text_field: which field of a JSONL line, or which column, is the text.
+        skip_lines: number of JSONL lines or of rows to skip.
 
     Raises:
-        ValueError: if the file is damaged, not UTF-8, an archive or `.json`, or if a line is not a JSON object with
-            such a field.
+        ValueError: if the file is damaged, not UTF-8, an archive or `.json`, if a line is not a JSON object with
+            such a field, if there is no such column, or if a library for the format is missing.
     """
+    if is_saved_dataset(path):
+        yield from _rows(dataset_rows(path, text_field, skip_lines))
+        return
     compression, suffix = path.suffix.lower(), _kind(path)
+    if suffix == PARQUET:
+        yield from _rows(parquet_rows(path, text_field, skip_lines))
+        return
     with path.open("rb") as raw:
         try:
             stream = _decompress(path, compression, raw)
@@ -75,9 +83,9 @@ def check_plain(path: Path) -> None:
     """Refuse a file whose name says that it is not plain text.
 
     Raises:
-        ValueError: if it is JSONL, compressed, an archive or `.json`.
+        ValueError: if it is JSONL, compressed, an archive or `.json`, or has rows.
     """
-    if _kind(path) in JSONL or path.suffix.lower() in COMPRESSED:
+    if is_saved_dataset(path) or _kind(path) in (*JSONL, PARQUET) or path.suffix.lower() in COMPRESSED:
         raise ValueError(
             f"path: expected plain text, got {path}; `dma-lightning prepare` reads such files, for PreparedDataModule"
         )
@@ -101,10 +109,14 @@ def _kind(path: Path) -> str:
     """The ending of a name, in lower case, without the ending of a compression.
 
     Raises:
-        ValueError: if it is the ending of an archive, or `.json`.
+        ValueError: if it is the ending of an archive, or `.json`, or of what cannot be compressed as a whole.
     """
     compressed = path.suffix.lower() in COMPRESSED
     suffix = (path.with_suffix("") if compressed else path).suffix.lower()
+    if suffix == ".arrow":
+        raise ValueError(f"{path}: expected text, got .arrow; name the folder that `Dataset.save_to_disk` wrote")
+    if suffix == PARQUET and compressed:
+        raise ValueError(f"{path}: expected .parquet, which is compressed in itself, got {path.suffix}; unpack it")
     if suffix in _NO_TEXT:
         raise ValueError(
             f"{path}: expected text or JSONL, got {suffix}; unpack it, name it .jsonl if each of its lines is a "
@@ -180,10 +192,20 @@ def _lines(path: Path, stream: _Stream, raw: BinaryIO, text_field: str, skip_lin
         line = line if number > 1 else line.removeprefix(_BOM)
         if number <= skip_lines or not line.strip():
             continue
-        text = _text(path, number, line, text_field)
-        pieces = list(byte_pieces(text[i : i + _CHUNK] for i in range(0, len(text), _CHUNK)))
-        for left, piece in enumerate(pieces, start=1 - len(pieces)):
-            yield Piece(piece.decode(), len(piece), raw.tell(), -1 if left else number)
+        yield from _document(_text(path, number, line, text_field), raw.tell(), number)
+
+
+def _rows(rows: Iterable[Row]) -> Iterator[Piece]:
+    """Each row as one document."""
+    for row in rows:
+        yield from _document(row.text, row.read, row.number)
+
+
+def _document(text: bytes, read: int, number: int) -> Iterator[Piece]:
+    """The pieces of a document that is a line or a row."""
+    pieces = list(byte_pieces(text[i : i + _CHUNK] for i in range(0, len(text), _CHUNK)))
+    for left, piece in enumerate(pieces, start=1 - len(pieces)):
+        yield Piece(piece.decode(), len(piece), read, -1 if left else number)
 
 
 def byte_pieces(chunks: Iterable[bytes]) -> Iterator[bytes]:

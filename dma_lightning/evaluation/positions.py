@@ -59,7 +59,7 @@ def long_documents(
         tokenizer: of the model.
         length: N; a beginning has one token more, which is only predicted.
         documents: the most documents to take.
-        text_field: which field of a JSONL line is the text.
+        text_field: which field of a JSONL line, or which column, is the text.
 
     Raises:
         ValueError: if there is none, or a file cannot be read.

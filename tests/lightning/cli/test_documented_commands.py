@@ -9,8 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
 import pytest
 import yaml
+from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dma_lightning.cli import main
@@ -27,7 +30,7 @@ SHORT = shlex.split(
     "--trainer.precision 32-true --model.compile_layers false --model.cuda_graphs false"
 )
 SHOWS = {"--help", "--print_config"}
-PAGES = ("README.md", "docs/install.md", "docs/command-line.md", "docs/generation.md")
+PAGES = ("README.md", "docs/install.md", "docs/command-line.md", "docs/generation.md", "docs/data.md")
 
 
 def commands(page: str) -> list[list[str]]:
@@ -57,7 +60,7 @@ def shortened(command: list[str]) -> list[str]:
 
 @pytest.fixture
 def _new_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with the project's configs, some text and a tokenizer."""
+    """A folder with the project's configs, some text in several formats and a tokenizer."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     Path("configs").symlink_to(ROOT / "configs")
@@ -65,6 +68,9 @@ def _new_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("books", "corpus"):
         Path(folder).mkdir()
         Path(folder, "a.txt").write_text(text)
+    Path("web").mkdir()
+    parquet.write_table(pa.table({"content": [text, text]}), "web/train-0.parquet")
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": [text, text]})}).save_to_disk("wiki")
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(50)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save("tokenizer.json")
