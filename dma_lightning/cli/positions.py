@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dma_lightning.data.find_files import text_files
+from dma_lightning.data.text_formats import check_separator
 from dma_lightning.evaluation import Reader, TrainedRun, position_buckets
 from dma_lightning.evaluation.positions import long_documents
 from dma_lightning.evaluation.reports import facts, new_file, number, table_head, table_row, write_report
@@ -19,6 +20,7 @@ def positions(
     batch_size: int = 8,
     chunk_size: int = 2048,
     text_field: str = "text",
+    separator: str | None = None,
     special_tokens: SpecialTokens | None = None,
     device: str | None = None,
     backend: str | None = None,
@@ -36,6 +38,7 @@ def positions(
         batch_size: documents read at once.
         chunk_size: positions read at once.
         text_field: the field of a JSONL line, or the column, that holds the text.
+        separator: text that stands between the documents of a plain text file. Default: each file is one document.
         special_tokens: whether the name of a special token in the text stays text (text) or becomes that token (parse).
             Default: as in the training data.
         device: where to compute, such as cpu or cuda:1. Default: the GPU if there is one.
@@ -51,7 +54,9 @@ def positions(
     reader = Reader(run.module.model, run.device, chunk_size, full_cache)
     length = length or 2 * run.training_length
     tokenizer = saved_tokenizer(run.saved, run.module, special_tokens or run.saved.special_tokens)
-    found = long_documents(text_files(path), tokenizer, length, documents, text_field)
+    files = text_files(path)
+    check_separator(separator, files)
+    found = long_documents(files, tokenizer, length, documents, text_field, separator)
     buckets = position_buckets(reader, found, batch_size)
     print(table_head(["positions", "documents", "loss", "± standard error", "bits per byte"]))
     for bucket in buckets:

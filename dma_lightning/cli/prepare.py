@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -31,7 +32,7 @@ from dma_lightning.data.manifests import (
     token_type,
 )
 from dma_lightning.data.shards import ShardWriter, write_json, write_text
-from dma_lightning.data.text_formats import Piece, read_documents
+from dma_lightning.data.text_formats import Piece, check_separator, read_documents
 from dma_lightning.files.locks import HOLDER, LOCK, locked_folder
 from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer, FileTokenizer, SpecialTokens
 
@@ -40,7 +41,7 @@ _TASKS_AHEAD = 3  # for each process
 
 _SHARD_FILE = re.compile(r"(shard-[0-9]{5,})\.(tokens|ends\.npy|lengths|json)(\.tmp)?")
 
-_Place = tuple[int, int]  # number of a file, number of its lines or rows that are done
+_Place = tuple[int, int]  # number of a file, number of its lines, rows or separated documents that are done
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def prepare(
     tokenizer: str | None = None,
     special_tokens: SpecialTokens = "text",
     text_field: str = "text",
+    separator: str | None = None,
     eos_token_id: int | None = None,
     shard_tokens: int = 100_000_000,
     processes: int | None = None,
@@ -83,11 +85,13 @@ def prepare(
     Args:
         path: a file, a folder (all files below it that are not hidden) or a glob. Each line of a .jsonl or .ndjson file
             is a document, and each row of a .parquet file or of a folder that Dataset.save_to_disk wrote; any other
-            file is one document. Text and JSONL may be .gz or .zst.
+            file is one document, or several with a separator. Text and JSONL may be .gz or .zst.
         output: folder to write to: a new one, or one of the same command.
         tokenizer: a tokenizer.json of the tokenizers library; it is copied to the folder. Default: tokens are bytes.
         special_tokens: whether the name of a special token in the text stays text (text) or becomes that token (parse).
         text_field: the field of a JSONL line, or the column, that holds the text.
+        separator: text that stands between the documents of a plain text file and belongs to none of them. Default:
+            each plain text file is one document.
         eos_token_id: token to add after each document. Default: none.
         shard_tokens: a shard ends with the document that reaches this number of tokens.
         processes: number of processes that tokenize. Default: one per core.
@@ -105,7 +109,8 @@ def prepare(
     if output.resolve().is_relative_to(source := user_path(path).resolve()):
         raise ValueError(f"output: expected a folder outside the input {source}, got {output}")
     files = [file for file in text_files(path) if not file.resolve().is_relative_to(output.resolve())]
-    plan = _plan(files, reader, special_tokens, text_field, eos_token_id, shard_tokens)
+    check_separator(separator, files)
+    plan = _plan(files, reader, special_tokens, text_field, separator, eos_token_id, shard_tokens)
     _refuse_other_files(output)
     output.mkdir(parents=True, exist_ok=True)
     with locked_folder(output, "wait until it ends, or name another folder"):
@@ -119,10 +124,7 @@ def prepare(
             finally:
                 pool.shutdown(cancel_futures=True)
             _finish(output, files, plan, records)
-    print(
-        f"{output}: {sum(r.tokens for r in records):,} tokens, {sum(r.documents for r in records):,} documents, "
-        f"{sum(r.bytes for r in records):,} bytes, {len(records)} shards"
-    )
+    _report(output, files, plan, records)
 
 
 def _usable_cores() -> int:
@@ -134,6 +136,7 @@ def _plan(
     tokenizer: DataTokenizer,
     special_tokens: SpecialTokens,
     text_field: str,
+    separator: str | None,
     eos_token_id: int | None,
     shard_tokens: int,
 ) -> Plan:
@@ -144,6 +147,7 @@ def _plan(
         vocab_size=tokenizer.vocab_size,
         dtype=token_type(tokenizer.vocab_size),
         text_field=text_field,
+        separator=separator,
         eos_token_id=eos_token_id,
         shard_tokens=shard_tokens,
         files=_state(files),
@@ -244,7 +248,7 @@ def _write_shards(
     writer = ShardWriter(output, len(done), *shape)
     bar = tqdm(total=int(before[-1]), initial=int(before[place[0]]), desc="prepare", unit="B", unit_scale=True)
     try:
-        for file, piece, (tokens, lengths) in _tokenized(pool, processes, _pieces(files, place, plan.text_field)):
+        for file, piece, (tokens, lengths) in _tokenized(pool, processes, _pieces(files, place, plan)):
             writer.add(tokens, piece.bytes, lengths)
             bar.update(int(before[file]) + piece.read - bar.n)
             if piece.next_line == -1:
@@ -290,11 +294,26 @@ def _finish(output: Path, files: list[Path], plan: Plan, records: list[ShardReco
     write_json(output / MANIFEST, asdict(manifest))
 
 
-def _pieces(files: list[Path], start: _Place, text_field: str) -> Iterator[tuple[int, Piece]]:
+def _report(output: Path, files: list[Path], plan: Plan, records: list[ShardRecord]) -> None:
+    """Print the size of a finished folder; warn if the separator probably separates nothing."""
+    documents = sum(r.documents for r in records)
+    print(
+        f"{output}: {sum(r.tokens for r in records):,} tokens, {documents:,} documents, "
+        f"{sum(r.bytes for r in records):,} bytes, {len(records)} shards"
+    )
+    if plan.separator is not None and documents <= len(files):
+        warnings.warn(
+            f"separator: expected {plan.separator!r} between documents, got no more documents than files; in bash, "
+            "$'\\n' is a line feed",
+            stacklevel=3,
+        )
+
+
+def _pieces(files: list[Path], start: _Place, plan: Plan) -> Iterator[tuple[int, Piece]]:
     """Pieces of text from a place on, each with the number of its file."""
     for number in range(start[0], len(files)):
         skip = start[1] if number == start[0] else 0
-        for piece in read_documents(files[number], text_field, skip):
+        for piece in read_documents(files[number], plan.text_field, skip, plan.separator):
             yield number, piece
 
 

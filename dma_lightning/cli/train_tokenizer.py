@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dma_lightning.data.find_files import text_files, user_path
-from dma_lightning.data.text_formats import read_documents
+from dma_lightning.data.text_formats import check_separator, read_documents
 from dma_lightning.files.atomic import atomic_write
 
 _BYTES = 256
@@ -18,6 +18,7 @@ def train_tokenizer(
     output: Path = Path("tokenizer.json"),
     text_field: str = "text",
     end_token: str = "<|end|>",  # not a password
+    separator: str | None = None,
 ) -> None:
     """Train a byte-level BPE tokenizer on text, for `prepare`, `--data.tokenizer` and other readers of tokenizer.json.
 
@@ -30,6 +31,7 @@ def train_tokenizer(
         output: the file to write; it must not exist.
         text_field: the field of a JSONL line, or the column, that holds the text.
         end_token: name of the end token.
+        separator: text between the documents of a plain text file, which the tokenizer does not see.
 
     Raises:
         ValueError: if the vocabulary is too small, the file exists, or there is no text.
@@ -44,12 +46,13 @@ def train_tokenizer(
     if output.exists():
         raise ValueError(f"output: expected no such file, since nothing is overwritten, got {output}; name another")
     files = text_files(path)
+    check_separator(separator, files)
     size = 0
 
     def texts() -> Iterator[str]:
         nonlocal size
         for file in files:
-            for piece in read_documents(file, text_field):
+            for piece in read_documents(file, text_field, separator=separator):
                 size += piece.bytes
                 yield piece.text
 

@@ -36,7 +36,7 @@ class ShardRecord:
         tokens_sha256: hash of the file of tokens.
         ends_sha256: hash of the file of ends.
         next_file: number of the input file where the next shard begins.
-        next_line: lines or rows of that file that are done.
+        next_line: lines, rows or separated documents of that file that are done.
         lengths_dtype: dtype of the file with each token's bytes; none if tokens are bytes, and in version 1.
         lengths_sha256: hash of that file.
     """
@@ -96,6 +96,7 @@ class Plan:
         shard_tokens: a shard ends with the document that reaches this many tokens.
         files: text files and saved datasets, each with its size and its modification time in ns.
         special_tokens: whether text that spells a special token became that token or stayed text.
+        separator: what stood between the documents of a plain text file, if not each was one document.
     """
 
     version: int
@@ -107,6 +108,7 @@ class Plan:
     shard_tokens: Positive
     files: list[tuple[str, Count, int]]
     special_tokens: SpecialTokens = "parse"
+    separator: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype != (smallest := token_type(self.vocab_size)):

@@ -5,12 +5,13 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dma_lightning.data.find_files import COMPRESSED, JSONL, PARQUET, is_saved_dataset
 from dma_lightning.data.row_formats import Row, dataset_rows, parquet_rows
+from dma_lightning.data.separators import separated, separator_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # in collections.abc from Python 3.12 on
@@ -32,8 +33,8 @@ class Piece:
         text: of the piece.
         bytes: of the text in UTF-8.
         read: bytes of the file that were read so far, before decompression.
-        next_line: at the end of a document, the number of lines or rows up to there, or none if it is the whole file;
-            -1 within a document.
+        next_line: at the end of a document, the number of lines, rows or separated documents up to there, or none if
+            it is the whole file; -1 within a document.
     """
 
     text: str
@@ -42,16 +43,18 @@ class Piece:
     next_line: int | None
 
 
-def read_documents(path: Path, text_field: str, skip_lines: int = 0) -> Iterator[Piece]:
+def read_documents(path: Path, text_field: str, skip_lines: int = 0, separator: str | None = None) -> Iterator[Piece]:
     """The documents of a file.
 
-    Each line of JSONL (`.jsonl`, `.ndjson`) is one, each row of `.parquet` or of a saved dataset, else the whole file.
-    Text and JSONL may be `.gz` and `.zst`. Empty documents and a byte order mark are left out.
+    Each line of JSONL (`.jsonl`, `.ndjson`) is one, and each row of `.parquet` or of a saved dataset. Any other file is
+    one, or several with a separator between them. Text and JSONL may be `.gz` and `.zst`. Empty documents and a byte
+    order mark are left out.
 
     Args:
         path: of the file, or of the folder of a saved dataset.
         text_field: which field of a JSONL line, or which column, is the text.
-        skip_lines: number of JSONL lines or of rows to skip.
+        skip_lines: number of JSONL lines, of rows or of separated documents to skip.
+        separator: what stands between the documents of a plain text. Default: each file is one document.
 
     Raises:
         ValueError: if the file is damaged, not UTF-8, an archive or `.json`, if a line is not a JSON object with
@@ -70,7 +73,7 @@ def read_documents(path: Path, text_field: str, skip_lines: int = 0) -> Iterator
             if suffix in JSONL:
                 yield from _lines(path, stream, raw, text_field, skip_lines)
             else:
-                yield from _whole(path, stream, raw)
+                yield from _plain(path, stream, raw, separator_bytes(separator), skip_lines)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: expected a whole {compression} file: {error}") from error
         except Exception as error:
@@ -79,16 +82,34 @@ def read_documents(path: Path, text_field: str, skip_lines: int = 0) -> Iterator
             raise ValueError(f"{path}: expected a whole {compression} file: {error}") from error
 
 
+def check_separator(separator: str | None, files: Iterable[Path]) -> None:
+    """Check that a separator, if there is one, is of use.
+
+    Raises:
+        ValueError: if it is empty or not UTF-8, or if no file is plain text.
+    """
+    if separator_bytes(separator) is not None and not any(_is_plain(file) for file in files):
+        raise ValueError(
+            "separator: expected a plain text file, got only lines and rows, each of which is a document; leave the "
+            "separator out"
+        )
+
+
 def check_plain(path: Path) -> None:
     """Refuse a file whose name says that it is not plain text.
 
     Raises:
         ValueError: if it is JSONL, compressed, an archive or `.json`, or has rows.
     """
-    if is_saved_dataset(path) or _kind(path) in (*JSONL, PARQUET) or path.suffix.lower() in COMPRESSED:
+    if not _is_plain(path) or path.suffix.lower() in COMPRESSED:
         raise ValueError(
             f"path: expected plain text, got {path}; `dma-lightning prepare` reads such files, for PreparedDataModule"
         )
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether a file is plain text, perhaps compressed."""
+    return not is_saved_dataset(path) and _kind(path) not in (*JSONL, PARQUET)
 
 
 def plain_chunks(path: Path) -> Iterator[bytes]:
@@ -173,17 +194,21 @@ class _Joined(io.RawIOBase):
         return size
 
 
-def _whole(path: Path, stream: _Stream, raw: BinaryIO) -> Iterator[Piece]:
-    """The file as one document."""
-    line, last = 1, None
-    for piece in byte_pieces(_chunks(stream)):
-        text = _decode(path, line, piece)
-        line += piece.count(b"\n")
+def _plain(path: Path, stream: _Stream, raw: BinaryIO, separator: bytes | None, skip: int) -> Iterator[Piece]:
+    """The file as one document, or as those that a separator stands between."""
+    line, chunks = 1, _chunks(stream)
+    documents = [chunks] if separator is None else separated(chunks, separator)
+    for number, document in enumerate(documents, start=1):
+        last = None
+        for piece in byte_pieces(document):
+            text = _decode(path, line, piece)
+            line += piece.count(b"\n")
+            if last is not None:
+                yield last
+            last = Piece(text, len(piece), raw.tell(), -1) if number > skip else None
         if last is not None:
-            yield last
-        last = Piece(text, len(piece), raw.tell(), -1)
-    if last is not None:
-        yield Piece(last.text, last.bytes, last.read, None)
+            yield replace(last, next_line=None if separator is None else number)
+        line += separator.count(b"\n") if separator else 0
 
 
 def _lines(path: Path, stream: _Stream, raw: BinaryIO, text_field: str, skip_lines: int) -> Iterator[Piece]:

@@ -4,7 +4,7 @@ D documents, B of them at once, N positions, K buckets.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dma_lightning.data.text_formats import read_documents
+from dma_lightning.data.text_formats import Piece, read_documents
 from dma_lightning.evaluation.reading import Reader
 from dma_lightning.losses import token_losses
 from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer
@@ -50,7 +50,12 @@ class Beginning:
 
 
 def long_documents(
-    files: Sequence[Path], tokenizer: DataTokenizer, length: int, documents: int, text_field: str = "text"
+    files: Sequence[Path],
+    tokenizer: DataTokenizer,
+    length: int,
+    documents: int,
+    text_field: str = "text",
+    separator: str | None = None,
 ) -> list[Beginning]:
     """The beginnings of documents that have more than `length` tokens, in the order of the files.
 
@@ -60,6 +65,7 @@ def long_documents(
         length: N; a beginning has one token more, which is only predicted.
         documents: the most documents to take.
         text_field: which field of a JSONL line, or which column, is the text.
+        separator: what stands between the documents of a plain text. Default: each file is one document.
 
     Raises:
         ValueError: if there is none, or a file cannot be read.
@@ -67,7 +73,7 @@ def long_documents(
     found: list[Beginning] = []
     longest = 0
     for file in files:
-        for beginning in _beginnings(file, tokenizer, length + 1, text_field):
+        for beginning in _beginnings(tokenizer, length + 1, read_documents(file, text_field, separator=separator)):
             longest = max(longest, len(beginning.tokens))
             if len(beginning.tokens) > length:
                 found.append(beginning)
@@ -119,12 +125,12 @@ def _bucket_nats(reader: Reader, tokens: Tensor, bucket: Tensor, count: int) -> 
     return nats
 
 
-def _beginnings(file: Path, tokenizer: DataTokenizer, count: int, text_field: str) -> Iterator[Beginning]:
+def _beginnings(tokenizer: DataTokenizer, count: int, pieces: Iterable[Piece]) -> Iterator[Beginning]:
     """The first `count` tokens of each document of a file; all tokens of a shorter one."""
     tokens: list[np.ndarray] = []
     sizes: list[np.ndarray] = []
     have = 0
-    for piece in read_documents(file, text_field):
+    for piece in pieces:
         if have < count:  # skip the rest of the document up to its end
             ids, lengths = _tokens(tokenizer, piece.text)
             tokens, sizes, have = [*tokens, ids], [*sizes, lengths], have + len(ids)

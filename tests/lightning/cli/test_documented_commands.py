@@ -68,6 +68,7 @@ def _new_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("books", "corpus"):
         Path(folder).mkdir()
         Path(folder, "a.txt").write_text(text)
+    Path("stories.txt").write_text(f"{text}<|endoftext|>{text}")
     Path("web").mkdir()
     parquet.write_table(pa.table({"content": [text, text]}), "web/train-0.parquet")
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": [text, text]})}).save_to_disk("wiki")
