@@ -7,6 +7,7 @@ characters as they are. Lightning's own options and configuration files stay YAM
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from inspect import isclass, isfunction, signature
 from pathlib import Path
 from types import NoneType, UnionType
@@ -49,14 +50,16 @@ class _Option(ActionTypeHint):
     Attributes:
         of_text: whether it is our own option for a string or path.
         of_texts: whether it is our own option for a list of strings; each flag adds one.
+        of_weights: whether it is our own option for a string, or for strings with weights in braces.
     """
 
-    of_text = of_texts = False
+    of_text = of_texts = of_weights = False
 
     def mark_as_ours(self) -> None:
         """Keep strings as they are if the option takes strings."""
         is_union = get_origin(self._typehint) in (Union, UnionType)
         kinds = {*(get_args(self._typehint) if is_union else [self._typehint])} - {NoneType}
+        self.of_weights = kinds == {str, dict[str, float]}
         self.of_text, self.of_texts = kinds in ({str}, {Path}), kinds == {list[str]}
 
     def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
@@ -70,6 +73,10 @@ class _Option(ActionTypeHint):
             value = NestedArg(value.key, _Characters(value.val))  # the parser of the class knows the type
         elif isinstance(value, str) and self.of_text:
             return Path(value) if Path in (self._typehint, *get_args(self._typehint)) else value
+        elif isinstance(value, str) and self.of_weights:
+            value = _weights(value)
+            if isinstance(value, str):
+                return value
         elif isinstance(value, str) and self.of_texts:
             value = [value]
         return super()._check_type(value, append, cfg, mode)
@@ -159,6 +166,15 @@ def _load(text: str) -> Any:
     """Parse YAML, but keep a flag that is only a comment, such as `#notes.txt`, as text."""
     value = _load_yaml(text)
     return text if value is None and text.strip() else value
+
+
+def _weights(text: str) -> str | dict[str, float]:
+    """A mapping from names to numbers in braces, as YAML; any other text as it is."""
+    if text.startswith("{") and text.endswith("}"):
+        with suppress(yaml.YAMLError, AttributeError, TypeError, ValueError):
+            weights = yaml.load(text, yaml.BaseLoader)  # which reads all values as text
+            return {str(name): float(weight) for name, weight in weights.items()}
+    return text
 
 
 def _is_ours(source: Any, name: str) -> bool:

@@ -147,6 +147,8 @@ def _wrong_value(key: str, reason: str, parser: ArgumentParser) -> str:
         return f"{_where(key, found[1], parser)}: no such class: {found[1]}{_meant(found[1], _class_names(key))}"
     value = re.search(r"Got value: (.*)|Given value: (.*)", reason, re.DOTALL)
     types = re.search(r"Expected an? (.+?)\. Got value|Subtypes: \[(.*)\]\n", reason)
+    if mapping := re.search(r"Subtypes: \[(.*dict\[.*)\]\n.*Got value: (\S+).*Given value: (.*)", reason, re.DOTALL):
+        return f"{_where(key, mapping[2], parser)}: expected {_type_names(mapping[1])}, got {mapping[3]}"
     if value is None or types is None:
         return f"{_where(key, '', parser)}: {reason}"
     given = (value[1] or value[2] or "").strip()
@@ -260,7 +262,8 @@ def _choices(types: str) -> list[Any]:
 def _type_names(types: str) -> str:
     """Types in words: `one of 'wsd', 'cosine'`, `int, float or null`."""
     plain = re.sub(r"(?:typing\.)?Literal\[[^\]]*\](?:, )?", "", types)
-    names = re.findall(r"<class '(?:[\w.]+\.)?(\w+)'>", plain) or [x for x in [plain.strip(" ,")] if x]
+    names = re.findall(r"<class '(?:[\w.]+\.)?(\w+)'>|(dict\[.*?\])", plain)
+    names = [kind or mapping for kind, mapping in names] or [x for x in [plain.strip(" ,")] if x]
     names = ["null" if name == "NoneType" else name for name in names]
     choices = ", ".join(map(repr, dict.fromkeys(_choices(types))))
     parts = ([f"one of {choices}"] if choices else []) + list(dict.fromkeys(names))

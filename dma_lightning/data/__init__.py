@@ -6,8 +6,8 @@
   `needles` (in a haystack of tokens), `text_needles` (in a haystack of text)
 
 Below these: `find_files`, `text_formats` and `row_formats` (raw text), `arrays`, `shards`, `manifests` and `text_cache`
-(tokens on disk), `windows` and `samplers` (which tokens form a sequence, and the order of the sequences), `parts`
-(of sequences that several processes divide).
+(tokens on disk), `windows`, `samplers` and `mixtures` (which tokens form a sequence, and the order of the
+sequences), `parts` (of sequences that several processes divide).
 """
 
 from dma_lightning.data.base import IGNORE_INDEX, Batch, SequenceDataModule

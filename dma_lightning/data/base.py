@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dma_lightning.data.mixtures import Mixture
 from dma_lightning.data.restoring import RestorableDataModule
 from dma_lightning.data.samplers import EvalSampler, PaddedDataset, Sequences, TrainSampler
 from dma_lightning.files.reading import Count, as_kind
@@ -95,6 +96,11 @@ class SequenceDataModule(RestorableDataModule):
         """What identifies the training data, such as a hash; None if nothing does."""
         return None
 
+    @property
+    def train_mixture(self) -> Mixture | None:
+        """The share of each source of the training data; None if there is one source. Known after `setup`."""
+        return None
+
     def __init__(
         self,
         vocab_size: int,
@@ -126,7 +132,8 @@ class SequenceDataModule(RestorableDataModule):
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         seed = self._saved["seed"] if self._saved else seed
         position = self._position if self.trainer is not None else None
-        sampler = TrainSampler(len(self.train_set), self.batch_size, *self._processes, seed, position)
+        order = None if self.train_mixture is None else self.train_mixture.order
+        sampler = TrainSampler(len(self.train_set), self.batch_size, *self._processes, seed, position, order)
         self._train_sampler = sampler
         if self._saved and self._saved["batches"]:
             _check_same_batches(self._saved, sampler, self.fingerprint, self._batches_per_epoch)

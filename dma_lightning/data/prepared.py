@@ -5,10 +5,12 @@ N sequence length.
 
 import hashlib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 from dma_lightning.data.find_files import user_path
 from dma_lightning.data.manifests import TOKENIZER, Manifest, read_manifest
+from dma_lightning.data.mixtures import EXAMPLE, Mixture, checked_weights
 from dma_lightning.data.shards import Shard
 from dma_lightning.data.text import TokenizedDataModule
 from dma_lightning.data.windows import TokenWindows
@@ -17,13 +19,16 @@ from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer, FileTokenizer
 
 
 class PreparedDataModule(TokenizedDataModule):
-    """Language modeling on a folder of `dma-lightning prepare`, memory-mapped: each batch reads only what it needs.
+    """Language modeling on folders of `dma-lightning prepare`, memory-mapped: each batch reads only what it needs.
 
-    Training draws windows of all shards in random order. `test` and `predict` use the validation part. `prepare_data`
-    reads all shards once and compares their hashes, unless the environment variable DMA_VERIFY_FILES is 0.
+    Training draws windows of all shards in random order, from each of several folders as its weight says. `test` and
+    `predict` use the validation part. `prepare_data` reads all shards once and compares their hashes, unless the
+    environment variable DMA_VERIFY_FILES is 0.
 
     Args:
-        path: the folder.
+        path: the folder; or several, each with its weight, such as {web: 0.7, books: 0.3}. They need the same
+            tokenizer, special_tokens and eos_token_id. Weights are shares of the training sequences; their sum does not
+            matter.
         sequence_length: tokens in a sequence.
         separate_documents: keep attention and labels within each document of a sequence; otherwise a sequence is plain
             text across documents.
@@ -33,15 +38,15 @@ class PreparedDataModule(TokenizedDataModule):
         num_workers: data loading processes per training process.
 
     Raises:
-        ValueError: if a folder is unfinished or damaged, or has other tokens; in `prepare_data`, if a shard differs
-            from what was written; in `setup`, if it is too short.
+        ValueError: if a folder is unfinished or damaged, or has other tokens, or if a weight is not positive; in
+            `prepare_data`, if a shard differs from what was written; in `setup`, if a folder is too short.
     """
 
     file_arguments = ("path", "val_path")
 
     def __init__(
         self,
-        path: str,
+        path: str | dict[str, float],
         sequence_length: int = 1024,
         separate_documents: bool = True,
         val_path: str | None = None,
@@ -49,8 +54,9 @@ class PreparedDataModule(TokenizedDataModule):
         batch_size: int = 16,
         num_workers: int = 0,
     ) -> None:
-        self.path = user_path(path)
-        self.manifest = read_manifest(self.path)
+        self.weights = _weights(path)
+        self.manifests = {folder: read_manifest(folder) for folder in self.weights}
+        self.path, self.manifest = next(iter(self.manifests.items()))  # the first, which says what tokens are
         self.tokenizer = _tokenizer(self.path, self.manifest)
         super().__init__(self.manifest.vocab_size, sequence_length, batch_size, num_workers)
         self.save_hyperparameters()
@@ -59,7 +65,9 @@ class PreparedDataModule(TokenizedDataModule):
         self.separate_documents, self.val_fraction = separate_documents, val_fraction
         self.val_path = None if val_path is None else user_path(val_path)
         self.val_manifest = self.manifest if self.val_path is None else read_manifest(self.val_path)
+        self._mixture: Mixture | None = None
         self._is_verified = False
+        self._check_mixed_tokens()
         for folder, manifest in self._folders.items():
             if not manifest.knows_bytes:
                 warnings.warn(
@@ -70,19 +78,37 @@ class PreparedDataModule(TokenizedDataModule):
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Mean bytes of a token in the whole folder; None if the bytes of single tokens are unknown."""
-        knows_bytes = all(manifest.knows_bytes for manifest in self._folders.values())
-        return self.manifest.bytes / self.manifest.tokens if knows_bytes else None
+        """Mean bytes of a token in the folders, by weight; None if the bytes of single tokens are unknown."""
+        if not all(manifest.knows_bytes for manifest in self._folders.values()):
+            return None
+        mean = sum(weight * self.manifests[x].bytes / self.manifests[x].tokens for x, weight in self.weights.items())
+        return mean / sum(self.weights.values())
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the shards' hashes, and the sequence length."""
-        hashes = [x for shard in self.manifest.shards for x in (shard.tokens_sha256, shard.ends_sha256)]
-        return f"{hashlib.sha256(''.join(hashes).encode()).hexdigest()}-{self.sequence_length}"
+        """Hash of the shards' hashes, with the shares of several folders; and the sequence length."""
+        if not self._is_mixed:
+            return f"{_digest(self.manifest)}-{self.sequence_length}"
+        total = sum(self.weights.values())
+        shares = [f"{_digest(self.manifests[x])} {self.weights[x] / total:.9g}" for x in self._by_content]
+        return f"{hashlib.sha256(', '.join(shares).encode()).hexdigest()}-{self.sequence_length}"
+
+    @property
+    def train_mixture(self) -> Mixture | None:
+        return self._mixture
+
+    @property
+    def _is_mixed(self) -> bool:
+        return isinstance(self.hparams["path"], Mapping)
+
+    @property
+    def _by_content(self) -> list[Path]:
+        """The folders in an order that neither their names nor that of the weights decide."""
+        return sorted(self.manifests, key=lambda folder: (_digest(self.manifests[folder]), self.weights[folder]))
 
     @property
     def _folders(self) -> dict[Path, Manifest]:
-        return {self.path: self.manifest} | ({} if self.val_path is None else {self.val_path: self.val_manifest})
+        return self.manifests | ({} if self.val_path is None else {self.val_path: self.val_manifest})
 
     def prepare_data(self) -> None:
         """Check that all shards are as they were written. Called on one process per node.
@@ -97,23 +123,57 @@ class PreparedDataModule(TokenizedDataModule):
 
     def setup(self, stage: str) -> None:
         """Find the shards and split them."""
+        part = "train" if self.val_path is None else "all"
+        train = {folder: self._shards(folder, part) for folder in self._by_content}
         if self.val_path is None:
-            train, val = (_shards(self.path, self.manifest, part, self.val_fraction) for part in ("train", "val"))
+            val = [shard for folder in self._by_content for shard in self._shards(folder, "val")]
         else:
             self._check_val_tokens()
-            train, val = _shards(self.path, self.manifest), _shards(self.val_path, self.val_manifest)
-        self.train_set = TokenWindows(train, self.sequence_length, self.separate_documents)
-        self.val_set = self.test_set = TokenWindows(val, self.sequence_length, self.separate_documents)
-        for name, windows, folder in (
-            ("training", self.train_set, self.path),
-            ("validation", self.val_set, self.val_path or self.path),
-        ):
-            if not len(windows):
-                longest = max(shard.stop - shard.start for shard in windows.shards)
+            val = _shards(self.val_path, self.val_manifest)
+        windows = {folder: self._windows("training", shards, folder) for folder, shards in train.items()}
+        self.train_set = self._windows("training", [shard for shards in train.values() for shard in shards], self.path)
+        self.val_set = self.test_set = self._windows("validation", val, self.val_path or self.path)
+        if self._is_mixed:
+            sizes, weights = [len(x) for x in windows.values()], [self.weights[x] for x in windows]
+            self._mixture = Mixture.by_weight([str(x) for x in windows], sizes, weights)
+
+    def _shards(self, folder: Path, part: str) -> list[Shard]:
+        return _shards(folder, self.manifests[folder], part, self.val_fraction)
+
+    def _windows(self, part: str, shards: list[Shard], folder: Path) -> TokenWindows:
+        """Windows of shards.
+
+        Raises:
+            ValueError: if there is none; the message names the part and the folder.
+        """
+        windows = TokenWindows(shards, self.sequence_length, self.separate_documents)
+        if not len(windows):
+            longest = max(shard.stop - shard.start for shard in shards)
+            raise ValueError(
+                f"expected more than sequence_length = {self.sequence_length} tokens in the {part} part of a shard, "
+                f"got at most {longest} in {len(shards)} shards at {folder}; give more text or fewer shards, shorten "
+                "sequence_length, or change val_fraction or val_path"
+            )
+        return windows
+
+    def _check_mixed_tokens(self) -> None:
+        """Check that the tokens of all folders were made in the same way.
+
+        Raises:
+            ValueError: if they were not.
+        """
+        for folder, manifest in self.manifests.items():
+            self._check_same_tokens("path", folder, manifest)
+            if manifest.eos_token_id != self.manifest.eos_token_id:
                 raise ValueError(
-                    f"expected more than sequence_length = {self.sequence_length} tokens in the {name} part of a "
-                    f"shard, got at most {longest} in {len(windows.shards)} shards at {folder}; give more text or "
-                    "fewer shards, shorten sequence_length, or change val_fraction or val_path"
+                    f"path: expected folders with eos_token_id {self.manifest.eos_token_id}, as {self.path}, got "
+                    f"{folder} with {manifest.eos_token_id}; prepare it in the same way"
+                )
+            if manifest.knows_bytes != self.manifest.knows_bytes:
+                old = folder if self.manifest.knows_bytes else self.path
+                raise ValueError(
+                    f"path: expected folders that know the bytes of their tokens, got {old} of version 1; prepare it "
+                    "again"
                 )
 
     def _check_val_tokens(self) -> None:
@@ -122,19 +182,48 @@ class PreparedDataModule(TokenizedDataModule):
         Raises:
             ValueError: if they were not.
         """
-        ours, theirs = self.manifest, self.val_manifest
-        if theirs.tokenizer_sha256 != ours.tokenizer_sha256:
+        assert self.val_path is not None
+        self._check_same_tokens("val_path", self.val_path, self.val_manifest)
+
+    def _check_same_tokens(self, what: str, folder: Path, manifest: Manifest) -> None:
+        ours = self.manifest
+        if manifest.tokenizer_sha256 != ours.tokenizer_sha256:
             raise ValueError(
-                f"val_path: expected a folder with the tokenizer of {self.path}, got {self.val_path} with another; "
-                "prepare it with the same"
+                f"{what}: expected a folder with the tokenizer of {self.path}, got {folder} with another; prepare it "
+                "with the same"
             )
         matters = isinstance(self.tokenizer, FileTokenizer) and self.tokenizer.has_special_tokens
-        if matters and theirs.special_tokens != ours.special_tokens:
+        if matters and manifest.special_tokens != ours.special_tokens:
             raise ValueError(
-                f"val_path: expected a folder with special_tokens {ours.special_tokens!r}, as {self.path}, got "
-                f"{self.val_path} with {theirs.special_tokens!r}; prepare it with --special_tokens "
-                f"{ours.special_tokens}"
+                f"{what}: expected a folder with special_tokens {ours.special_tokens!r}, as {self.path}, got {folder} "
+                f"with {manifest.special_tokens!r}; prepare it with --special_tokens {ours.special_tokens}"
             )
+
+
+def _weights(path: str | Mapping[str, float]) -> dict[Path, float]:
+    """The weights of folders; that of one folder does not matter.
+
+    Raises:
+        ValueError: if a weight is not positive, or a folder has two.
+    """
+    if not isinstance(path, Mapping):
+        folder = user_path(path)
+        if folder.name.startswith("{") and not folder.exists():
+            raise ValueError(
+                f"path: expected a folder, or folders with weights such as {EXAMPLE}, got {str(path)!r}; put a "
+                "space after each colon"
+            )
+        return {folder: 1.0}
+    weights = {user_path(folder): weight for folder, weight in checked_weights(path).items()}
+    if len(weights) < len(path):
+        raise ValueError(f"path: expected each folder once, got {', '.join(map(repr, path))}; add up its weights")
+    return weights
+
+
+def _digest(manifest: Manifest) -> str:
+    """Hash of the hashes of a folder's shards."""
+    hashes = [x for shard in manifest.shards for x in (shard.tokens_sha256, shard.ends_sha256)]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _tokenizer(folder: Path, manifest: Manifest) -> DataTokenizer:

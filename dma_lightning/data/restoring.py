@@ -71,8 +71,9 @@ class SavedData:
     """That class, if it belongs to this package."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Its arguments, without the files below."""
-    files: dict[str, str] = field(default_factory=dict)
-    """Files and folders, by argument, that the checkpoint names and the run's own configuration does not."""
+    files: dict[str, Any] = field(default_factory=dict)
+    """Files, folders, or folders with weights, by argument, that only the checkpoint names, not the run's own
+    configuration."""
 
     def module(self, saved: Mapping[str, Any], path: Path, changed: Mapping[str, Any]) -> RestorableDataModule:
         """The data module; it raises the errors of `RestorableDataModule.load_from_checkpoint`.

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
+Order = Callable[[int, int], np.ndarray]  # indices of the sequences of an epoch, from its seed and number
+
 
 class Sequences(Protocol):
     """A data set of sequences with a known length; each item is a `Batch` without its dimension B."""
@@ -19,9 +21,10 @@ class Sequences(Protocol):
 class TrainSampler(DistributedSampler):
     """One process's part of each global batch, in an order that only seed and epoch decide.
 
-    An epoch is a permutation of all sequences, cut into global batches of `ranks * batch_size`. Each process takes its
-    slice of every global batch. So any number of processes trains on the same sequences in the same step. The rest at
-    an epoch's end is dropped. The class is a `DistributedSampler` so that Lightning does not replace it.
+    An epoch is an order of sequences, by default a permutation of all, cut into global batches of `ranks * batch_size`.
+    Each process takes its slice of every global batch. So any number of processes trains on the same sequences in the
+    same step. The rest at an epoch's end is dropped. The class is a `DistributedSampler` so that Lightning does not
+    replace it.
 
     Args:
         count: number of sequences.
@@ -31,6 +34,7 @@ class TrainSampler(DistributedSampler):
         seed: of the order.
         position: returns the epoch, and how many of its batches were trained on; called when an iteration begins.
             Default: the start of the epoch that `set_epoch` set.
+        order: of the `count` sequences of an epoch. Default: a permutation.
 
     Raises:
         ValueError: if there are too few sequences for one global batch.
@@ -44,10 +48,11 @@ class TrainSampler(DistributedSampler):
         rank: int = 0,
         seed: int = 0,
         position: Callable[[], tuple[int, int]] | None = None,
+        order: Order | None = None,
     ) -> None:
         data: Any = range(count)  # torch expects a data set but uses only its length
         super().__init__(data, num_replicas=ranks, rank=rank, seed=seed)
-        self.count, self.batch_size, self.position = count, batch_size, position
+        self.count, self.batch_size, self.position, self.order = count, batch_size, position, order or self._permuted
         self.global_batch = ranks * batch_size
         self.batches = count // self.global_batch
         if not self.batches:
@@ -61,9 +66,12 @@ class TrainSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         epoch, done = (self.epoch, 0) if self.position is None else self.position()
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
+        order = self.order(self.seed, epoch)
         slices = order[: self.batches * self.global_batch].reshape(self.batches, self.num_replicas, self.batch_size)
         return map(int, slices[done:, self.rank].reshape(-1))
+
+    def _permuted(self, seed: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(self.count)
 
 
 class EvalSampler(DistributedSampler):

@@ -70,6 +70,8 @@ def summary_rows(trainer: pl.Trainer, pl_module: pl.LightningModule, sequences: 
         f"= {sequences * accumulated * groups} of {length:,} tokens, {per_step:,} tokens",
         "FLOPs": f"{flops:.3g} per token, forward and backward; {flops * per_step:.3g} per step",
     }
+    if (mixture := getattr(getattr(trainer, "datamodule", None), "train_mixture", None)) is not None:
+        rows["data"] = mixture.description
     if steps is None:
         return rows | {"run": "no end is set"}
     left = steps - trainer.global_step

@@ -32,6 +32,8 @@ def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("argument.yaml").write_text("data:\n  class_path: dma_lightning.TextDataModule\n  init_args:\n    pth: x\n")
     Path("class.yaml").write_text("trainer:\n  callbacks:\n  - class_path: dma_lightning.callbacks.GradientGard\n")
     Path("type.yaml").write_text("model:\n  hidden_size: wide\n")
+    prepared = "data: {class_path: dma_lightning.PreparedDataModule, init_args: {path: {a: x}}}"
+    Path("weights.yaml").write_text(prepared)
     Path("broken.yaml").write_text("trainer: [\n")
 
 
@@ -85,6 +87,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
         ("-c argument.yaml", ["argument.yaml: data.pth: TextDataModule has no such argument; did you mean path?"]),
         ("-c class.yaml", ["class.yaml: trainer.callbacks: no such class", "did you mean GradientGuard?"]),
         ("-c type.yaml", ["type.yaml: model.hidden_size: expected int, got 'wide'"]),
+        ("-c weights.yaml", ["weights.yaml: data.path: expected str or dict[str, float], got {'a': 'x'}; see"]),
         ("-c broken.yaml", ["broken.yaml, line 2: expected YAML, got something else: "]),
         ("-c type.yml", ["config, got 'type.yml'; did you mean 'type.yaml'?"]),
         ("-c tinny", ["-c: expected a file or the name of a shipped config, got 'tinny'; did you mean 'model/tiny'?"]),

@@ -29,8 +29,12 @@ TEXT = {str: str, Path: Path, list[str]: lambda text: [text, text]}  # types of 
 
 
 def kind(hint: Any) -> Any:
-    """A type without None."""
-    kinds = [x for x in get_args(hint) if x is not type(None)] if get_origin(hint) is UnionType else [hint]
+    """A type without None, and without weights, which a string means only in braces."""
+    kinds = (
+        [x for x in get_args(hint) if x not in (type(None), dict[str, float])]
+        if get_origin(hint) is UnionType
+        else [hint]
+    )
     return kinds[0] if len(kinds) == 1 else hint
 
 
@@ -121,8 +125,36 @@ def test_all_of_our_options_that_take_text_are_read_as_text() -> None:
     hints = [get_type_hints(owner.__init__ if inspect.isclass(owner) else owner) for owner in owners]
     found = {f"{name}: {hint}" for x in (*hints, get_type_hints(ModelConfig)) for name, hint in x.items()}
     others = {x for x in found if "str" in x.split(": ", 1)[1].replace("stride", "") and "<class" not in x}
-    known = {str(hint) for hint in (str | None, list[str] | None)}
+    known = {str(hint) for hint in (str | None, list[str] | None, str | dict[str, float])}
     assert {x.split(":")[0] for x in others if x.split(": ", 1)[1] not in known} == {"attention_args"}  # YAML by nature
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("{a: 0.7, b: 3}", {"a": 0.7, "b": 3.0}),
+        ("{1: 1, null: 2, ~/c: 3}", {"1": 1.0, "null": 2.0, "~/c": 3.0}),
+        ('{"a b": 1e-3}', {"a b": 1e-3}),
+        ("{}", {}),
+        ("{a:0.7}", "{a:0.7}"),
+        ("{a: x}", "{a: x}"),
+        ("{a, b}", "{a, b}"),
+        ("{a: 1", "{a: 1"),
+        ("{a: [}", "{a: [}"),
+        ("{a: {b: 1}}", "{a: {b: 1}}"),
+        ("a: 1", "a: 1"),
+    ],
+)
+def test_weights_stand_in_braces(text: str, read: str | dict[str, float], tmp_path: Path) -> None:
+    chosen = "--data=dma_lightning.PreparedDataModule"
+    config = training_parser().parse_args([chosen, f"--data.path={text}"])
+    assert config.data.init_args.path == read
+    (tmp_path / "saved.yaml").write_text(training_parser().dump(config))
+    again = training_parser().parse_args([f"--config={tmp_path / 'saved.yaml'}"])
+    assert again.data.init_args == config.data.init_args
+    other = training_parser().parse_args([f"--config={tmp_path / 'saved.yaml'}", "--data.path={other: 1}"])
+    assert other.data.init_args.path == {"other": 1.0}
+    assert training_parser().parse_args([chosen, "--data.path={a: 1}", "--data.path=b"]).data.init_args.path == "b"
 
 
 def test_an_option_of_the_model_means_its_characters() -> None:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,6 +84,18 @@ def make_text(tmp_path: Path, **changed: int) -> TextDataModule:
     file.write_bytes(np.random.default_rng(0).integers(0, 64, EXAMPLES * 8 + 80, dtype=np.uint8).tobytes())
     arguments = {"sequence_length": 8, "batch_size": BATCH, "val_fraction": 0.18, "cache_dir": str(tmp_path / "cache")}
     return TextDataModule(str(file), **(arguments | changed))
+
+
+def make_mixture(tmp_path: Path, **changed: int) -> PreparedDataModule:
+    """About as many windows of two folders, in other shares than their sizes."""
+    for name, windows in (("a", 15), ("b", 30)):
+        if not (tmp_path / name).exists():
+            text = np.random.default_rng(windows).integers(32, 64, windows * 8 + 80, dtype=np.uint8).tobytes()
+            (tmp_path / f"{name}.txt").write_bytes(text)
+            prepare(str(tmp_path / f"{name}.txt"), tmp_path / name, processes=1)
+    weights = {str(tmp_path / "a"): 0.7, str(tmp_path / "b"): 0.3}
+    arguments = {"sequence_length": 8, "batch_size": BATCH, "val_fraction": 0.25}
+    return PreparedDataModule(weights, **(arguments | changed))
 
 
 def fit(
@@ -291,14 +304,15 @@ class CountingModel(SmallModel):
         self.log_dict({"val/sequences": self.sequences, "val/labels": self.labels})
 
 
-def test_two_processes_train_and_validate_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [make_text, make_mixture])
+def test_two_processes_train_and_validate_as_one(make: Callable[..., SequenceDataModule], tmp_path: Path) -> None:
     """On the same sequences in every step, and on each once; one process goes on from what two have done."""
 
     def counting() -> CountingModel:
         torch.manual_seed(0)
         return CountingModel()
 
-    make, validate = make_text, {"val_check_interval": 3}
+    validate = {"val_check_interval": 3}
     one, trainer = fit(tmp_path, make(tmp_path, batch_size=6), counting(), max_steps=9, **validate)
     assert trainer.callback_metrics["val/sequences"] % 2 == 1
     data = make(tmp_path, batch_size=3)
@@ -307,7 +321,7 @@ def test_two_processes_train_and_validate_as_one(tmp_path: Path) -> None:
         tmp_path, data, counting(), strategy="ddp_spawn", devices=2, max_steps=6, callbacks=saving, **validate
     )
     assert both.callback_metrics == trainer.callback_metrics
-    position = torch.load(tmp_path / "two/end.ckpt", weights_only=True)["TextDataModule"]["position"]
+    position = torch.load(tmp_path / "two/end.ckpt", weights_only=True)[type(data).__name__]["position"]
     assert (position["epoch"], position["batches"], position["processes"]) == (0, 6, 2)
     rest, _ = fit(
         tmp_path, make(tmp_path, batch_size=6), counting(), tmp_path / "two/end.ckpt", max_steps=9, **validate
