@@ -15,6 +15,7 @@ Python and NumPy that shares no code with the packages. The areas, and what one 
 - `backends`, `triton`, `flex`: output and gradients against softmax in float64 (`flex` without gradients);
 - `gates`: output and gradients of heads that drift, those of gates, contents and the layer's input too, against
   formulas in float64;
+- `retention`, `retention_triton`: the retention loss and its gradient against formulas in float64;
 - `key_caches`, `triton_caches`, `mixers`: a text cut into any calls, with guesses, chosen rows, documents and padding;
   `drift_caches`, `drift_triton_caches`: of keys that drift, also from far into a text on;
 - `prepared`, `preparing`, `text`, `tokenizers`, `exports`, `checkpoint_bytes`, `checkpoint_values`: files whose bytes,

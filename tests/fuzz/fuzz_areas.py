@@ -12,6 +12,7 @@ from fuzz_gates import check_gates
 from fuzz_masks import check_intervals, check_masks
 from fuzz_prepared import check_prepared, check_preparing, check_text, check_tokenizers
 from fuzz_races import check_races
+from fuzz_retention import check_retention, check_retention_triton
 from fuzz_selection import check_selection
 
 
@@ -35,6 +36,8 @@ AREAS = {
     "intervals": Area(check_intervals),
     "backends": Area(check_backends),
     "gates": Area(check_gates),
+    "retention": Area(check_retention),
+    "retention_triton": Area(check_retention_triton, 20),
     "triton": Area(check_triton, 20),
     "triton_caches": Area(check_triton_caches, 20),
     "flex": Area(check_flex, 2),

@@ -7,6 +7,7 @@ CASES = [
     (area, seed)
     for area, count in (
         ("selection", 60), ("drift", 40), ("masks", 50), ("intervals", 50), ("backends", 50), ("gates", 40),
+        ("retention", 40), ("retention_triton", 4),
         ("key_caches", 50), ("drift_caches", 30), ("mixers", 40),
     )
     for seed in range(count)
