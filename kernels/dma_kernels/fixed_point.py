@@ -111,6 +111,29 @@ def drifted_ranks(content: Tensor, drift: Tensor) -> Tensor:
     return (in_units(content) + drift).masked_fill(content.isnan(), NAN_RANK)
 
 
+def fixed_point_ranks_reference(content: Tensor, steps: Tensor) -> Tensor:
+    """`fixed_point_ranks` in plain PyTorch."""
+    return drifted_ranks(content, drifts_reference(steps)[0])
+
+
+@torch.library.custom_op("dma_kernels::fixed_point_ranks", mutates_args=())
+def fixed_point_ranks(content: Tensor, steps: Tensor) -> Tensor:
+    """int64 ranks from contents and steps in nats, floating `[..., N]` each; on CUDA in two launches."""
+    return fixed_point_ranks_reference(content, steps)
+
+
+@register_launch(fixed_point_ranks, without_triton=fixed_point_ranks_reference)
+def _(content: Tensor, steps: Tensor) -> Tensor:
+    from dma_kernels.fixed_point_kernels import launch_ranks
+
+    return launch_ranks(content, steps)
+
+
+@fixed_point_ranks.register_fake
+def _(content: Tensor, steps: Tensor) -> Tensor:
+    return torch.empty_like(steps, dtype=torch.int64, memory_format=torch.contiguous_format)
+
+
 def ranks_of_steps(content: Tensor, steps: Tensor, padding: Tensor | None = None) -> Tensor:
     """int64 ranks `[B, G, N]` from contents and steps.
 
@@ -139,4 +162,4 @@ def ranks_of_steps(content: Tensor, steps: Tensor, padding: Tensor | None = None
     recorded = torch.compiler.is_compiling() or (steps.is_cuda and torch.cuda.is_current_stream_capturing())
     if not recorded and (steps < 0).any():
         raise ValueError(f"drift: expected steps of at least 0 nats, got {steps.min().item():g}; clamp them")
-    return drifted_ranks(content, drift_sums(steps))
+    return fixed_point_ranks(content.detach(), steps.detach())

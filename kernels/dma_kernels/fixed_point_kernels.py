@@ -1,4 +1,4 @@
-"""Triton kernels behind `fixed_point.py`: prefix sums of steps in whole units, and suffix sums for their gradients.
+"""Triton kernels behind `fixed_point.py`: prefix sums of steps in whole units, ranks, and suffix sums for gradients.
 
 PyTorch computes each row with one block of threads, which is slow if there are few rows. Here, a first kernel computes
 the total of each block of a row. A second kernel adds the totals of all blocks before (or after) to the sums within
@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dma_kernels.units import FRACTION_BITS, LARGEST
+from dma_kernels.units import FRACTION_BITS, LARGEST, NAN_RANK
 
 _BLOCK = 1024
 _LARGEST, _UNITS = tl.constexpr(LARGEST), tl.constexpr(2.0**FRACTION_BITS)  # units in a nat
+_NAN_RANK = tl.constexpr(NAN_RANK)
 _WHOLE = tl.constexpr(2.0**52)  # from here on, all float64 numbers are whole
 
 
@@ -24,12 +25,25 @@ def _add(a, b):
 
 
 @triton.jit
-def _load_units(p_steps, o_n, length):
-    """Steps in units, rounded half to even, with 0 for negative steps and NaN; and 1 for each step that is NaN."""
-    b_nats = tl.load(p_steps + o_n, mask=o_n < length, other=0.0).to(tl.float64)
+def _in_units(b_nats):
+    """Nats that are at least 0 in whole units, rounded half to even; 0 for NaN."""
     b_units = tl.where(b_nats > 0, tl.minimum(b_nats, _LARGEST / _UNITS) * _UNITS, 0.0)
     b_units = tl.where(b_units < _WHOLE, (b_units + _WHOLE) - _WHOLE, b_units)
-    return b_units.to(tl.int64), (b_nats != b_nats).to(tl.int32)
+    return b_units.to(tl.int64)
+
+
+@triton.jit
+def _load_units(p_steps, o_n, length):
+    """Steps in units, with 0 for negative steps and NaN; and 1 for each step that is NaN."""
+    b_nats = tl.load(p_steps + o_n, mask=o_n < length, other=0.0).to(tl.float64)
+    return _in_units(b_nats), (b_nats != b_nats).to(tl.int32)
+
+
+@triton.jit
+def _rank(b_content, b_drift):
+    """Ranks from contents in nats and drifts in units."""
+    b_units = tl.where(b_content < 0, -_in_units(-b_content), _in_units(b_content))
+    return tl.where(b_content != b_content, _NAN_RANK, b_units + b_drift)
 
 
 @triton.jit
@@ -42,8 +56,10 @@ def _sum_blocks_kernel(p_steps, p_sum, p_broken, length, blocks, BLOCK: tl.const
 
 
 @triton.jit
-def _drifts_kernel(p_steps, p_sum, p_broken, p_start, p_units, p_nats, length, blocks, BLOCK: tl.constexpr):
-    """The prefix sums of one block of one row, in units and in nats."""
+def _drifts_kernel(
+    p_steps, p_sum, p_broken, p_start, p_content, p_units, p_nats, p_rank, length, blocks, BLOCK: tl.constexpr
+):
+    """The prefix sums of one block of one row, in units and in nats, or the ranks of contents with them."""
     i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     before, broken = tl.zeros([], dtype=tl.int64), tl.zeros([], dtype=tl.int32)
     if p_start is not None:
@@ -56,9 +72,14 @@ def _drifts_kernel(p_steps, p_sum, p_broken, p_start, p_units, p_nats, length, b
     o_n = i_block * BLOCK + tl.arange(0, BLOCK)
     b_units, b_nan = _load_units(p_steps + i_row * length, o_n, length)
     b_units = _add(tl.associative_scan(b_units, 0, _add), before)
-    b_nats = tl.where(tl.cumsum(b_nan, axis=0) + broken > 0, float("nan"), b_units.to(tl.float64) / _UNITS)
-    tl.store(p_units + i_row * length + o_n, b_units, mask=o_n < length)
-    tl.store(p_nats + i_row * length + o_n, b_nats, mask=o_n < length)
+    o_n, m_n = i_row * length + o_n, o_n < length
+    if p_content is not None:
+        b_content = tl.load(p_content + o_n, mask=m_n, other=0.0).to(tl.float64)
+        tl.store(p_rank + o_n, _rank(b_content, b_units), mask=m_n)
+    else:
+        b_nats = tl.where(tl.cumsum(b_nan, axis=0) + broken > 0, float("nan"), b_units.to(tl.float64) / _UNITS)
+        tl.store(p_units + o_n, b_units, mask=m_n)
+        tl.store(p_nats + o_n, b_nats, mask=m_n)
 
 
 @triton.jit
@@ -86,14 +107,32 @@ def _suffix_sums_kernel(p_x, p_sum, p_out, length, blocks, BLOCK: tl.constexpr):
 
 def launch_drifts(steps: Tensor, start: Tensor | None = None, block: int = _BLOCK) -> tuple[Tensor, Tensor]:
     """`drifts`, for steps `[..., N]`; each program sums `block` of them."""
-    steps, start = steps.contiguous(), None if start is None else start.contiguous()
     units, nats = (torch.empty(steps.shape, dtype=x, device=steps.device) for x in (torch.int64, torch.float64))
-    if steps.numel():
-        length, blocks, programs = _sizes(steps, block)
-        sums, broken = (torch.empty(programs, dtype=x, device=steps.device) for x in (torch.int64, torch.int32))
-        _sum_blocks_kernel[(programs,)](steps, sums, broken, length, blocks, BLOCK=block)
-        _drifts_kernel[(programs,)](steps, sums, broken, start, units, nats, length, blocks, BLOCK=block)
+    _launch_sums(steps, start, None, units, nats, None, block)
     return units, nats
+
+
+def launch_ranks(content: Tensor, steps: Tensor, block: int = _BLOCK) -> Tensor:
+    """`fixed_point_ranks`, for contents and steps `[..., N]`."""
+    ranks = torch.empty(steps.shape, dtype=torch.int64, device=steps.device)
+    _launch_sums(steps, None, content.contiguous(), None, None, ranks, block)
+    return ranks
+
+
+def _launch_sums(
+    steps: Tensor, start: Tensor | None, content: Tensor | None, units: Tensor | None, nats: Tensor | None,
+    ranks: Tensor | None, block: int,
+) -> None:  # fmt: skip
+    """Write drifts, or ranks if there are contents."""
+    if not steps.numel():
+        return
+    steps, start = steps.contiguous(), None if start is None else start.contiguous()
+    length, blocks, programs = _sizes(steps, block)
+    sums, broken = (torch.empty(programs, dtype=x, device=steps.device) for x in (torch.int64, torch.int32))
+    _sum_blocks_kernel[(programs,)](steps, sums, broken, length, blocks, BLOCK=block)
+    _drifts_kernel[(programs,)](
+        steps, sums, broken, start, content, units, nats, ranks, length, blocks, BLOCK=block
+    )  # fmt: skip
 
 
 def launch_suffix_sums(x: Tensor, block: int = _BLOCK) -> Tensor:

@@ -12,6 +12,8 @@ from dma_kernels.fixed_point import (
     drift_sums,
     drifts,
     drifts_reference,
+    fixed_point_ranks,
+    fixed_point_ranks_reference,
     ranks_of_steps,
     suffix_sums,
     suffix_sums_reference,
@@ -61,6 +63,7 @@ def test_the_operation_is_what_torch_expects() -> None:
     for start in (None, torch.ones(2, 2, dtype=torch.int64)):
         torch.library.opcheck(drifts, (drifting.draw("mixed", SHAPE)[1], start))
     torch.library.opcheck(suffix_sums, (torch.randn(SHAPE),))
+    torch.library.opcheck(fixed_point_ranks, drifting.draw("mixed", SHAPE))
 
 
 @pytest.mark.parametrize("case", masks.CASES, ids=str)
@@ -166,6 +169,14 @@ def test_bad_drift(arguments: dict[str, object], message: str) -> None:
             select(**arguments)
 
 
+def test_infinite_contents_end_at_the_bound(device: str) -> None:
+    module = pytest.importorskip("dma_kernels.fixed_point_kernels")
+    content = torch.tensor([[torch.inf, -torch.inf, torch.nan, 1e30, -1e30, -0.0, 2.0**-33, -(2.0**-33), 3 * 2.0**-33]])
+    expected = [LARGEST, -LARGEST, NAN_RANK, LARGEST, -LARGEST, 0, 0, 0, 2]
+    for ranks_of in (fixed_point_ranks_reference, module.launch_ranks):
+        assert ranks_of(content.to(device), torch.zeros_like(content, device=device)).tolist() == [expected]
+
+
 def test_a_nan_content_is_kept_and_a_nan_step_is_none() -> None:
     content, steps = torch.zeros(1, 1, 40), torch.full((1, 1, 40), 8.0)
     content[..., 4], steps[..., 9] = torch.nan, torch.nan
@@ -186,6 +197,9 @@ def test_kernels_of_sums(kind: str, length: int, device: str) -> None:
             found = module.launch_drifts(steps.to(device), None if given is None else given.to(device), block=16)
             for x, y in zip(found, drifts_reference(steps, given), strict=True):
                 torch.testing.assert_close(x.cpu(), y, rtol=0, atol=0, equal_nan=True)
+        content = drifting.draw(kind, (2, length, 3), dtype)[0].mT
+        ranks = module.launch_ranks(content.to(device), steps.to(device), block=16).cpu()
+        assert torch.equal(ranks, fixed_point_ranks_reference(content, steps))
         x = torch.randn(2, length, 3, dtype=dtype).mT
         found = module.launch_suffix_sums(x.to(device), block=16).cpu()
         torch.testing.assert_close(found, suffix_sums_reference(x), rtol=1e-12, atol=1e-12)

@@ -27,7 +27,8 @@ from dma_kernels.rank_kernels import ordered_bits
 from dma_kernels.selection.deaths import LOWEST_PRIORITY, RANK_BITS
 
 _TABLE = (128, 32)  # blocks that a program sums at once, and bins per program
-_KEYS = 1024  # sort keys that a program makes
+_KEYS = 1024  # sort keys that a program makes or moves
+_SPLIT_ROWS = 64  # more rows are split by a sort, since a kernel reads all indices once for each row
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,28 @@ def _sort_keys_kernel(
         b_key = tl.where(tl.load(p_padding + i_b * padding_b + o_n * padding_n, mask=m_n, other=0), LOWEST, b_key)
     b_key += (i_row - rows // 2).to(b_key.dtype) << bits
     tl.store(p_key + i_row.to(tl.int64) * length + o_n, b_key, mask=m_n)
+
+
+@triton.jit
+def _count_rows_kernel(p_index, p_count, length, keys, blocks, BLOCK: tl.constexpr):
+    """How many of a block's sorted keys belong to one row."""
+    i_block, i_row, o_x = tl.program_id(0), tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_row = tl.load(p_index + o_x, mask=o_x < keys, other=-1) // length == i_row
+    tl.store(p_count + i_row * blocks + i_block, tl.sum((m_row & (o_x < keys)).to(tl.int32), axis=0))
+
+
+@triton.jit
+def _split_rows_kernel(p_index, p_count, p_out, length, keys, blocks, BLOCK: tl.constexpr):
+    """Move those of a block's sorted keys that belong to one row, behind the keys of this row in earlier blocks."""
+    i_block, i_row, o_x = tl.program_id(0), tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    before = tl.zeros([], dtype=tl.int32)
+    for i in range(0, i_block, BLOCK):
+        o_block = i + tl.arange(0, BLOCK)
+        before += tl.sum(tl.load(p_count + i_row * blocks + o_block, mask=o_block < i_block, other=0), axis=0)
+    b_index = tl.load(p_index + o_x, mask=o_x < keys, other=-1)
+    m_row = (b_index // length == i_row) & (o_x < keys)
+    o_out = i_row.to(tl.int64) * length + before + tl.cumsum(m_row.to(tl.int32), axis=0) - 1
+    tl.store(p_out + o_out, b_index, mask=m_row)
 
 
 @triton.jit
@@ -211,6 +234,8 @@ def _sorted_integers(ranks: Tensor, runs: Tensor | None, padding: Tensor | None)
     """
     batch, heads, length = ranks.shape
     index = ranks.flatten().sort(stable=True).indices
+    if runs is None and padding is None and batch * heads <= _SPLIT_ROWS:
+        return launch_split_rows(index, batch * heads, length)
     if runs is None and padding is None:
         group, groups = index // length, batch * heads
     else:
@@ -220,6 +245,17 @@ def _sorted_integers(ranks: Tensor, runs: Tensor | None, padding: Tensor | None)
         group = (row * (length + 1) + number[:, None] + 1).flatten()[index]
         groups = batch * heads * (length + 1)
     return index[group.to(_least_dtype(groups)).sort(stable=True).indices]
+
+
+def launch_split_rows(index: Tensor, rows: int, length: int, block: int = _KEYS) -> Tensor:
+    """Put flat indices `[rows * length]` together row by row, and keep their order within each row."""
+    if rows == 1:
+        return index
+    out, blocks = torch.empty_like(index), triton.cdiv(index.numel(), block)
+    count = torch.empty(rows, blocks, dtype=torch.int32, device=index.device)
+    _count_rows_kernel[blocks, rows](index, count, length, index.numel(), blocks, BLOCK=block)
+    _split_rows_kernel[blocks, rows](index, count, out, length, index.numel(), blocks, BLOCK=block)
+    return out
 
 
 def _least_dtype(count: int) -> torch.dtype:

@@ -17,7 +17,7 @@ from dma_kernels.selection.deaths import LOWEST_PRIORITY, RANK_BITS, KeyOrder, k
 from dma_kernels.selection.ops import deaths_by_rank
 
 pytest.importorskip("triton")
-from dma_kernels.selection.kernels import Tiling, launch_sort_keys, launch_top_w_deaths
+from dma_kernels.selection.kernels import Tiling, launch_sort_keys, launch_split_rows, launch_top_w_deaths
 
 ON_GPU = torch.cuda.is_available()
 LENGTHS = [1, 63, 111, 257, 1025]
@@ -130,6 +130,19 @@ def test_rows_are_sorted_by_themselves(rows: int, documents: bool, device: str) 
     key = launch_sort_keys(ranks, runs)
     assert key.dtype == (torch.int32 if rows < 128 and not documents else torch.int64)
     assert torch.equal(key.sort(stable=True).indices, expected.flatten())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 65])
+@pytest.mark.parametrize("length", [1, 7, 40])
+def test_sorted_keys_are_split_by_rows(rows: int, length: int, device: str) -> None:
+    """Several blocks, whose borders are not those of rows."""
+    index = torch.randperm(rows * length, device=device)
+    expected = index[(index // length).sort(stable=True).indices]
+    assert torch.equal(launch_split_rows(index, rows, length, block=16), expected)
+
+
+def test_many_rows_of_integers(device: str) -> None:
+    check(make_ranks("integers", 13, 5, 20, device), 3, SMALL)
 
 
 def test_dropped_bits_tell_no_ranks_apart() -> None:
