@@ -38,7 +38,7 @@ from dma_kernels.keep_rule import KeepRule, check_at_least
 from dma_kernels.lifetime_masks import is_sink
 from dma_kernels.packing import Packing
 from dma_kernels.precision import without_autocast
-from dma_kernels.retention.runs import NO_RUN
+from dma_kernels.retention.inputs import NO_RUN, TermInputs
 from dma_kernels.retention.terms import Terms, retention_terms, retention_terms_reference
 
 RetentionTarget = Literal["attention", "output"]
@@ -140,7 +140,7 @@ def retention_loss(
     """
     inputs = _of_terms(q, k, content, drift, positions, keep, packing, values)
     with without_autocast(q.device):
-        return _loss(retention_terms_reference(*inputs))
+        return _loss(retention_terms_reference(inputs))
 
 
 def fused_retention_loss(
@@ -163,7 +163,7 @@ def fused_retention_loss(
     inputs = _of_terms(q, k, content, drift, positions, keep, packing, values)
     check_kernels_can(q.dtype, q.shape[-1])
     with without_autocast(q.device):
-        return _loss(retention_terms(*inputs))
+        return _loss(retention_terms(inputs))
 
 
 def _of_terms(
@@ -175,8 +175,8 @@ def _of_terms(
     keep: KeepRule,
     packing: Packing | None,
     values: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None, int]:
-    """The arguments of `retention_terms`."""
+) -> TermInputs:
+    """What `retention_terms` takes."""
     check_attention_inputs(q, k, k, content)
     if drift is not None and (drift.shape != content.shape or drift.device != content.device):
         raise ValueError(
@@ -196,12 +196,12 @@ def _of_terms(
     packing, content = packing or Packing(), content.to(torch.promote_types(q.dtype, torch.float32))
     packing.check_fits(len(q), content)
     runs, distance = _runs(content, keep.sinks, packing), max(keep.last, keep.window // 4)
-    return q[:, :, positions], k, values, content, drift, positions, runs, distance
+    return TermInputs(q[:, :, positions], k, values, content, drift, positions, runs, distance)
 
 
 @torch.no_grad()
 def _runs(content: Tensor, sinks: int, packing: Packing) -> Tensor | None:
-    """`runs` of `retention_terms`, int32 `[2, B or 1, N]`; None if each row is one document without padding and sinks.
+    """`runs` of `TermInputs`, int32 `[2, B or 1, N]`; None if each row is one document without padding and sinks.
 
     Padded queries are in no document, so they have no far keys and do not count.
     """

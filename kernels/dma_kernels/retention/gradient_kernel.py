@@ -13,22 +13,25 @@ import triton.language as tl
 from torch import Tensor
 
 from dma_kernels.primitives import LOG2_E, finite_shift, scaled_products
+from dma_kernels.retention.inputs import TermInputs
 from dma_kernels.retention.kernels import (
     OPTIONS,
-    Inputs,
+    constants,
     distances,
+    in_rows,
     load_drifts,
     load_means,
     load_queries,
     load_rows,
     pairs,
+    strides,
 )
 
 
 @triton.jit
 def _content_gradient_kernel(
-    p_grad, p_q, p_k, p_v, p_content, p_drift, p_positions, p_runs, p_stats, p_mean, p_out,
-    k_b, k_g, k_n, v_b, v_g, v_n, mean_half, runs_b, runs_far, distance, scale, stride, heads, kv_heads, queries,
+    p_q, p_k, p_v, p_content, p_drift, p_positions, p_runs, p_grad, p_stats, p_mean, p_out,
+    k_b, k_g, k_n, v_b, v_g, v_n, runs_b, runs_far, mean_half, distance, scale, stride, heads, kv_heads, queries,
     length, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the contents of one tile of keys."""
@@ -73,21 +76,16 @@ def _content_gradient_kernel(
     tl.store(p_out + i_bg * length + o_n, b_out, mask=m_n)
 
 
-def launch_content_gradient(
-    grad_fit: Tensor, q: Tensor, k: Tensor, values: Tensor | None, content: Tensor, drift: Tensor | None,
-    positions: Tensor, runs: Tensor | None, stats: Tensor, mean: Tensor, distance: int,
-) -> Tensor:  # fmt: skip
+def launch_content_gradient(grad_fit: Tensor, inputs: TermInputs, stats: Tensor, mean: Tensor) -> Tensor:
     """`content_gradient`."""
-    inputs = Inputs.of(q, k, values, content, drift, positions, runs)
-    out = torch.empty(content.shape, dtype=torch.float32, device=content.device)
-    (heads, queries), (batch, kv_heads, length) = q.shape[1:3], content.shape
+    inputs, kept = in_rows(inputs), constants(inputs, gradient=True)
+    (heads, queries, head_dim), (batch, kv_heads, length) = inputs.q.shape[1:], inputs.content.shape
+    out = torch.empty_like(inputs.content, dtype=torch.float32)
     if not queries:
         return out.zero_()
-    constants = inputs.constants(gradient=True)
-    _content_gradient_kernel[triton.cdiv(length, constants["K"]), batch * kv_heads](
-        grad_fit.contiguous(), inputs.q, inputs.k, inputs.values, inputs.content, inputs.drift, inputs.positions,
-        inputs.runs, stats, None if values is None else mean, out, *inputs.k.stride()[:3], *inputs.value_strides,
-        mean.numel() // 2, *inputs.runs_strides, distance, q.shape[-1] ** -0.5, grad_fit.numel(), heads, kv_heads,
-        queries, length, **constants, **OPTIONS,
+    _content_gradient_kernel[triton.cdiv(length, kept["K"]), batch * kv_heads](
+        *inputs[:-1], grad_fit.contiguous(), stats, None if inputs.values is None else mean, out, *strides(inputs),
+        mean.numel() // 2, inputs.distance, head_dim**-0.5, grad_fit.numel(), heads, kv_heads, queries, length,
+        **kept, **OPTIONS,
     )  # fmt: skip
     return out

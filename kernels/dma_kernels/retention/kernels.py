@@ -8,8 +8,6 @@ Logits and log-sum-exps are in base 2, contents and drifts in nats. B batch, H q
 queries of a tile, K keys of a tile, P parts, D head dim.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +22,7 @@ from dma_kernels.primitives import (
     padded_head_dim,
     scaled_products,
 )
-from dma_kernels.retention.runs import NO_QUERY, NO_RUN
+from dma_kernels.retention.inputs import NO_QUERY, NO_RUN, TermInputs
 
 _NO_RUN, _NO_QUERY = tl.constexpr(NO_RUN), tl.constexpr(NO_QUERY)
 _PART = 256  # keys of a part
@@ -168,7 +166,7 @@ def _store_sums(p_sums, o_row, m_m, stride, b_max, b_sum, b_effect, b_mass, b_hi
 @triton.jit
 def _sum_terms_kernel(
     p_q, p_k, p_v, p_content, p_drift, p_positions, p_runs, p_mean, p_sums,
-    k_b, k_g, k_n, v_b, v_g, v_n, mean_half, runs_b, runs_far, distance, scale, stride, heads, kv_heads, queries,
+    k_b, k_g, k_n, v_b, v_g, v_n, runs_b, runs_far, mean_half, distance, scale, stride, heads, kv_heads, queries,
     length, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PART: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -222,7 +220,17 @@ def _load_sums(p_sums, i_part, o_row, rows, parts, stride, INDEX: tl.constexpr, 
 
 
 @triton.jit
-def _join_terms_kernel(p_sums, p_fit, p_stats, parts, rows, stride, M: tl.constexpr, P: tl.constexpr):
+def _join_maxima(b_max, b_maxs):
+    """The maximum of a running softmax and those of parts; and factors of their sums, relative to it."""
+    b_new = tl.maximum(b_max, tl.max(b_maxs, axis=0))
+    b_shift = finite_shift(b_new)
+    return b_new, tl.exp2(b_max - b_shift), tl.exp2(b_maxs - b_shift[None, :])
+
+
+@triton.jit
+def _join_terms_kernel(
+    p_sums, p_fit, p_stats, parts, rows, stride, M: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
     """Fit and statistics of a tile of queries, from the sums of all parts."""
     o_row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     b_max, b_far_max = tl.full([M], -float("inf"), tl.float32), tl.full([M], -float("inf"), tl.float32)
@@ -231,21 +239,17 @@ def _join_terms_kernel(p_sums, p_fit, p_stats, parts, rows, stride, M: tl.conste
     for i in range(0, parts, P):
         i_part = i + tl.arange(0, P)
         b_maxs = _load_sums(p_sums, i_part, o_row, rows, parts, stride, 0, -float("inf"))
-        b_new = tl.maximum(b_max, tl.max(b_maxs, axis=0))
-        b_old, b_weight = tl.exp2(b_max - finite_shift(b_new)), tl.exp2(b_maxs - finite_shift(b_new)[None, :])
-        b_max = b_new
+        b_max, b_old, b_weight = _join_maxima(b_max, b_maxs)
         b_sums = _load_sums(p_sums, i_part, o_row, rows, parts, stride, 1, 0.0)
+        b_effects = _load_sums(p_sums, i_part, o_row, rows, parts, stride, 2, 0.0)
+        b_masses = _load_sums(p_sums, i_part, o_row, rows, parts, stride, 3, 0.0)
+        b_hits = _load_sums(p_sums, i_part, o_row, rows, parts, stride, 4, 0.0)
         b_sum = b_sum * b_old + tl.sum(b_sums * b_weight, axis=0)
-        b_sums = _load_sums(p_sums, i_part, o_row, rows, parts, stride, 2, 0.0)
-        b_effect = b_effect * b_old + tl.sum(b_sums * b_weight, axis=0)
-        b_sums = _load_sums(p_sums, i_part, o_row, rows, parts, stride, 3, 0.0)
-        b_mass = b_mass * b_old + tl.sum(b_sums * b_weight, axis=0)
-        b_sums = _load_sums(p_sums, i_part, o_row, rows, parts, stride, 4, 0.0)
-        b_hit = b_hit * b_old + tl.sum(b_sums * b_weight, axis=0)
+        b_effect = b_effect * b_old + tl.sum(b_effects * b_weight, axis=0)
+        b_mass = b_mass * b_old + tl.sum(b_masses * b_weight, axis=0)
+        b_hit = b_hit * b_old + tl.sum(b_hits * b_weight, axis=0)
         b_maxs = _load_sums(p_sums, i_part, o_row, rows, parts, stride, 5, -float("inf"))
-        b_new = tl.maximum(b_far_max, tl.max(b_maxs, axis=0))
-        b_old, b_weight = tl.exp2(b_far_max - finite_shift(b_new)), tl.exp2(b_maxs - finite_shift(b_new)[None, :])
-        b_far_max = b_new
+        b_far_max, b_old, b_weight = _join_maxima(b_far_max, b_maxs)
         b_sums = _load_sums(p_sums, i_part, o_row, rows, parts, stride, 6, 0.0)
         b_far_sum = b_far_sum * b_old + tl.sum(b_sums * b_weight, axis=0)
 
@@ -261,89 +265,62 @@ def _join_terms_kernel(p_sums, p_fit, p_stats, parts, rows, stride, M: tl.conste
     tl.store(p_stats + 3 * stride + o_row, b_far, mask=m_row)
 
 
-def _rows_together(x: Tensor) -> Tensor:
-    return x if x.ndim == 4 and x.stride(-1) == 1 else x.contiguous()
+def in_rows(inputs: TermInputs) -> TermInputs:
+    """The same inputs, in which vectors and rows of numbers lie together in memory."""
+    q, k, values, content, drift, positions, runs, distance = inputs
+    k = k if k.stride(-1) == 1 else k.contiguous()
+    values = values if values is None or values.stride(-1) == 1 else values.contiguous()
+    drift, runs = None if drift is None else drift.contiguous(), None if runs is None else runs.contiguous()
+    return TermInputs(q.contiguous(), k, values, content.contiguous(), drift, positions.contiguous(), runs, distance)
 
 
-class Inputs(NamedTuple):
-    """Arguments of `head_terms` as kernels take them: rows of vectors and of numbers lie together in memory."""
-
-    q: Tensor
-    k: Tensor
-    values: Tensor | None
-    content: Tensor
-    drift: Tensor | None
-    positions: Tensor
-    runs: Tensor | None
-
-    @classmethod
-    def of(
-        cls, q: Tensor, k: Tensor, values: Tensor | None, content: Tensor, drift: Tensor | None, positions: Tensor,
-        runs: Tensor | None,
-    ) -> "Inputs":  # fmt: skip
-        values, drift, runs = (None if x is None else _rows_together(x) for x in (values, drift, runs))
-        q, content, positions = q.contiguous(), content.contiguous(), positions.contiguous()
-        return cls(q, _rows_together(k), values, content, drift, positions, runs)
-
-    @property
-    def runs_strides(self) -> tuple[int, int]:
-        """From one row to the next, and from keys that are seen to those that can be far."""
-        if self.runs is None:
-            return 0, 0
-        return (0 if self.runs.shape[1] == 1 else self.runs.shape[-1]), self.runs[0].numel()
-
-    @property
-    def value_strides(self) -> tuple[int, ...]:
-        return (0, 0, 0) if self.values is None else self.values.stride()[:3]
-
-    def constants(self, *, gradient: bool = False) -> dict[str, int | str]:
-        """Values that kernels are compiled for: M queries and K keys of a tile, and the head dim."""
-        block_d = padded_head_dim(self.q.shape[-1])
-        small = self.q.element_size() > 2 or block_d > 128
-        queries, keys = (32, 16) if small else (32, 64) if gradient else (64, 16)
-        queries = min(queries, max(16, triton.next_power_of_2(self.q.shape[2])))
-        return {"M": queries, "K": keys, "D": self.q.shape[-1], "BLOCK_D": block_d, "PRECISION": float32_precision()}
+def strides(inputs: TermInputs) -> tuple[int, ...]:
+    """Of keys and of values; from one row of runs to the next; and from keys that are seen to those that can be far."""
+    runs, values = inputs.runs, inputs.values
+    of_values = (0, 0, 0) if values is None else values.stride()[:3]
+    of_runs = (0, 0) if runs is None else (0 if runs.shape[1] == 1 else runs.shape[-1], runs[0].numel())
+    return *inputs.k.stride()[:3], *of_values, *of_runs
 
 
-def launch_head_terms(
-    q: Tensor, k: Tensor, values: Tensor | None, content: Tensor, drift: Tensor | None, positions: Tensor,
-    runs: Tensor | None, distance: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def constants(inputs: TermInputs, *, gradient: bool = False) -> dict[str, int | str]:
+    """Values that kernels are compiled for: M queries and K keys of a tile, and the head dim."""
+    head_dim, block_d = inputs.q.shape[-1], padded_head_dim(inputs.q.shape[-1])
+    small = inputs.q.element_size() > 2 or block_d > 128
+    queries, keys = (32, 16) if small else (32, 64) if gradient else (64, 16)
+    queries = min(queries, max(16, triton.next_power_of_2(inputs.q.shape[2])))
+    return {"M": queries, "K": keys, "D": head_dim, "BLOCK_D": block_d, "PRECISION": float32_precision()}
+
+
+def launch_head_terms(inputs: TermInputs) -> tuple[Tensor, Tensor, Tensor]:
     """`head_terms`."""
-    inputs = Inputs.of(q, k, values, content, drift, positions, runs)
-    fit, stats = (torch.empty(*x, *q.shape[:3], dtype=torch.float32, device=q.device) for x in ((), (4,)))
-    mean = k.new_empty((0,) if values is None else (2, q.shape[0], k.shape[1], *q.shape[2:]))
-    (batch, heads, queries), (kv_heads, length) = q.shape[:3], k.shape[1:3]
-    if not fit.numel():
+    inputs, kept = in_rows(inputs), constants(inputs)
+    (batch, heads, queries, head_dim), (kv_heads, length) = inputs.q.shape, inputs.k.shape[1:3]
+    fit = inputs.q.new_empty(batch, heads, queries, dtype=torch.float32)
+    stats, rows, parts = fit.new_empty(4, *fit.shape), fit.numel(), triton.cdiv(length, _PART)
+    mean = inputs.k.new_empty((0,) if inputs.values is None else (2, batch, kv_heads, queries, head_dim))
+    if not rows:
         return fit, stats, mean
-    constants, parts, rows = inputs.constants(), triton.cdiv(length, _PART), fit.numel()
-    tiles = triton.cdiv(queries, constants["M"])
     if inputs.values is not None:
-        launch_mean_values(inputs, mean, constants)
+        launch_mean_values(inputs, inputs.values, mean)
     sums = fit.new_empty(parts, _SUMS.value, rows)
-    _sum_terms_kernel[parts, tiles, batch * heads](
-        inputs.q, inputs.k, inputs.values, inputs.content, inputs.drift, inputs.positions, inputs.runs,
-        None if values is None else mean, sums, *inputs.k.stride()[:3], *inputs.value_strides, mean.numel() // 2,
-        *inputs.runs_strides, distance, q.shape[-1] ** -0.5, rows, heads, kv_heads, queries, length,
-        **constants, PART=_PART, **OPTIONS,
+    _sum_terms_kernel[parts, triton.cdiv(queries, kept["M"]), batch * heads](
+        *inputs[:-1], None if inputs.values is None else mean, sums, *strides(inputs), mean.numel() // 2,
+        inputs.distance, head_dim**-0.5, rows, heads, kv_heads, queries, length, **kept, PART=_PART, **OPTIONS,
     )  # fmt: skip
     joined, few = _JOINED
     _join_terms_kernel[(triton.cdiv(rows, few),)](sums, fit, stats, parts, rows, rows, M=few, P=joined)
     return fit, stats, mean
 
 
-def launch_mean_values(inputs: Inputs, mean: Tensor, constants: dict[str, int | str]) -> None:
+def launch_mean_values(inputs: TermInputs, values: Tensor, mean: Tensor) -> None:
     """Write the mean of the values that each query sees to `mean`, `[2, B, G, M, D]`."""
-    assert inputs.values is not None
-    (_, batch, kv_heads, queries, head_dim), length = mean.shape, inputs.values.shape[2]
+    (_, batch, kv_heads, queries, head_dim), length, kept = mean.shape, values.shape[2], constants(inputs)
     parts, rows = triton.cdiv(length, _PART), batch * kv_heads
     sums, seen = (mean.new_empty(parts, rows, queries, *x, dtype=torch.float32) for x in ((head_dim,), ()))
-    grid = (parts, triton.cdiv(queries, constants["M"]), rows)
-    _sum_values_kernel[grid](
-        inputs.values, inputs.positions, inputs.runs, sums, seen, *inputs.values.stride()[:3], *inputs.runs_strides,
-        rows, kv_heads, queries, length, **constants, PART=_PART, **OPTIONS,
+    _sum_values_kernel[parts, triton.cdiv(queries, kept["M"]), rows](
+        values, inputs.positions, inputs.runs, sums, seen, *strides(inputs)[3:], rows, kv_heads, queries, length,
+        **kept, PART=_PART, **OPTIONS,
     )  # fmt: skip
     _mean_values_kernel[queries, rows](
-        sums, seen, mean, parts, rows, queries, mean.numel() // 2, D=head_dim, BLOCK_D=constants["BLOCK_D"],
-        P=_SUMMED,
-    )  # fmt: skip
+        sums, seen, mean, parts, rows, queries, mean.numel() // 2, D=head_dim, BLOCK_D=kept["BLOCK_D"], P=_SUMMED
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dma_kernels.attention.ops import check_machine
 from dma_kernels.launching import on_device_of_first
-from dma_kernels.retention.runs import NO_QUERY, NO_RUN
+from dma_kernels.retention.inputs import NO_QUERY, NO_RUN, TermInputs
 
 
 class Terms(NamedTuple):
@@ -33,30 +33,9 @@ class Terms(NamedTuple):
     has_far: Tensor
 
 
-def retention_terms_reference(
-    q: Tensor,
-    k: Tensor,
-    values: Tensor | None,
-    content: Tensor,
-    drift: Tensor | None,
-    positions: Tensor,
-    runs: Tensor | None,
-    distance: int,
-) -> Terms:
-    """The terms in plain PyTorch, in memory for `[B, H, M, N]`.
-
-    Args:
-        q: the sampled queries, `[B, H, M, D]`.
-        k: keys, `[B, G, N, D]`.
-        values: `[B, G, N, D]` if the target is the effect on the output: attention times the distance of a value from
-            the mean value of all keys that the query sees, divided by its sum. None if it is the attention.
-        content: each key's rank without its drift, in nats, float32 or float64 `[B, G, N]`.
-        drift: sum of the decays up to each key, in nats, `[B, G, N]`; None for none.
-        positions: of the queries, int64 `[M]`.
-        runs: number of each key's document, int32 `[2, B or 1, N]`: of keys that queries see, and of keys that can be
-            far; `NO_RUN` for others. None if all keys are of one document.
-        distance: from which keys are far, in positions.
-    """
+def retention_terms_reference(inputs: TermInputs) -> Terms:
+    """The terms in plain PyTorch, in memory for `[B, H, M, N]`."""
+    q, k, values, content, drift, positions, runs, distance = inputs
     seen, far = _seen_and_far(content, positions, runs, distance)
     decay = _decay(content, drift, positions)  # [B, G, M or 1, N]
     target = _target(q, k, decay, seen, values).where(far, 0)  # [B, G, M, N]
@@ -105,22 +84,10 @@ def _target(q: Tensor, k: Tensor, decay: Tensor, seen: Tensor, values: Tensor | 
     return (effect / total.where(total != 0, 1)).mean(2)
 
 
-def retention_terms(
-    q: Tensor,
-    k: Tensor,
-    values: Tensor | None,
-    content: Tensor,
-    drift: Tensor | None,
-    positions: Tensor,
-    runs: Tensor | None,
-    distance: int,
-) -> Terms:
-    """The terms by Triton kernels, in memory that is linear in N; content must be float32, and D at most 256.
-
-    Arguments as in `retention_terms_reference`.
-    """
-    fit, stats, _ = head_terms(q, k, values, content, drift, positions, runs, distance)
-    fit, mass, far = (x.unflatten(1, (k.shape[1], -1)) for x in (fit, stats[2], stats[3]))
+def retention_terms(inputs: TermInputs) -> Terms:
+    """The terms by Triton kernels, in memory that is linear in N; content must be float32, and D at most 256."""
+    fit, stats, _ = head_terms(*inputs)
+    fit, mass, far = (x.unflatten(1, (inputs.k.shape[1], -1)) for x in (fit, stats[2], stats[3]))
     return Terms(fit.mean(2), mass.mean(2), far[:, :, 0] != -torch.inf)
 
 
@@ -138,6 +105,8 @@ def head_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fit of each query head, and what its gradient needs: statistics of softmaxes, and means of values.
 
+    Arguments are those of `TermInputs`.
+
     Returns:
         Fit, float32 `[B, H, M]`. Then four statistics, float32 `[4, B, H, M]`: the log-sum-exp of the logits in base 2,
         the sum of the effects (of attention if there are no values), the mass, and the log-sum-exp of the prediction
@@ -147,7 +116,7 @@ def head_terms(
     check_machine(q.device, q.dtype)  # here, since torch.compile cannot trace it
     from dma_kernels.retention.kernels import launch_head_terms
 
-    return launch_head_terms(q, k, values, content, drift, positions, runs, distance)
+    return launch_head_terms(TermInputs(q, k, values, content, drift, positions, runs, distance))
 
 
 @torch.library.custom_op("dma_kernels::retention_gradient", mutates_args=())
@@ -165,10 +134,11 @@ def content_gradient(
     mean: Tensor,
     distance: int,
 ) -> Tensor:
-    """Gradient of contents, float32 `[B, G, N]`; arguments as in `head_terms`, and what it returns."""
+    """Gradient of contents, float32 `[B, G, N]`; arguments as in `TermInputs`, and what `head_terms` returns."""
     from dma_kernels.retention.gradient_kernel import launch_content_gradient
 
-    return launch_content_gradient(grad_fit, q, k, values, content, drift, positions, runs, stats, mean, distance)
+    inputs = TermInputs(q, k, values, content, drift, positions, runs, distance)
+    return launch_content_gradient(grad_fit, inputs, stats, mean)
 
 
 @head_terms.register_fake

@@ -4,19 +4,17 @@ Prints JSON: for each kernel, bytes of shared memory, and bytes of local memory 
 """
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from spills import stack_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dma_kernels.retention import gradient_kernel, kernels
+from dma_kernels.retention.inputs import TermInputs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {"p_drift": "*fp64", "p_positions": "*i64", "p_runs": "*i32"}  # all others are float32
@@ -37,21 +35,12 @@ def compiled(kernel: Any, dtype: str, constants: dict[str, Any]) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=kernels.OPTIONS)
 
 
-def stack_of(binary: bytes) -> int:
-    """Bytes of local memory that a thread needs."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile() as file:
-        Path(file.name).write_bytes(binary)
-        said = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return max(int(x) for x in re.findall(r"STACK:(\d+)", said))
-
-
 def main(asked: str) -> None:
     """Compile all kernels and print what they need."""
     dtype, head_dim = asked.split(",")
     q = torch.empty(1, 1, 64, int(head_dim), dtype=DTYPES[dtype], device="meta")
-    inputs = kernels.Inputs(q, q, q, q, None, q, None)
-    forward, gradient = inputs.constants() | {"PART": 256}, inputs.constants(gradient=True)
+    inputs = TermInputs(q, q, q, q, None, q, None, 1)
+    forward, gradient = kernels.constants(inputs) | {"PART": 256}, kernels.constants(inputs, gradient=True)
     results = {}
     for name, kernel, constants in (
         ("sum_values", kernels._sum_values_kernel, forward),

@@ -5,14 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from poison import poisoned_buffers
 from torch import Tensor
 
-from dma_kernels.retention.runs import NO_RUN
+from dma_kernels.retention.inputs import NO_RUN, TermInputs
 from dma_kernels.retention.terms import (
     Terms,
     content_gradient,
@@ -40,26 +39,15 @@ def _short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("dma_kernels.retention.kernels._PART", 64)
 
 
-class Inputs(NamedTuple):
-    """Arguments of `retention_terms`."""
-
-    q: Tensor
-    k: Tensor
-    values: Tensor | None
-    content: Tensor
-    drift: Tensor | None
-    positions: Tensor
-    runs: Tensor | None
-    distance: int
-
-    def to(self, dtype: torch.dtype) -> "Inputs":
-        """With floating tensors in another dtype."""
-        return Inputs(*(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in self))
+def to(inputs: TermInputs, dtype: torch.dtype) -> TermInputs:
+    """With floating tensors in another dtype."""
+    floating = [isinstance(x, Tensor) and x.is_floating_point() for x in inputs]
+    return TermInputs(*(x.to(dtype) if y else x for x, y in zip(inputs, floating, strict=True)))
 
 
 def make_inputs(
     size: tuple[int, int, int, int], dtype: torch.dtype, device: str, *, values: bool, packed: bool
-) -> Inputs:
+) -> TermInputs:
     """Keys and values are not contiguous; positions include the first and the last."""
     kv_heads, head_dim, length, queries = size
     q = (2 * torch.randn(2, 4, queries, head_dim)).to(device, dtype)
@@ -73,13 +61,13 @@ def make_inputs(
         own = torch.arange(length).expand(2, -1) // max(1, length // 3)
         own = own.masked_fill(torch.rand(2, length) < 0.2, NO_RUN)
         runs = torch.stack([own, own.masked_fill(torch.rand(2, length) < 0.2, NO_RUN)]).int().to(device)
-    return Inputs(q, k, v if values else None, content, drift, positions, runs, 1 + length // 5)
+    return TermInputs(q, k, v if values else None, content, drift, positions, runs, 1 + length // 5)
 
 
-def found(inputs: Inputs, terms_of: object = retention_terms) -> list[Tensor]:
+def found(inputs: TermInputs, terms_of: object = retention_terms) -> list[Tensor]:
     """Terms, and the gradient of content for weights that differ from query to query."""
     leaf = inputs.content.clone().requires_grad_()
-    terms: Terms = terms_of(*inputs._replace(content=leaf))
+    terms: Terms = terms_of(inputs._replace(content=leaf))
     weights = torch.linspace(0.5, 2, terms.fit.numel(), device=leaf.device).view_as(terms.fit)
     (gradient,) = torch.autograd.grad((terms.fit * weights).sum(), leaf)
     return [terms.fit, terms.mass, terms.has_far, gradient]
@@ -95,7 +83,7 @@ def test_equal_the_plain_code(
     inputs = make_inputs(size, dtype, device, values=values, packed=packed)
     with poisoned_buffers():
         *terms, has_far, gradient = found(inputs)
-    *expected, expected_far, expected_gradient = found(inputs.to(torch.float64), retention_terms_reference)
+    *expected, expected_far, expected_gradient = found(to(inputs, torch.float64), retention_terms_reference)
     assert torch.equal(has_far, expected_far)
     torch.testing.assert_close([x.double() for x in terms], expected, rtol=1e-4, atol=1e-5)
     scale = expected_gradient.abs().max().item()
@@ -104,7 +92,7 @@ def test_equal_the_plain_code(
 
 def test_without_a_drift(device: str) -> None:
     inputs = make_inputs(SIZES[1], torch.float32, device, values=True, packed=True)._replace(drift=None)
-    results = found(inputs), found(inputs.to(torch.float64), retention_terms_reference)
+    results = found(inputs), found(to(inputs, torch.float64), retention_terms_reference)
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
@@ -150,6 +138,7 @@ def test_they_compile_for_hopper(asked: str) -> None:
     """No GPU is needed. What spills is only little."""
     script = Path(__file__).parent / "compile_retention.py"
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[2]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(script), asked], env=environment, capture_output=True, text=True, timeout=300, check=False
     )

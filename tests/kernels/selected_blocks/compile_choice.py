@@ -4,14 +4,11 @@
 """
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 import triton
+from spills import stack_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -35,15 +32,6 @@ def compiled(dtype: str, head_dim: int, group: int, sizes: BlockSizes) -> object
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(module._best_blocks_kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=module._OPTIONS)
-
-
-def stack_of(binary: bytes) -> int:
-    """Bytes of local memory that a thread needs, which are those of spilled registers."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile() as file:
-        Path(file.name).write_bytes(binary)
-        said = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return max(int(x) for x in re.findall(r"STACK:(\d+)", said))
 
 
 if __name__ == "__main__":

@@ -222,6 +222,7 @@ def test_it_compiles_for_hopper_without_spills(head_dim: int, group: int, tmp_pa
     """In a process of its own, since Triton's interpreter is on in this one."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).with_name("compile_choice.py")
+    environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[2]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(script), "bf16", str(head_dim), str(group)],
         env=environment, capture_output=True, text=True, check=False,

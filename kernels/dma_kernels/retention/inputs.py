@@ -1,0 +1,37 @@
+"""What the terms of the retention loss are computed from.
+
+B batch, H query heads, G KV heads, N length, M sampled queries, D head dim.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+NO_RUN = -1  # in place of a document's number: of a key that no query sees
+NO_QUERY = -2  # of a query that sees nothing: not equal to `NO_RUN`
+
+
+class TermInputs(NamedTuple):
+    """Sampled queries, and all keys.
+
+    Attributes:
+        q: the sampled queries, `[B, H, M, D]`.
+        k: keys, `[B, G, N, D]`.
+        values: `[B, G, N, D]` if the target is the effect on the output: attention times the distance of a value from
+            the mean value of all keys that the query sees, divided by its sum. None if it is the attention.
+        content: each key's rank without its drift, in nats, float32 or float64 `[B, G, N]`.
+        drift: sum of the decays up to each key, in nats, `[B, G, N]`; None for none.
+        positions: of the queries, int64 `[M]`.
+        runs: number of each key's document, int32 `[2, B or 1, N]`: of keys that queries see, and of keys that can be
+            far; `NO_RUN` for others. None if all keys are of one document.
+        distance: from which keys are far, in positions.
+    """
+
+    q: Tensor
+    k: Tensor
+    values: Tensor | None
+    content: Tensor
+    drift: Tensor | None
+    positions: Tensor
+    runs: Tensor | None
+    distance: int
