@@ -26,6 +26,7 @@ Below them, `files` and `plain_values` handle files and values that a stranger m
 
 from dma_lightning.config import ModelConfig
 from dma_lightning.data import (
+    ChatDataModule,
     InductionDataModule,
     MQARDataModule,
     NeedleDataModule,
@@ -57,6 +58,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MIXERS",
     "ByteTokenizer",
+    "ChatDataModule",
     "DogeForCausalLM",
     "DynamicMaskAttention",
     "FileTokenizer",

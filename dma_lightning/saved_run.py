@@ -11,6 +11,8 @@ import lightning.pytorch as pl
 from dma_lightning.checkpoints.arguments import model_arguments
 from dma_lightning.checkpoints.io import read_checkpoint, read_newest
 from dma_lightning.checkpoints.weights import Weights, saved_weights
+from dma_lightning.data.base import POSITION_KEY
+from dma_lightning.data.chat import TEMPLATE_KEY
 from dma_lightning.data.restoring import RestorableDataModule, SavedData, data_arguments
 from dma_lightning.data.text import SPECIAL_TOKENS_KEY, TOKENIZER_KEY
 from dma_lightning.files.reading import as_kind
@@ -85,6 +87,19 @@ class SavedRun:
             ValueError: if it is not text.
         """
         checked: str | None = as_kind(self._data_state(TOKENIZER_KEY), str | None, f"{self.path}: {TOKENIZER_KEY}")
+        return checked
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The chat template of the conversations that the model was trained on, if there was one.
+
+        Raises:
+            ValueError: if it is not text.
+        """
+        states = (state for state in self.content.values() if isinstance(state, dict))
+        own = (state for state in states if POSITION_KEY in state)  # the data's arguments have the key, too
+        found = next((state[TEMPLATE_KEY] for state in own if TEMPLATE_KEY in state), None)
+        checked: str | None = as_kind(found, str | None, f"{self.path}: {TEMPLATE_KEY}")
         return checked
 
     @cached_property

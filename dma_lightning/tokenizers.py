@@ -4,6 +4,7 @@ import codecs
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, Protocol, get_args
 
@@ -68,6 +69,16 @@ class ByteTokenizer:
         """One token per byte."""
         return list(text.encode())
 
+    def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens of a text, the character where each begins, and how many bytes it stands for: one.
+
+        Returns:
+            ids, starts and sizes, int64 `[tokens]`.
+        """
+        ids = np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+        starts = np.repeat(np.arange(len(text)), np.diff(_bytes_before(text)))
+        return ids, starts, np.ones_like(ids)
+
     def decode_stream(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
         """Each character as soon as its last byte is there."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -118,10 +129,16 @@ class FileTokenizer:
         """The content of the file."""
         return self._json
 
+    @cached_property
+    def special_token_texts(self) -> dict[int, str]:
+        """How the special tokens are spelled, by id."""
+        added = self.tokenizer.get_added_tokens_decoder().items()
+        return {number: token.content for number, token in added if token.special}
+
     @property
     def has_special_tokens(self) -> bool:
         """Whether the tokenizer has special tokens, for which `special_tokens` matters."""
-        return any(token.special for token in self.tokenizer.get_added_tokens_decoder().values())
+        return bool(self.special_token_texts)
 
     def __reduce__(self) -> tuple:
         """Let copies, here or in other processes, encode as this does; the library's copies parse special tokens."""
@@ -146,6 +163,22 @@ class FileTokenizer:
         encoding = self._encode(text if text.isascii() else _ESCAPED.sub("\ufffd", text))
         characters = np.array([end for _, end in encoding.offsets], np.int64)  # NumPy is slower with pairs
         return np.array(encoding.ids, np.int64), _bytes_before(text)[np.maximum.accumulate(characters)]
+
+    def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens of a text, the character where each begins, and how many bytes of the text it stands for.
+
+        Returns:
+            ids, starts and sizes, int64 `[tokens]`. Special tokens that the text spells have size 0.
+        """
+        encoding = self._encode(text)
+        ids, starts, stops = (
+            np.array(x, np.int64)
+            for x in (encoding.ids, [x for x, _ in encoding.offsets], [x for _, x in encoding.offsets])
+        )
+        sizes = np.diff(_bytes_before(text)[np.maximum.accumulate(stops)], prepend=0)
+        if self.special_tokens == "parse":
+            sizes[np.isin(ids, list(self.special_token_texts))] = 0
+        return ids, starts, sizes
 
     def _encode(self, text: str) -> tokenizers.Encoding:
         with library_errors(f"the tokenizer cannot encode {text[:40]!r}..."):

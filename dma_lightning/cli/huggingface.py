@@ -49,8 +49,8 @@ def export_hf(ckpt_path: Path, target: Path) -> None:
 
     It becomes a Doge model if Doge can express it, else a model of our own class, which
     `import dma_lightning.transformers` registers with Transformers. The folder also gets the tokenizer files beside the
-    checkpoint and the tokenizer in it; a model that reads bytes gets a byte tokenizer. SHA256SUMS lists the hashes of
-    all files.
+    checkpoint, and the tokenizer and chat template in it; a model that reads bytes gets a byte tokenizer. SHA256SUMS
+    lists the hashes of all files.
 
     Args:
         ckpt_path: a checkpoint.
@@ -59,7 +59,8 @@ def export_hf(ckpt_path: Path, target: Path) -> None:
     saved = open_checkpoint(ckpt_path, "cpu")
     module = model_of(saved, "cpu")
     tokenizer = byte_tokenizer_json() if reads_bytes(saved, module) else saved.tokenizer
-    kind = save_for_transformers(module.model, target, ckpt_path.resolve().parent, tokenizer)
+    beside = ckpt_path.resolve().parent
+    kind = save_for_transformers(module.model, target, beside, tokenizer, saved.chat_template)
     hint = "" if kind == "doge" else "; to load it, first import dma_lightning.transformers"
     print(f"written to {target} as a model of type {kind}{hint}")
     if beyond := beyond_doge(module.model.config):

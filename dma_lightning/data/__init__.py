@@ -2,6 +2,8 @@
 
 - `base`: what they share: batches, loaders, the position in the data; `restoring`: what they take from a checkpoint
 - `text`: text files, as bytes or tokens; `prepared`: folders that `dma-lightning prepare` has written
+- `chat`: conversations to fine-tune on; `chat_templates` writes them as text, `conversations` as tokens, and `packing`
+  puts them into sequences
 - `drawn`: tasks that draw their examples: `mqar` (associative recall), `selective_copy`, `induction`,
   `needles` (in a haystack of tokens), `text_needles` (in a haystack of text)
 
@@ -11,6 +13,7 @@ sequences), `parts` (of sequences that several processes divide).
 """
 
 from dma_lightning.data.base import IGNORE_INDEX, Batch, SequenceDataModule
+from dma_lightning.data.chat import ChatDataModule
 from dma_lightning.data.induction import InductionDataModule
 from dma_lightning.data.mqar import MQARDataModule, MQARTask
 from dma_lightning.data.needles import HaystackDataModule, HaystackTask, NeedleDataModule
@@ -22,6 +25,7 @@ from dma_lightning.data.text_needles import TextNeedleDataModule
 __all__ = [
     "IGNORE_INDEX",
     "Batch",
+    "ChatDataModule",
     "HaystackDataModule",
     "HaystackTask",
     "InductionDataModule",

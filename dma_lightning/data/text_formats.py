@@ -5,6 +5,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -63,17 +64,44 @@ def read_documents(path: Path, text_field: str, skip_lines: int = 0, separator: 
     if is_saved_dataset(path):
         yield from _rows(dataset_rows(path, text_field, skip_lines))
         return
-    compression, suffix = path.suffix.lower(), _kind(path)
+    suffix = _kind(path)
     if suffix == PARQUET:
         yield from _rows(parquet_rows(path, text_field, skip_lines))
         return
+    with _opened(path) as (stream, raw):
+        if suffix in JSONL:
+            yield from _lines(path, stream, raw, text_field, skip_lines)
+        else:
+            yield from _plain(path, stream, raw, separator_bytes(separator), skip_lines)
+
+
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON object in each line of a JSONL file, which may be compressed, and the number of the line from 1 on.
+
+    Empty lines and a byte order mark are left out.
+
+    Raises:
+        ValueError: if the file is damaged, or not UTF-8, if its name says that it is not JSONL, or if a line is not a
+            JSON object.
+    """
+    if _kind(path) not in JSONL:
+        raise ValueError(f"{path}: expected JSONL ({', '.join(JSONL)}), got another file; exclude it with a glob")
+    with _opened(path) as (stream, _):
+        for number, line in _numbered(stream):
+            yield number, _record(path, number, line)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[_Stream, BinaryIO]]:
+    """The decompressed content of a file, and the file itself.
+
+    Raises:
+        ValueError: if it is damaged, or the library for it is missing.
+    """
+    compression = path.suffix.lower()
     with path.open("rb") as raw:
         try:
-            stream = _decompress(path, compression, raw)
-            if suffix in JSONL:
-                yield from _lines(path, stream, raw, text_field, skip_lines)
-            else:
-                yield from _plain(path, stream, raw, separator_bytes(separator), skip_lines)
+            yield _decompress(path, compression, raw), raw
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: expected a whole {compression} file: {error}") from error
         except Exception as error:
@@ -213,9 +241,8 @@ def _plain(path: Path, stream: _Stream, raw: BinaryIO, separator: bytes | None, 
 
 def _lines(path: Path, stream: _Stream, raw: BinaryIO, text_field: str, skip_lines: int) -> Iterator[Piece]:
     """Each line as one document."""
-    for number, line in enumerate(stream, start=1):
-        line = line if number > 1 else line.removeprefix(_BOM)
-        if number <= skip_lines or not line.strip():
+    for number, line in _numbered(stream):
+        if number <= skip_lines:
             continue
         yield from _document(_text(path, number, line, text_field), raw.tell(), number)
 
@@ -231,6 +258,14 @@ def _document(text: bytes, read: int, number: int) -> Iterator[Piece]:
     pieces = list(byte_pieces(text[i : i + _CHUNK] for i in range(0, len(text), _CHUNK)))
     for left, piece in enumerate(pieces, start=1 - len(pieces)):
         yield Piece(piece.decode(), len(piece), read, -1 if left else number)
+
+
+def _numbered(stream: _Stream) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not empty, and their numbers, without a byte order mark."""
+    for number, line in enumerate(stream, start=1):
+        line = line if number > 1 else line.removeprefix(_BOM)
+        if line.strip():
+            yield number, line
 
 
 def byte_pieces(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -264,13 +299,7 @@ def _character_end(text: bytes) -> int:
 
 def _text(path: Path, number: int, line: bytes, text_field: str) -> bytes:
     """The text in a line of JSONL, in UTF-8."""
-    decoded = _decode(path, number, line)
-    try:
-        record = json.loads(decoded)
-    except (ValueError, RecursionError) as error:  # ValueError also for a number with too many digits
-        raise ValueError(f"{path}, line {number}: expected a JSON object: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:40]!r}")
+    record = _record(path, number, line)
     if not isinstance(text := record.get(text_field), str):
         raise ValueError(
             f"{path}, line {number}: expected a string in the field {text_field!r}, got the fields "
@@ -280,6 +309,18 @@ def _text(path: Path, number: int, line: bytes, text_field: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{path}, line {number}: expected text, got half of a character: {error}") from error
+
+
+def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """The JSON object in a line."""
+    decoded = _decode(path, number, line)
+    try:
+        record = json.loads(decoded)
+    except (ValueError, RecursionError) as error:  # ValueError also for a number with too many digits
+        raise ValueError(f"{path}, line {number}: expected a JSON object: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:40]!r}")
+    return record
 
 
 def _decode(path: Path, line: int, data: bytes) -> str:

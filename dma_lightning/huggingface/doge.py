@@ -58,6 +58,7 @@ def save_doge(
     folder: Path | str,
     tokenizer_folder: Path | str | None = None,
     tokenizer_json: str | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write a model that `DogeForCausalLM.from_pretrained` of Transformers reads.
 
@@ -69,6 +70,7 @@ def save_doge(
         folder: must be empty or not exist.
         tokenizer_folder: a folder to copy tokenizer files from.
         tokenizer_json: content for `tokenizer.json`, instead of the file in `tokenizer_folder`.
+        chat_template: content for `chat_template.jinja`, instead of the file in `tokenizer_folder`.
 
     Raises:
         ValueError: if Doge cannot express the model, or `folder` is not empty.
@@ -76,7 +78,7 @@ def save_doge(
     """
     config = doge_config(model.config)
     named = {name if name.startswith("lm_head.") else f"model.{name}": x for name, x in saved_weights(model).items()}
-    write_model(folder, config, named, tokenizer_folder, tokenizer_json)
+    write_model(folder, config, named, tokenizer_folder, tokenizer_json, chat_template)
 
 
 def saved_weights(model: DogeForCausalLM) -> dict[str, Tensor]:
@@ -93,6 +95,7 @@ def write_model(
     weights: dict[str, Tensor],
     tokenizer_folder: Path | str | None,
     tokenizer_json: str | None,
+    chat_template: str | None,
 ) -> None:
     """Write `config.json` and weights by name; other arguments and errors as in `save_doge`."""
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
@@ -107,6 +110,8 @@ def write_model(
             copy_tokenizer(Path(tokenizer_folder), unfinished)
         if tokenizer_json is not None:
             (unfinished / "tokenizer.json").write_text(tokenizer_json)
+        if chat_template is not None:
+            (unfinished / "chat_template.jinja").write_text(chat_template)
         describe_tokens(unfinished, config)
         write_sums(unfinished)
 

@@ -19,6 +19,7 @@ def save_for_transformers(
     folder: Path | str,
     tokenizer_folder: Path | str | None = None,
     tokenizer_json: str | None = None,
+    chat_template: str | None = None,
 ) -> str:
     """Write a model that `AutoModelForCausalLM.from_pretrained` of Transformers reads; arguments as in `save_doge`.
 
@@ -32,9 +33,9 @@ def save_for_transformers(
     """
     if beyond_doge(model.config):
         named = {f"decoder.{name}": x for name, x in saved_weights(model).items()}
-        write_model(folder, own_config(model), named, tokenizer_folder, tokenizer_json)
+        write_model(folder, own_config(model), named, tokenizer_folder, tokenizer_json, chat_template)
         return MODEL_TYPE
-    save_doge(model, folder, tokenizer_folder, tokenizer_json)
+    save_doge(model, folder, tokenizer_folder, tokenizer_json, chat_template)
     return "doge"
 
 

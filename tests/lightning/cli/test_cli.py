@@ -43,6 +43,8 @@ def companions(file: Path) -> list[str]:
         Path("a.txt").write_text("text")
         prepare("a.txt", Path("prepared"), processes=1)
         args.append("--data.path=prepared")
+    if file.stem == "chat":
+        args += ["--data.path=chat.jsonl", "--data.chat_template=simple"]
     # A config for GPUs is built here too, on the CPU.
     return [*args, "--trainer.accelerator=cpu", "--trainer.devices=1"] if file.parent.name == "trainer" else args
 

@@ -20,7 +20,13 @@ from dma_lightning.cli.default_callbacks import add_default_callbacks
 from dma_lightning.cli.entry import _COMMANDS, main
 from dma_lightning.cli.parsing import Parser, set_up_parsing
 from dma_lightning.config import ModelConfig
-from dma_lightning.data import PreparedDataModule, SequenceDataModule, TextDataModule, TextNeedleDataModule
+from dma_lightning.data import (
+    ChatDataModule,
+    PreparedDataModule,
+    SequenceDataModule,
+    TextDataModule,
+    TextNeedleDataModule,
+)
 from dma_lightning.language_model import LanguageModel
 from dma_lightning.strategies import FullyShardedStrategy
 
@@ -98,7 +104,7 @@ def arguments(config: Namespace, option: str) -> Namespace:
     return (found[-1] if isinstance(found, list) else found).init_args
 
 
-DATA = (TextDataModule, TextNeedleDataModule, PreparedDataModule)
+DATA = (TextDataModule, TextNeedleDataModule, PreparedDataModule, ChatDataModule)
 CALLBACKS = (ContinuationWriter, FitReport, ResumableCheckpoint)
 OPTIONS = [(option, x) for option, classes in (("data", DATA), ("trainer.callbacks", CALLBACKS)) for x in classes]
 OPTIONS += [("checkpoint", ResumableCheckpoint), ("trainer.strategy", FullyShardedStrategy)]
