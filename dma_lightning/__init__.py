@@ -12,6 +12,7 @@ The model, from the inside out:
 Training:
 
 - `data`: data modules; `metrics`, `schedules`, `step_means`: used by the LightningModule in `language_model`
+- `trained_parts`: freezing parts of a model; `lora`: low-rank adapters, an extra
 - `losses`: the main loss; `auxiliary_losses`: losses of layers in addition to it
 - `callbacks`: act on a run; `monitoring`: only watch it
 - `checkpoints`: writing, checking and reading them; `saved_run`: one opened checkpoint and what it says

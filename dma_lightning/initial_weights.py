@@ -18,6 +18,7 @@ from dma_lightning.files.reading import check_regular
 from dma_lightning.files.sha256_sums import check_sums
 from dma_lightning.huggingface.folders import PretrainedFolder
 from dma_lightning.huggingface.weight_files import StoredTensor
+from dma_lightning.lora import has_adapters, own_weights
 from dma_lightning.model import DogeForCausalLM
 from dma_lightning.saved_run import SavedRun
 from dma_lightning.tokenizers import FileTokenizer, Tokenizer
@@ -98,6 +99,11 @@ class InitialWeights:
         arguments = saved.model_arguments(kind)
         if not saved.weights:
             raise ValueError(f"init_from {saved.path}: expected a checkpoint with weights, got one without")
+        if has_adapters(saved.weights):
+            raise ValueError(
+                f"init_from {saved.path}: expected weights without adapters, got some with; merge them with "
+                "`dma-lightning merge-lora`"
+            )
         check_layers(saved.weights, arguments.get("num_hidden_layers", ModelConfig.num_hidden_layers), saved.path)
         check_arguments(saved.weights, kind, arguments, saved.path)
         weights = {name.removeprefix("model."): x for name, x in saved.content["state_dict"].items()}
@@ -146,7 +152,7 @@ class InitialWeights:
         if self.folder is not None:
             check_sums(self.path)
             self.folder.check_tied()
-        own = model.state_dict()
+        own = own_weights(model.state_dict())
         taken = own.keys() & self.tensors.keys()
         for name in sorted(taken):
             if (expected := tuple(own[name].shape)) != (got := self.tensors[name].shape):

@@ -31,6 +31,7 @@ from dma_lightning.data.base import IGNORE_INDEX, Batch
 from dma_lightning.data.parts import part_of_batch
 from dma_lightning.files.reading import verifies_content
 from dma_lightning.initial_weights import InitialWeights
+from dma_lightning.lora import LoraArguments, add_adapters_of
 from dma_lightning.losses import TokenScores, check_loss_chunk, token_losses
 from dma_lightning.metrics import EvaluationMetrics, bits_per_byte
 from dma_lightning.model import DogeForCausalLM
@@ -64,6 +65,7 @@ class _Arguments(AttributeDict):
     cuda_graphs: bool
     activation_checkpointing: bool
     loss_chunk: int | None
+    lora: LoraArguments | None
 
 
 class LanguageModel(PlainHyperparameters, pl.LightningModule):
@@ -97,6 +99,8 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             computed twice.
         optimizer: adamw, or muon: Muon for the matrices within layers, and AdamW for everything else. Both parts have
             the same learning rate and weight decay.
+        lora: low-rank adapters to train (rank, alpha, targets, dropout; see `dma_lightning.lora`). All other weights
+            stay as they are, but for those that train_only names, if it is not all. It needs the extra lora.
         config: the fields of `ModelConfig`.
     """
 
@@ -122,6 +126,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         train_only: TrainedPart = "all",
         loss_chunk: int | None = None,
         optimizer: OptimizerName = "adamw",
+        lora: LoraArguments | None = None,
         **config: Any,
     ) -> None:
         super().__init__()
@@ -139,6 +144,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         self.model = DogeForCausalLM(replace(shape, vocab_size=max(padded_vocab_size or 0, shape.vocab_size)))
         self.model.activation_checkpointing = activation_checkpointing
         freeze_others(self.model, train_only)
+        add_adapters_of(self.model, lora, train_only, optimizer)
         self._token_losses = token_losses
         self._batches: list[StepTotals] = []  # of the current step
         self.init_from = init_from

@@ -14,6 +14,7 @@ from dma_lightning.cli.generate import generate
 from dma_lightning.cli.huggingface import export_hf, import_hf
 from dma_lightning.cli.init import init
 from dma_lightning.cli.lightning_cli import DMACLI, ConfigOfRun
+from dma_lightning.cli.lora import export_lora, merge_lora
 from dma_lightning.cli.needle import needle
 from dma_lightning.cli.parsing import Parser, set_up_parsing
 from dma_lightning.cli.positions import positions
@@ -35,6 +36,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "positions": positions,
     "import-hf": import_hf,
     "export-hf": export_hf,
+    "merge-lora": merge_lora,
+    "export-lora": export_lora,
 }
 
 # Flags that print something without running anything.

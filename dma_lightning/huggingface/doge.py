@@ -22,6 +22,7 @@ from dma_lightning.huggingface.config import doge_config
 from dma_lightning.huggingface.folders import PretrainedFolder
 from dma_lightning.huggingface.tokenizer_files import copy_tokenizer, describe_tokens
 from dma_lightning.huggingface.weight_files import WEIGHTS
+from dma_lightning.lora import has_adapters
 from dma_lightning.model import DogeForCausalLM
 
 
@@ -82,7 +83,16 @@ def save_doge(
 
 
 def saved_weights(model: DogeForCausalLM) -> dict[str, Tensor]:
-    """Weights of a model by name, on the CPU; tied weights appear once."""
+    """Weights of a model by name, on the CPU; tied weights appear once.
+
+    Raises:
+        ValueError: if it has adapters.
+    """
+    if has_adapters(model.state_dict()):
+        raise ValueError(
+            "expected a model without adapters, got one with; merge them with `dma-lightning merge-lora`, or write the "
+            "adapters alone with `dma-lightning export-lora`"
+        )
     weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]

@@ -98,6 +98,8 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
         per_head_parameters: names of the mixer's linear weights that compute a few separate numbers for each head. Muon
             leaves them, as well as `auxiliary_parameters`, to AdamW.
         selection_parameters: names of the mixer's parameters that decide which keys are kept.
+        read_weights: names of the mixer's linear maps whose weight is read without a call of the map, at least in part.
+            An adapter of such a map would be ignored, so `dma_lightning.lora` refuses it.
         drawn_apart: names of the mixer's linear maps whose initial weights come from separate random numbers. If two
             mixers differ only in such maps, all other weights of their models start the same.
         context: the processes among which each sequence is divided; None if it is not. See `join_context`.
@@ -107,6 +109,7 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
     undecayed_parameters: Sequence[str] = ()
     per_head_parameters: Sequence[str] = ()
     selection_parameters: Sequence[str] = ()
+    read_weights: Sequence[str] = ()
     drawn_apart: Sequence[str] = ()
     context: ContextGroup | None = None
 

@@ -156,6 +156,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
 
     drawn_apart = ("dt_proj",)
     per_head_parameters = ("dt_proj.weight",)
+    read_weights = ("dt_proj",)
 
     def __init__(
         self,

@@ -66,6 +66,8 @@ class LatentAttention(TokenMixer[PositionCache]):
         model of Hugging Face Transformers, but the rotation pairs the two halves of the channels, not neighbors.
     """
 
+    read_weights = ("kv_b_proj",)  # by decoding
+
     def __init__(
         self,
         hidden_size: int,
