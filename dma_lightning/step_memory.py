@@ -24,10 +24,10 @@ def least_step_bytes(
 ) -> int:
     """A lower bound of the memory that a training step takes in addition to the weights.
 
-    It counts gradients and two moments of every weight, in float32. For each layer and token it counts what projections
-    and feed-forward network keep for the backward pass: 3 I + 4 C numbers, or C if activations are computed again. For
-    each token, or those of a chunk, it counts logits and their gradient, 2 V numbers. It does not count what attention
-    keeps.
+    It counts gradients and two moments of every weight that is trained, in float32. For each layer and token it counts
+    what projections and feed-forward network keep for the backward pass: 3 I + 4 C numbers, or C if activations are
+    computed again or some weights are frozen. For each token, or those of a chunk, it counts logits and their gradient,
+    2 V numbers. It does not count what attention keeps.
 
     Args:
         model: the decoder.
@@ -39,12 +39,12 @@ def least_step_bytes(
         spared: number of weights for which the optimizer keeps only one moment, as Muon does.
     """
     config = model.config
-    kept = config.hidden_size
-    if not model.activation_checkpointing:
+    kept, trained = config.hidden_size, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not model.activation_checkpointing and trained == model.num_parameters:
         kept = 3 * config.intermediate_size + 4 * config.hidden_size
     tokens = batch_size * length
     logits = 2 * config.vocab_size * (tokens if loss_chunk is None else min(tokens, loss_chunk))
-    optimized = (12 * model.num_parameters - 4 * spared) // shards
+    optimized = (12 * trained - 4 * spared) // shards
     return optimized + (tokens * config.num_hidden_layers * kept + logits) * number_bytes
 
 

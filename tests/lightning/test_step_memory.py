@@ -49,6 +49,17 @@ def test_the_bound_is_below_what_a_step_keeps(attention: str, checkpointing: boo
     assert 0.2 * kept < bound < kept
 
 
+@pytest.mark.parametrize("options", [{"train_only": "selection"}, {"lora": {"rank": 2, "targets": ["q_proj"]}}])
+def test_frozen_weights_take_nothing(options: dict[str, object]) -> None:
+    if "lora" in options:
+        pytest.importorskip("peft")
+    module = LanguageModel(vocab_size=256, max_position_embeddings=512, **SIZES, **options)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert trained < module.model.num_parameters / 2
+    bound = least_step_bytes(module.model, 2, 512, 4) - 12 * trained
+    assert 0 < bound < kept_bytes(module, 2, 512) + 2 * 512 * 256 * 4
+
+
 def test_weights_count_by_their_share() -> None:
     model = LanguageModel(vocab_size=16, max_position_embeddings=16, **SIZES).model
     one, four = (least_step_bytes(model, 1, 16, 4, shards) for shards in (1, 4))
