@@ -171,8 +171,12 @@ def with_adapters_of(model: DogeForCausalLM, folder: Path) -> Any:
     found = as_kind(fields, _AdapterConfig, str(config_file))
     lora = Lora(rank=found.r, alpha=found.lora_alpha, targets=found.target_modules, dropout=found.lora_dropout)
     try:
+        weights = peft.load_peft_weights(str(folder), device="cpu")
+        ranks = {len(x) for name, x in weights.items() if "lora_A" in name}
+        if ranks != {lora.rank}:  # compared before memory is taken for the adapters
+            raise ValueError(f"expected rank {lora.rank}, as in {config_file.name}, got {sorted(ranks)}")
         wrapped = peft.get_peft_model(model, lora.config(model))
-        result = peft.set_peft_model_state_dict(wrapped, peft.load_peft_weights(str(folder), device="cpu"))
+        result = peft.set_peft_model_state_dict(wrapped, weights)
     except (ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder}: expected adapters that fit the model, got others: {reason}") from error
