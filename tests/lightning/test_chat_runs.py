@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import small_run
 from small_texts import write_tokenizer
+from transformers import AutoTokenizer
 
 from dma_lightning.cli.generate import generate
 from dma_lightning.cli.huggingface import export_hf
@@ -44,12 +45,11 @@ def test_answers_of_bytes_are_learned_from_old_weights(tmp_path: Path, capsys: p
 
 def test_exports_have_the_template(tmp_path: Path) -> None:
     """Transformers writes a prompt as training did."""
-    transformers = pytest.importorskip("transformers")
     write_tokenizer(tmp_path / "tokenizer.json")
     small_run.fit(*CHAT, *small_run.MODEL, "--data.tokenizer=tokenizer.json")
     export_hf(LAST, Path("export"))
     assert Path("export/chat_template.jinja").read_text() == SIMPLE
-    theirs = transformers.AutoTokenizer.from_pretrained("export")
+    theirs = AutoTokenizer.from_pretrained("export")
     prompt = theirs.apply_chat_template([QUESTION], tokenize=False, add_generation_prompt=True)
     assert prompt == "<|user|>\n0 0 0?<|end|>\n<|assistant|>\n"
 

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import small_run
 import torch
@@ -16,8 +17,6 @@ from dma_lightning.cli.huggingface import export_hf
 from dma_lightning.cli.lora import export_lora, merge_lora
 from dma_lightning.lora import Lora, add_adapters, as_peft_model, with_adapters_of
 from dma_lightning.mixers import MIXERS
-
-peft = pytest.importorskip("peft")
 
 TOKENS = torch.randint(32, (2, 13), generator=torch.Generator().manual_seed(0))
 LORA = ["--model.lora.rank=2", "--model.lora.alpha=6", "--trainer.max_steps=3", "--trainer.logger.name=lora"]

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_resume_data import CountingModel, InterruptionError, SmallModel, fit
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from dma_lightning import ChatDataModule, DogeForCausalLM, ModelConfig
 from dma_lightning.data import IGNORE_INDEX
@@ -179,9 +180,8 @@ def test_a_token_across_the_border_of_an_answer_belongs_to_where_it_begins(tmp_p
 
 
 def test_transformers_finds_the_same_tokens_and_answers(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     write_tokenizer(tmp_path / "t", MARKED, [("a", "b")])
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "t")
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "t")
     for messages in (turns("ab ", "cab😀"), turns("😀", "x", " y ", "ab ab", system="s")):
         wanted = theirs.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, chat_template=MARKED
