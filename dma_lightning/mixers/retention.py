@@ -1,9 +1,9 @@
 """The retention loss: it trains the content of a key's rank to predict how much later queries attend to the key.
 
-In each step, a few queries are sampled. For each, the target is its attention to keys far behind it. The prediction is
-a softmax over these keys, of content plus drift. Suppose that queries attend to a key at a rate of exp(rank), with a
-decay that all keys share. Then this cross entropy is the negative logarithm of Cox's partial likelihood, and keeping
-the best-ranked keys keeps most of the attention.
+In each step, a few queries are sampled. The target of each query is its attention to keys far behind it. The
+prediction is a softmax of content plus drift over these keys. Suppose that queries attend to a key at a rate of
+exp(rank), with a decay that all keys share. Then the cross entropy of target and prediction is the negative logarithm
+of Cox's partial likelihood, and keeping the best-ranked keys keeps most of the attention.
 
 A mixer calls `retention_loss` in its forward pass. Here, `x` is a tensor that the mixer's result depends on, such as
 its output:
@@ -19,7 +19,7 @@ its output:
   layers would be compiled again for each step. The step must not change between the forward and the backward pass
   of a layer, since the backward pass may compute the layer again.
 - `weight` is the weight of the whole loss, divided by the number of layers, so that the mean over layers is trained.
-- The loss is also computed if no key is far. Then it is 0 and gives zero gradients, since DDP waits for every gradient.
+- The loss is computed even if no key is far, since DDP waits for every gradient. It is then 0, with zero gradients.
 - The mixer names the parameters of content in `auxiliary_parameters`, so that they are clipped separately.
 
 B batch, H query heads, G KV heads, R = H / G group, N length, M sampled queries, D head dim.

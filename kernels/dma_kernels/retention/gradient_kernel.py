@@ -1,8 +1,8 @@
-"""The Triton kernel of the retention loss's gradient in contents.
+"""The Triton kernel for the gradient of the retention loss with respect to contents.
 
-A program has a tile of keys of one KV head, and passes over all sampled queries of the group's heads. It makes targets
-and predictions again from their log-sum-exps. No two programs add to the same number, so the same inputs give the same
-bits.
+A program has a tile of keys of one KV head, and passes over all sampled queries of the group's heads. It recomputes
+targets and predictions from their log-sum-exps. No two programs add to the same number, so the same inputs give the
+same bits.
 
 B batch, H query heads, G KV heads, N length, M queries of a tile, K keys of a tile, D head dim.
 """

@@ -1,8 +1,8 @@
 """Triton kernels of the terms of the retention loss.
 
-The keys are cut into parts. Programs first sum the values that each query sees in a part, if the target needs their
-mean. Others then pass over the keys of a part with running softmaxes, of the logits and of the prediction. Each of
-the two is followed by a small kernel that joins the parts.
+The keys are cut into parts. If the target needs mean values, one kernel first sums the values that each query sees in
+each part. Another kernel then passes over the keys of each part with two running softmaxes: of the logits and of the
+prediction. After each of the two, a small kernel joins the parts.
 
 Logits and log-sum-exps are in base 2, contents and drifts in nats. B batch, H query heads, G KV heads, N length, M
 queries of a tile, K keys of a tile, P parts, D head dim.

@@ -2,9 +2,9 @@
 
     fit_t = sum_far target_tj · log p_tj        mass_t = sum_far target_tj
 
-The target is the share of a query's attention that goes to a far key, or the share of the effect on the output. It has
-no gradient. p is the softmax over the far keys of content plus drift. The gradient of fit_t in content_j is
-`target_tj - mass_t p_tj`.
+The target of a far key is its share of a query's attention, or its share of the effect on the query's output. The
+target has no gradient. p is the softmax of content plus drift over the far keys. The gradient of fit_t with respect to
+content_j is `target_tj - mass_t p_tj`.
 
 B batch, H query heads, G KV heads, R = H / G group, N length, M sampled queries, D head dim.
 """
