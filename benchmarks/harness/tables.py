@@ -93,7 +93,8 @@ def shape_of(row: Row) -> str:
 def cpu_of(result: Result) -> str:
     """CPU and versions of a result, in words."""
     e = result["environment"]
-    return f"{e['cpu']}, {e['threads']} threads, Python {e['python']}, torch {e['torch']}, commit {e['commit']}"
+    threads = f"{e['threads']} thread{'s' * (e['threads'] > 1)}"
+    return f"{e['cpu']}, {threads}, Python {e['python']}, torch {e['torch']}, commit {e['commit']}"
 
 
 def gpu_of(result: Result) -> str:

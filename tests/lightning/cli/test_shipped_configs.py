@@ -45,7 +45,7 @@ def test_a_file_wins() -> None:
         ("needle", "did you mean 'data/needles' or 'data/text-needles'?"),
         ("trainer/cpuu", "did you mean 'trainer/cpu', "),
         ("tiny.yml", "did you mean 'tiny.yaml'?"),
-        ("zzz", "the shipped configs are data/induction, data/mqar, "),
+        ("zzz", "the shipped configs are data/chat, data/induction, data/mqar, "),
     ],
 )
 def test_the_nearest_names_are_told(given: str, meant: str) -> None:
