@@ -20,7 +20,7 @@ FLAGS += ("dma_lightning/cli/", "dma_lightning/checkpoints/resumable.py", "dma_l
 FLAGS += ("dma_lightning/generation.py",)
 
 COMMANDS = ("generate", "stream_tokens", "prepare", "train_tokenizer", "sizes", "import_hf", "export_hf")
-COMMANDS += ("needle", "extrapolation", "positions")
+COMMANDS += ("needle", "extrapolation", "positions", "evaluate")
 
 ATTENTIONS = ("fused_attention", "segment_attention", "flex_segment_attention", "attend", "attend_with_far_bias")
 ATTENTIONS += ("dynamic_mask_attention",)

@@ -9,6 +9,7 @@ from lightning.pytorch.cli import ArgsType
 
 from dma_lightning import __version__
 from dma_lightning.cli.errors import told_errors
+from dma_lightning.cli.evaluate import evaluate
 from dma_lightning.cli.extrapolation import extrapolation
 from dma_lightning.cli.generate import generate
 from dma_lightning.cli.huggingface import export_hf, import_hf
@@ -34,6 +35,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "needle": needle,
     "extrapolation": extrapolation,
     "positions": positions,
+    "evaluate": evaluate,
     "import-hf": import_hf,
     "export-hf": export_hf,
     "merge-lora": merge_lora,
@@ -117,5 +119,5 @@ def main() -> None:
 
 def _options_of(name: str) -> dict[str, Any]:
     """Options for a command's parser; its description comes from the command."""
-    as_positional = name != "generate"
+    as_positional = name not in ("generate", "evaluate")
     return {"as_positional": as_positional, "parser_class": Parser, "description": None, "allow_abbrev": False}

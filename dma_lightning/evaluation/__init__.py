@@ -2,9 +2,11 @@
 
 - `needles`: answers by haystack length and needle depth
 - `lengths`: the test set of a checkpoint's data, at other lengths; `positions`: the loss by position in a document
+- `harness`: a model for lm-evaluation-harness, which the extra `eval` installs
 
 Below these: `trained_run` (a checkpoint, and its data at another length), `reading` (with a cache, one chunk at a
-time), `scores` (sums over labels), `costs` (time and memory) and `reports` (tables and files).
+time), `continuations` (of contexts), `scores` (sums over labels), `costs` (time and memory) and `reports` (tables and
+files).
 """
 
 from dma_lightning.evaluation.lengths import LengthScores, length_scores

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from small_texts import special_tokenizer
 from dma_lightning.cli import generate as generate_command
 from dma_lightning.cli import main
 from dma_lightning.cli import positions as positions_command
+from dma_lightning.cli.evaluate import evaluate
 from dma_lightning.cli.extrapolation import extrapolation
 from dma_lightning.cli.needle import needle
 from dma_lightning.cli.positions import positions
@@ -306,12 +308,19 @@ def test_devices_that_are_not_there_are_told(args: list[str], text_run: str, mon
         main()
 
 
+def test_without_the_harness_its_extra_is_named(text_run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "dma_lightning.evaluation.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(SystemExit, match=r"got none or an older one .*; pip install 'dma-lightning\[eval\]'$"):
+        command("evaluate", f"--ckpt_path={text_run}", "--tasks=arc_easy")
+
+
 def test_the_page_names_every_field_and_no_other_option(needles_run: Path, text_run: str) -> None:
     page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text()
     examples = [shlex.split(line)[1:] for line in page.splitlines() if line.startswith("    dma-lightning")]
-    assert [example[0] for example in examples] == ["needle", "extrapolation", "positions"]
+    assert [example[0] for example in examples] == ["needle", "extrapolation", "positions", "evaluate"]
     runs = {"needle": [needles_run], "extrapolation": [text_run], "positions": [text_run, "text.txt"]}
-    for name, *_, _, output in examples:
+    for name, *_, output in examples[:3]:  # tests/lightning/evaluation/test_harness.py runs the last
         options = {"needle": ["--depths=[0]", "--examples=1"], "extrapolation": ["--examples=1"]}.get(name, [])
         command(name, *runs[name], *options, f"--output={output}")
         found = json.loads(Path(output).read_text())
@@ -319,5 +328,6 @@ def test_the_page_names_every_field_and_no_other_option(needles_run: Path, text_
         assert rows
         fields = set(found).union(*rows, *(value for value in found.values() if isinstance(value, dict)))
         assert [field for field in fields if f"`{field}`" not in page] == []
-    known = {name for function in (needle, extrapolation, positions) for name in inspect.signature(function).parameters}
+    functions = (needle, extrapolation, positions, evaluate)
+    known = {name for function in functions for name in inspect.signature(function).parameters}
     assert set(re.findall(r"--(\w+)", page)) <= known

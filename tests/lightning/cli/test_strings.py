@@ -65,7 +65,7 @@ def test_flags_of_commands_mean_their_characters(command: str, monkeypatch: pyte
     options = text_options(_COMMANDS[command])
     parameters = inspect.signature(_COMMANDS[command]).parameters
     required = [name for name in options if parameters[name].default is inspect.Parameter.empty]
-    positional = [] if command == "generate" else required
+    positional = [] if command in ("generate", "evaluate") else required
     assert options
     for text in STRINGS:
         flags = [f"--{name}={text}" for name in options if name not in positional]
@@ -131,7 +131,7 @@ def test_all_of_our_options_that_take_text_are_read_as_text() -> None:
     hints = [get_type_hints(owner.__init__ if inspect.isclass(owner) else owner) for owner in owners]
     found = {f"{name}: {hint}" for x in (*hints, get_type_hints(ModelConfig)) for name, hint in x.items()}
     others = {x for x in found if "str" in x.split(": ", 1)[1].replace("stride", "") and "<class" not in x}
-    known = {str(hint) for hint in (str | None, list[str] | None, str | dict[str, float])}
+    known = {str(hint) for hint in (str | None, list[str], list[str] | None, str | dict[str, float])}
     assert {x.split(":")[0] for x in others if x.split(": ", 1)[1] not in known} == {"attention_args"}  # YAML by nature
 
 
