@@ -90,7 +90,9 @@ def likelihoods(reader: Reader, pairs: Sequence[Pair], batch_size: int) -> list[
 def continued_texts(
     reader: Reader, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], how: Continuing, batch_size: int
 ) -> list[str]:
-    """The continuation of each prompt, without the prompt.
+    """The continuation of each prompt, decoded without the prompt.
+
+    So it loses a space at its beginning if the tokenizer drops that of every text, as SentencePiece does.
 
     Args:
         reader: reads the prompts.
@@ -167,8 +169,8 @@ def _continued(
                 return
             yield made[number][row]
 
-    for row, prompt in enumerate(prompts):
-        yield "".join(decode_until(tokenizer, tokens(row), how.stop, prompt))
+    for row in range(len(prompts)):
+        yield "".join(decode_until(tokenizer, tokens(row), how.stop))
 
 
 def _batches(items: Sequence, size: int, what: str) -> Iterator[Sequence]:

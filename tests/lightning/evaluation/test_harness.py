@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ import small_run
 import torch
 from chosen_form import CHOSEN
 from small_texts import write_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dma_lightning.cli import main
 
@@ -48,6 +51,15 @@ def spread(content: dict[str, Any]) -> None:
     for x in content["state_dict"].values():
         if x.ndim > 1:
             x.copy_(torch.randn(x.shape) * 2 * x.shape[-1] ** -0.5)
+
+
+def write_metaspace(path: Path, vocab_size: int) -> None:
+    """A tokenizer like those of SentencePiece, whose texts begin with a space that is not shown."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<unk>"], show_progress=False)
+    tokenizer.train_from_iterator(list(topics.values())[:20], trainer)
+    tokenizer.save(str(path))
 
 
 def make_run(folder: Path, *args: str) -> Path:
@@ -89,13 +101,12 @@ def requests() -> dict[str, list[Instance]]:
     return found
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "tokenizer"), [*product(KINDS, ["bytes", "bpe"]), ("chosen form", "metaspace")])
 def test_each_request_gets_what_the_exported_model_gives(kind: str, tokenizer: str, tmp_path: Path) -> None:
     options = list(KINDS[kind])
-    if tokenizer == "bpe":
-        write_tokenizer(tmp_path / "bpe.json", 320)
-        options += ["--data.tokenizer=bpe.json", "--data.special_tokens=parse"]
+    if tokenizer != "bytes":
+        (write_tokenizer if tokenizer == "bpe" else write_metaspace)(tmp_path / "t.json", 320)
+        options += ["--data.tokenizer=t.json", "--data.special_tokens=parse"]
     checkpoint = make_run(tmp_path, *options)
     command("export-hf", checkpoint, "exported")
     is_doge = json.loads(Path("exported/config.json").read_text())["model_type"] == "doge"
