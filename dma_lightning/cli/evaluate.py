@@ -41,7 +41,7 @@ def evaluate(
         tasks: names of tasks, of groups or of tags, or patterns such as 'arc_*'; may be given several times, or
             separated by commas.
         include_path: a folder with YAML files of further tasks. They can run code, so use only files that you trust.
-        num_fewshot: number of examples in each context. Default: as the task says.
+        num_fewshot: number of examples in each context, except for tasks that say 0. Default: as the task says.
         limit: use only the first documents of each task, at most this many.
         batch_size: sequences read at once.
         max_length: maximum number of tokens that the model reads at once; longer contexts lose their beginning.
@@ -70,8 +70,7 @@ def evaluate(
     lm = harness.HarnessLM.of_model(reader, tokenizer, run.module.model.config, max_length, batch_size, prefix_token_id)
     manager = harness.TaskManager(include_path=folder)
     names = _known_tasks(manager, tasks)
-    found = harness.simple_evaluate(lm, tasks=names, task_manager=manager, num_fewshot=num_fewshot, limit=limit)
-    rows = _rows(found)
+    rows = _rows(harness.scores_of_tasks(lm, manager, names, num_fewshot, limit))
     print(table_head(["task", "filter", "examples in context", "documents", "metric", "value", "± standard error"]))
     for row in rows:
         figures = (number(row["value"]), number(row["standard_error"]))

@@ -1,10 +1,12 @@
 """Our models for lm-evaluation-harness, which the extra `eval` installs."""
 
+import random
 from collections.abc import Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
-from lm_eval import simple_evaluate
+from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -18,9 +20,10 @@ from dma_lightning.sampling import Sampling
 from dma_lightning.tokenizers import Tokenizer
 from dma_lightning.vocabularies import check_tokens
 
-__all__ = ["HarnessLM", "TaskManager", "simple_evaluate"]
+__all__ = ["HarnessLM", "TaskManager", "scores_of_tasks"]
 
 _NEW_TOKENS = 256  # of a continuation, unless a task says more or less; as in the harness
+_SEED = 1234  # of the examples in contexts, and of sampled tokens; as in the harness
 _FILTERS = ("top_k", "top_p", "min_p")
 _KNOWN = {"do_sample", "temperature", "repetition_penalty", "max_gen_toks", "until", *_FILTERS}
 
@@ -193,3 +196,27 @@ class HarnessLM(TemplateLM):
         until = asked.get("until") or []
         stop = (until,) if isinstance(until, str) else tuple(until)
         return Continuing(count, sampling, tuple(filter(None, stop)), self.end_tokens)
+
+
+def scores_of_tasks(
+    lm: HarnessLM, manager: TaskManager, names: Sequence[str], num_fewshot: int | None = None, limit: int | None = None
+) -> dict[str, Any]:
+    """What the harness's `simple_evaluate` reports, without its search for versions in git and the environment.
+
+    Args:
+        lm: the model.
+        manager: knows the tasks.
+        names: of tasks, groups and tags.
+        num_fewshot: number of examples in each context, except for tasks that say 0. Default: as the task says.
+        limit: the most documents of each task.
+    """
+    random.seed(0)
+    np.random.seed(_SEED)
+    torch.manual_seed(_SEED)
+    loaded = manager.load(list(names))
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        task.set_config(key="num_fewshot", value=own or 0 if num_fewshot is None or own == 0 else num_fewshot)
+        task.set_fewshot_seed(seed=_SEED)
+    found: dict[str, Any] = evaluate(lm, loaded, limit=limit, log_samples=False)
+    return found

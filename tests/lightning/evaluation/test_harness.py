@@ -26,6 +26,7 @@ harness = pytest.importorskip("dma_lightning.evaluation.harness", reason="needs 
 pytest.importorskip("accelerate", reason="the harness's own class needs it")
 
 import datasets  # noqa: E402  # which the harness brings
+from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
@@ -180,13 +181,13 @@ def test_scores_of_several_tasks(checkpoint: Path, capsys: pytest.CaptureFixture
     for batch_size in (1, 6):
         output = f"{batch_size}.json"
         command(
-            "evaluate", f"--ckpt_path={checkpoint}", "--tasks=capitals, capitals_text", "--tasks=capitals_w*",
+            "evaluate", f"--ckpt_path={checkpoint}", "--tasks=geography, capitals_text", "--tasks=capitals_w*",
             f"--include_path={TASKS}", f"--batch_size={batch_size}", "--device=cpu", f"--output={output}",
         )  # fmt: skip
     one, six = (json.loads(Path(f"{size}.json").read_text())["results"] for size in (1, 6))
     assert [(row["task"], row["metric"]) for row in one] == [
         ("capitals", "acc"), ("capitals", "acc_norm"), ("capitals_text", "word_perplexity"),
-        ("capitals_text", "bits_per_byte"), ("capitals_written", "exact_match"),
+        ("capitals_text", "bits_per_byte"), ("capitals_written", "exact_match"), ("geography", "acc"),
     ]  # fmt: skip
     assert [row["value"] for row in one] == pytest.approx([row["value"] for row in six], rel=1e-4)
     assert f"| capitals_text | none | 0 | 7 | bits_per_byte | {one[3]['value']:.4f} | – |" in capsys.readouterr().out
@@ -194,7 +195,17 @@ def test_scores_of_several_tasks(checkpoint: Path, capsys: pytest.CaptureFixture
     task.build_all_requests()
     nats = torch.tensor([nats for nats, _ in ours(checkpoint).loglikelihood(task.instances)]).view(7, 4)
     right = nats.argmax(1) == torch.tensor([0, 1, 2, 3, 0, 1, 2])
-    assert one[0]["value"] == pytest.approx(right.double().mean().item())
+    assert one[0]["value"] == one[5]["value"] == pytest.approx(right.double().mean().item())
+
+
+@pytest.mark.usefixtures("_own_tasks_only")
+@pytest.mark.parametrize("num_fewshot", [None, 2])
+def test_scores_are_those_of_the_harness_itself(num_fewshot: int | None, checkpoint: Path) -> None:
+    names, manager = ["geography", "capitals_few"], harness.TaskManager(include_path=TASKS)
+    own = harness.scores_of_tasks(ours(checkpoint), manager, names, num_fewshot, limit=5)
+    expected = simple_evaluate(ours(checkpoint), tasks=names, task_manager=manager, num_fewshot=num_fewshot, limit=5)
+    assert own == {name: expected[name] for name in own}
+    assert [own["n-shot"][task] for task in ("capitals", "capitals_few")] == [num_fewshot or 0, num_fewshot or 1]
 
 
 @pytest.mark.usefixtures("_own_tasks_only")
