@@ -3,6 +3,7 @@
 Links between them therefore work here and wherever the repository is hosted. README.md is the start page.
 """
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -17,13 +18,14 @@ project = "dma-lightning"
 author = "The dma-lightning maintainers"
 release = version = dma_lightning.__version__
 
+source_suffix = {".md": "markdown", ".ipynb": "markdown"}
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
 include_patterns = [
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "DESIGN.md", "SECURITY.md", "docs/**"),
     *("benchmarks/NOTES.md", "benchmarks/results/evidence/*/report.md"),
 ]
-exclude_patterns = [".*", "build", "runs", "docs/contents.md"]
+exclude_patterns = [".*", "**/.ipynb_checkpoints", "build", "runs", "docs/contents.md"]
 nitpicky = True  # a name of ours that is not in the API reference is an error
 nitpick_ignore_regex = [
     ("py:.*", r"(?!dma_).*"),  # names of other projects
@@ -61,6 +63,19 @@ def add_contents(app: "Sphinx", page: str, source: list[str]) -> None:
         source[0] += "\n" + CONTENTS.read_text()
 
 
+def notebook_to_markdown(app: "Sphinx", page: str, source: list[str]) -> None:
+    """Make the Markdown of a notebook's cells, with a link to the file. Notebooks are stored without outputs."""
+    path = app.env.doc2path(page)
+    if path.suffix != ".ipynb":
+        return
+    parts = []
+    for cell in json.loads(source[0])["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+    parts.insert(1, f"{{download}}`Download this page as a notebook <{path.name}>`")
+    source[0] = "\n\n".join(parts)
+
+
 def mark_letters(app: "Sphinx", what: str, name: str, value: object, options: object, lines: list[str]) -> None:
     """Make code of `length: N.`, which would otherwise begin a numbered list."""
     lines[:] = [re.sub(r"^( +\w+: )([A-Z])\.", r"\1`\2`.", line) for line in lines]
@@ -75,5 +90,6 @@ def copy_start_page(app: "Sphinx", failure: Exception | None) -> None:
 def setup(app: "Sphinx") -> None:
     """Register the functions above."""
     app.connect("source-read", add_contents)
+    app.connect("source-read", notebook_to_markdown)
     app.connect("autodoc-process-docstring", mark_letters, priority=400)  # before napoleon
     app.connect("build-finished", copy_start_page)

@@ -12,7 +12,7 @@ from dma_lightning import MIXERS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs").glob("*.ipynb"))]
 EXAMPLES = {  # shapes that the examples of a page leave behind; other pages have tests of their own
     "README.md": {"y": (2, 2048, 512), "out": (2, 8, 1000, 64)},
     "docs/own-model.md": {"y": (2, 2048, 512), "tokens": (1, 5), "out": (2, 8, 1000, 64), "packed": (2, 1, 1000, 1000)},
