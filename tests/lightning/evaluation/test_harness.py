@@ -13,26 +13,21 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import datasets
 import pytest
 import small_run
 import torch
 from chosen_form import CHOSEN
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from small_texts import write_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import dma_lightning.transformers  # noqa: F401  # so that Transformers knows our model
 from dma_lightning.cli import main
-
-harness = pytest.importorskip("dma_lightning.evaluation.harness", reason="needs the extra eval")
-pytest.importorskip("accelerate", reason="the harness's own class needs it")
-
-import datasets  # noqa: E402  # which the harness brings
-from lm_eval import simple_evaluate  # noqa: E402
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
-
-import dma_lightning.transformers  # noqa: E402, F401  # so that Transformers knows our model
-from dma_lightning.evaluation import Reader, TrainedRun  # noqa: E402
-from dma_lightning.trained_models import saved_tokenizer  # noqa: E402
+from dma_lightning.evaluation import Reader, TrainedRun, harness
+from dma_lightning.trained_models import saved_tokenizer
 
 ROOT = Path(__file__).parents[3]
 TASKS = Path(__file__).parent / "tasks"
