@@ -1,4 +1,4 @@
-"""No kernel touches memory that is not its own: small attention and choices of blocks, under compute-sanitizer."""
+"""No kernel touches memory that is not its own: attention, choices of blocks, small models, under compute-sanitizer."""
 
 import os
 import shutil
@@ -34,6 +34,29 @@ for length, heads in ((301, 6), (301, 2), (9, 4)):
     torch.cuda.synchronize()
 print("finished")
 """
+MODEL = """
+import torch
+from dma_lightning import DogeForCausalLM, ModelConfig
+from dma_lightning.generation import generate
+
+torch.manual_seed(0)
+config = ModelConfig(
+    vocab_size=50, hidden_size=128, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=64, attention="dma", keep_window_size=40, keep_last=2, drift="gate",
+    score_form="linear", content="input", content_in_bias=False, retention_weight=0.1, retention_target="output",
+    backend="triton", max_position_embeddings=512,
+)
+model = DogeForCausalLM(config).to("cuda", torch.bfloat16)
+for length in (300, 1):
+    tokens = torch.randint(50, (2, length), device="cuda")
+    documents = torch.arange(length, device="cuda").expand(2, -1) // 100
+    model(tokens, documents=documents).float().logsumexp(-1).sum().backward()
+    assert all(x.grad.isfinite().all() for x in model.parameters() if x.grad is not None)
+    torch.cuda.synchronize()
+generate(model.eval(), tokens, 5)
+torch.cuda.synchronize()
+print("finished")
+"""
 PLANTED = """
 import torch, triton, triton.language as tl
 
@@ -48,10 +71,10 @@ torch.cuda.synchronize()
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer")
-@pytest.mark.parametrize("planted", [False, True])
-def test_out_of_bounds(planted: bool, tmp_path: os.PathLike) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(PLANTED if planted else ATTENTION)  # a file: Triton reads the source of kernels
+@pytest.mark.parametrize("code", [ATTENTION, MODEL, PLANTED], ids=["attention", "model", "planted"])
+def test_out_of_bounds(code: str, tmp_path: os.PathLike) -> None:
+    planted, script = code == PLANTED, tmp_path / "script.py"
+    script.write_text(code)  # a file: Triton reads the source of kernels
     command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(script)]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
