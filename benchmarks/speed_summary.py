@@ -30,8 +30,7 @@ def tables(kernels: Result, small: Result, large: Result, forms: Result, decode:
         f"tokens (80M parameters), and at {speeds(large)} times with 1.7B. The shipped configs train\n"
         "[another form](#how-it-works), which learns better and costs more. With it, the 80M model trains at\n"
         f"{speeds_of('shipped', forms)} times the speed of full attention at 4k and 32k. But 27.5 % of its steps\n"
-        f"keep all keys, and these run at {speeds_of('all keys', forms)} times the speed of full attention\n"
-        "(measured at 4k).",
+        f"keep all keys, and these run at {speeds_of('all keys', forms)} times the speed of full attention.",
         f"A decoding step of one layer takes {step:.0f} µs at any length; dense attention takes {dense:.0f} µs at\n"
         "128k. See [all measurements](docs/benchmarks.md).",
     ]
