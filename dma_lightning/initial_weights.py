@@ -101,7 +101,7 @@ class InitialWeights:
             raise ValueError(f"init_from {saved.path}: expected a checkpoint with weights, got one without")
         if has_adapters(saved.weights):
             raise ValueError(
-                f"init_from {saved.path}: expected weights without adapters, got some with; merge them with "
+                f"init_from {saved.path}: expected weights without adapters, got some with adapters; merge them with "
                 "`dma-lightning merge-lora`"
             )
         check_layers(saved.weights, arguments.get("num_hidden_layers", ModelConfig.num_hidden_layers), saved.path)

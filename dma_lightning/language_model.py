@@ -92,15 +92,16 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             from scratch. On the command line, the model's sizes also come from there.
         padded_vocab_size: rows of the embedding and the output head, if there are more of them than different tokens in
             the data, as in many published models.
-        train_only: which weights to train: all, those of the attention in all layers, or only those that decide which
-            keys are kept (selection). The others stay as they are.
+        train_only: which weights to train: all, those of the attention in all layers (attention), or only those that
+            decide which keys are kept (selection). The others stay as they are.
         loss_chunk: for how many tokens the logits are in memory at once. The loss is computed in chunks of this size,
             and the backward pass computes the logits of a chunk again. Default: the whole batch at once, with no logits
             computed twice.
         optimizer: adamw, or muon: Muon for the matrices within layers, and AdamW for everything else. Both parts have
             the same learning rate and weight decay.
-        lora: low-rank adapters to train (rank, alpha, targets, dropout; see `dma_lightning.lora`). All other weights
-            stay as they are, but for those that train_only names, if it is not all. It needs the extra lora.
+        lora: options of low-rank adapters (rank, alpha, targets, dropout; see `dma_lightning.lora`). If they are given,
+            only adapters are trained, and the part that train_only names, unless that is all. This needs the extra
+            lora.
         config: the fields of `ModelConfig`.
     """
 

@@ -1,6 +1,6 @@
-"""Low-rank adapters (LoRA) of the decoder's linear maps, through the library peft, an extra.
+"""Low-rank adapters (LoRA) for the decoder's linear layers, with the library peft (extra `lora`).
 
-An adapter adds `alpha / rank · B A x` to the output of a linear map, whose own weight stays as it is.
+An adapter adds `alpha / rank · B A x` to the output of a linear layer, whose own weight stays as it is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,27 +26,27 @@ _ADAPTER = ".lora_"  # what is in the names of the adapter's parameters
 
 
 class LoraArguments(TypedDict, total=False):
-    """Options of adapters; those that are missing have the defaults of `Lora`."""
+    """Options of adapters; missing ones have the defaults of `Lora`."""
 
     rank: int
-    """Rows of A and columns of B."""
+    """Rank (width) of the adapters: rows of A and columns of B."""
     alpha: float
     """Adapters are multiplied by alpha / rank."""
     targets: list[str]
-    """Names of linear maps in the layers, such as q_proj or mlp.up_proj."""
+    """Names of linear layers, such as q_proj or mlp.up_proj."""
     dropout: float
     """Share of the adapter's inputs that training drops."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Which linear maps get adapters, and of what size.
+    """Which linear layers get adapters, and of what size.
 
     Attributes:
-        rank: rows of A and columns of B, at least 1.
+        rank: rank (width) of the adapters, at least 1: rows of A and columns of B.
         alpha: adapters are multiplied by alpha / rank.
-        targets: names of linear maps in the layers, or the ends of such names, as `q_proj` or `mlp.up_proj`. None: all
-            that can have adapters.
+        targets: names of linear layers within the decoder's layers, or the ends of such names, such as `q_proj` or
+            `mlp.up_proj`. None: all that can have adapters.
         dropout: share of the adapter's inputs that training drops.
 
     Raises:
@@ -73,14 +73,14 @@ class Lora:
             ValueError: if one is unknown or out of range.
         """
         if unknown := sorted(arguments.keys() - LoraArguments.__annotations__.keys()):
-            raise ValueError(f"lora: expected {list(LoraArguments.__annotations__)}, got {unknown}")
+            raise ValueError(f"lora: expected options among {list(LoraArguments.__annotations__)}, got {unknown}")
         return cls(**arguments)
 
     def config(self, model: DogeForCausalLM) -> Any:
         """The `LoraConfig` of peft for a model without adapters.
 
         Raises:
-            ValueError: if peft is missing, or a target is no linear map that can have an adapter.
+            ValueError: if peft is missing, or a target is not a linear layer that can have an adapter.
         """
         targets = _all_targets(model) if self.targets is None else list(self.targets)
         for target in targets:
@@ -91,16 +91,18 @@ class Lora:
 
 
 def add_adapters(model: DogeForCausalLM, lora: Lora, train_only: TrainedPart) -> None:
-    """Give linear maps of a model adapters, which do nothing until they are trained, and freeze everything else.
+    """Add adapters to linear layers of a model, and freeze all its other weights.
+
+    New adapters do not change what the model computes.
 
     Args:
-        model: without adapters; changed in place, and what `train_only` freezes is frozen.
+        model: without adapters; changed in place. What `train_only` freezes must already be frozen.
         lora: the adapters.
-        train_only: a part whose own weights are trained beside the adapters; `all` for none.
+        train_only: a part of the model whose original weights are trained, too; with `all`, only adapters are trained.
 
     Raises:
-        ValueError: if peft is missing, or a target is no linear map in the layers, is one whose adapter would be
-            ignored, or is trained itself.
+        ValueError: if peft is missing, or if a target is not a linear layer, would ignore its adapter, or is trained
+            itself.
     """
     trained = [] if train_only == "all" else [p for p in model.parameters() if p.requires_grad]
     _peft().inject_adapter_in_model(lora.config(model), model)
@@ -111,10 +113,10 @@ def add_adapters(model: DogeForCausalLM, lora: Lora, train_only: TrainedPart) ->
 def add_adapters_of(
     model: DogeForCausalLM, arguments: LoraArguments | None, train_only: TrainedPart, optimizer: str
 ) -> None:
-    """`add_adapters` with the arguments of a `LanguageModel`; without them, do nothing.
+    """Call `add_adapters` with the arguments of a `LanguageModel`; if they are None, do nothing.
 
     Raises:
-        ValueError: as `Lora.of` and `add_adapters`; for Muon, which is meant for whole matrices and not for factors.
+        ValueError: as in `Lora.of` and `add_adapters`; also for Muon, which is meant for whole matrices, not factors.
     """
     if arguments is None:
         return
@@ -129,7 +131,7 @@ def has_adapters(names: Mapping[str, Any]) -> bool:
 
 
 def own_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a model by the names that they have without adapters."""
+    """The model's original weights, by the names that they have without adapters."""
     return {name.replace(_OWN, "."): x for name, x in weights.items() if _ADAPTER not in name}
 
 
@@ -152,22 +154,22 @@ def as_peft_model(model: DogeForCausalLM, lora: Lora) -> Any:
 
 
 def with_adapters_of(model: DogeForCausalLM, folder: Path) -> Any:
-    """A model without adapters as a `PeftModel` with those that peft has saved.
+    """A `PeftModel` of a model without adapters, with adapters that peft saved.
 
     Args:
         model: changed in place.
-        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+        folder: has `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
-        ValueError: if a file is missing or damaged, if they are other adapters than LoRA of linear maps, or if they do
-            not fit the model.
+        ValueError: if a file is missing or damaged, if the adapters are not LoRA of linear layers, or if they do not
+            fit the model.
     """
     peft, (config_file, weights_file) = _peft(), (folder / name for name in ADAPTER_FILES)
     check_regular(weights_file, "adapters that peft saved")
     fields = read_json(config_file, dict[str, Any], "adapter_config.json of peft")
     usual = peft.LoraConfig().to_dict()
     if strange := {name: x for name, x in fields.items() if name not in _FREE and x != usual.get(name)}:
-        raise ValueError(f"{config_file}: expected plain LoRA of linear maps, got {strange}")
+        raise ValueError(f"{config_file}: expected plain LoRA of linear layers, got {strange}")
     found = as_kind(fields, _AdapterConfig, str(config_file))
     lora = Lora(rank=found.r, alpha=found.lora_alpha, targets=found.target_modules, dropout=found.lora_dropout)
     try:
@@ -202,7 +204,7 @@ class _AdapterConfig(msgspec.Struct):
 
 
 def _lacking(result: Any) -> list[str]:
-    """Names of adapters that only the model or only a state has, after peft has loaded the state."""
+    """Names of adapters that only the model has, or only the state that peft has loaded."""
     return [*(name for name in result.missing_keys if _ADAPTER in name), *result.unexpected_keys]
 
 
@@ -210,49 +212,49 @@ def _peft() -> ModuleType:
     try:
         import peft
     except ImportError as error:
-        raise ValueError("lora: expected the library peft; pip install 'dma-lightning[lora]'") from error
+        raise ValueError("lora: expected the library peft, got none; pip install 'dma-lightning[lora]'") from error
     return peft
 
 
 def _linear_maps(model: DogeForCausalLM) -> dict[str, nn.Linear]:
-    """The linear maps in the layers, by name."""
+    """The linear layers within the decoder's layers, by name."""
     return {name: x for name, x in model.layers.named_modules() if isinstance(x, nn.Linear)}
 
 
 def _read_maps(model: DogeForCausalLM) -> set[nn.Module]:
-    """Linear maps whose weight is read without their forward."""
+    """Linear layers whose weight is read directly, without calling the layer."""
     return {mixer.get_submodule(name) for mixer in model.mixers for name in mixer.read_weights}
 
 
 def _all_targets(model: DogeForCausalLM) -> list[str]:
-    """Every target of adapters, by its name within a layer."""
+    """Every possible target of adapters, by its name within a decoder layer."""
     read, trained = _read_maps(model), _trained_maps(model)
     maps = {name.partition(".")[2]: x for name, x in _linear_maps(model).items()}
     return [name for name, x in maps.items() if x not in read and x not in trained]
 
 
 def _trained_maps(model: DogeForCausalLM) -> set[nn.Module]:
-    """Linear maps that are trained themselves where others are frozen."""
+    """Linear layers that are trained themselves while others are frozen."""
     if all(p.requires_grad for p in model.parameters()):
         return set()
     return {x for x in _linear_maps(model).values() if x.weight.requires_grad}
 
 
 def _check_target(model: DogeForCausalLM, target: str) -> None:
-    """Raise `ValueError` unless all linear maps with this name can have an adapter."""
+    """Raise `ValueError` unless all linear layers with this name can have an adapter."""
     maps = _linear_maps(model)
     found = {name: x for name, x in maps.items() if f".{name}".endswith(f".{target}")}
     if not found or not target:
         known = list(dict.fromkeys(name.partition(".")[2] for name in maps))
-        raise ValueError(f"lora.targets: expected names of linear maps in the layers, as {known}, got {target!r}")
+        raise ValueError(f"lora.targets: expected names of linear layers, such as {known}, got {target!r}")
     if ignored := [name for name, x in found.items() if x in _read_maps(model)]:
         raise ValueError(
-            f"lora.targets: expected linear maps that are called, got {target!r}, of whose weight alone "
-            f"layers.{ignored[0]} is read, so its adapter would be ignored; leave it out, and train the map itself "
-            "with train_only selection or attention"
+            f"lora.targets: expected linear layers that can have an adapter, got {target!r}, but the attention reads "
+            f"the weight of layers.{ignored[0]} directly and would ignore an adapter; leave it out, and train the "
+            "weight itself with train_only selection or attention"
         )
     if trained := [name for name, x in found.items() if x in _trained_maps(model)]:
         raise ValueError(
-            f"lora.targets: expected linear maps that train_only freezes, got {target!r}, although layers.{trained[0]} "
-            "is trained itself; leave it out, or change train_only"
+            f"lora.targets: expected linear layers that train_only freezes, got {target!r}, but train_only already "
+            f"trains layers.{trained[0]}; leave it out, or change train_only"
         )

@@ -34,19 +34,20 @@ def evaluate(
 ) -> None:
     """Run tasks of lm-evaluation-harness on a text model, and print a table of scores.
 
-    It needs the extra `eval`: pip install 'dma-lightning[eval]'.
+    This needs lm-evaluation-harness: pip install 'dma-lightning[eval]'.
 
     Args:
         ckpt_path: a checkpoint; its tokens are bytes, or those of the tokenizer in it or beside it.
-        tasks: names of tasks, of groups or of tags, or patterns such as 'arc_*'; may be given several times, or
-            separated by commas.
-        include_path: a folder with YAML files of further tasks. They can run code, so use only files that you trust.
-        num_fewshot: number of examples in each context, except for tasks that say 0. Default: as the task says.
-        limit: use only the first documents of each task, at most this many.
+        tasks: names of tasks, groups or tags, or patterns such as 'arc_*'. For several, separate them with commas or
+            repeat the option.
+        include_path: a folder with YAML files of your own tasks. They can run code, so use only files that you trust.
+        num_fewshot: number of solved examples in each context, except in tasks that set 0. Default: as the task says.
+        limit: use only the first documents (questions) of each task, at most this many.
         batch_size: sequences read at once.
         max_length: maximum number of tokens that the model reads at once; longer contexts lose their beginning.
             Default: the model's max_position_embeddings.
-        prefix_token_id: token before texts without context. Default: the model's bos_token_id, else its eos_token_id.
+        prefix_token_id: token to put before a text that has no context. Default: the model's bos_token_id, or else its
+            eos_token_id.
         special_tokens: whether the name of a special token in the text stays text (text) or becomes that token (parse).
             Default: as in the training data.
         chunk_size: positions read at once.
@@ -100,10 +101,10 @@ def _harness() -> ModuleType:
 
 
 def _known_tasks(manager: Any, given: Sequence[str]) -> list[str]:
-    """Names of the tasks that are asked for, each once.
+    """Names of the tasks that were asked for, each once.
 
     Raises:
-        ValueError: if a name or pattern fits none.
+        ValueError: if a name or pattern matches no task.
     """
     names: dict[str, None] = {}
     for pattern in (name.strip() for text in given or [""] for name in text.split(",")):
@@ -119,7 +120,7 @@ def _known_tasks(manager: Any, given: Sequence[str]) -> list[str]:
 
 
 def _rows(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The value of each metric of each task and group, with what it depends on."""
+    """A row for each metric of each task and group: its value, and what the value depends on."""
     rows = []
     for task, values in (found["results"] | found.get("groups", {})).items():
         for key, value in values.items():

@@ -1,4 +1,4 @@
-"""`dma-lightning merge-lora` and `export-lora`: adapters into weights, and out of a checkpoint."""
+"""`dma-lightning merge-lora` and `export-lora`: merge adapters into the weights, or write them to a folder."""
 
 from pathlib import Path
 
@@ -16,12 +16,12 @@ _TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "MixedPr
 def merge_lora(ckpt_path: Path, target: Path, adapter: Path | None = None) -> None:
     """Merge adapters into the weights, and write an ordinary checkpoint, for `generate`, `export-hf` and `init_from`.
 
-    It needs no peft later. It holds no training state, so `fit` cannot resume from it.
+    The new checkpoint works without peft. It has no training state, so `fit` cannot resume from it.
 
     Args:
-        ckpt_path: a checkpoint of a run with --model.lora; or, with --adapter, one without.
-        target: new file.
-        adapter: folder with adapters that peft or `export-lora` saved. Default: those in the checkpoint.
+        ckpt_path: a checkpoint of a run with --model.lora; with --adapter, a checkpoint without adapters.
+        target: the new checkpoint file; it must not exist.
+        adapter: folder with adapters that peft or `export-lora` saved. Default: the adapters in the checkpoint.
     """
     if target.exists():
         raise ValueError(f"target: expected a new file, got {target}, which exists; nothing is overwritten")
@@ -30,7 +30,10 @@ def merge_lora(ckpt_path: Path, target: Path, adapter: Path | None = None) -> No
     if adapter is None:
         wrapped = as_peft_model(module.model, _lora(saved, module))
     elif has_adapters(saved.weights):
-        raise ValueError(f"ckpt_path: expected a checkpoint without adapters with --adapter, got {ckpt_path} with some")
+        raise ValueError(
+            f"ckpt_path: expected a checkpoint without adapters, since --adapter is given, got {ckpt_path}, which has "
+            "some; leave out --adapter to merge these"
+        )
     else:
         wrapped = with_adapters_of(module.model, adapter)
     weights = wrapped.merge_and_unload(safe_merge=True).state_dict()
@@ -45,11 +48,11 @@ def merge_lora(ckpt_path: Path, target: Path, adapter: Path | None = None) -> No
 
 
 def export_lora(ckpt_path: Path, target: Path) -> None:
-    """Write the adapters of a checkpoint as peft does: `adapter_config.json` and `adapter_model.safetensors`.
+    """Write the adapters of a checkpoint in peft's format: `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
         ckpt_path: a checkpoint of a run with --model.lora.
-        target: new folder.
+        target: the new folder; it must not exist.
     """
     saved = open_checkpoint(ckpt_path, "cpu")
     module = model_of(saved, "cpu")
@@ -66,5 +69,7 @@ def _lora(saved: SavedRun, module: LanguageModel) -> Lora:
         ValueError: if it has none.
     """
     if module.hparams.lora is None:
-        raise ValueError(f"ckpt_path: expected a checkpoint of a run with --model.lora, got {saved.path} without")
+        raise ValueError(
+            f"ckpt_path: expected a checkpoint of a run with --model.lora, got {saved.path}, which is without adapters"
+        )
     return Lora.of(module.hparams.lora)

@@ -1,4 +1,4 @@
-"""Conversations to fine-tune on: JSONL of messages, a chat template, and a loss on answers alone."""
+"""Conversations to fine-tune on: JSONL of messages, a chat template, and a loss on answers only."""
 
 from functools import cached_property
 from typing import Any, Literal
@@ -17,33 +17,33 @@ TEMPLATE_KEY = "chat_template"  # in a checkpoint's state of the data
 
 
 class ChatDataModule(TokenizedDataModule):
-    """Supervised fine-tuning: predict the answers (messages of the role `assistant`) in conversations.
+    """Supervised fine-tuning: learn the answers (messages with the role `assistant`) in conversations.
 
-    Each line of a file is `{"messages": [{"role": ..., "content": ...}, ...]}`, and may have `tools` for the template.
-    A chat template writes a conversation as text. Sequences hold whole conversations, side by side if several fit;
-    attention and labels stay within each. Messages after the last answer are left out. The last conversations are for
-    validation, and `test` and `predict` use these, too. Each process reads and tokenizes all files when it begins, and
-    holds nine bytes per token.
+    Each line of a file is `{"messages": [{"role": ..., "content": ...}, ...]}`, and may also have `tools`, for the
+    template. A chat template turns a conversation into text. A sequence holds one or more whole conversations, and each
+    conversation sees only itself. Messages after the last answer are left out. The last conversations are for
+    validation; `test` and `predict` use them, too. At the start, each process reads and tokenizes all files, and then
+    holds nine bytes per token in memory.
 
     Args:
         path: JSONL: a file, a folder (all files below it that are not hidden) or a glob; also .gz and .zst.
         tokenizer: a `tokenizer.json` of the library tokenizers, which checkpoints then carry along. Default: bytes.
         chat_template: a file with a Jinja template, or `simple` for a plain one that comes with this package. Default:
-            that of the tokenizer, in `chat_template.jinja` or `tokenizer_config.json` beside it.
+            the tokenizer's template, from `chat_template.jinja` or `tokenizer_config.json` in the tokenizer's folder.
         sequence_length: tokens in a sequence.
-        too_long: what to do with a conversation that has more than sequence_length + 1 tokens: end with an error, or
-            leave it out (drop) and say how many.
-        val_path: other conversations for validation.
+        too_long: what to do with conversations of more than sequence_length + 1 tokens: stop with an error (error), or
+            leave them out and warn how many there were (drop).
+        val_path: conversations for validation, instead of the last ones of path.
         val_fraction: share of the conversations, at their end, that is kept for validation, unless val_path is given.
         batch_size: sequences in a batch of each process.
         num_workers: data loading processes per training process.
-        special_tokens: whether a message that spells a special token of the tokenizer keeps it as text or turns it into
-            that token (parse). Those that the template writes always become tokens.
+        special_tokens: whether the name of a special token in a message stays text (text) or becomes that token
+            (parse). Names that the template writes always become tokens.
 
     Raises:
-        ValueError: if the tokenizer or the template cannot be read; in `setup`, if a line is no conversation with an
-            answer, if the template refuses it, if it is too long, or if there are too few. (With a tokenizer, these
-            errors come as soon as a model is linked to the data.)
+        ValueError: if the tokenizer or the template cannot be read; in `setup`, if a line is not a conversation with an
+            answer, if the template refuses it, if it is too long, or if there are too few conversations. (With a
+            tokenizer, these errors come as soon as a model is linked to the data.)
     """
 
     file_arguments = ("path", "val_path", "tokenizer", "chat_template")
@@ -94,7 +94,7 @@ class ChatDataModule(TokenizedDataModule):
         self.val_set = self.test_set = PackedAnswers(self._validation, val, self.sequence_length)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint stores: what all tokenized data does, and the chat template."""
+        """What a checkpoint stores: the same as for all tokenized data, and the chat template."""
         return super().state_dict() | {TEMPLATE_KEY: self.template.source}
 
     @cached_property
@@ -107,7 +107,7 @@ class ChatDataModule(TokenizedDataModule):
 
     @cached_property
     def _chosen(self) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the documents for training and validation; a conversation is in one of them alone."""
+        """Numbers of the documents for training and for validation. No conversation is in both."""
         train = self._fitting(self._conversations)
         if self.val_path is not None:
             return train, self._fitting(self._validation)
@@ -138,7 +138,7 @@ class ChatDataModule(TokenizedDataModule):
             file, line = data.lines[data.numbers[longest]]
             expected = (
                 f"path: expected conversations of at most sequence_length + 1 = {room} tokens, got {too_long} of "
-                f"{len(data.lengths)} longer, the longest of {data.lengths[longest]} ({file}, line {line})"
+                f"{len(data.lengths)} that are longer, the longest with {data.lengths[longest]} ({file}, line {line})"
             )
             if self.too_long == "error" or not len(fitting):
                 raise ValueError(f"{expected}; raise data.sequence_length, or leave them out with data.too_long drop")

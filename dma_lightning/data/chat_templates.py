@@ -88,15 +88,15 @@ class ChatTemplate:
         return type(self), (self.source, self.tokens, self.literal)
 
     def texts(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> Iterator[ChatText]:
-        """A conversation as text, with every answer once.
+        """A conversation as one or more texts, in which every answer is marked once.
 
-        If the template has `{% generation %}` blocks, these are the answers. Otherwise an answer is what follows the
-        generation prompt of the messages before it. Some templates write an earlier answer in another way once messages
-        follow it; the conversation then gives several texts, each with the answers that it shows as they are given.
+        If the template has `{% generation %}` blocks, these are the answers. Otherwise, an answer is what follows the
+        generation prompt of the messages before it. Some templates change an earlier answer once other messages follow
+        it. The conversation then becomes several texts, and each marks only the answers that it shows unchanged.
 
         Args:
-            messages: with `role` and whatever else the template reads; one is an answer, and those after the last
-                answer are left out.
+            messages: each has a `role` and whatever else the template reads. At least one is an answer; messages after
+                the last answer are left out.
             tools: descriptions of tools, for templates that show them.
 
         Raises:
@@ -116,9 +116,9 @@ class ChatTemplate:
             answered = self._render(messages[: count + 1], tools)
             if not answered.startswith(prompt):
                 raise ValueError(
-                    "chat_template: expected one whose generation prompt begins the answer, or with {% generation %} "
-                    f"blocks around answers, got one that writes message {count + 1} in another way; name another with "
-                    "data.chat_template"
+                    "chat_template: expected a template whose generation prompt begins the answer, or one with "
+                    f"{{% generation %}} blocks around answers, got one that begins message {count + 1} differently; "
+                    "name another with data.chat_template"
                 )
             if not prompt.startswith(done):
                 yield _unmarked(marked)

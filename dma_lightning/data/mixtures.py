@@ -13,9 +13,9 @@ EXAMPLE = "{web: 0.7, books: 0.3}"  # of weights, for messages
 class Mixture:
     """Which sequences of several sources each epoch has, and in what order.
 
-    An epoch has as many sequences as all sources together. Each source is read in passes: a pass has all of its
-    sequences in random order. An epoch continues each source where the epoch before it stopped, so no sequence comes
-    twice before all others of its source have come once. The sequences of all sources are then shuffled together.
+    An epoch has as many sequences as all sources together. Each source is read in passes: a pass has all sequences of
+    the source in random order. An epoch continues each source where the last epoch stopped, so no sequence is repeated
+    before all others of its source have been used. The sequences of all sources are then shuffled together.
 
     Attributes:
         names: of the sources.
@@ -29,7 +29,7 @@ class Mixture:
 
     @classmethod
     def by_weight(cls, names: Sequence[str], sizes: Sequence[int], weights: Sequence[float]) -> "Mixture":
-        """A mixture whose counts are in proportion to weights, but for rounding.
+        """A mixture whose counts are proportional to weights, up to rounding.
 
         Raises:
             ValueError: if an epoch would have no sequence of a source.
@@ -39,8 +39,8 @@ class Mixture:
         counts = tuple(int(x) for x in np.diff(borders))
         if least := [name for name, count in zip(names, counts, strict=True) if not count]:
             raise ValueError(
-                f"path: expected weights that give each folder one of the {epoch} sequences of an epoch, got none for "
-                f"{least[0]}; raise its weight or leave it out"
+                f"path: expected weights that give each folder at least one of the {epoch} sequences of an epoch, got "
+                f"none for {least[0]}; raise its weight or leave it out"
             )
         return cls(tuple(names), tuple(sizes), counts)
 
@@ -54,11 +54,13 @@ class Mixture:
         )
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Indices of the sequences of an epoch, int64; those of a source follow those of the source before it.
+        """The sequences of an epoch in the order of training, as int64 indices.
+
+        Indices number the sequences of all sources: first those of the first source, then those of the second, ...
 
         Args:
-            seed: of all epochs.
-            epoch: its number, from 0.
+            seed: the same for all epochs.
+            epoch: number of the epoch, from 0.
         """
         first = np.cumsum([0, *self.sizes])
         drawn = [first[i] + self._drawn(i, seed, epoch) for i in range(len(self.sizes))]
@@ -68,7 +70,7 @@ class Mixture:
         """What an epoch draws from a source, as indices within the source."""
         size, start, stop = self.sizes[source], epoch * self.counts[source], (epoch + 1) * self.counts[source]
         passes = range(start // size, -(-stop // size))
-        # The last number is not 0, and so the generator is not that of `order`.
+        # The last number is never 0, so this generator is never that of `order`.
         order = [np.random.default_rng((seed, number, source + 1)).permutation(size) for number in passes]
         begin = passes.start * size
         return np.concatenate(order)[start - begin : stop - begin]

@@ -21,14 +21,14 @@ from dma_lightning.tokenizers import ByteTokenizer, DataTokenizer, FileTokenizer
 class PreparedDataModule(TokenizedDataModule):
     """Language modeling on folders of `dma-lightning prepare`, memory-mapped: each batch reads only what it needs.
 
-    Training draws windows of all shards in random order, from each of several folders as its weight says. `test` and
-    `predict` use the validation part. `prepare_data` reads all shards once and compares their hashes, unless the
-    environment variable DMA_VERIFY_FILES is 0.
+    Training reads windows of all shards in random order. With several folders, weights set what share of the windows
+    comes from each. `test` and `predict` use the validation part. `prepare_data` reads all shards once and compares
+    their hashes, unless the environment variable DMA_VERIFY_FILES is 0.
 
     Args:
-        path: the folder; or several, each with its weight, such as {web: 0.7, books: 0.3}. They need the same
-            tokenizer, special_tokens and eos_token_id. Weights are shares of the training sequences; their sum does not
-            matter.
+        path: the folder; or several folders with weights, such as {web: 0.7, books: 0.3}. All folders need the same
+            tokenizer, special_tokens and eos_token_id. Weights are shares of the training sequences. They need not add
+            up to 1.
         sequence_length: tokens in a sequence.
         separate_documents: keep attention and labels within each document of a sequence; otherwise a sequence is plain
             text across documents.
@@ -71,8 +71,8 @@ class PreparedDataModule(TokenizedDataModule):
         for folder, manifest in self._folders.items():
             if not manifest.knows_bytes:
                 warnings.warn(
-                    f"{folder}: bits per byte are not reported, since a folder of version 1 does not know the bytes of "
-                    "its tokens; prepare the text again for them",
+                    f"{folder}: bits per byte are not reported, since a folder of version 1 does not say how many "
+                    "bytes each token has; to get them, prepare the text again",
                     stacklevel=2,
                 )
 
@@ -103,7 +103,7 @@ class PreparedDataModule(TokenizedDataModule):
 
     @property
     def _by_content(self) -> list[Path]:
-        """The folders in an order that neither their names nor that of the weights decide."""
+        """The folders in an order that depends on their content, not on their names or how they were listed."""
         return sorted(self.manifests, key=lambda folder: (_digest(self.manifests[folder]), self.weights[folder]))
 
     @property
@@ -166,7 +166,7 @@ class PreparedDataModule(TokenizedDataModule):
             self._check_same_tokens("path", folder, manifest)
             if manifest.eos_token_id != self.manifest.eos_token_id:
                 raise ValueError(
-                    f"path: expected folders with eos_token_id {self.manifest.eos_token_id}, as {self.path}, got "
+                    f"path: expected folders with eos_token_id {self.manifest.eos_token_id}, as in {self.path}, got "
                     f"{folder} with {manifest.eos_token_id}; prepare it in the same way"
                 )
             if manifest.knows_bytes != self.manifest.knows_bytes:
@@ -177,7 +177,7 @@ class PreparedDataModule(TokenizedDataModule):
                 )
 
     def _check_val_tokens(self) -> None:
-        """Check that the tokens of the validation folder were made as those for training were.
+        """Check that the tokens of the validation folder were made in the same way as those for training.
 
         Raises:
             ValueError: if they were not.
@@ -190,13 +190,13 @@ class PreparedDataModule(TokenizedDataModule):
         if manifest.tokenizer_sha256 != ours.tokenizer_sha256:
             raise ValueError(
                 f"{what}: expected a folder with the tokenizer of {self.path}, got {folder} with another; prepare it "
-                "with the same"
+                "with the same tokenizer"
             )
         matters = isinstance(self.tokenizer, FileTokenizer) and self.tokenizer.has_special_tokens
         if matters and manifest.special_tokens != ours.special_tokens:
             raise ValueError(
-                f"{what}: expected a folder with special_tokens {ours.special_tokens!r}, as {self.path}, got {folder} "
-                f"with {manifest.special_tokens!r}; prepare it with --special_tokens {ours.special_tokens}"
+                f"{what}: expected a folder with special_tokens {ours.special_tokens!r}, as in {self.path}, got "
+                f"{folder} with {manifest.special_tokens!r}; prepare it with --special_tokens {ours.special_tokens}"
             )
 
 

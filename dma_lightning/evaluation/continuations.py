@@ -1,4 +1,4 @@
-"""Continuations of contexts: how likely given ones are, and what the model generates.
+"""Continuations of contexts: how likely given continuations are, and what the model generates by itself.
 
 B batch, N length, n positions of a chunk, P pairs of a batch, K labels of all pairs, V vocabulary.
 """
@@ -51,7 +51,7 @@ class Continuing:
     """How texts are continued.
 
     Attributes:
-        max_new_tokens: the most tokens of a continuation.
+        max_new_tokens: maximum number of tokens in a continuation.
         sampling: how tokens are chosen.
         stop: a continuation ends before the first of these strings.
         end_tokens: a continuation ends before the first of these tokens.
@@ -66,12 +66,12 @@ class Continuing:
 def likelihoods(reader: Reader, pairs: Sequence[Pair], batch_size: int) -> list[Likelihood]:
     """How likely each continuation is after its context.
 
-    The longest are read first, beside others of about their length. Pairs with the same inputs, such as answers of one
-    token to one question, are read once.
+    Each batch has pairs of about the same length, and the longest are read first. Pairs with the same inputs, such as
+    one-token answers to the same question, are read only once.
 
     Args:
         reader: reads the inputs.
-        pairs: any number.
+        pairs: contexts with their continuations, any number of them.
         batch_size: number of different inputs to read at once.
     """
     asking: dict[tuple[int, ...], list[int]] = {}
@@ -92,14 +92,15 @@ def continued_texts(
 ) -> list[str]:
     """The continuation of each prompt, decoded without the prompt.
 
-    So it loses a space at its beginning if the tokenizer drops that of every text, as SentencePiece does.
+    If the tokenizer drops a space at the beginning of every text, as SentencePiece does, this also drops the space that
+    a continuation begins with.
 
     Args:
         reader: reads the prompts.
-        tokenizer: of the model.
-        prompts: tokens, at least one of each.
+        tokenizer: the model's.
+        prompts: the tokens of each prompt, at least one.
         how: how to continue.
-        batch_size: number of prompts to continue at once; they have about the same length.
+        batch_size: number of prompts to continue at once. Prompts in a batch have about the same length.
     """
     found: dict[int, str] = {}
     longest_first = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
@@ -113,15 +114,16 @@ def continued_texts(
 def _scores(
     reader: Reader, inputs: Sequence[tuple[int, ...]], asked: Sequence[tuple[int, tuple[int, ...]]]
 ) -> tuple[Tensor, Tensor]:
-    """Scores of the last tokens after inputs, within `inferring`.
+    """Scores of continuations at the end of inputs; call it within `inferring`.
 
     Args:
         reader: reads the inputs.
         inputs: B of them. They are padded on the right, where causal attention does not look.
-        asked: P pairs of a row of the inputs and a continuation, whose last token the inputs lack.
+        asked: P pairs of a row of the inputs and a continuation. The inputs lack the last token of the continuation.
 
     Returns:
-        The logarithms of the probabilities, float64 `[P]`, and whether all tokens are the likeliest, bool `[P]`.
+        The logarithm of each continuation's probability, float64 `[P]`, and whether each of its tokens is the likeliest
+        one, bool `[P]`.
     """
     pair = torch.arange(len(asked)).repeat_interleave(torch.tensor([len(tokens) for _, tokens in asked]))  # [K]
     row = torch.tensor([row for row, _ in asked])[pair]
@@ -144,7 +146,7 @@ def _scores(
 def _continued(
     reader: Reader, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], how: Continuing
 ) -> Iterator[str]:
-    """Continuations of a batch of prompts, within `inferring`; it ends as soon as all texts have ended."""
+    """Continuations of a batch of prompts; call it within `inferring`. It stops as soon as all texts have ended."""
     input_ids, padding = pad_prompts(prompts, reader.device)
     steps = stream_tokens(
         reader.model,

@@ -22,24 +22,25 @@ from dma_lightning.vocabularies import check_tokens
 
 __all__ = ["HarnessLM", "TaskManager", "scores_of_tasks"]
 
-_NEW_TOKENS = 256  # of a continuation, unless a task says more or less; as in the harness
-_SEED = 1234  # of the examples in contexts, and of sampled tokens; as in the harness
+_NEW_TOKENS = 256  # at most, in a continuation, unless the task sets another number; the harness's default
+_SEED = 1234  # for choosing examples and sampling tokens; the harness's default
 _FILTERS = ("top_k", "top_p", "min_p")
 _KNOWN = {"do_sample", "temperature", "repetition_penalty", "max_gen_toks", "until", *_FILTERS}
 
 
 class HarnessLM(TemplateLM):
-    """A model as lm-evaluation-harness asks for it.
+    """One of our models, with the interface that lm-evaluation-harness calls.
 
-    Contexts and continuations become tokens as in the harness's own class for Transformers, but without special tokens,
-    which our training does not add either.
+    Contexts and continuations are tokenized as in the harness's own class for Transformers models, but no special
+    tokens are added, because our training adds none either.
 
     Args:
         reader: reads sequences.
-        tokenizer: of the model.
-        max_length: most tokens that the model reads at once, at least 2. What is longer loses its beginning.
+        tokenizer: the model's.
+        max_length: maximum number of tokens that the model reads at once, at least 2. Longer contexts lose their
+            beginning.
         batch_size: sequences read at once.
-        prefix_token_id: token before a text that has no context. Default: none, so that such texts are refused.
+        prefix_token_id: token to put before a text that has no context. Default: none; such texts are then an error.
         end_tokens: tokens that end a text.
 
     Attributes:
@@ -76,7 +77,7 @@ class HarnessLM(TemplateLM):
         batch_size: int = 16,
         prefix_token_id: int | None = None,
     ) -> Self:
-        """A model with the lengths and tokens that its configuration names, unless others are given.
+        """A model with the maximum length and the tokens of its configuration, unless others are given.
 
         Raises:
             ValueError: if a number is out of range.
@@ -102,7 +103,7 @@ class HarnessLM(TemplateLM):
         if self.prefix is None:
             raise ValueError(
                 "prefix_token_id: expected a token to read before texts without context, got none, and the model has "
-                "no bos_token_id or eos_token_id; give one, such as 10 (a line break) to a model of bytes"
+                "no bos_token_id or eos_token_id; set one, such as 10 (a line break) for a byte-level model"
             )
         return self.prefix
 
@@ -116,7 +117,7 @@ class HarnessLM(TemplateLM):
             if not self.tok_encode(continuation):
                 raise ValueError(
                     f"task {request.task_name}: expected continuations of at least one token, got {continuation!r}; "
-                    "leave out its document"
+                    "remove that document from the task"
                 )
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
@@ -159,12 +160,12 @@ class HarnessLM(TemplateLM):
         if not 1 <= len(continuation) <= self.max_length:
             raise ValueError(
                 f"expected continuations of 1 to max_length = {self.max_length} tokens, got {len(continuation)}; "
-                "leave out its document, or raise --max_length if it is too long"
+                "raise --max_length if it is too long, or remove the document from its task"
             )
         return Pair(tuple(self._end(context, self.max_length + 1 - len(continuation))), tuple(continuation))
 
     def _prompt(self, text: str, max_new_tokens: int) -> list[int]:
-        """Tokens of a context, with room for new ones."""
+        """The last tokens of a context that leave room for new ones."""
         return self._end(self.tok_encode(text) or [self.prefix_token_id], self.max_length - max_new_tokens)
 
     def _end(self, context: list[int], count: int) -> list[int]:
@@ -173,10 +174,10 @@ class HarnessLM(TemplateLM):
         return context[-count:]
 
     def _continuing(self, request: Instance) -> Continuing:
-        """How a task wants its contexts to be continued.
+        """How a task asks for its contexts to be continued.
 
         Raises:
-            ValueError: if it wants what we lack, or more tokens than the model reads.
+            ValueError: if it sets an option that we do not support, or asks for more tokens than the model reads.
         """
         asked = normalize_gen_kwargs(request.args[1], _NEW_TOKENS)
         if strange := sorted(asked.keys() - _KNOWN):
@@ -188,7 +189,7 @@ class HarnessLM(TemplateLM):
         if not 1 <= count < self.max_length:
             raise ValueError(
                 f"task {request.task_name}: expected 1 to {self.max_length - 1} new tokens (max_gen_toks), below "
-                f"max_length, got {count}; raise --max_length, which may be more than the training length"
+                f"max_length, got {count}; raise --max_length, which may exceed the training length"
             )
         temperature = asked.get("temperature", 1.0) if asked["do_sample"] else 0.0
         filters = {name: asked[name] for name in _FILTERS if name in asked and temperature > 0}
@@ -201,14 +202,14 @@ class HarnessLM(TemplateLM):
 def scores_of_tasks(
     lm: HarnessLM, manager: TaskManager, names: Sequence[str], num_fewshot: int | None = None, limit: int | None = None
 ) -> dict[str, Any]:
-    """What the harness's `simple_evaluate` reports, without its search for versions in git and the environment.
+    """The scores that the harness's `simple_evaluate` reports, without what it collects about git and the environment.
 
     Args:
         lm: the model.
         manager: knows the tasks.
         names: of tasks, groups and tags.
-        num_fewshot: number of examples in each context, except for tasks that say 0. Default: as the task says.
-        limit: the most documents of each task.
+        num_fewshot: number of solved examples in each context, except in tasks that set 0. Default: as the task says.
+        limit: maximum number of documents of each task.
     """
     random.seed(0)
     np.random.seed(_SEED)

@@ -90,8 +90,8 @@ def saved_weights(model: DogeForCausalLM) -> dict[str, Tensor]:
     """
     if has_adapters(model.state_dict()):
         raise ValueError(
-            "expected a model without adapters, got one with; merge them with `dma-lightning merge-lora`, or write the "
-            "adapters alone with `dma-lightning export-lora`"
+            "expected a model without adapters, got one with adapters; merge them with `dma-lightning merge-lora`, or "
+            "write only the adapters with `dma-lightning export-lora`"
         )
     weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
     if model.config.tie_word_embeddings:

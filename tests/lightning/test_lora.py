@@ -49,7 +49,7 @@ def logits(model: DogeForCausalLM) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("attention", MIXERS)
 def test_maps_whose_adapters_would_be_ignored_are_known(attention: str) -> None:
-    """With an adapter of a single linear map, the model computes what it computes once that is merged, or does not."""
+    """With an adapter of a single linear layer, the model computes what it does once that is merged, or does not."""
     names = {name.partition(".")[2] for name, x in make(attention).layers.named_modules() if isinstance(x, nn.Linear)}
     ignored = set()
     for name in names:
@@ -62,7 +62,7 @@ def test_maps_whose_adapters_would_be_ignored_are_known(attention: str) -> None:
             ignored.add(name)
     assert ignored == {f"self_attn.{name}" for name in MIXERS[attention].read_weights}
     for name in ignored:
-        with pytest.raises(ValueError, match=f"got '{name}', of whose weight alone layers.0.{name} is read"):
+        with pytest.raises(ValueError, match=f"got '{name}', but the attention reads the weight of layers.0.{name} "):
             add_adapters(make(attention), Lora(targets=[name]), "all")
     model = make(attention)
     add_adapters(model, Lora(rank=2), "all")
@@ -170,11 +170,11 @@ def test_commands_merge_and_export(tmp_path: Path, capsys: pytest.CaptureFixture
         merge_lora(LAST, Path("merged.ckpt"))
     with pytest.raises(ValueError, match=r"expected a checkpoint of a run with --model.lora, got .* without"):
         export_lora(BASE, Path("none"))
-    with pytest.raises(ValueError, match="expected a checkpoint without adapters with --adapter"):
+    with pytest.raises(ValueError, match="expected a checkpoint without adapters, since --adapter is given"):
         merge_lora(LAST, Path("both.ckpt"), Path("adapters"))
     with pytest.raises(ValueError, match=r"init_from .*: expected weights without adapters, .* merge-lora"):
         small_run.fit(*small_run.DATA, f"--model.init_from={LAST}")
-    with pytest.raises(ValueError, match="expected a model without adapters, got one with; merge them"):
+    with pytest.raises(ValueError, match="expected a model without adapters, got one with adapters; merge them"):
         export_hf(LAST, Path("adapted"))
     small_run.fit(
         *small_run.DATA, *LORA[:-2], "--trainer.max_steps=4", "--trainer.logger.name=lora", "--ckpt_path=last"
@@ -185,15 +185,15 @@ def test_commands_merge_and_export(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"use_dora": True}, r"adapter_config.json: expected plain LoRA of linear maps, got {'use_dora': True}"),
-        ({"peft_type": "IA3"}, "expected plain LoRA of linear maps, got {'peft_type': 'IA3'}"),
-        ({"megatron_config": {"a": 1}}, "expected plain LoRA of linear maps, got {'megatron_config'"),
-        ({"new_field": 1}, "expected plain LoRA of linear maps, got {'new_field': 1}"),
+        ({"use_dora": True}, r"adapter_config.json: expected plain LoRA of linear layers, got {'use_dora': True}"),
+        ({"peft_type": "IA3"}, "expected plain LoRA of linear layers, got {'peft_type': 'IA3'}"),
+        ({"megatron_config": {"a": 1}}, "expected plain LoRA of linear layers, got {'megatron_config'"),
+        ({"new_field": 1}, "expected plain LoRA of linear layers, got {'new_field': 1}"),
         ({"r": 3}, r"expected adapters that fit the model, got others: expected rank 3, .* got \[2\]"),
         ({"r": "many"}, "adapter_config.json: Expected `int`"),
         ({"target_modules": "all-linear"}, "adapter_config.json: Expected `array`"),
         ({"target_modules": ["v_proj", "up_proj"]}, r"expected adapters of \['v_proj', 'up_proj'\], got others"),
-        ({"target_modules": ["dt_proj"]}, "of whose weight alone layers.0.self_attn.dt_proj is read"),
+        ({"target_modules": ["dt_proj"]}, "but the attention reads the weight of layers.0.self_attn.dt_proj directly"),
     ],
 )
 def test_strange_adapters_are_refused(tmp_path: Path, changed: dict[str, object], message: str) -> None:
@@ -223,20 +223,20 @@ def test_damaged_and_missing_adapters(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"lora": {"rank": 0}}, "lora: expected rank >= 1, alpha > 0 and a dropout of at least 0 and below 1, got 0"),
-        ({"lora": {"r": 4}}, r"lora: expected \['rank', 'alpha', 'targets', 'dropout'\], got \['r'\]"),
+        ({"lora": {"r": 4}}, r"lora: expected options among \['rank', 'alpha', 'targets', 'dropout'\], got \['r'\]"),
         (
             {"lora": {"targets": ["qproj"]}},
-            r"lora.targets: expected names of linear maps in .* got 'qproj'",
+            r"lora.targets: expected names of linear layers, .* got 'qproj'",
         ),
-        ({"lora": {"targets": ["proj"]}}, r"lora.targets: expected names of linear maps in .* got 'proj'"),
-        ({"lora": {"targets": ["lm_head"]}}, "lora.targets: expected names of linear maps in the layers"),
+        ({"lora": {"targets": ["proj"]}}, r"lora.targets: expected names of linear layers, .* got 'proj'"),
+        ({"lora": {"targets": ["lm_head"]}}, "lora.targets: expected names of linear layers, such as"),
         (
             {"lora": {"targets": ["q_proj", "dt_proj"]}},
-            "got 'dt_proj', of whose weight alone layers.0.self_attn.dt",
+            "got 'dt_proj', but the attention reads the weight of layers.0.self_attn.dt_proj directly",
         ),
         (
             {"lora": {"targets": ["v_proj"]}, "train_only": "attention"},
-            "expected linear maps that train_only freezes, got 'v_proj', although layers.0.self_attn.v_proj is trained",
+            "that train_only freezes, got 'v_proj', but train_only already trains layers.0.self_attn.v_proj",
         ),
         ({"lora": {}, "optimizer": "muon"}, "optimizer: expected adamw with lora, got 'muon'"),
     ],
@@ -248,6 +248,6 @@ def test_mistakes_are_told(options: dict[str, object], message: str) -> None:
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r"lora: expected the library peft; pip install 'dma-lightning\[lora\]'"):
+    with pytest.raises(ValueError, match=r"expected the library peft, got none; pip install 'dma-lightning\[lora\]'"):
         LanguageModel(**SIZES, lora={})
     LanguageModel(**SIZES)

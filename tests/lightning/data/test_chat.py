@@ -387,15 +387,15 @@ def test_a_conversation_that_is_too_long(tmp_path: Path) -> None:
     short, long = turns("a", "b"), turns("c" * 50, "d")
     path = write(tmp_path / "a.jsonl", long, short, short, short)
     length = len("<|user|>\na<|end|>\n<|assistant|>\nb<|end|>\n") - 1
-    message = rf"at most sequence_length \+ 1 = {length + 1} tokens, got 1 of 4 longer, the longest of {length + 50} "
-    message += r"\(.*a.jsonl, line 1\)"
+    message = rf"at most sequence_length \+ 1 = {length + 1} tokens, got 1 of 4 that are longer, "
+    message += rf"the longest with {length + 50} \(.*a.jsonl, line 1\)"
     with pytest.raises(ValueError, match=f"{message}; raise data.sequence_length, or leave them out with data.too_lo"):
         ChatDataModule(path, chat_template="simple", sequence_length=length).setup("fit")
     data = ChatDataModule(path, chat_template="simple", sequence_length=length, too_long="drop")
     with pytest.warns(UserWarning, match=f"{message}; these are left out"):
         data.setup("fit")
     assert (len(data.train_set), len(data.val_set)) == (2, 1)
-    with pytest.raises(ValueError, match="got 4 of 4 longer"):
+    with pytest.raises(ValueError, match="got 4 of 4 that are longer"):
         ChatDataModule(path, chat_template="simple", sequence_length=length - 1, too_long="drop").setup("fit")
 
 
@@ -433,7 +433,7 @@ def test_other_mistakes(tmp_path: Path) -> None:
         ),
         (
             "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ 'A:' }}{% endif %}",
-            "expected one whose generation prompt begins the answer, .* got one that writes message 2 in another way",
+            "a template whose generation prompt begins the answer, .* got one that begins message 2 differently",
         ),
         (
             "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
