@@ -28,9 +28,9 @@ def tables(kernels: Result, small: Result, large: Result, forms: Result, decode:
         "and 8 KV heads (16 and 4 in the last row).*",
         f"Whole models in this form train at {speeds(small)} times the speed of full attention at 4k, 16k and 32k\n"
         f"tokens (80M parameters), and at {speeds(large)} times with 1.7B. The shipped configs train\n"
-        "[another form](#how-it-works), which learns better and costs more. With it, the 80M model trains at\n"
-        f"{speeds_of('shipped', forms)} times the speed of full attention at 4k and 32k. But 27.5 % of its steps\n"
-        f"keep all keys, and these run at {speeds_of('all keys', forms)} times the speed of full attention.",
+        "[another form](#how-it-works), which learns better and costs more. In 27.5 % of its training steps, queries\n"
+        f"see all keys. The 80M model takes these steps at {speeds_of('all keys', forms)} times the speed of full\n"
+        f"attention at 4k and 32k, and all other steps at {speeds_of('shipped', forms)} times.",
         f"A decoding step of one layer takes {step:.0f} µs at any length; dense attention takes {dense:.0f} µs at\n"
         "128k. See [all measurements](docs/benchmarks.md).",
     ]
