@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dma_kernels.launching import register_launch
+from dma_kernels.launching import call, register_launch
 from dma_kernels.units import LARGEST, NAN_RANK, UNIT, in_units
 
 
@@ -103,7 +103,7 @@ drifts.register_autograd(_gradient_of_steps, setup_context=_note_dtype)
 
 def drift_sums(steps: Tensor, start: Tensor | None = None) -> Tensor:
     """D of every position in units; arguments as in `drifts`."""
-    return drifts(steps.detach(), start)[0]
+    return call(drifts, steps.detach(), start)[0]
 
 
 def drifted_ranks(content: Tensor, drift: Tensor) -> Tensor:
@@ -162,4 +162,4 @@ def ranks_of_steps(content: Tensor, steps: Tensor, padding: Tensor | None = None
     recorded = torch.compiler.is_compiling() or (steps.is_cuda and torch.cuda.is_current_stream_capturing())
     if not recorded and (steps < 0).any():
         raise ValueError(f"drift: expected steps of at least 0 nats, got {steps.min().item():g}; clamp them")
-    return fixed_point_ranks(content.detach(), steps.detach())
+    return call(fixed_point_ranks, content.detach(), steps.detach())

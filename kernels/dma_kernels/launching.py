@@ -2,18 +2,25 @@
 
 On CUDA, an operation imports its kernels when it first runs, so importing this package does not need Triton. It
 launches them on the GPU where its tensors are.
+
+PyTorch's dispatcher and what `torch.library` puts around an operation take the CPU longer than launching the kernels.
+So outside torch.compile, `call` and `dispatched` let operations run without it.
 """
 
 import functools
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef
+from torch.nn import Parameter
 from torch.utils._triton import has_triton
 
 Implementation = Callable[..., Any]
+
+_LAUNCHES: dict[CustomOpDef, Implementation] = {}  # what the operations do on CUDA
 
 
 def on_device_of_first(function: Implementation) -> Implementation:
@@ -41,11 +48,34 @@ def register_launch(
         guarded = on_device_of_first(launch)
 
         @operation.register_kernel("cuda")
-        def _(*arguments: Any) -> Any:
+        def on_cuda(*arguments: Any) -> Any:
             if without_triton is None or has_triton():  # called only here, since it imports Triton
                 return guarded(*arguments)
             return without_triton(*arguments)
 
+        _LAUNCHES[operation] = on_cuda
         return launch
 
     return register
+
+
+def dispatched(*tensors: Tensor | None) -> bool:
+    """Whether something besides autograd must see an operation on these tensors, so that the dispatcher is needed.
+
+    torch.compile must, and so must dispatch modes, transforms of `torch.func`, and tensor subclasses.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    included = torch._C._dispatch_tls_is_dispatch_key_included
+    if included(torch._C.DispatchKey.Python) or included(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode):
+        return True
+    return any(type(x) not in (Tensor, Parameter, NoneType) for x in tensors)
+
+
+def call(operation: CustomOpDef, first: Tensor, *others: Any) -> Any:
+    """`operation(first, *others)` without a gradient; on CUDA without the dispatcher, if nothing must see the call."""
+    tensors = (x for x in others if isinstance(x, Tensor))
+    if dispatched(first, *tensors) or not first.is_cuda:
+        return operation(first, *others)
+    with torch.no_grad():
+        return _LAUNCHES[operation](first, *others)

@@ -12,6 +12,7 @@ from torch import Tensor
 from dma_kernels.drawing import draw_mask, mask_png
 from dma_kernels.fixed_point import ranks_of_steps
 from dma_kernels.keep_rule import KeepRule, check_at_least
+from dma_kernels.launching import call
 from dma_kernels.packing import Packing, document_ends
 from dma_kernels.selection.ops import deaths_by_rank
 
@@ -197,7 +198,7 @@ class Lifetimes:
         packing.check_fits(ranks.shape[0], ranks)
         birth = torch.arange(length, dtype=torch.int32, device=ranks.device)[None, None]
         # With last positions, the competition is the same, this many positions later.
-        death = deaths_by_rank(ranks.detach(), packing.runs, packing.padding, keep.window, keep.last)
+        death = call(deaths_by_rank, ranks.detach(), packing.runs, packing.padding, keep.window, keep.last)
         if keep.sinks:
             death = torch.where(is_sink(keep.sinks, birth, packing), length, death)
         return cls._within(birth, death, min(keep.capacity, length), packing)

@@ -132,4 +132,6 @@ def check_retention_triton(seed: int) -> None:
 def _compare(found: tuple[float, np.ndarray], expected: tuple[float, np.ndarray, float], tolerance: float) -> None:
     loss, gradient, terms_size = expected
     np.testing.assert_allclose(found[0], loss, rtol=tolerance, atol=tolerance)
-    np.testing.assert_allclose(found[1], gradient, rtol=tolerance, atol=tolerance * terms_size)
+    np.testing.assert_allclose(
+        found[1], gradient, rtol=tolerance, atol=tolerance * (terms_size + 1e-30)
+    )  # float32 ends at 1e-38

@@ -1,7 +1,8 @@
 """Attention over lifetimes by Triton kernels: gather into segments, forward, backward, sum of a key's copies.
 
-`fused_attention` calls two custom operations that are opaque to torch.compile. The backward pass takes five matrix
-products and no atomics, so the same inputs give the same bits in every run.
+`fused_attention` calls two custom operations that are opaque to torch.compile; outside it, an autograd function does
+the same with less work for the CPU. The backward pass takes five matrix products and no atomics, so the same inputs
+give the same bits in every run.
 
 B batch, H query heads, G KV heads, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils._triton import has_triton_package
 
 from dma_kernels.checks import check_attention_inputs, check_lifetimes, check_no_tangents
-from dma_kernels.launching import on_device_of_first
+from dma_kernels.launching import dispatched, on_device_of_first
 from dma_kernels.lifetime_masks import Lifetimes
 from dma_kernels.renamed import taking_renamed
 from dma_kernels.segments.slots import SegmentSlots
@@ -83,7 +84,8 @@ def fused_attention(
     if missing := -head_dim % (16 // q.element_size()):  # tensor descriptors step by 16 bytes
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
     copies = slots.copies
-    out, *_ = attend_slots(
+    attend = attend_slots if dispatched(q, k, v, key_bias, query_bias) else _AttendSlots.apply
+    out, *_ = attend(
         q, k, v, key_bias, copies.row, copies.first, copies.slot, slots.birth, slots.death, slots.segment_length, scale,
         query_bias,
     )  # fmt: skip
@@ -130,9 +132,8 @@ def _interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-@torch.library.custom_op("dma_kernels::attend_slots", mutates_args=())
 @on_device_of_first
-def attend_slots(
+def _attend_slots(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -163,9 +164,11 @@ def attend_slots(
     return out, lse, k_seg, v_seg, bias
 
 
-@torch.library.custom_op("dma_kernels::attend_slots_backward", mutates_args=())
+attend_slots = torch.library.custom_op("dma_kernels::attend_slots", _attend_slots, mutates_args=())
+
+
 @on_device_of_first
-def attend_slots_backward(
+def _attend_slots_backward(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -200,6 +203,11 @@ def attend_slots_backward(
     shape = (q.shape[0], k.shape[1], q.shape[2])
     dk, dv, dbias = launch_sum_key_gradients(dk, dv, dbias, first, slot, shape=shape, wide=wide)
     return dq, dk, dv, dbias, dquery_bias
+
+
+attend_slots_backward = torch.library.custom_op(
+    "dma_kernels::attend_slots_backward", _attend_slots_backward, mutates_args=()
+)
 
 
 @attend_slots.register_fake
@@ -248,9 +256,11 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> N
 def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * 12
-    asked = ctx.needs_input_grad[-1]
-    *gradients, dquery_bias = attend_slots_backward(
-        grad_out, *ctx.saved_tensors, ctx.segment_length, ctx.scale, query_bias=asked, wide=ctx.wide
+    asked, saved = ctx.needs_input_grad[-1], ctx.saved_tensors  # which checkpointing allows to read once
+    twice = torch.is_grad_enabled()  # by create_graph, which the operation refuses
+    attend_backward = attend_slots_backward if twice or dispatched(grad_out, *saved) else _attend_slots_backward
+    *gradients, dquery_bias = attend_backward(
+        grad_out, *saved, ctx.segment_length, ctx.scale, query_bias=asked, wide=ctx.wide
     )
     if not asked:
         return *gradients, *[None] * 8
@@ -259,3 +269,11 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Ten
 
 
 attend_slots.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+class _AttendSlots(torch.autograd.Function):
+    """`attend_slots` without the dispatcher."""
+
+    forward = staticmethod(_attend_slots)
+    setup_context = staticmethod(_save_for_backward)
+    backward = staticmethod(_backward)

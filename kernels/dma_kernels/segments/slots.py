@@ -9,12 +9,13 @@ slots, Z = B * T.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dma_kernels.launching import register_launch
+from dma_kernels.launching import call, register_launch
 from dma_kernels.lifetime_masks import Lifetimes
 from dma_kernels.segments.biases import gather_biases, gather_biases_reference
 from dma_kernels.segments.fill_slots import round_up, segment_slots_reference
@@ -67,7 +68,7 @@ class SegmentSlots:
             raise ValueError(f"expected batch and num_kv_heads >= 1, got {batch} and {num_kv_heads}")
         if block_size < 16 or block_size % 16:
             raise ValueError(f"block_size: expected a multiple of 16, got {block_size}")
-        return cls._filled_by(segment_slots, lifetimes, batch, num_kv_heads, segment_length, block_size)
+        return cls._filled_by(partial(call, segment_slots), lifetimes, batch, num_kv_heads, segment_length, block_size)
 
     @classmethod
     def plain(
