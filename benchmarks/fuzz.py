@@ -41,6 +41,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 
 from harness import ROOT, CommandLine, Part, Result, Table, describe, write
+from harness.tables import gpu_of
 
 _PATIENCE = 300  # seconds that a case may take; the first of a process makes what the others change
 _AT_ONCE = 25  # cases that a process is given
@@ -130,14 +131,25 @@ def run(areas: dict[str, int], first: int, processes: int) -> dict[str, Tally]:
     return tallies
 
 
-def tables(result: Result) -> list[Part]:
-    """What the pages show of a result: a row for each area."""
-    rows = [
-        [f"`{area}`", f"{row['cases']:,}", f"{row['seconds']:,.0f}", row["failed"]]
+RESULTS = ("fuzz", "gpu_fuzz")
+
+
+def tables(on_cpu: Result, on_gpu: Result) -> list[Part]:
+    """What the page shows: a row for each area and machine."""
+    columns = ["area", "cases", "seconds of a core", "failed"]
+    caption = "Drawn cases by area, the time that they took, and how many failed"
+    return [
+        Table(areas_of(on_cpu), f"{caption}, on a CPU:", columns),
+        Table(areas_of(on_gpu), f"{caption}, on a GPU ({gpu_of({'environment': on_gpu})}):", columns),
+    ]
+
+
+def areas_of(result: Result) -> list[list[str]]:
+    """A row for each area: its name, cases, seconds and failures."""
+    return [
+        [f"`{area}`", f"{row['cases']:,}", f"{row['seconds']:,.0f}", f"{row['failed']}"]
         for area, row in result["areas"].items()
     ]
-    caption = "Drawn cases by area, the time that they took on a CPU, and how many failed, which should be none:"
-    return [Table(rows, caption, ["area", "cases", "seconds of a core", "failed"])]
 
 
 def _check_seeds(area: str, seeds: list[int], connection: Connection) -> None:
