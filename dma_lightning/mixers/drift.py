@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from dma_kernels.context import ContextGroup, drift_before
 from dma_kernels.fixed_point import drifts
-from dma_kernels.precision import without_autocast
 from dma_lightning.mixers.base import MixerConfig
+from dma_lightning.mixers.narrow_linear import narrow_linear
 
 DriftForm = Literal["none", "constant", "gate"]
 
@@ -110,8 +110,7 @@ class Drift(nn.Module):
         if self.weight is None:
             steps = (rate.exp() / self.window).expand(x.shape[0], -1, x.shape[1])
         else:
-            with without_autocast(x.device):
-                steps = F.softplus(F.linear(x.to(dtype), self.weight.to(dtype)).mT + rate).clamp(max=_LARGEST_STEP)
+            steps = F.softplus(narrow_linear(x, self.weight).mT + rate).clamp(max=_LARGEST_STEP)
         steps = steps.masked_fill(~self.drifts[:, None], 0)
         return steps if padding is None else steps.masked_fill(padding[:, None], 0)
 

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dma_kernels import Packing
 from dma_kernels.context import ContextGroup
 from dma_kernels.fixed_point import drifted_ranks
-from dma_kernels.precision import without_autocast
 from dma_kernels.ranks import as_integers
 from dma_lightning.mixers.drift import Drift, DriftConfig, Drifted, DriftingCache, add_up, add_up_parts
+from dma_lightning.mixers.narrow_linear import narrow_linear
 
 Content = Literal["values", "input"]
 ContentInBias = bool | Literal["far"]
@@ -204,8 +203,6 @@ class DriftingRanks(nn.Module):
         """Ranks without their drift, `[B, G, N]`; arguments as in `forward`."""
         if self.weight is None:
             return rank
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with without_autocast(x.device):
-            content = F.linear(x.to(dtype), self.weight.to(dtype)).mT
-            bounded = _LARGEST_CONTENT * torch.tanh(content / _LARGEST_CONTENT)
+        content = narrow_linear(x, self.weight).mT
+        bounded = _LARGEST_CONTENT * torch.tanh(content / _LARGEST_CONTENT)
         return torch.where(self.drift.drifts[:, None], bounded, rank)
