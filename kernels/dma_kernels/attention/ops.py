@@ -272,8 +272,12 @@ attend_slots.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 class _AttendSlots(torch.autograd.Function):
-    """`attend_slots` without the dispatcher."""
+    """`attend_slots` without the dispatcher. With a `setup_context`, PyTorch would inspect signatures at every call."""
 
-    forward = staticmethod(_attend_slots)
-    setup_context = staticmethod(_save_for_backward)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        outputs = _attend_slots(*inputs)
+        _save_for_backward(ctx, inputs, outputs)
+        return outputs
+
     backward = staticmethod(_backward)
