@@ -15,11 +15,11 @@ Training:
 - `trained_parts`: freezing parts of a model; `lora`: low-rank adapters, an extra
 - `losses`: the main loss; `auxiliary_losses`: losses of layers in addition to it
 - `callbacks`: act on a run; `monitoring`: only watch it
-- `checkpoints`: writing, checking and reading them; `saved_run`: one opened checkpoint and what it says
+- `checkpoints`: writing, checking and reading them; `saved_run`: an opened checkpoint and its contents
 - `initial_weights`: weights of a checkpoint or a Hugging Face folder that a run starts from
-- `trained_models`: models from checkpoints, for inference; `evaluation`: what they can do, also at other lengths
+- `trained_models`: models from checkpoints, for inference; `evaluation`: how well they do, including at other lengths
 - `strategies`: FSDP2 and context parallelism; `distributed`: what processes agree on
-- `trainer_state`: Lightning's private names
+- `trainer_state`: the only module that uses Lightning's private names
 - `cli`: the command line, one file per command
 
 Below them, `files` and `plain_values` handle files and values that a stranger may have written.

@@ -1,4 +1,4 @@
-"""Losses of single layers in addition to the main loss; they need not be collected.
+"""Losses of individual layers in addition to the main loss, which nobody has to collect.
 
 A layer passes its output through `with_auxiliary_loss`. The backward pass of the main loss then trains the layer's own
 loss too. So layers that are compiled or recomputed need not return their losses.
@@ -39,7 +39,7 @@ _scale = _BackwardScale()
 
 
 def lead_auxiliary_losses(loss: Tensor) -> None:
-    """Make a loss `[]` the main one: auxiliary losses are scaled as its backward pass is.
+    """Declare a loss `[]` the main one: auxiliary losses get the scale of its gradient.
 
     Call it before the loss is scaled. It does nothing for a loss that needs no gradient.
     """
@@ -53,7 +53,7 @@ def end_auxiliary_losses() -> None:
 
 
 def with_auxiliary_loss(x: Tensor, loss: Tensor, weight: float | Tensor = 1.0) -> Tensor:
-    """`x` unchanged; its backward pass also back-propagates `weight · loss`, scaled as the main loss is.
+    """`x` unchanged; its backward pass also back-propagates `weight · loss`, scaled like the main loss.
 
     The loss is trained once for each backward pass of x, even if a checkpoint computes the layer again. It is trained
     only if the main loss depends on the returned tensor. Do not compute the loss at all when gradients are off.
@@ -89,7 +89,7 @@ class _WithAuxiliaryLoss(torch.autograd.Function):
 
 @torch.library.custom_op("dma_lightning::held_scale", mutates_args=())
 def held_scale(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The factor that is held when this is computed, `[]` in a dtype, on the device of `like`."""
+    """The factor as it is when this operation runs: `[]` in the given dtype, on the device of `like`."""
     return _scale.held.to(like.device, dtype, copy=True)
 
 

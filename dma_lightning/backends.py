@@ -32,7 +32,7 @@ Backend = Literal["auto", "triton", "flex", "torch", "reference"]
 
 
 class Attention(Protocol):
-    """Attention over lifetimes, of q, k, v and key_bias."""
+    """The signature of a backend: attention over lifetimes, from q, k, v and key_bias."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, lifetimes: Lifetimes, /, scale: float | None = None,
@@ -41,7 +41,8 @@ class Attention(Protocol):
         """`[B, H, N, D]`; the default scale is `1 / sqrt(D)`.
 
         Biases are float32 or float64 `[B, G, N]`. A query bias changes no output; its gradient is the sum of dS over
-        the keys. Where key biases are float64, that of the segment's first query is added before they are rounded.
+        the keys. If key biases are float64, the query bias of the segment's first query is added before they are
+        rounded.
         """
 
 
@@ -59,14 +60,14 @@ def check_backend(name: str) -> None:
 def resolve_backend(
     name: str, device: str, index: int | None, dtype: torch.dtype, head_dim: int, drifts: bool = False
 ) -> str:
-    """The backend that a name means for such tensors: itself, or the choice of `auto` (logged once)."""
+    """The backend to use for such tensors: the named one, or what `auto` chooses (logged once)."""
     return _auto_backend(device, index, dtype, head_dim, drifts)[0] if name == "auto" else name
 
 
 def explain_backend(
     name: str, device: str, index: int | None, dtype: torch.dtype, head_dim: int, drifts: bool = False
 ) -> str:
-    """The backend that a name means for such tensors, and why."""
+    """The backend that `resolve_backend` returns, and why; text for users."""
     if name != "auto":
         return f"{name}, as asked for"
     return "{}, chosen by auto: {}".format(*_auto_backend(device, index, dtype, head_dim, drifts))
@@ -75,7 +76,7 @@ def explain_backend(
 @cache
 def _auto_backend(device: str, index: int | None, dtype: torch.dtype, head_dim: int, drifts: bool) -> tuple[str, str]:
     """The choice of `auto`, and the reason."""
-    chosen, reason = "torch", "triton and flex train on CUDA alone"
+    chosen, reason = "torch", "triton and flex train only on CUDA"
     if device == "cuda" and (dtype not in KERNEL_DTYPES or head_dim > MAX_HEAD_DIM):
         reason = f"triton and flex take neither {torch.float64} nor head dims above {MAX_HEAD_DIM}"
     elif device == "cuda":

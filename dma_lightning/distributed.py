@@ -16,10 +16,10 @@ class SameCheckpoint(pl.Callback):
     """Makes sure that all processes resume from the same checkpoint.
 
     Args:
-        path: what this process has found; None if it has found none.
+        path: the checkpoint that this process found; None if it found none.
 
     Raises:
-        ValueError: in `setup`, if the processes differ, as when one of them does not see a new file yet.
+        ValueError: in `setup`, if the processes found different ones, such as when one does not see a new file yet.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -44,10 +44,10 @@ def of_all_processes(value: Any, trainer: pl.Trainer) -> list[Any]:
 
 
 def end_with_first_process(trainer: pl.Trainer) -> None:
-    """End this process when the first process of its machine is gone, if Lightning started it from that one.
+    """End this process once the first process of its machine is gone, if Lightning started it from there.
 
-    The first process normally ends the others, but if it is killed, they may wait for it until a timeout of half an
-    hour.
+    The first process normally ends the others. But if it is killed, they may wait for it for half an hour, until a
+    timeout.
     """
     if (
         isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
@@ -59,5 +59,8 @@ def end_with_first_process(trainer: pl.Trainer) -> None:
 def _watch(parent: int, rank: int, seconds: float = 5.0) -> None:
     while os.getppid() == parent:
         time.sleep(seconds)
-    print(f"rank {rank}: the first process has ended, so this one does; go on with `--ckpt_path last`", file=sys.stderr)
+    print(
+        f"rank {rank}: the first process has ended, so this one ends too; resume with `--ckpt_path last`",
+        file=sys.stderr,
+    )
     os._exit(1)

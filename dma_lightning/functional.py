@@ -57,11 +57,11 @@ def dynamic_mask_attention(
     """
     check_backend(backend)
     if ranks.shape != k.shape[:3]:
-        raise ValueError(f"ranks: expected {list(k.shape[:3])}, as k has them, got {list(ranks.shape)}")
+        raise ValueError(f"ranks: expected {list(k.shape[:3])} to match k, got {list(ranks.shape)}")
     if key_bias is None and not ranks.is_floating_point():
         raise ValueError(
-            f"ranks: expected floating numbers, of which biases are made, got {ranks.dtype}; give a key_bias beside "
-            "ranks that are integers"
+            f"ranks: expected floating-point numbers to compute biases from, got {ranks.dtype}; for integer ranks, "
+            "also give a key_bias"
         )
     bias_of_ranks = rank_bias(ranks.to(torch.promote_types(q.dtype, torch.float32)), score_form)
     key_bias = bias_of_ranks if key_bias is None else key_bias

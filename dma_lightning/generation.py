@@ -62,8 +62,9 @@ def stream_tokens(
         max_new_tokens: the most tokens to generate.
         sampling: how tokens are chosen. Default: the likeliest.
         padding: bool `[B, N]`, True at the padded positions of shorter prompts, which are padded on the left.
-        eos_token_id: token or tokens that end a sequence, which then repeats the first of them until all have ended.
-        seed: of the tokens that are drawn. Default: torch's global generator draws.
+        eos_token_id: token or tokens that end a sequence. An ended sequence repeats the first of them until all
+            sequences have ended.
+        seed: seed for drawing tokens. Default: draw with torch's global generator.
         full_cache: keep all keys, for comparison; the tokens are the same up to rounding.
         chunk_size: number of prompt positions to read at once.
 
@@ -129,7 +130,7 @@ def prompt_and_rest(batch: Batch, row: int, length: int | None = None) -> tuple[
     Both parts contain only the document of the prompt's last token, without padding.
 
     Args:
-        batch: of sequences.
+        batch: the batch.
         row: index of the sequence.
         length: tokens of the sequence up to the prompt's end. Default: half of them.
     """
@@ -143,9 +144,9 @@ def prompt_and_rest(batch: Batch, row: int, length: int | None = None) -> tuple[
 
 
 def split_text(tokenizer: Tokenizer, tokens: Sequence[int], more: Sequence[int]) -> tuple[list[str], list[str]]:
-    """The text of tokens and of more tokens after them, with one piece per token and, at the end, any rest.
+    """The text of tokens, and of more tokens that follow: one piece per token, and at the end any rest.
 
-    All pieces together are the text of all tokens. A character that the border cuts goes to the second part.
+    All pieces together are the text of all tokens. A character that spans both parts goes to the second.
     """
     pieces = list(tokenizer.decode_stream([*tokens, *more]))
     first, second = pieces[: len(tokens)], pieces[len(tokens) :]
@@ -172,12 +173,12 @@ def stream_text(
 
     Args:
         model: the decoder.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         prompt: text to continue, not empty.
         max_new_tokens: the most tokens to generate.
         sampling: how tokens are chosen. Default: the likeliest.
         stop: strings that end the text; it stops before the first one.
-        device: of the model.
+        device: the model's device.
         options: further arguments of `stream_tokens`.
 
     Raises:
@@ -194,7 +195,7 @@ def stream_text(
 def decode_until(
     tokenizer: Tokenizer, tokens: Iterable[int], stop: Sequence[str] = (), after: Sequence[int] = ()
 ) -> Iterator[str]:
-    """Text of tokens that follow `after`, as they come, up to the first stop string; takes no token beyond it.
+    """Stream the text of tokens that follow `after` up to the first stop string, without taking a token beyond it.
 
     Raises:
         ValueError: if `stop` is one string instead of a list, or a string in it is empty.
@@ -275,9 +276,10 @@ def _check_known(model: Decoder, input_ids: Tensor, eos: Sequence[int]) -> None:
 
 @contextmanager
 def evaluating(model: Decoder) -> Iterator[None]:
-    """A context in evaluation mode; the previous mode comes back at its end.
+    """A context in evaluation mode; the previous mode is restored at its end.
 
-    Modules compiled in place run uncompiled: otherwise each length would be compiled again, and new hooks be ignored.
+    Modules compiled in place run uncompiled. Otherwise, each length would be compiled again, and new hooks would be
+    ignored.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     training = [module for module in modules if module.training]

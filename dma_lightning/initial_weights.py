@@ -29,19 +29,19 @@ _OF_WEIGHTS = (
     "num_key_value_heads", "head_dim", "qk_norm", "attention_bias", "mlp_bias", "tie_word_embeddings",
 )  # fmt: skip
 
-_OF_DATA = ("vocab_size", "max_position_embeddings")  # which the data determines
+_OF_DATA = ("vocab_size", "max_position_embeddings")  # fields that the data determines
 
 # Range of a drift that the weights do not have: too small to change logits by more than 1e-4.
 _NO_DRIFT = (1e-4, 1e-4)
 
-_LISTED = 8  # names in a line
+_LISTED = 8  # maximum number of names in a line
 
 
 class Differences(NamedTuple):
     """Names of tensors that only one side has."""
 
     missing: list[str]
-    """Tensors that only the model has; they stay as in a new model."""
+    """Tensors that only the model has; they keep the initial values of a new model."""
     extra: list[str]
     """Tensors that only the file has; they are left out."""
 
@@ -54,7 +54,7 @@ class InitialWeights:
     config: ModelConfig
     """Configuration of the model that they were saved from."""
     padded_vocab_size: int | None
-    """This argument for a `LanguageModel` that starts from them."""
+    """Value of this argument for a `LanguageModel` that starts from them."""
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     """The weights by the decoder's names."""
     folder: PretrainedFolder | None = field(default=None, repr=False)
@@ -70,7 +70,7 @@ class InitialWeights:
             kind: class of the module that made the checkpoint, a `LanguageModel`.
 
         Raises:
-            ValueError: if there is neither, if it is damaged, or if this package cannot express the model.
+            ValueError: if the path is neither, if it is damaged, or if this package cannot express the model.
         """
         path = Path(path).expanduser()
         if (path / "config.json").exists():
@@ -171,11 +171,11 @@ class InitialWeights:
     def lines(self, differences: Differences) -> list[str]:
         """What `fill` has done, as lines for users."""
         begin, count = f"init_from {self.path}: ", len(self.tensors) - len(differences.extra)
-        found = [f"{begin}{count} tensors; optimizer, schedule and data begin anew"]
+        found = [f"{begin}{count} tensors; optimizer, schedule and data start from scratch"]
         if differences.missing:
-            found.append(f"{begin}not there, and as in a new model: {_listed(differences.missing)}")
+            found.append(f"{begin}missing there, so initialized as in a new model: {_listed(differences.missing)}")
         if differences.extra:
-            found.append(f"{begin}there, but not in this model, and left out: {_listed(differences.extra)}")
+            found.append(f"{begin}there, but not in this model, so left out: {_listed(differences.extra)}")
         return found
 
     def knows_tokens_of(self, tokenizer: Tokenizer) -> bool:

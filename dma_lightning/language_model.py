@@ -106,7 +106,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
     """
 
     hparams: _Arguments
-    _batch_labels: Tensor | None = None  # of the last batch, in all parts of its sequences
+    _batch_labels: Tensor | None = None  # number of labels of the last batch, in all parts of its sequences
     _data_is_known = False  # whether no batch can have a token that the model does not know
     _epoch_steps: int | None = None  # steps of trainer.max_epochs, if a schedule needs them
 
@@ -149,7 +149,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         self._token_losses = token_losses
         self._batches: list[StepTotals] = []  # of the current step
         self.init_from = init_from
-        self._has_begun = False  # whether the weights come from a checkpoint or `init_from`, or are trained
+        self._has_begun = False  # whether the weights come from a checkpoint or `init_from`, or have been trained
         self._restored = False  # whether optimizer and schedule come from a checkpoint
         self.step_loss: Tensor | None = None
         """Mean loss of the last step over all of its labels, set after its backward pass; 0 if it had no labels."""
@@ -170,8 +170,8 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         Args:
             checkpoint_path: a file on this machine.
             map_location: device of the weights. Default: the checkpoint's, if it exists here.
-            strict: whether checkpoint and model must have the same weights. Default: as the model says.
-            weights_only: true or none; nothing else is read.
+            strict: whether checkpoint and model must have the same weights. Default: the model's `strict_loading`.
+            weights_only: must be true or none; false would let a checkpoint run code.
             **changed: arguments of `__init__` that replace the checkpoint's.
 
         Raises:
@@ -204,13 +204,13 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         return self.model(input_ids, documents, padding)
 
     def setup(self, stage: str) -> None:
-        """Set up answer groups, load the initial weights, and refuse what model or strategy cannot do.
+        """Set up answer groups, load the initial weights, and check what the model and the strategy can do.
 
         Raises:
             ValueError: if the data has tokens that the model does not know; if `init_from` holds no weights for this
                 model; if sequences are to be divided for an attention that needs them whole; if CUDA graphs are
-                requested without a GPU, or with gradients that outlive the memory of a graph; for `predict` by
-                processes that share the weights.
+                requested without a GPU, or with gradients that outlive the memory of a graph; for `predict` if
+                processes share the weights.
         """
         data = getattr(self.trainer, "datamodule", None)
         if (vocab_size := getattr(data, "vocab_size", None)) is not None:
@@ -253,7 +253,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Compile the layers and shard them (FSDP2, with `ModelParallelStrategy`) in place; parameters keep names."""
+        """Compile the layers and shard them (FSDP2, with `ModelParallelStrategy`) in place, without new names."""
         if self.hparams.compile_layers:
             # DDP can send gradients after each layer; Dynamo would also split the layers, at every 25 MB.
             torch._dynamo.config.optimize_ddp = False
@@ -269,12 +269,12 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             register_fsdp_forward_method(self.model, "scores")
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Check the tokens while they are on the CPU, if the data does not state them or nobody has verified it.
+        """Check the tokens while they are on the CPU, unless the data is known to have only valid ones.
 
-        If processes divide sequences, only the part of this one goes on.
+        If processes divide sequences, return only this process's part.
 
         Raises:
-            ValueError: if the model does not know a token; if sequences are divided that are one answer.
+            ValueError: if the model does not know a token; if processes divide sequences and these are answers.
         """
         if not self._data_is_known and batch["input_ids"].device.type == "cpu":
             check_tokens("input_ids", batch["input_ids"], self.model.vocab_size)
@@ -379,7 +379,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip parameters trained by auxiliary losses apart from all others, each group by its own norm."""
+        """Clip parameters trained by auxiliary losses separately from all others, each group by its own norm."""
         auxiliary = self._auxiliary_parameters
         others = set(self.parameters()).difference(auxiliary)
         for left_out in (auxiliary, others) if auxiliary else ((),):
@@ -475,7 +475,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
     def _loss(self, batch: Batch) -> tuple[Tensor, StepTotals]:
         """Mean loss over the labels of a batch, and sums over labels, detached.
 
-        Of divided sequences it is this part's share of the mean over all parts.
+        If processes divide sequences, the loss is this part's share of the mean over all parts.
         """
         totals = _totals(self._scores(batch).losses, batch)
         self._batch_labels = totals.labels

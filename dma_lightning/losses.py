@@ -43,15 +43,16 @@ def chunked_scores(
     """Losses and likeliest tokens, from the logits of one chunk of tokens at a time.
 
     The backward pass computes the logits of each chunk again. So memory holds the logits of one chunk, not `[B, N, V]`.
-    (`torch.nn.functional.linear_cross_entropy` also works in chunks, but torch 2.11 has none, and it predicts nothing.)
+    (`torch.nn.functional.linear_cross_entropy` also works in chunks, but torch 2.11 does not have it, and it does not
+    return the likeliest tokens.)
 
     Args:
         head: maps `[..., C]` to logits `[..., V]`.
-        x: what it reads, `[B, N, C]`.
+        x: the input of the head, `[B, N, C]`.
         labels: int64 `[B, N]`.
         chunk: tokens in each chunk; the last one has the rest of T.
         predict: whether to find the likeliest tokens.
-        loss: of logits `[1, chunk, V]` and labels `[1, chunk]`.
+        loss: a function of logits `[1, chunk, V]` and labels `[1, chunk]`.
 
     Returns:
         The scores. The gradient of float32 weights sums over chunks in float32, also under autocast.

@@ -41,7 +41,7 @@ class MeanLoss(Metric):
         """Add the sum of losses over `count` tokens."""
         added = torch.stack([nats, count]).float() - self.excess
         sums = self.sums + added
-        self.excess = ((sums - self.sums) - added).nan_to_num(0, 0, 0)  # of infinities; a NaN stays in the sums
+        self.excess = ((sums - self.sums) - added).nan_to_num(0, 0, 0)  # infinities; the sums still keep a NaN
         self.sums = sums
 
     def compute(self) -> Tensor:
@@ -79,7 +79,7 @@ class AnswerAccuracy(Metric):
         self.add_state("counts", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")  # right answers, answers
 
     def update(self, predictions: Tensor, labels: Tensor, is_answer: Tensor) -> None:
-        """Add sequences `[B, N]`; those that are answers `[B]` and have a label count."""
+        """Add sequences `[B, N]`. Only those count that `is_answer` `[B]` marks and that have a label."""
         labeled = labels != IGNORE_INDEX
         counts = is_answer & labeled.any(-1)
         right = counts & ((predictions == labels) | ~labeled).all(-1)
@@ -116,7 +116,7 @@ class EvaluationMetrics(nn.ModuleDict):
         super().__init__(figures | {"answers": AnswerAccuracy()})
 
     def split_answers(self, groups: Mapping[str, Sequence[int]]) -> None:
-        """Also report answers by these groups, and by no others.
+        """Also report answers by these groups, instead of by any earlier groups.
 
         Args:
             groups: keys of `Batch`, with the values of each that form a group.

@@ -106,8 +106,8 @@ class DogeForCausalLM(nn.Module):
             `[B, N, V]`.
 
         Raises:
-            ValueError: on a wrong shape, dtype or device, or a sequence that is too long; on a CPU also on a token not
-                below `vocab_size`, which other devices do not report in time.
+            ValueError: on a wrong shape, dtype or device, or a sequence that is too long. On a CPU, also on a token
+                that is not below `vocab_size`; other devices would report it too late.
         """
         x = self._last_layer(input_ids, documents, padding, cache)
         return self.lm_head(self.norm(x[:, -1:] if last_only else x))
@@ -158,14 +158,14 @@ class DogeForCausalLM(nn.Module):
         return x
 
     def join_context(self, context: ContextGroup | None) -> None:
-        """Take parts of sequences, whose other parts the other processes of a group take; None: whole sequences.
+        """Divide sequences among the processes of a group, one part for each; None: whole sequences.
 
-        `forward` without a cache then takes and gives what `ContextGroup.part` leaves of whole tensors, up to
-        `max_position_embeddings` tokens in all parts together. All processes of the group call it together. The sum of
-        their gradients is that of one process.
+        Without a cache, `forward` then takes and returns only this process's part of each tensor, as from
+        `ContextGroup.part`. All parts together have up to `max_position_embeddings` tokens. All processes of the group
+        call it together. The sum of their gradients is the gradient that a single process would compute.
 
         Raises:
-            ValueError: if the attention cannot (`mha`, `mla`, `nsa`).
+            ValueError: if the attention does not support this (`mha`, `mla`, `nsa`).
         """
         for mixer in self.mixers:
             mixer.join_context(context)

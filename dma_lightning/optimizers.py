@@ -17,7 +17,7 @@ from dma_lightning.trainer_state import let_clip_gradients
 
 OptimizerName = Literal["adamw", "muon"]
 
-# What a parameter group takes from a checkpoint. Everything else says how this run computes.
+# Options of a parameter group that a checkpoint restores. All others say how this run computes.
 _SAVED = ("params", "lr", "initial_lr", "weight_decay", "betas")
 _MOMENTUM = "momentum_buffer"  # torch's name in the state of Muon
 
@@ -113,8 +113,8 @@ def make_optimizer(
 
     Returns:
         An optimizer whose last group is everything without weight decay: vectors, and what a mixer names in
-        `undecayed_parameters`. It loads only states of its own kind, and keeps its own options then, but for learning
-        rate, weight decay and betas.
+        `undecayed_parameters`. It loads only states of the same optimizer, and takes only learning rate, weight decay
+        and betas from them; its other options stay.
     """
     kept = {mixer.get_parameter(name) for mixer in decoder.mixers for name in mixer.undecayed_parameters}
     parameters = list(module.parameters())
@@ -136,7 +136,7 @@ def check_optimizer(name: str, lr: float, weight_decay: float, betas: Sequence[f
     """Check the name of an optimizer and its rates.
 
     Raises:
-        ValueError: for an unknown name, a learning rate or weight decay below its range, or betas outside of theirs.
+        ValueError: for an unknown name, or a learning rate, weight decay or betas that are out of range.
     """
     if lr <= 0 or weight_decay < 0:
         raise ValueError(f"expected lr > 0 and weight_decay >= 0, got {lr} and {weight_decay}")
@@ -152,7 +152,7 @@ def check_same_optimizer(saved: str, own: str, where: str) -> None:
     Args:
         saved: name of the optimizer of a checkpoint.
         own: name of the optimizer of this run.
-        where: what the message begins with.
+        where: the beginning of the error message.
 
     Raises:
         ValueError: if they differ.
@@ -165,7 +165,7 @@ def check_same_optimizer(saved: str, own: str, where: str) -> None:
 
 
 def kind_of(groups: Iterable[Mapping[str, Any]]) -> OptimizerName:
-    """Which optimizer has such parameter groups, in a state or itself."""
+    """Which optimizer has such parameter groups; they may come from the optimizer or from its saved state."""
     return "muon" if any("ns_steps" in group for group in groups) else "adamw"
 
 
@@ -185,7 +185,7 @@ def _with_own_options(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, 
 
 
 def _hidden_matrices(decoder: DogeForCausalLM) -> set[nn.Parameter]:
-    """Weights `[M, N]` of linear maps within layers, but for those whose rows are separate."""
+    """Weights `[M, N]` of linear maps within layers, except those whose rows are independent."""
     separate: set[nn.Parameter] = set()
     for mixer in decoder.mixers:
         separate.update(map(mixer.get_parameter, (*mixer.per_head_parameters, *mixer.auxiliary_parameters)))

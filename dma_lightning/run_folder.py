@@ -1,4 +1,4 @@
-"""The folder of a run, with its configuration and checkpoints, and the rules that keep runs out of each other's."""
+"""The folder of a run, with its configuration and checkpoints, and the rules that keep other runs out of it."""
 
 import os
 from itertools import count
@@ -35,12 +35,13 @@ def run_folder(trainer: pl.Trainer) -> str:
 def claim_folder(trainer: pl.Trainer, goes_on: bool, checkpoint: Path | None = None) -> tuple[str, bool]:
     """Choose the folder of a run and its checkpoints; a collective call, before checkpoint callbacks are set up.
 
-    It is that of `run_folder`, unless that holds the configuration of another run and the logger has no versions.
+    It is the folder of `run_folder`. But if that holds the configuration of another run, and the logger has no
+    versions, it is a new folder `version_<number>` below it.
 
     Args:
-        trainer: of the run.
+        trainer: the run's trainer.
         goes_on: whether the user asked to resume the run in the folder.
-        checkpoint: the one to resume from, if any.
+        checkpoint: the checkpoint to resume from, if any.
 
     Returns:
         The folder, and whether it holds a configuration from an earlier part of this run.
@@ -98,6 +99,6 @@ def keep_off_other_runs(logger: Logger, goes_on: bool) -> None:
 def another_run(folder: str | Path, file: str = CONFIG) -> ValueError:
     """The error for a folder that holds another run, and what to do about it."""
     return ValueError(
-        f"{Path(folder, file)}: expected none of another run, got one; name another version of the logger (without "
+        f"{Path(folder, file)}: expected no file of another run, got one; name another version of the logger (without "
         "one, another trainer.default_root_dir), resume with `fit --ckpt_path last`, or move it away"
     )

@@ -21,7 +21,7 @@ from dma_lightning.tokenizers import SpecialTokens
 
 @dataclass(frozen=True, eq=False)  # comparing tensors gives no single truth value
 class SavedRun:
-    """The content of a checkpoint, read once; what it says of model, data and tokenizer is checked on first use.
+    """The content of a checkpoint, read once; what it says about model, data and tokenizer is checked on first use.
 
     Its tensors stay on disk until they are used. If the file is deleted meanwhile, its space is freed only when the
     `SavedRun` is.

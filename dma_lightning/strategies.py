@@ -27,8 +27,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
     """FSDP2: every process keeps a part of each layer's weights, gradients and moments, and gathers them when needed.
 
     Args:
-        save_distributed_checkpoint: write a folder with one file per process instead of a single file, which would be
-            the same as a checkpoint of one process.
+        save_distributed_checkpoint: write a folder with one file per process. Otherwise, write a single file, like a
+            run with one process.
         process_group_backend: nccl or gloo. Default: the one that fits the device.
         timeout: how long a process waits for another before it gives up.
         context_parallel_size: how many processes divide each sequence among them, with attention `dma` or `swa`. They
@@ -102,7 +102,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Give every process its part of a checkpoint that any number of processes have saved."""
+        """Give every process its part of a checkpoint, which any number of processes may have saved."""
         path = Path(self.broadcast(checkpoint_path))
         checkpoint = read_checkpoint(path)
         if path.is_dir():
@@ -121,7 +121,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     @property
     def _own_model(self) -> nn.Module:
-        """The model's part of this process; not available before the model is set up."""
+        """The part of the model in this process; not available before the model is set up."""
         assert self.model is not None
         return self.model
 

@@ -141,7 +141,7 @@ class FileTokenizer:
         return bool(self.special_token_texts)
 
     def __reduce__(self) -> tuple:
-        """Let copies, here or in other processes, encode as this does; the library's copies parse special tokens."""
+        """Make copies, here or in other processes, encode like this one; the library's copies parse special tokens."""
         return type(self).of_json, (self._json, self.special_tokens)
 
     def encode(self, text: str) -> list[int]:
@@ -157,7 +157,7 @@ class FileTokenizer:
             text: bytes that are not UTF-8 appear in it as `surrogateescape` decodes them. Each is read as U+FFFD.
 
         Returns:
-            ids, int64 `[tokens]`, and ends, int64 `[tokens]`, which never fall. Text that the tokenizer drops lies
+            ids, int64 `[tokens]`, and ends, int64 `[tokens]`, which never decrease. Text that the tokenizer drops lies
             between two ends, or after the last.
         """
         encoding = self._encode(text if text.isascii() else _ESCAPED.sub("\ufffd", text))

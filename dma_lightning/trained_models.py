@@ -14,7 +14,7 @@ def load_checkpoint(path: Path, device: str, backend: str | None = None) -> Lang
     """The model of a checkpoint, in the dtype of its weights, for inference.
 
     Raises:
-        ValueError: if there is no such file or device, or it is damaged.
+        ValueError: if there is no such file or device, or if the file is damaged.
     """
     return model_of(open_checkpoint(path, device), device, backend)
 
@@ -41,7 +41,7 @@ def open_checkpoint(path: Path, device: str) -> SavedRun:
     """Open a checkpoint for inference on a device.
 
     Raises:
-        ValueError: if there is no such file or device, or it is damaged.
+        ValueError: if there is no such file or device, or if the file is damaged.
     """
     if path.is_dir():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Lightning's private names: all of them that this package uses are here.
+"""All private names of Lightning that this package uses.
 
 A release of Lightning may change them without notice. `tests/lightning/test_trainer_state.py` runs each function with a
 real trainer, compares `OVERRIDDEN` with Lightning, and finds private names that are used anywhere else.
@@ -60,7 +60,7 @@ def validates_next(trainer: pl.Trainer) -> bool:
 
 
 def is_logging_step(trainer: pl.Trainer, before_step: bool = False) -> bool:
-    """Whether a batch ends an optimizer step whose metrics are logged; the last step of `max_steps` always is.
+    """Whether a batch ends an optimizer step whose metrics are logged, as those of the last of `max_steps` always are.
 
     At such steps Lightning converts its own metrics to numbers and so waits for the device anyway.
 
@@ -73,7 +73,7 @@ def is_logging_step(trainer: pl.Trainer, before_step: bool = False) -> bool:
 
 
 def is_of_logging_step(trainer: pl.Trainer, before_step: bool = True) -> bool:
-    """Whether a batch belongs to such a step, also if it does not end it; arguments as in `is_logging_step`."""
+    """Whether a batch belongs to such a step, even if it does not end it; arguments as in `is_logging_step`."""
     return trainer._logger_connector.should_update_logs or is_last_step(trainer, before_step)
 
 
@@ -83,15 +83,15 @@ def is_last_step(trainer: pl.Trainer, before_step: bool = False) -> bool:
 
 
 def logged_step(trainer: pl.Trainer) -> int:
-    """The step number under which Lightning logs: of training in `on_train_batch_end`, else of a validation."""
+    """The step number under which Lightning logs training, in `on_train_batch_end`, and otherwise a validation."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def set_logged_step(trainer: pl.Trainer) -> None:
     """In `on_train_batch_start`: log under the number of optimizer steps that are done.
 
-    Lightning has a separate count. It is one less after resuming at a validation that this run would not have made
-    there, such as the last one of a shorter run.
+    Lightning keeps a separate count. That count is one too low after resuming at a validation that this run would not
+    have made there, such as the last one of a shorter run.
     """
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 

@@ -21,15 +21,15 @@ class ContinuationWriter(BasePredictionWriter):
 
     A line has `index` (of the sequence), `prompt`, `continuation` and `expected` (what follows in the data): text if
     the data has a tokenizer, else lists of tokens. Continuation and expected text both start right after the prompt; a
-    character that the prompt's last token cuts goes to both. If documents are separate, prompt and expected text are
-    from one document. Each of several processes writes its own file.
+    character that the end of the prompt splits appears in both. If documents are separate, prompt and expected text
+    are from one document. If there are several processes, each writes its own file.
 
     Args:
-        path: of the file, which must not exist. Default: `continuations.jsonl` in the run's folder.
-        prompt_length: tokens of the sequence in the prompt. Default: half of them.
+        path: path of the file, which must not exist. Default: `continuations.jsonl` in the run's folder.
+        prompt_length: number of tokens of the sequence in the prompt. Default: half of them.
         max_new_tokens: how many tokens to generate. Default: as many as are left in the sequence.
         sampling: how tokens are chosen. Default: the likeliest.
-        seed: of the tokens that are drawn.
+        seed: seed for drawing tokens.
 
     Raises:
         ValueError: if the file exists, or a prompt is longer than the sequences.

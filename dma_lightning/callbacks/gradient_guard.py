@@ -1,4 +1,4 @@
-"""Optimizer steps that would ruin a run: detected by loss and gradients, named, and then skipped or stopped at.
+"""Detects optimizer steps that would ruin a run by their loss and gradients; skips these steps or stops the run.
 
 P number of parameter tensors.
 """
@@ -29,7 +29,7 @@ class GradientGuard(pl.Callback):
 
     It watches a `LanguageModel` and judges the mean loss over all labels of a step.
 
-    Messages name the step, and the parameter whose gradient was the first in the backward pass that was not finite. A
+    Messages name the step, and the parameter whose gradient was the first in the backward pass not to be finite. A
     skipped step changes no weight and no moment; the schedule goes on.
 
     To skip steps, the CPU must wait for the gradients of every step. Otherwise gradients on a GPU are read only at

@@ -24,14 +24,14 @@ class MixedWindows(pl.Callback):
     The model gets its own rule back after the backward pass of each batch, so validation, samples, monitors and
     checkpoints see no other. FLOP figures also assume the model's own rule. Logs `dma/keeps_all`.
 
-    All steps are those of trainer.max_steps, or of trainer.max_epochs if it is not set. `fit` has this callback by
-    default where the model has a retention loss.
+    "All steps" means trainer.max_steps, or if that is not set, the steps in trainer.max_epochs. `fit` has this callback
+    by default if the model has a retention loss.
 
     Args:
-        share: probability that a step in between keeps all keys.
+        share: probability that a step between the first and the last steps keeps all keys.
         first: share of all steps, at the start, in which every step keeps all keys.
         last: share of all steps, at the end, in which every step follows the model's own rule.
-        seed: of the choice.
+        seed: seed for choosing the steps in between.
 
     Raises:
         ValueError: if a share is not within 0 and 1, or first and last add up to more than 1; at the start of a run, if

@@ -177,7 +177,7 @@ def check_holds_training(saved: SavedRun) -> None:
 
 
 def check_optimizer(saved: SavedRun, arguments: Mapping[str, Any]) -> None:
-    """Refuse to resume training with another optimizer than a checkpoint's.
+    """Refuse to resume training with an optimizer other than the checkpoint's.
 
     Args:
         saved: the checkpoint.

@@ -27,7 +27,7 @@ from dma_lightning.monitoring import (
 DEFAULT_CALLBACKS: dict[str, type[pl.Callback]] = {
     "lr_monitor": LearningRateMonitor,
     "speed_monitor": SpeedMonitor,
-    "context_monitor": ContextMonitor,  # before others whose extra passes exchange, too
+    "context_monitor": ContextMonitor,  # before others, whose extra passes also exchange keys
     "mask_monitor": DynamicMaskMonitor,
     "sample_monitor": SampleMonitor,
     "final_metrics": FinalMetrics,
@@ -52,7 +52,7 @@ _REFUSED = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoi
 
 def add_default_callbacks(parser: Parser) -> None:
     """Add an option for each default callback to a parser."""
-    title = "Default callbacks of fit; one is off if its option is null or trainer.callbacks has one of its class"
+    title = "Default callbacks of fit; each is off if its option is null, or if trainer.callbacks has one of its class"
     parser.add_objects(DEFAULT_CALLBACKS, title)
 
 

@@ -83,7 +83,7 @@ class ConfigOfRun(SaveConfigCallback):
 
 
 class DMACLI(LightningCLI):
-    """LightningCLI that gives the model sizes from the data, and takes defaults from checkpoints.
+    """LightningCLI that sets sizes of the model from the data, and takes defaults from checkpoints.
 
     With `ckpt_path`, the checkpoint's arguments of model and data are the defaults; configs and flags override them.
     With `model.init_from`, the weights' arguments are the defaults of the model; a checkpoint's override them. `last`

@@ -78,14 +78,14 @@ def prepare(
 ) -> None:
     """Tokenize text into memory-mapped shards with document boundaries, for `PreparedDataModule`.
 
-    You may interrupt it at any time; the same command checks the finished shards and continues after the last one. In
-    between, you may change input files after the last finished shard. The output does not depend on the number of
-    processes.
+    You may interrupt it at any time; the same command checks the finished shards and continues after the last one.
+    Until you run it again, you may change input files that come after the last finished shard. The output does not
+    depend on the number of processes.
 
     Args:
-        path: a file, a folder (all files below it that are not hidden) or a glob. Each line of a .jsonl or .ndjson file
-            is a document, and each row of a .parquet file or of a folder that Dataset.save_to_disk wrote; any other
-            file is one document, or several with a separator. Text and JSONL may be .gz or .zst.
+        path: a file, a folder (all files below it that are not hidden) or a glob. A document is a line of a .jsonl or
+            .ndjson file, or a row of a .parquet file or of a folder that Dataset.save_to_disk wrote. Any other file is
+            one document, or several with a separator. Text and JSONL may be .gz or .zst.
         output: folder to write to: a new one, or one of the same command.
         tokenizer: a tokenizer.json of the tokenizers library; it is copied to the folder. Default: tokens are bytes.
         special_tokens: whether the name of a special token in the text stays text (text) or becomes that token (parse).

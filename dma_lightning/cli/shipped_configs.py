@@ -20,7 +20,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(given: str) -> str:
-    """Path of the shipped config with a name; the name itself if a file has it, or not exactly one config does.
+    """Path of the shipped config with a name; the name itself if it is a file, or does not name exactly one config.
 
     Args:
         given: `tiny`, `model/tiny` or `configs/model/tiny.yaml`. Anything else is returned unchanged.

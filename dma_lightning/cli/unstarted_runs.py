@@ -1,4 +1,4 @@
-"""Deleting what a run wrote if it ends before it trains."""
+"""Deletes what a run wrote if the run ends before it trains."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""One-line messages about mistakes on a command line: what was given and where, what was expected, what was meant.
+"""One-line messages about mistakes on a command line: what the user gave and where, and what was expected or meant.
 
 jsonargparse prints all options of a command before its message, and for a value with several possible types, the error
 of each type. A `BriefParser` prints only what the user needs, and ends with status 2.

@@ -9,7 +9,7 @@
 
 Below these: `find_files`, `text_formats` and `row_formats` (raw text), `arrays`, `shards`, `manifests` and `text_cache`
 (tokens on disk), `windows`, `samplers` and `mixtures` (which tokens form a sequence, and the order of the
-sequences), `parts` (of sequences that several processes divide).
+sequences), `parts` (sequences that several processes divide).
 """
 
 from dma_lightning.data.base import IGNORE_INDEX, Batch, SequenceDataModule

@@ -19,7 +19,7 @@ class LengthWriter:
     Text that a tokenizer drops counts for the next token of the document.
 
     Args:
-        file: to write to and to read from.
+        file: file to write to and read from.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -29,7 +29,7 @@ class LengthWriter:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of what is written."""
+        """The dtype of the file."""
         return np.dtype(self.dtype_name)
 
     def add(self, lengths: np.ndarray, size: int) -> None:
@@ -78,7 +78,7 @@ class LengthWriter:
 
 
 def mapped(file: str, dtype: str, start: int = 0) -> np.ndarray:
-    """A file from a byte on, as an array; it holds no file descriptor, so thousands of shards can be mapped at once."""
+    """A file from byte `start` on, as an array. It holds no descriptor, so thousands of files can be mapped at once."""
     size = Path(file).stat().st_size
     if not size:
         return np.empty(0, dtype)

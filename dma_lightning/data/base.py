@@ -172,7 +172,7 @@ class SequenceDataModule(RestorableDataModule):
 
     @property
     def _processes(self) -> tuple[int, int]:
-        """How many processes share the data, and the index of this one; those that split a model's tensors are one."""
+        """How many processes share the data, and the index of this one; processes that read the same data are one."""
         sharing = self.trainer and self.trainer.distributed_sampler_kwargs
         return (sharing["num_replicas"], sharing["rank"]) if sharing else (1, 0)
 
@@ -229,7 +229,7 @@ def _check_same_batches(
     """Check that a position within an epoch still means the same.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: if it has another meaning now.
     """
     processes, size = saved["processes"], saved["batch_size"]
     if processes * size != sampler.global_batch:

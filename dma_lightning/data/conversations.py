@@ -28,7 +28,7 @@ class Conversations:
         is_answer: whether a token belongs to an answer, bool `[T]`.
         sizes: bytes of text that a token stands for, uint32 `[T]`.
         ends: where each document ends, int64 `[D]`.
-        numbers: of each document's conversation, int64 `[D]`.
+        numbers: number of each document's conversation, int64 `[D]`.
         lines: the file of each conversation and the number of its line there.
     """
 
@@ -62,7 +62,7 @@ class ChatEncoder:
     """Turns conversations into tokens.
 
     Args:
-        tokenizer: of the texts of messages.
+        tokenizer: makes tokens of the texts.
         template: writes conversations. Special tokens that it writes become tokens; in its `literal` texts, they stay
             text.
     """

@@ -106,7 +106,7 @@ class DrawnDataModule(SequenceDataModule):
     Args:
         task: the generator.
         counts: number of training, validation and test examples.
-        seed: number of the data set; data sets of equal sizes and different seeds share no example.
+        seed: seed of the data set; data sets of equal sizes with different seeds share no examples.
         batch_size: sequences in a batch of each process.
         num_workers: data loading processes per training process.
 

@@ -114,7 +114,7 @@ def _below(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in (Path(place, name) for name in names if not name.startswith(".")):
             if not file.exists():
-                raise ValueError(f"path: expected files, got a link that points nowhere: {file}; remove or mend it")
+                raise ValueError(f"path: expected files, got a link that points nowhere: {file}; remove or fix it")
             yield file
 
 

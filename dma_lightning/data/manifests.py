@@ -18,7 +18,7 @@ TokenType = Literal["uint8", "uint16", "uint32"]
 
 VERSION = 2  # version 1 does not store the bytes of each token
 PLAN, MANIFEST, TOKENIZER = "plan.json", "manifest.json", "tokenizer.json"
-_THREADS = 8  # to check shards; more than disks serve at once
+_THREADS = 8  # to check shards; disks serve no more at once
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 SHA256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -29,15 +29,15 @@ class ShardRecord:
     """What is known about a finished shard.
 
     Attributes:
-        name: of its files.
+        name: name of its files, without an ending.
         tokens: number of tokens.
         documents: number of documents.
-        bytes: of their text in UTF-8.
+        bytes: size of their text in UTF-8.
         tokens_sha256: hash of the file of tokens.
         ends_sha256: hash of the file of ends.
         next_file: number of the input file where the next shard begins.
-        next_line: lines, rows or separated documents of that file that are done.
-        lengths_dtype: dtype of the file with each token's bytes; none if tokens are bytes, and in version 1.
+        next_line: number of lines, rows or separated documents of that file that are done.
+        lengths_dtype: dtype of the file with each token's size in bytes; none if tokens are bytes, or in version 1.
         lengths_sha256: hash of that file.
     """
 
@@ -87,16 +87,16 @@ class Plan:
     """Everything that decides the content of a prepared folder, down to the byte.
 
     Attributes:
-        version: of the format.
+        version: version of the format.
         tokenizer_sha256: hash of `tokenizer.json`; none if tokens are bytes.
         vocab_size: number of different tokens.
-        dtype: of tokens; the smallest that holds them.
+        dtype: dtype of tokens, the smallest that holds them.
         text_field: which field of a JSONL line, or which column, is the text.
         eos_token_id: token at the end of each document, if there is one.
         shard_tokens: a shard ends with the document that reaches this many tokens.
         files: text files and saved datasets, each with its size and its modification time in ns.
         special_tokens: whether text that spells a special token became that token or stayed text.
-        separator: what stood between the documents of a plain text file, if not each was one document.
+        separator: what stood between the documents of a plain text file; none if each file was one document.
     """
 
     version: int
@@ -128,10 +128,10 @@ class Manifest(Plan):
     """Everything about a finished folder.
 
     Attributes:
-        tokens: in all shards.
-        documents: in all shards.
-        bytes: of their text in UTF-8.
-        shards: in order.
+        tokens: number of tokens in all shards.
+        documents: number of documents in all shards.
+        bytes: size of their text in UTF-8.
+        shards: the records of the shards, in order.
     """
 
     tokens: Positive

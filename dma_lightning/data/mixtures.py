@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-EXAMPLE = "{web: 0.7, books: 0.3}"  # of weights, for messages
+EXAMPLE = "{web: 0.7, books: 0.3}"  # example of weights, for messages
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Mixture:
     before all others of its source have been used. The sequences of all sources are then shuffled together.
 
     Attributes:
-        names: of the sources.
+        names: names of the sources.
         sizes: number of sequences of each source.
         counts: number of sequences that an epoch draws from each source.
     """

@@ -38,7 +38,7 @@ class HaystackTask(Protocol):
         """Inputs and labels, int64 `[L]`; the label of a position is the token to predict there, or `IGNORE_INDEX`.
 
         Args:
-            seed: of everything that is drawn.
+            seed: seed for everything that is drawn.
             length: L. Default: drawn.
             depth: where the needle in question stands, from 0 to 100 percent. Default: drawn.
         """
@@ -67,15 +67,15 @@ class NeedleTask:
     Tokens 0 to 5 are PAD, BOS, KEY, VAL, ASK and END. The symbols of keys, of values and of fillers follow.
 
     Attributes:
-        sequence_length: N, the most tokens of an example.
-        key_symbols: different tokens of keys.
-        value_symbols: different tokens of values.
-        filler_symbols: different fillers, each drawn independently.
+        sequence_length: N, maximum number of tokens in an example.
+        key_symbols: number of different tokens that keys are made of.
+        value_symbols: number of different tokens that values are made of.
+        filler_symbols: number of different fillers; each filler is drawn independently.
         key_length: K.
         value_length: M.
-        num_needles: needles with different keys; the question asks for one of them (multikey).
-        values_per_key: needles with the key in question; the answer is all their values in order of appearance
-            (multivalue).
+        num_needles: number of needles with different keys; the question asks for one of them (multikey).
+        values_per_key: number of needles with the key in question; the answer is all their values in order of
+            appearance (multivalue).
         haystack: what surrounds the needles: fillers, or as many needles with other keys as fit.
 
     Raises:
@@ -158,7 +158,7 @@ class NeedleTask:
         """Draw an example, in this order: length, depth, keys, values, fillers, places.
 
         Args:
-            seed: of everything that is drawn.
+            seed: seed for everything that is drawn.
             length: L. Default: drawn, from N / 8 or `least_length`, whichever is more, up to N.
             depth: where the needle in question stands in the haystack, from 0, at the beginning, to 100, just before
                 the question (and before other needles at the same place). Of several needles with the key, this is
@@ -198,9 +198,10 @@ class NeedleTask:
         return 6 + digits % self.key_symbols
 
     def _order(self, random: np.random.RandomState, asked: int, others: int, fillers: int, depth: float) -> list[int]:
-        """Needles, and fillers numbered after them, in order of appearance; number 0 stands at the depth.
+        """Numbers of needles and fillers in order of appearance; number 0 stands at the depth.
 
-        Among fillers, number 0 is the first needle with the key in question.
+        Needles have the first numbers, and fillers those after them. In a haystack of fillers, number 0 is the first
+        needle with the key in question.
         """
         needles = asked + others
         if self.haystack == "needles":
@@ -260,10 +261,10 @@ class HaystackDataModule(DrawnDataModule, ABC):
 
     @abstractmethod
     def task_at(self, length: int) -> HaystackTask:
-        """The generator of validation examples of a length, also beyond `sequence_length`; call it after `setup`.
+        """The generator of validation examples of a length, even beyond `sequence_length`; call it after `setup`.
 
         Args:
-            length: the most tokens of an example, and the length to pass to `generate`.
+            length: maximum number of tokens in an example, and the length to pass to `generate`.
 
         Raises:
             ValueError: if there are no such examples.
@@ -277,19 +278,19 @@ class NeedleDataModule(HaystackDataModule):
     test examples go through depths of 0, 10, ... 100 percent, and a quarter, a half and all of the length.
 
     Args:
-        sequence_length: the most tokens of an example; shorter ones are padded.
-        key_symbols: different tokens of keys.
-        value_symbols: different tokens of values.
-        filler_symbols: different fillers.
-        key_length: tokens of a key.
-        value_length: tokens of a value.
-        num_needles: needles with different keys; the question asks for one of them (multikey).
-        values_per_key: needles with the key in question; the question asks for all their values (multivalue).
+        sequence_length: maximum number of tokens in an example; shorter examples are padded.
+        key_symbols: number of different tokens that keys are made of.
+        value_symbols: number of different tokens that values are made of.
+        filler_symbols: number of different fillers.
+        key_length: tokens in a key.
+        value_length: tokens in a value.
+        num_needles: number of needles with different keys; the question asks for one of them (multikey).
+        values_per_key: number of needles with the key in question; the question asks for all their values (multivalue).
         haystack: what surrounds the needles: fillers, or as many needles with other keys as fit.
         train_examples: number of training examples.
         val_examples: number of validation examples; every 33 cover each depth at each length once.
         test_examples: number of test examples, also used by `predict`.
-        seed: number of the data set; data sets of equal sizes and different seeds share no example.
+        seed: seed of the data set; data sets of equal sizes with different seeds share no examples.
         batch_size: sequences in a batch of each process.
         num_workers: data loading processes per training process.
     """

@@ -15,10 +15,10 @@ from dma_lightning.data.conversations import Conversations
 
 
 def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
-    """Put documents into as few rows as best fit, longest first, finds: each where the least room stays.
+    """Put documents into rows by best fit, longest first: each goes to the row where it leaves the least room.
 
     Args:
-        lengths: of the documents, `[D]`, at most `room`.
+        lengths: lengths of the documents, `[D]`, each at most `room`.
         room: length of a row.
 
     Returns:
@@ -49,8 +49,8 @@ def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
 class PackedAnswers(Dataset):
     """Sequences of whole documents that do not see each other; only tokens of answers are labels.
 
-    The last token of a document is a label at most, so a document of N + 1 tokens fits. Items have `documents`,
-    `padding` and `label_bytes`; see `Batch`.
+    The last token of a document is never an input, only a label. So a document of N + 1 tokens fits. Items have
+    `documents`, `padding` and `label_bytes`; see `Batch`.
 
     Args:
         conversations: the documents.

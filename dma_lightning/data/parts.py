@@ -1,4 +1,4 @@
-"""A batch of which each process of a context group takes a part.
+"""The part of a batch that each process of a context group takes.
 
 B batch, N length, P processes, n length of a part.
 """
@@ -15,10 +15,11 @@ _FILLS = {"input_ids": 0, "labels": IGNORE_INDEX, "documents": 0, "padding": Tru
 
 
 def part_of_batch(batch: Batch, context: ContextGroup) -> Batch:
-    """The part of this process, of a batch of whole sequences that all processes of the group have.
+    """The part of a batch that this process takes; all processes of the group have the same whole batch.
 
-    Labels have been shifted before, so that of a part's last position is a token of the next one. If P does not divide
-    N, the end is filled up with padding. The first process alone has the `label_bytes` of whole sequences.
+    Labels have already been shifted, so the label of a part's last position is a token of the next part. If P does not
+    divide N, the end is filled up with padding. Only the first process gets the `label_bytes` of the whole sequences;
+    the others get 0.
 
     Raises:
         ValueError: if the batch has answers, which are right or wrong as a whole.

@@ -48,7 +48,7 @@ class RestorableDataModule(PlainHyperparameters, pl.LightningDataModule):
 
         Args:
             checkpoint_path: a file on this machine.
-            weights_only: true or none; nothing else is read.
+            weights_only: must be true or none; false would let a checkpoint run code.
             **changed: arguments of `__init__` that replace the checkpoint's.
 
         Raises:
@@ -80,7 +80,7 @@ class SavedData:
 
         Args:
             saved: what the checkpoint holds.
-            path: of the checkpoint, for messages.
+            path: path of the checkpoint, for messages.
             changed: arguments of `__init__` that replace the checkpoint's.
         """
         if self.kind is None:
@@ -110,7 +110,7 @@ def data_arguments(saved: Mapping[str, Any], path: Path, kind: type[RestorableDa
 
     Args:
         saved: what the checkpoint holds.
-        path: of the checkpoint; its folder's parent may hold the configuration of the run.
+        path: path of the checkpoint; its folder's parent may hold the configuration of the run.
         kind: class of the data module. Default: the class that the checkpoint names.
 
     Raises:

@@ -14,9 +14,9 @@ class Row(NamedTuple):
     """A document in a row.
 
     Attributes:
-        number: of the row, from 1.
-        text: of the document, in UTF-8.
-        read: bytes of the file that were read so far, assuming that all rows have the same size.
+        number: number of the row, from 1.
+        text: text of the document, in UTF-8.
+        read: number of bytes of the file read so far, assuming that all rows have the same size.
     """
 
     number: int
@@ -28,7 +28,7 @@ def parquet_rows(path: Path, text_field: str, skip: int) -> Iterator[Row]:
     """The documents of a parquet file.
 
     Args:
-        path: of the file.
+        path: path of the file.
         text_field: the column that holds the text.
         skip: number of rows to skip.
 
@@ -90,7 +90,7 @@ def _check_column(path: Path, schema: Any, text_field: str) -> None:
     """Check that a table has a column of text.
 
     Raises:
-        ValueError: if it has not.
+        ValueError: if it has none.
     """
     index = schema.get_field_index(text_field)  # -1 also if there are several
     if index < 0 or not _is_text(schema.field(index).type):
@@ -109,14 +109,14 @@ def _is_text(kind: Any) -> bool:
 
 
 def _documents(path: Path, columns: Iterable[Any], count: int, before: int, skip: int) -> Iterator[Row]:
-    """The documents in the rows of columns.
+    """The documents in the rows of a column.
 
     Args:
-        path: of the file.
+        path: path of the file.
         columns: parts of the column of text, in order.
-        count: of all rows.
-        before: rows before the first one in `columns`.
-        skip: rows to skip, `before` included.
+        count: number of all rows.
+        before: number of rows before the first one in `columns`.
+        skip: number of rows to skip, including those `before`.
 
     Raises:
         ValueError: if a row has no text, or text that is not UTF-8.

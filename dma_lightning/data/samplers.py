@@ -30,11 +30,11 @@ class TrainSampler(DistributedSampler):
         count: number of sequences.
         batch_size: sequences in a batch of each process.
         ranks: number of processes.
-        rank: of this process.
-        seed: of the order.
+        rank: rank of this process.
+        seed: seed of the order.
         position: returns the epoch, and how many of its batches were trained on; called when an iteration begins.
             Default: the start of the epoch that `set_epoch` set.
-        order: of the `count` sequences of an epoch. Default: a permutation.
+        order: function that returns the order of the `count` sequences in an epoch. Default: a permutation.
 
     Raises:
         ValueError: if there are too few sequences for one global batch.
@@ -75,7 +75,7 @@ class TrainSampler(DistributedSampler):
 
 
 class EvalSampler(DistributedSampler):
-    """Every sequence once, in order; process r takes the r-th of every `ranks` sequences.
+    """Every sequence once, in order; process r takes the r-th sequence of every `ranks`.
 
     Collective operations need the same number from every process, so indices from `count` on fill up the last turn; see
     `PaddedDataset`.
@@ -83,7 +83,7 @@ class EvalSampler(DistributedSampler):
     Args:
         count: number of sequences.
         ranks: number of processes.
-        rank: of this process.
+        rank: rank of this process.
     """
 
     def __init__(self, count: int, ranks: int = 1, rank: int = 0) -> None:
@@ -98,7 +98,7 @@ class PaddedDataset(Dataset):
     """A data set that returns sequences without labels, which no metric counts, for indices from its length on.
 
     Args:
-        dataset: of `Batch` items.
+        dataset: a data set of `Batch` items.
         ignore_index: the label that stands for no token.
     """
 

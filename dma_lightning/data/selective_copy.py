@@ -73,7 +73,7 @@ class SelectiveCopyDataModule(DrawnDataModule):
         train_examples: number of training examples.
         val_examples: number of validation examples.
         test_examples: number of test examples, also used by `predict`.
-        seed: number of the data set; data sets of equal sizes and different seeds share no example.
+        seed: seed of the data set; data sets of equal sizes with different seeds share no examples.
         batch_size: sequences in a batch of each process.
         num_workers: data loading processes per training process.
     """

@@ -19,11 +19,11 @@ def separator_bytes(separator: str | None) -> bytes | None:
 
 
 def separated(chunks: Iterable[bytes], separator: bytes) -> Iterator[Iterator[bytes]]:
-    """The documents of a text, without the separators; as `bytes.split` for the whole text, but as streams.
+    """The documents of a text, without the separators: like `bytes.split` on the whole text, but as streams.
 
     Args:
         chunks: the text in pieces of any size.
-        separator: at least one byte; a border of two chunks may lie within it.
+        separator: at least one byte; it may span several chunks.
 
     Yields:
         Pieces of each document; read all of them before you ask for the next document.

@@ -31,9 +31,9 @@ class ShardWriter:
     """Writes one shard; its files get their names only when they are complete.
 
     Args:
-        folder: to write to.
-        number: of the shard.
-        dtype: of tokens.
+        folder: folder to write to.
+        number: number of the shard.
+        dtype: dtype of tokens.
         with_lengths: also write how many bytes of text each token stands for.
     """
 
@@ -100,8 +100,8 @@ class Shard:
 
     Args:
         tokens_file: the shard's file of tokens.
-        ends_file: the shard's file of ends; None if documents are not told apart.
-        dtype: of tokens.
+        ends_file: the shard's file of ends; None if documents are not kept apart.
+        dtype: dtype of tokens.
         start: first token of the part.
         stop: token after the last one of the part.
         lengths_file: how many bytes of text each token of the whole shard stands for; None if tokens are bytes, or if
@@ -139,7 +139,7 @@ class Shard:
         Args:
             start: first token, counted from the start of the part.
             stop: token after the last one.
-            without: tokens that do not count, as offsets from `start`.
+            without: tokens that are not counted, as offsets from `start`.
         """
         start, stop = start + self.start, stop + self.start
         if self.lengths_file is not None:

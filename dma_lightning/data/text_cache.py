@@ -30,9 +30,9 @@ class CacheRecord:
     """What is known about an array.
 
     Attributes:
-        version: of the format.
+        version: version of the format.
         tokens: number of tokens.
-        bytes: of the text.
+        bytes: size of the text.
         largest: the largest token id; -1 if there are no tokens.
         sha256: hash of the array.
         lengths_dtype: dtype of the file of lengths, if there is one.
@@ -128,8 +128,9 @@ class TextCache:
         """Write all files.
 
         Args:
-            pieces: of the text, each as its tokens, their lengths as for `LengthWriter.add`, and its bytes.
-            text_bytes: of the text.
+            pieces: pieces of the text, each as its tokens, their lengths as for `LengthWriter.add`, and its size in
+                bytes.
+            text_bytes: size of the text in bytes.
             private: whether only this user may read the files.
         """
         suffix, mode = f".{secrets.token_hex(8)}.tmp", _PRIVATE if private else _PUBLIC

@@ -31,11 +31,11 @@ class Piece:
     """Part of a document, small enough to tokenize at once.
 
     Attributes:
-        text: of the piece.
-        bytes: of the text in UTF-8.
-        read: bytes of the file that were read so far, before decompression.
-        next_line: at the end of a document, the number of lines, rows or separated documents up to there, or none if
-            it is the whole file; -1 within a document.
+        text: text of the piece.
+        bytes: size of the text in UTF-8.
+        read: number of bytes of the file read so far, before decompression.
+        next_line: at the end of a document, the number of lines, rows or separated documents up to there, or None if
+            the document is the whole file; -1 within a document.
     """
 
     text: str
@@ -52,7 +52,7 @@ def read_documents(path: Path, text_field: str, skip_lines: int = 0, separator: 
     order mark are left out.
 
     Args:
-        path: of the file, or of the folder of a saved dataset.
+        path: path of the file, or of the folder of a saved dataset.
         text_field: which field of a JSONL line, or which column, is the text.
         skip_lines: number of JSONL lines, of rows or of separated documents to skip.
         separator: what stands between the documents of a plain text. Default: each file is one document.
@@ -111,7 +111,7 @@ def _opened(path: Path) -> Iterator[tuple[_Stream, BinaryIO]]:
 
 
 def check_separator(separator: str | None, files: Iterable[Path]) -> None:
-    """Check that a separator, if there is one, is of use.
+    """Check that a separator, if there is one, has something to separate.
 
     Raises:
         ValueError: if it is empty or not UTF-8, or if no file is plain text.

@@ -56,9 +56,9 @@ class TextNeedles:
     """Settings of the examples.
 
     Attributes:
-        sequence_length: N, the most tokens of an example.
-        words: of needles.
-        max_needles: the most needles of an example, each with a different word.
+        sequence_length: N, maximum number of tokens in an example.
+        words: words for needles.
+        max_needles: maximum number of needles in an example, each with a different word.
         needle_fraction: share of examples with needles; the others are N tokens of text.
         label_text: whether every byte has a label, or only those of the answer.
 
@@ -121,7 +121,7 @@ class TextNeedleTask:
 
     @property
     def sequence_length(self) -> int:
-        """N, the most tokens of an example."""
+        """N, maximum number of tokens in an example."""
         return self.needles.sequence_length
 
     @property
@@ -145,7 +145,7 @@ class TextNeedleTask:
         """Draw an example: first whether it has needles, then length, depth, words, codes, other depths, text.
 
         Args:
-            seed: of everything that is drawn.
+            seed: seed for everything that is drawn.
             length: L. Default: N for plain text; otherwise drawn, from N / 8 or `least_length`, whichever is more, up
                 to N.
             depth: where the needle in question stands in the haystack, from 0, at the beginning, to 100, just before
@@ -206,7 +206,7 @@ class MixedExamples(NeedleExamples):
 
 
 class TextNeedleDataModule(HaystackDataModule):
-    """Needles (sentences with a code) in a haystack of text, byte by byte; validation and test have words of their own.
+    """Needles (sentences with a code) in a haystack of text, byte by byte; validation and test use new words.
 
     A share of the training examples has 1 to max_needles needles at any depth, and a question about one of them. The
     length of such an example is from an eighth of sequence_length up to all of it. The others are plain text.
@@ -224,7 +224,7 @@ class TextNeedleDataModule(HaystackDataModule):
         train_examples: number of training examples.
         val_examples: number of validation examples; every 33 cover each depth at each length once.
         test_examples: number of test examples, also used by `predict`.
-        seed: number of the data set; data sets of equal sizes and different seeds share no example.
+        seed: seed of the data set; data sets of equal sizes with different seeds share no examples.
         batch_size: sequences in a batch of each process.
         num_workers: data loading processes per training process.
         cache_dir: folder of the cached text. Default: `dma-lightning` in the user's cache folder.

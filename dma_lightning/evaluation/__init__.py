@@ -1,4 +1,4 @@
-"""Evaluation of checkpoints, also at lengths beyond the training length.
+"""Evaluation of checkpoints, including at lengths beyond the training length.
 
 - `needles`: answers by haystack length and needle depth
 - `lengths`: the test set of a checkpoint's data, at other lengths; `positions`: the loss by position in a document

@@ -28,8 +28,8 @@ class LengthScores:
         loss: mean over labels, in nats.
         accuracy: share of labels that are the likeliest token.
         answers: share of whole answers that are right; None if labels are not answers.
-        bits_per_byte: of the text that labels stand for; None if they stand for none.
-        cost: of reading a sequence and continuing it.
+        bits_per_byte: loss in bits per byte of the text that labels stand for; None if they stand for none.
+        cost: cost of reading a sequence and continuing it.
     """
 
     length: int
@@ -52,7 +52,7 @@ def length_scores(reader: Reader, sequences: Sequences, examples: int, batch_siz
     Args:
         reader: reads the sequences.
         sequences: the data set.
-        examples: the most sequences to read.
+        examples: maximum number of sequences to read.
         batch_size: number of sequences to read at once.
     """
     count = min(examples, len(sequences))

@@ -20,7 +20,7 @@ from dma_lightning.evaluation.reading import Reader
 from dma_lightning.evaluation.scores import Scores
 
 _TEST = 2  # number of the split whose seeds draw the examples
-_MOST_EXAMPLES = 1 << 20  # of a cell
+_MOST_EXAMPLES = 1 << 20  # in a cell
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Cell:
 
     Attributes:
         length: L.
-        depth: in percent.
+        depth: depth in percent.
         first_seed: seed of example 0; each further example has the next seed.
         examples: number of examples.
         answers: share of whole answers that are right.
@@ -79,8 +79,8 @@ class NeedleRow:
     Attributes:
         length: L.
         chance: share of whole answers that a guess among all possible ones gets right.
-        cells: by depth.
-        cost: of reading a prompt and answering.
+        cells: one cell for each depth.
+        cost: cost of reading a prompt and answering.
     """
 
     length: int

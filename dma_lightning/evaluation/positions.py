@@ -29,8 +29,8 @@ class Bucket:
         last: last position, inclusive.
         documents: number of documents.
         loss: mean over documents, in nats per token.
-        standard_error: of that mean over documents; None if there is only one.
-        bits_per_byte: of the text that the tokens stand for; None if they stand for none.
+        standard_error: standard error of that mean; None if there is only one document.
+        bits_per_byte: loss in bits per byte of the text that the tokens stand for; None if they stand for none.
     """
 
     first: int
@@ -61,9 +61,9 @@ def long_documents(
 
     Args:
         files: text or JSONL, as `prepare` reads them.
-        tokenizer: of the model.
-        length: N; a beginning has one token more, which is only predicted.
-        documents: the most documents to take.
+        tokenizer: the model's tokenizer.
+        length: N; a beginning has one more token, which is only predicted.
+        documents: maximum number of documents to take.
         text_field: which field of a JSONL line, or which column, is the text.
         separator: what stands between the documents of a plain text. Default: each file is one document.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dma_lightning.generation import Decoder, evaluating
 from dma_lightning.mixers.base import MixerCache
 
-_SHAPES = 128  # to compile: for each length the first and later chunks, of full batches and of the last one
+_SHAPES = 128  # to compile: for each length, the first and later chunks, in full batches and in the last batch
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Reader:
 
     Attributes:
         model: the decoder.
-        device: of the model.
+        device: the model's device.
         chunk_size: number of positions to read at once.
         full_cache: keep all keys, for comparison.
 

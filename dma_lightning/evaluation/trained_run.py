@@ -28,7 +28,7 @@ class TrainedRun:
     Attributes:
         saved: the checkpoint.
         module: its model, in the dtype of its weights.
-        device: of the model.
+        device: the model's device.
     """
 
     saved: SavedRun
@@ -40,7 +40,7 @@ class TrainedRun:
         """Read a checkpoint.
 
         Args:
-            path: of the checkpoint.
+            path: path of the checkpoint.
             device: where to compute. Default: the GPU if there is one.
             backend: attention backend. Default: the checkpoint's.
 
@@ -53,7 +53,7 @@ class TrainedRun:
 
     @property
     def training_length(self) -> int:
-        """Tokens of a training sequence; if the checkpoint names no data, the most tokens that the model takes."""
+        """Tokens in a training sequence; if the checkpoint names no data, the most tokens that the model takes."""
         longest = self.module.model.config.max_position_embeddings
         return int(self.saved.data.arguments.get("sequence_length", longest))
 
@@ -70,11 +70,11 @@ class TrainedRun:
         return sorted(set(lengths))
 
     def data(self, path: str | None = None, **changed: Any) -> SequenceDataModule:
-        """The training's data, with other arguments.
+        """The data of the training run, with some arguments changed.
 
         Args:
-            path: the user's text, instead of the one that the checkpoint names. All of it is for the evaluation; if the
-                data takes no text for validation alone, only the validation part is.
+            path: the user's text, instead of the one that the checkpoint names. All of it is used, unless the data has
+                no argument `val_path`; then only the validation part is used.
             changed: further arguments that replace the checkpoint's.
 
         Raises:

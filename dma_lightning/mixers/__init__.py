@@ -5,7 +5,8 @@
   settings that it reads
 - `drift`, `drifting_ranks`: ranks and biases that fall behind with age; `far_content`: two biases per key
 - `sdpa`: attention with a given mask by PyTorch's own kernels; `position_cache`: a cache of positions
-- `retention`: a loss that trains ranks to predict attention; `part_retention`: of a sequence in several processes
+- `retention`: a loss that trains ranks to predict attention; `part_retention`: the same for sequences that several
+  processes divide
 - `native_sparse_blocks`: the blocks of native sparse attention
 """
 

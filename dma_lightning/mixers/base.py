@@ -85,7 +85,7 @@ class HeadShape(TypedDict):
 
 
 class TokenMixer(nn.Module, ABC, Generic[Cache]):
-    """Mixes the tokens of a sequence causally. This is all that a decoder knows of an attention.
+    """Mixes the tokens of a sequence causally. This is all that a decoder knows about an attention.
 
     A subclass is made from a `ModelConfig`, and found by its name in `MIXERS`. For type checkers, it may name the class
     of its cache: `class MyMixer(TokenMixer[MyCache])`.
@@ -98,8 +98,8 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
         per_head_parameters: names of the mixer's linear weights that compute a few separate numbers for each head. Muon
             leaves them, as well as `auxiliary_parameters`, to AdamW.
         selection_parameters: names of the mixer's parameters that decide which keys are kept.
-        read_weights: names of the mixer's linear maps whose weight is read without a call of the map, at least in part.
-            An adapter of such a map would be ignored, so `dma_lightning.lora` refuses it.
+        read_weights: names of the mixer's linear maps whose weight is read, at least sometimes, without calling the
+            map. An adapter of such a map would be ignored, so `dma_lightning.lora` refuses it.
         drawn_apart: names of the mixer's linear maps whose initial weights come from separate random numbers. If two
             mixers differ only in such maps, all other weights of their models start the same.
         context: the processes among which each sequence is divided; None if it is not. See `join_context`.
@@ -145,7 +145,7 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
         packing: Packing | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Mix the tokens within each sequence, and with those that its cache has read before.
+        """Mix the tokens of each sequence, including those that its cache has read before.
 
         Args:
             x: `[B, N, C]`.
@@ -166,13 +166,13 @@ class TokenMixer(nn.Module, ABC, Generic[Cache]):
         """Called with the number of the optimizer step before its forward passes; most mixers ignore it."""
 
     def join_context(self, context: ContextGroup | None) -> None:
-        """From now on, take parts of sequences without a cache, whose other parts other processes take; None: wholes.
+        """Divide sequences among the processes of a group, one part for each; None: whole sequences.
 
-        All processes of the group call the mixer together, forward and backward, with parts of one length, and a
-        packing of `ContextGroup.pack`.
+        Without a cache, the mixer then takes only this process's part. All processes of the group call it together,
+        forward and backward, with parts of equal length and a packing from `ContextGroup.pack`.
 
         Raises:
-            ValueError: if the mixer cannot.
+            ValueError: if the mixer does not support this.
         """
         if context is not None:
             raise ValueError(

@@ -139,11 +139,11 @@ class Drifted(NamedTuple):
 
 
 def add_up_parts(steps: Tensor, context: ContextGroup) -> Drifted:
-    """D of the steps of a part `[B, G, n]`, with what earlier parts have drifted; all processes call it."""
+    """D of the steps of a part `[B, G, n]`, including the drift of earlier parts; all processes call it."""
     own = add_up(steps)
     units, nats = drift_before(context, own.units[..., -1], own.nats[..., -1])
     drifted = add_up(steps, units)
-    # What has been added is in the units already; this is its gradient, and NaN from an earlier part.
+    # `units` already include the earlier parts. This adds their gradient, and NaN if they contain a NaN step.
     return Drifted(drifted.units, drifted.nats + (nats - nats.detach())[..., None])
 
 

@@ -54,7 +54,7 @@ class DriftedKeys(NamedTuple):
     key_bias: Tensor
     drifted: Drifted | None = None  # only with a drift
     near_bias: Tensor | None = None  # bias of keys among the last positions, if it differs
-    own_content: Tensor | None = None  # if only the retention loss trains it, with gradients to its own weights alone
+    own_content: Tensor | None = None  # content for the retention loss, if only that loss trains it
 
 
 class DriftingRanks(nn.Module):
@@ -181,9 +181,10 @@ class DriftingRanks(nn.Module):
         return DriftedKeys(ranks, torch.where(drifts, bias, key_bias), drifted, near, own_content)
 
     def _content_and_own(self, x: Tensor, rank: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Content as ranks and biases have it, and, where only a loss of its own trains it, as that loss takes it.
+        """Content for ranks and biases, and content for the retention loss if only that loss trains it.
 
-        The first then has no gradient but 0: that of x and a matrix product would cost as much as another gate.
+        In that case, the first has a gradient of 0. Its real gradient, with that of x, would cost as much as another
+        gate.
         """
         if self.content_in_bias is not False or self.weight is None:
             return self.content(x, rank), None

@@ -377,7 +377,7 @@ class DynamicMaskAttention(HasKeepRule, GroupedQueryMixer[KeyCache | DriftingCac
     ) -> tuple[Lifetimes, Tensor]:
         """The mask that a forward pass over x `[B, N, C]` selects, and the bias of every key `[B, G, N]`.
 
-        x is a whole sequence, also where `join_context` divides those of `forward`.
+        x is a whole sequence, even if `join_context` divides the sequences of `forward`.
 
         If only far keys have their content in the bias, this is the bias of far keys.
         """

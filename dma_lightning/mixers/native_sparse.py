@@ -213,7 +213,7 @@ class NativeSparseAttention(GroupedQueryMixer["NativeSparseCache"]):
         return dict.fromkeys(("compress", "select", "window"), self.heads(x, self.v_proj)) | extra
 
     def _by_kernels(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether Triton kernels compute the selected branch; `triton` by name is used even if they will then raise."""
+        """Whether Triton kernels compute the selected branch; with `triton` by name always, even if they will raise."""
         chosen = resolve_backend(self.backend, device.type, device.index, dtype, self.head_dim)
         if self.backend == "auto" and chosen == "triton":
             return kernels_take(self.grid.select_block, self.head_dim, dtype)

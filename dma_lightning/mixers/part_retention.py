@@ -1,7 +1,7 @@
-"""The retention loss of a sequence that is divided among processes: each has its own keys, and all sampled queries.
+"""The retention loss of a sequence that is divided among processes: each has its own keys and all sampled queries.
 
-The queries are few, so they go to all processes. Of every softmax over the keys of the whole sequence, processes send
-each other the log-sum-exp over their own keys. So what is sent does not grow with the sequence.
+The queries are few, so they go to all processes. For every softmax over the keys of the whole sequence, processes send
+each other the log-sum-exp over their own keys. So the traffic does not grow with the sequence.
 
 B batch, H query heads, G KV heads, R = H / G group, P processes, n length of a part, M sampled queries, D head dim.
 """
@@ -21,14 +21,15 @@ from dma_lightning.mixers.retention import FLOOR
 
 
 class LayerPart(NamedTuple):
-    """What a layer has of a part, as `retention_loss` takes it of a whole sequence.
+    """The tensors of a layer for one part; `retention_loss` takes them for a whole sequence.
 
     Attributes:
         q: queries `[B, H, n, D]`.
         k: keys `[B, G, n, D]`.
         content: `[B, G, n]`; it alone gets a gradient.
-        drift: sum of the decays up to each key, with those of earlier parts, float64 `[B, G, n]`; None without any.
-        values: `[B, G, n, D]` to foresee the effect on the output; None for the attention alone.
+        drift: sum of the decays up to each key, including those of earlier parts, float64 `[B, G, n]`; None if keys do
+            not decay.
+        values: `[B, G, n, D]` if the target is the effect on the output; None if it is the attention.
     """
 
     q: Tensor
@@ -39,10 +40,10 @@ class LayerPart(NamedTuple):
 
 
 class _Sampled(NamedTuple):
-    """The sampled queries, in all processes alike.
+    """The sampled queries, the same in all processes.
 
     Attributes:
-        position: in the whole sequence, int64 `[M]`.
+        position: position in the whole sequence, int64 `[M]`.
         q: `[B, H, M, D]`.
         drift: float64 `[B, G, M]`.
         run: number of the document, int64 `[B, M]`.
@@ -65,10 +66,10 @@ def part_retention_loss(
 
     Args:
         context: the processes.
-        part: of this process.
-        positions: of the sampled queries in the whole sequence, of P n positions, int64 `[M]`.
-        keep: as in `retention_loss`.
-        packing: of this part, from `ContextGroup.pack`.
+        part: tensors of this process's part.
+        positions: positions of the sampled queries in the whole sequence, which has P n positions, int64 `[M]`.
+        keep: the keep rule, as in `retention_loss`.
+        packing: the packing of this part, from `ContextGroup.pack`.
 
     Returns:
         `[]` in float32 (float64 if q is).
@@ -93,14 +94,14 @@ def part_retention_loss(
 
 
 def _with_own(context: ContextGroup, gathered: Tensor, own: Tensor) -> Tensor:
-    """`[P, ...]` of constants, in which that of this process has its gradient."""
+    """`gathered` `[P, ...]`, whose entry for this process is `own`, the only one with a gradient."""
     is_own = torch.arange(context.size, device=own.device) == context.rank
     return torch.where(is_own.view(-1, *[1] * own.ndim), own, gathered)
 
 
 @torch.no_grad()
 def _sample(context: ContextGroup, part: LayerPart, positions: Tensor, packing: Packing) -> _Sampled:
-    """The queries at these positions, each from the process that has it."""
+    """The queries at these positions, each from the process whose part contains it."""
     length = part.q.shape[2]
     owner, place = positions // length, positions % length
     batch, drift = len(part.q), part.drift
@@ -123,7 +124,7 @@ def _sample(context: ContextGroup, part: LayerPart, positions: Tensor, packing: 
 def _seen_and_far(
     context: ContextGroup, sampled: _Sampled, part: LayerPart, keep: KeepRule, packing: Packing
 ) -> tuple[Tensor, Tensor]:
-    """Which of the own keys each sampled query may attend to, and which of them are far; bool `[B, 1, M, n]`."""
+    """Which keys of this part each sampled query may attend to, and which are far; bool `[B, 1, M, n]`."""
     age = sampled.position[:, None] - context.positions(part.k.shape[2], part.k.device)  # [M, n]
     seen = (age >= 0).expand(len(part.k), 1, -1, -1)
     if packing.runs is not None:
@@ -159,7 +160,7 @@ def _decay(sampled: _Sampled, part: LayerPart, content: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _target(context: ContextGroup, sampled: _Sampled, part: LayerPart, decay: Tensor, seen: Tensor) -> Tensor:
-    """What the queries have of the own keys they see, the mean over a group's heads, `[B, G, M, n]`.
+    """The target for the keys of this part that queries see, as a mean over a group's heads, `[B, G, M, n]`.
 
     NaN for a query that sees no key.
     """

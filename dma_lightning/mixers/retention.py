@@ -155,7 +155,7 @@ def fused_retention_loss(
 ) -> Tensor:
     """`retention_loss` by Triton kernels, in memory that is linear in N.
 
-    Arguments are as there; float32, bfloat16 or float16, with head dims up to 256.
+    The arguments are the same, but only in float32, bfloat16 or float16, and with head dims up to 256.
 
     Raises:
         ValueError: if the arguments do not match, or the kernels cannot compute with them.
@@ -176,7 +176,7 @@ def _of_terms(
     packing: Packing | None,
     values: Tensor | None,
 ) -> TermInputs:
-    """What `retention_terms` takes."""
+    """The inputs of `retention_terms`."""
     check_attention_inputs(q, k, k, content)
     if drift is not None and (drift.shape != content.shape or drift.device != content.device):
         raise ValueError(

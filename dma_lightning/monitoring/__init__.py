@@ -1,7 +1,7 @@
 """Callbacks that watch a run and change nothing in it; docs/tensorboard.md lists what they log.
 
 - `speed`: tokens per second, FLOPs and memory; `peaks`: the peak FLOP/s of a device
-- `exchanges`: what processes send each other that divide sequences
+- `exchanges`: the traffic between processes that divide sequences
 - `dynamic_masks`, `samples`: masks, scores and texts of a model in training; `recording`: how they inspect layers
 - `lost_mass`: attention on keys that masks have dropped; `drifts`: how fast keys fall behind
 - `far_copies`: the loss of tokens that can only be copied from far back

@@ -1,6 +1,6 @@
 """What drifts have learned: how fast keys fall behind, after how many positions, and how far contents can lift them.
 
-B batch, N length, G KV heads, L most positions of a sequence.
+B batch, N length, G KV heads, L maximum length of a sequence.
 """
 
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ class DriftSums:
     Attributes:
         heads: the number of real positions of each head, and the sums over them of the steps and, if the layer has
             contents, of contents and of squared contents; float64 `[2 or 4, G]`, 0 for heads without a drift.
-        ages: how many e-folds have each length from 0 to L, float64 `[L + 1]`.
+        ages: number of e-folds of each length from 0 to L, float64 `[L + 1]`.
         window: number of positions over which the drift is measured.
     """
 

@@ -1,4 +1,4 @@
-"""What processes that divide sequences send each other, at logging steps."""
+"""The traffic between processes that divide sequences, at logging steps."""
 
 from collections.abc import Callable
 
@@ -12,12 +12,12 @@ _MIB = 2**20
 
 
 class ContextMonitor(pl.Callback):
-    """Logs how much a process sends and receives in a step, of sequences that processes divide (context parallelism).
+    """Logs how much a process sends and receives in a step if processes divide sequences (context parallelism).
 
-    The figures are those of the first process, of the exchanges in forward and backward passes of all batches of the
-    step; other processes of its group have the same. Traffic of FSDP2 does not count. On GPUs it also logs how long
-    these exchanges take, with the time in which the first process waits for others. In steps that do not log, nothing
-    is timed. Without context parallelism it logs nothing.
+    The figures are those of the first process; the others of its group send and receive as much. They cover the
+    exchanges in the forward and backward passes of all batches of the step, without the traffic of FSDP2. On GPUs, the
+    callback also logs how long these exchanges take, including the time in which the first process waits for others. In
+    steps that do not log, nothing is timed. Without context parallelism, it logs nothing.
     """
 
     log_dict: Callable[..., None]  # the module's; Lightning gives it to callbacks

@@ -1,7 +1,7 @@
 """How much attention falls on keys that a dynamic mask has dropped, compared with a window and with the best choice.
 
-B batch, N length, H query heads, G KV heads, D head dim, Q sampled queries, w budget: the most keys that a
-query keeps.
+B batch, N length, H query heads, G KV heads, D head dim, Q sampled queries, w budget: the maximum number of keys that
+a query keeps.
 """
 
 from dataclasses import dataclass

@@ -12,7 +12,7 @@ from dma_lightning.monitoring.summary import duration, total_steps
 from dma_lightning.trainer_state import accumulates, is_last_step, is_logging_step
 
 _STEPS_OF_A_LINE = 20  # steps per line, so that 1,000 steps have at most 50 lines
-_LINES_OF_A_RUN = 50  # the most lines of a shorter run
+_LINES_OF_A_RUN = 50  # maximum number of lines of a shorter run
 
 
 class ProgressBar(TQDMProgressBar):
@@ -107,7 +107,7 @@ def _is_shown_as_it_changes() -> bool:
 
 
 def _steps_between(total: int | None) -> int:
-    """The least number of steps from one line to the next."""
+    """The minimum number of steps from one line to the next."""
     return _STEPS_OF_A_LINE if total is None else min(_STEPS_OF_A_LINE, math.ceil(total / _LINES_OF_A_RUN))
 
 

@@ -33,7 +33,7 @@ class RecordedMask:
     scores: Tensor
     """Score of every key, `[1, G, N]`."""
     capacity: int
-    """The most keys that a query keeps."""
+    """Maximum number of keys that a query keeps."""
 
     @property
     def real(self) -> Tensor:
@@ -126,7 +126,7 @@ def look_at_layers(
         trainer: gives the precision of the pass.
         model: the decoder.
         layers: mixers of its layers, by layer number.
-        batch: of sequences.
+        batch: the batch.
         look: called with the mixer of a layer, its input `[B, N, C]` and the packing.
 
     Returns:

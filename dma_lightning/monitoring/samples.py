@@ -41,7 +41,7 @@ class SampleMonitor(ShowingMonitor):
         kept_share: share of the tokens that are marked as kept best.
         max_new_tokens: length of the continuation; 0 leaves it out.
         sampling: how its tokens are chosen. Default: drawn at temperature 0.8.
-        seed: of the tokens that are drawn.
+        seed: seed for drawing tokens.
 
     Raises:
         ValueError: if a number is out of range.

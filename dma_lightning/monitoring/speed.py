@@ -109,7 +109,7 @@ class SpeedMonitor(pl.Callback):
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Most bytes that PyTorch has held on a GPU, or that the process has had in memory; None on Windows CPUs."""
+    """Peak bytes that PyTorch has held on a GPU, or that the process has had in memory; None on Windows CPUs."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

@@ -55,7 +55,7 @@ def summary_rows(trainer: pl.Trainer, pl_module: pl.LightningModule, sequences: 
     model = decoder_of(pl_module)
     mixer, device, dtype = model.mixers[0], pl_module.device, compute_dtype(trainer)
     accumulated, devices, steps = trainer.accumulate_grad_batches, trainer.world_size, total_steps(trainer)
-    length, groups = length * model.parts, devices // model.parts  # of divided sequences, a batch has parts
+    length, groups = length * model.parts, devices // model.parts  # a batch may have parts of sequences
     per_step = sequences * accumulated * groups * length
     sharing = (
         f"{devices} devices" if model.parts == 1 else f"{groups} group{'s' * (groups > 1)} of {model.parts} devices"

@@ -17,7 +17,7 @@ from dma_lightning.tokenizers import Tokenizer
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_LABELS = 64  # the most tokens that are written on the axes
+_LABELS = 64  # maximum number of tokens that are written on the axes
 _SIDE = 3.2  # side of a mask in inches
 
 
@@ -28,7 +28,7 @@ def draw_text_masks(
 
     Args:
         module: a model with dynamic mask attention, such as `load_with_tokenizer` returns.
-        tokenizer: of the text; up to 64 tokens are written on the axes.
+        tokenizer: tokenizer of the text; up to 64 tokens are written on the axes.
         text: at least one token, and at most as many as the model takes.
         layers: numbers of the layers to draw. Default: all.
         block_size: side of the outlined blocks (`Lifetimes.draw`).

@@ -30,7 +30,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_answers_of_bytes_are_learned_from_old_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small_run.make(tmp_path)
     cli = small_run.fit(*CHAT, f"--model.init_from={small_run.CHECKPOINTS}/last.ckpt")
-    assert "tensors; optimizer, schedule and data begin anew" in capsys.readouterr().out
+    assert "tensors; optimizer, schedule and data start from scratch" in capsys.readouterr().out
     assert cli.model.model.config.keep_window_size == small_run.SIZES["keep_window_size"]
     assert {"val/loss", "val/bits_per_byte"} <= cli.trainer.callback_metrics.keys()
     whole = SavedRun.open(LAST).content["state_dict"]

@@ -61,12 +61,12 @@ def test_mistakes_are_told() -> None:
     with pytest.raises(ValueError, match="ranks: expected floating or int64"):
         dynamic_mask_attention(q, k, v, ranks.int(), 4, key_bias=ranks)
     with pytest.raises(
-        ValueError, match=r"ranks: expected floating numbers, of which biases are made, .*; give a key_bias"
+        ValueError, match=r"ranks: expected floating-point numbers to compute biases from, .*, also give a key_bias"
     ):
         dynamic_mask_attention(q, k, v, ranks.long(), 4)
     with pytest.raises(ValueError, match="k: expected"):
         dynamic_mask_attention(q, k[:, :, :-1], v, ranks[..., :-1], 4)
-    with pytest.raises(ValueError, match=r"ranks: expected \[2, 2, 8\], as k has them, got \[1, 2, 8\]"):
+    with pytest.raises(ValueError, match=r"ranks: expected \[2, 2, 8\] to match k, got \[1, 2, 8\]"):
         dynamic_mask_attention(q, k, v, ranks[:1], 4)
     with pytest.raises(ValueError, match="score_form: expected one of"):
         dynamic_mask_attention(q, k, v, ranks, 4, score_form="square", key_bias=ranks)

@@ -170,7 +170,7 @@ def test_a_run_begins_from_weights_once(source: Path, capsys: pytest.CaptureFixt
     cli = small_run.fit(*command, "--trainer.max_steps=1")
     told = capsys.readouterr().out
     assert f"init_from {source}: {len(before)} tensors; " in told
-    assert "not there, and as in a new model: layers.0.self_attn.drifting.drift.rate, layers.0." in told
+    assert "missing there, so initialized as in a new model: layers.0.self_attn.drifting.drift.rate, layers.0." in told
     config = cli.model.model.config
     assert (config.hidden_size, config.keep_window_size, config.rope_theta) == (16, 12, 5e4)
     assert (config.max_position_embeddings, cli.trainer.global_step) == (24, 1)

@@ -311,4 +311,4 @@ def test_a_started_process_ends_with_the_first(capfd: pytest.CaptureFixture[str]
     os.waitpid(first, 0)
     os.close(writing)  # the other has it open until it ends
     assert os.read(reading, 1) == b""
-    assert "rank 1: the first process has ended, so this one does" in capfd.readouterr().err
+    assert "rank 1: the first process has ended, so this one ends too" in capfd.readouterr().err

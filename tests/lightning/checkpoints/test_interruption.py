@@ -669,7 +669,7 @@ def test_a_run_without_a_checkpoint_yet_begins_again_where_it_was(option: str, w
                 start("--ckpt_path=last")
     start("--ckpt_path=last")
     assert {file.name for file in working_folder.rglob("config*")} == {"config.yaml", "config_from_step_0.yaml"}
-    with pytest.raises(ValueError, match=r"config\.yaml: expected none of another run, got one; name another version"):
+    with pytest.raises(ValueError, match=r"config\.yaml: expected no file of another run, got one; name another"):
         start()
 
 

@@ -130,7 +130,7 @@ def test_a_csv_logger_of_a_named_version_goes_on_below_it() -> None:
     fit(2, logger)
     first = content()
     assert Path("logs/lightning_logs/mine/metrics.csv") in first
-    with pytest.raises(ValueError, match=r"mine/config\.yaml: expected none of another run, got one; name another"):
+    with pytest.raises(ValueError, match=r"mine/config\.yaml: expected no file of another run, got one; name another"):
         fit(2, logger)
     assert content() == first  # nothing is deleted before that is told
     assert fit(3, logger, "--ckpt_path=last").trainer.global_step == 3
