@@ -105,7 +105,7 @@ def block_tables(
 ) -> list[Tensor]:
     """The eight tables of a BlockMask in its order, int32, by query head (or one head for all).
 
-    Triton kernels make them on CUDA, and `block_tables_reference` elsewhere, with the same bits. Arguments as in
+    Triton kernels make them on CUDA, and `block_tables_reference` elsewhere; both give the same bits. Arguments as in
     `interval_block_mask`.
 
     Returns:
@@ -187,7 +187,7 @@ def classify_blocks(birth: Tensor, death: Tensor, q_len: int, block_size: int) -
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of each row are True, `[..., R]`, and the indices of these, followed by those of the others."""
+    """How many blocks of each row are True, `[..., R]`, and the indices of these blocks, followed by the others."""
     seen = blocks.cumsum(-1, dtype=torch.int32)  # [..., R, C]
     place = torch.arange(1, blocks.shape[-1] + 1, dtype=torch.int32, device=blocks.device)
     count = seen[..., -1:]

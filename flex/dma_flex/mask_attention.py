@@ -19,9 +19,9 @@ from dma_kernels.checks import check_attention_inputs, check_lifetimes
 def flex_mask_attention(q: Tensor, k: Tensor, v: Tensor, lifetimes: Lifetimes, scale: float | None = None) -> Tensor:
     """Softmax attention over the live keys, for masks whose blocks of 128 are mostly empty or full, such as documents.
 
-    If the live keys of a query are scattered, as in a dynamic mask, `flex_segment_attention` skips far more. It trains
-    on CUDA, and infers on CUDA and CPU. On the CPU, FlexAttention gives 0 for a NaN in q or k. The first call with new
-    shapes compiles.
+    If the live keys of a query are scattered, as in a dynamic mask, `flex_segment_attention` skips far more. This
+    function trains on CUDA, and infers on CUDA and CPU. On the CPU, FlexAttention gives 0 for a NaN in q or k. The
+    first call with new shapes compiles.
 
     Args:
         q: `[B, H, N, D]`, float32, bfloat16 or float16.

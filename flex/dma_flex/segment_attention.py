@@ -81,7 +81,7 @@ def flex_segment_attention(
     _check_grid(plan, q)
     # Outside the compiled function, so that all lengths of one class share it.
     q, k, v, key_bias = (plan.slots.fill_up(x) for x in (q, k, v, key_bias))
-    if query_bias is not None:  # float32 biases do not need it, and without it are not compiled a second time
+    if query_bias is not None:  # float32 biases do not need it, and leaving it out saves a second compilation
         query_bias = plan.slots.fill_up(query_bias) if key_bias.dtype == torch.float64 else None
     with without_autocast(q.device):
         if torch.compiler.is_compiling():
@@ -92,7 +92,7 @@ def flex_segment_attention(
 
 @contextmanager
 def told_recompile_limit(q: Tensor) -> Iterator[None]:
-    """Make the error at torch.compile's limit say what to do."""
+    """A context in which the error at torch.compile's limit says what to do."""
     try:
         yield
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:

@@ -21,7 +21,7 @@ class FlexPlan:
     """Everything about a mask that attention over its segments needs; valid for all tensors of one shape.
 
     Attributes:
-        slots: which key is in which slot, for sequences filled up to the whole segments of `slots.length` positions.
+        slots: which key is in which slot, for sequences filled up to `slots.length` positions, a multiple of S.
         block_mask: block mask of S queries and K slots, with Z as its batch.
     """
 
@@ -81,7 +81,7 @@ class FlexPlan:
 
 
 def padded_length(length: int, capacity: int, segment_length: int | None, block_size: int) -> tuple[int, int]:
-    """Segment length S and the length, a multiple of it, that a sequence is filled up to.
+    """Segment length S, and the multiple of S to which a sequence is filled up.
 
     FlexAttention is compiled for each shape, so lengths are rounded up to one of a few: powers of two up to one
     segment, and above that, numbers of segments with at most three significant bits.

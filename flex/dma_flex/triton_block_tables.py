@@ -77,7 +77,7 @@ def _order_rows(
     p_code, p_count, p_index, i_tile, rows, columns, stride_r, stride_c, group,
     KIND: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Count the blocks of one kind in each row, and store their indices, followed by those of the others."""
+    """Count the blocks of one kind in each row, and store the indices of these blocks, followed by the others."""
     i_head = i_tile // tl.cdiv(rows, BLOCK_R)
     o_r = i_tile % tl.cdiv(rows, BLOCK_R) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < rows
