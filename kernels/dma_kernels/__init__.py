@@ -1,4 +1,4 @@
-"""Dynamic mask attention: its meaning in plain PyTorch, from ranks to attention, and Triton kernels beside it.
+"""Dynamic mask attention, from ranks to attention: its definition in plain PyTorch, and Triton kernels beside it.
 
 The parts, in the order in which a key passes through them:
 

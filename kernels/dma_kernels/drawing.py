@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PIXELS = 384  # least side of a picture in a notebook
+_PIXELS = 384  # minimum side of a picture in a notebook
 _EMPTY, _PARTIAL, _FULL = "#c8c8c8", "#e08214", "#1b7837"
 
 

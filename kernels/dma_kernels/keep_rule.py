@@ -30,12 +30,12 @@ class KeepRule:
 
     @property
     def capacity(self) -> int:
-        """The most keys that a query can see."""
+        """Maximum number of keys that a query can see."""
         return self.window + self.last + self.sinks
 
 
 class HasKeepRule:
-    """A base class for what has a keep rule; it also gives the rule's sizes under their names in configurations.
+    """A base class for objects with a keep rule; it also gives the rule's sizes under their names in configurations.
 
     Attributes:
         keep: the rule.

@@ -60,9 +60,9 @@ def register_launch(
 
 
 def dispatched(*tensors: Tensor | None) -> bool:
-    """Whether something besides autograd must see an operation on these tensors, so that the dispatcher is needed.
+    """Whether an operation on these tensors needs the dispatcher, because something besides autograd must see it.
 
-    torch.compile must, and so must dispatch modes, transforms of `torch.func`, and tensor subclasses.
+    torch.compile, dispatch modes, transforms of `torch.func` and tensor subclasses must see it.
     """
     if torch.compiler.is_compiling():
         return True

@@ -188,7 +188,7 @@ class Lifetimes:
 
     @classmethod
     def selected(cls, ranks: Tensor, keep: KeepRule, packing: Packing | None = None) -> "Lifetimes":
-        """`top_w`, for a keep rule and a packing that exist already.
+        """`top_w` for an existing keep rule and packing.
 
         Raises:
             ValueError: if ranks or packing have another shape, dtype or device.
@@ -205,7 +205,7 @@ class Lifetimes:
 
     @classmethod
     def _within(cls, birth: Tensor, death: Tensor, capacity: int, packing: Packing) -> "Lifetimes":
-        """Lives from each key's position to `death`, ended by the document's end and by padding."""
+        """Lifetimes from each key's position to `death`, or to its document's end if earlier; empty for padding."""
         if packing.runs is not None:
             death = torch.minimum(death, document_ends(packing.runs))
         if packing.padding is not None:

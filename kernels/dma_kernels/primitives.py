@@ -72,7 +72,7 @@ def log_sum_exp(b_max, b_sum):
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """The head dim of tiles in kernels: the least power of two that is at least `head_dim` and at least 16."""
+    """The head dim of tiles in kernels: the smallest power of two that is at least `head_dim` and at least 16."""
     return max(16, triton.next_power_of_2(head_dim))
 
 

@@ -141,7 +141,7 @@ def reference_attention(
 
 
 def _dense_bias(key_bias: Tensor, query_bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The sum that is added to logits, `[B, G, N or 1, N]`, and each query's part of it, `[B, G, N]`, or None."""
+    """The sum that is added to logits, `[B, G, N or 1, N]`, and the part that each query adds, `[B, G, N]`, or None."""
     if not are_wide(key_bias, dtype):
         return saturated(key_bias).to(dtype)[:, :, None], None
     shift = torch.zeros_like(key_bias) if query_bias is None else shift_of(query_bias)

@@ -1,4 +1,4 @@
-"""Old names, which keep working: they warn once, and give what has a new name now."""
+"""Old names, which keep working: they warn once, and give the object that has a new name."""
 
 import functools
 import sys

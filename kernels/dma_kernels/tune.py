@@ -51,7 +51,7 @@ _OF_QUERY_GRADIENTS: dict[int, list[tuple[int, ...]]] = {  # columns: at most th
     2: [(64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4)],
     4: [(64, 32, 4, 2), (64, 32, 8, 2), (128, 32, 8, 2)],
 }
-_SHARE = 0.78  # the most of a thread's registers that accumulators may take
+_SHARE = 0.78  # maximum share of a thread's registers that accumulators may take
 
 
 class Case(NamedTuple):

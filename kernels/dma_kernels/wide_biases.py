@@ -16,7 +16,7 @@ from dma_kernels.ranks import saturated
 def shift_of(query_bias: Tensor) -> Tensor:
     """The number to add to key biases before they are rounded: a query bias in float64, 0 where it is not finite.
 
-    A constant: the output does not depend on it.
+    It has no gradient, since the output does not depend on it.
     """
     wide = query_bias.detach().double()
     return wide.where(wide.isfinite(), 0)

@@ -1,10 +1,10 @@
 """Tiles, warps, pipeline stages and registers of the attention kernels.
 
 The fastest configuration depends on the GPU, the element size and the head dim, and hardly on anything else. Nothing is
-measured during training: that would delay the first step, fail inside a CUDA graph, and could change the bits of the
-next run. This file has the table of one GPU. `python -m dma_kernels.tune` measures another GPU, and writes a file that
-every later process on such a GPU finds. The environment variable `DMA_KERNEL_CONFIGS` names a file to use instead, or
-is `builtin` for the table here.
+measured during training: measuring would delay the first step, fail inside a CUDA graph, and could change the bits of
+the next run. This file has the table of one GPU. `python -m dma_kernels.tune` measures another GPU, and writes a file
+that every later process on such a GPU finds. The environment variable `DMA_KERNEL_CONFIGS` names a file to use instead,
+or is `builtin` for the table here.
 """
 
 import functools
@@ -81,7 +81,7 @@ def _table(device: torch.device) -> Table:
 
 
 def tuned_file(gpu: str) -> Path:
-    """Where the measured table of a GPU is kept."""
+    """Path of the file with the measured table of a GPU."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "dma_kernels" / f"{re.sub(r'[^A-Za-z0-9]+', '_', gpu)}.json"
 

@@ -256,8 +256,8 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> N
 def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * 12
-    asked, saved = ctx.needs_input_grad[-1], ctx.saved_tensors  # which checkpointing allows to read once
-    twice = torch.is_grad_enabled()  # by create_graph, which the operation refuses
+    asked, saved = ctx.needs_input_grad[-1], ctx.saved_tensors  # checkpointing allows only one read
+    twice = torch.is_grad_enabled()  # with create_graph, which the operation refuses
     attend_backward = attend_slots_backward if twice or dispatched(grad_out, *saved) else _attend_slots_backward
     *gradients, dquery_bias = attend_backward(
         grad_out, *saved, ctx.segment_length, ctx.scale, query_bias=asked, wide=ctx.wide

@@ -49,7 +49,7 @@ def segment_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the live keys, with a bias for each key; differentiable in q, k, v and biases.
 
-    A NaN or infinity in k or v shows in all queries of every segment that holds the key, also in earlier queries.
+    A NaN or infinity in k or v shows in all queries of every segment that holds the key, even in earlier queries.
 
     Args:
         q: `[B, H, N, D]`, float64, float32, bfloat16 or float16; computed in at least float32.
@@ -101,7 +101,7 @@ def segment_attention(
 def _slot_biases(
     slots: SegmentSlots, key_bias: Tensor, query_bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """The sum that is added to logits, `[Z, G, K]`, and each segment's part of it, `[Z, G]`, or None."""
+    """The sum that is added to logits, `[Z, G, K]`, and the part of it that each segment adds, `[Z, G]`, or None."""
     if not are_wide(key_bias, dtype):
         return slots.gather_plain(saturated(key_bias).to(dtype)[..., None]).squeeze(-1), None
     bias = slots.gather_biases_plain(key_bias, query_bias)

@@ -13,7 +13,7 @@ from torch import Tensor
 from dma_kernels.context.traffic import traffic
 
 _ALIGNMENT = 16  # bytes at which each tensor begins in a message
-_GROUPS: dict[str, dist.ProcessGroup] = {}  # operations take names, and modules that hold these can be copied
+_GROUPS: dict[str, dist.ProcessGroup] = {}  # operations take names, and modules that hold names can be copied
 
 
 def register_group(group: dist.ProcessGroup) -> str:
@@ -26,15 +26,15 @@ def register_group(group: dist.ProcessGroup) -> str:
 def gather_parts(parts: Sequence[Tensor], group: str, size: int) -> list[Tensor]:
     """Tensors of all processes; differentiable. All processes call it with the same shapes and dtypes.
 
-    The gradient of a tensor is the sum over all processes, in at least float32.
+    The gradient of a tensor is summed over all processes, in at least float32.
 
     Args:
         parts: tensors of any dtypes and shapes.
-        group: name of `register_group`.
+        group: name from `register_group`.
         size: P.
 
     Returns:
-        Each of them as `[P, ...]`, in the order of the processes.
+        The tensors of all processes, `[P, ...]` for each of `parts`, in the order of the processes.
     """
     messages = [_as_bytes(part) for part in parts]
     sent = torch.cat(messages)
@@ -57,7 +57,7 @@ def _(parts: Sequence[Tensor], group: str, size: int) -> list[Tensor]:
 
 @torch.library.custom_op("dma_kernels::sum_parts", mutates_args=())
 def sum_parts(parts: Sequence[Tensor], group: str, size: int) -> list[Tensor]:
-    """Sums over all processes of what is for this one, given tensors `[P, ...]` of any floating dtypes."""
+    """Sums over all processes of entry p, where p is this process, of floating tensors `[P, ...]`."""
     sums: list[Tensor] = [part[0] for part in parts]
     for dtype in sorted({part.dtype for part in parts}, key=str):
         numbers = [number for number, part in enumerate(parts) if part.dtype == dtype]
@@ -78,7 +78,7 @@ def _(parts: Sequence[Tensor], group: str, size: int) -> list[Tensor]:
 
 
 def _as_bytes(part: Tensor) -> Tensor:
-    """The memory of a tensor, filled up to where the next one may begin."""
+    """The bytes of a tensor, filled up so that the next tensor is aligned."""
     message = part.contiguous().flatten().view(torch.uint8)
     return torch.nn.functional.pad(message, (0, -len(message) % _ALIGNMENT))
 

@@ -47,7 +47,7 @@ class ExtendedKeys:
         return attention(asked, k, v, key_bias, self.lifetimes, query_bias=bias)[:, :, self.earlier :]
 
     def with_queries(self, x: Tensor, first: bool = False) -> Tensor:
-        """`[B, H, n, ...]` with M positions in front: zeros, or what the first position has, without its gradient."""
+        """`[B, H, n, ...]` with M positions in front: zeros, or copies of the first position, without a gradient."""
         front = x[:, :, :1].detach() if first else x.new_zeros(()).expand(*x.shape[:2], 1, *x.shape[3:])
         return torch.cat([front.expand(-1, -1, self.earlier, *x.shape[3:]), x], dim=2)
 
@@ -112,7 +112,7 @@ def _extended(
     state = take(_states(packing, ranks), chosen)
     *received, all_ranks, states = group.gather([*sent, take(ranks.detach(), chosen), state])
 
-    # Lists of earlier parts are behind those of this and later ones, which count as padding.
+    # Lists of earlier parts come after those of this and later parts, which count as padding.
     lists = _in_line(all_ranks, group), _in_line(states, group)  # [B, R, P * K]
     late = torch.arange(group.size * count, device=ranks.device) < (group.size - group.rank) * count
     first_run = None if packing.runs is None else packing.runs[:, :1]
@@ -156,7 +156,7 @@ def _check(rows: Sequence[Tensor], ranks: Tensor, packing: Packing | None) -> No
 
 
 def _of_part(packing: Packing, heads: int) -> Packing:
-    """The packing of each head of a part, as lists of their own; documents count from 0."""
+    """The packing of a part, repeated so that each head is a row; documents count from 0."""
     runs = packing.runs
     return _packing(
         None if runs is None else (runs - runs[:, :1]).repeat_interleave(heads, 0),
@@ -179,9 +179,9 @@ def _states(packing: Packing, ranks: Tensor) -> Tensor:
 
 
 def _of_list(state: Tensor, late: Tensor, first_run: Tensor | None) -> Packing:
-    """The packing of what has been received, `[B * R, P * K]`: run 1 is the document that goes on into this part.
+    """The packing of the received keys, `[B * R, P * K]`: run 1 is the document that continues in this part.
 
-    Other documents are one, run 0: none of their keys are seen here.
+    All other documents together are run 0, since no query of this part sees their keys.
     """
     padding = (state % 2 == 1) | late
     if first_run is None:
@@ -191,7 +191,7 @@ def _of_list(state: Tensor, late: Tensor, first_run: Tensor | None) -> Packing:
 
 
 def _joined(received: Packing, kept: Tensor, own: Packing, length: int) -> Packing:
-    """The packing of the received keys that are kept, followed by that of this part."""
+    """The packing of the received keys that are kept, followed by the packing of this part."""
     assert received.padding is not None
     own_padding = own.padding
     if own_padding is None:

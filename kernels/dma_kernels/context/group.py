@@ -96,7 +96,7 @@ class ContextGroup:
         return [part[None] for part in parts] if self.size == 1 else gather_parts(parts, self.name, self.size)
 
     def pack(self, documents: Tensor | None = None, padding: Tensor | None = None) -> PartPacking | None:
-        """The packing of a part, in which documents may go on from earlier parts; None without either.
+        """The packing of a part, in which documents may continue from earlier parts; None without either.
 
         All processes call it, or none. It sends four numbers per sequence.
 

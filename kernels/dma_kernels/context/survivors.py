@@ -22,9 +22,9 @@ class Reach:
     """How many keys of each kind a query sees before a position.
 
     Attributes:
-        best: best-ranked keys of those before the last ones.
-        last: last positions, padded ones included.
-        first: first real keys of the document.
+        best: number of best-ranked keys, of those before the last positions.
+        last: number of last positions, padded ones included.
+        first: number of first real keys of the document.
     """
 
     best: int
@@ -33,17 +33,17 @@ class Reach:
 
     @classmethod
     def of(cls, keep: KeepRule) -> "Reach":
-        """That of a keep rule. The last r positions of a query are itself and r - 1 before."""
+        """The reach under a keep rule. The last r positions of a query are its own and the r - 1 before it."""
         return cls(keep.window, max(keep.last - 1, 0), keep.sinks)
 
     @classmethod
     def of_window(cls, window: int) -> "Reach":
-        """That of a sliding window, the query's own position included."""
+        """The reach under a sliding window of `window` positions, the query's own included."""
         return cls(0, window - 1, 0)
 
     @property
     def count(self) -> int:
-        """The most keys of all kinds."""
+        """Maximum number of keys of all kinds together."""
         return self.best + self.last + self.first
 
 
@@ -58,7 +58,7 @@ def survivors(ranks: Tensor, reach: Reach, packing: Packing, count: int) -> Tens
             `reach.last` of them are consecutive.
         reach: the number of keys of each kind.
         packing: documents and padding of the Z rows; runs count from 0, and there are at most n.
-        count: K, at most n; `reach.count` are enough.
+        count: K, at most n; `reach.count` is enough.
 
     Returns:
         int64 `[Z, K]`.

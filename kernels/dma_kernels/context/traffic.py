@@ -10,7 +10,7 @@ class Traffic:
     """Counts what the collectives of a process do.
 
     Attributes:
-        bytes: sent to other processes and received from them, since the process began.
+        bytes: bytes sent to other processes and received from them since the process began.
     """
 
     def __init__(self) -> None:
@@ -24,8 +24,8 @@ class Traffic:
 
         Args:
             size: P.
-            nbytes: what goes from each process to each other one: its message in an all-gather, or the share of one
-                process in a reduce-scatter.
+            nbytes: bytes that each process sends to each other process: its message in an all-gather, or the share of
+                one process in a reduce-scatter.
             device: where the message is.
         """
         self.bytes += 2 * (size - 1) * nbytes
@@ -44,7 +44,7 @@ class Traffic:
         self._events.clear()
 
     def stop_timing(self) -> float:
-        """Wait for the timed collectives; their milliseconds, with those in which they waited for other processes."""
+        """Wait for the timed collectives; returns their milliseconds, including waiting for other processes."""
         self._timed = False
         milliseconds = 0.0
         for begin, end in self._events:

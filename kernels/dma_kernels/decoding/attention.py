@@ -62,7 +62,7 @@ def attend_from_last(
         attention: the function of a backend.
         q: `[B, H, n, D]`.
         keys: k and v `[B, G, M, D]`, and the biases of the keys `[B, G, M]`.
-        lifetimes: of the M keys.
+        lifetimes: lifetimes of the M keys.
         query_bias: `[B, G, n]`, float32 or float64; see `fused_attention`.
 
     Returns:

@@ -246,7 +246,7 @@ class DynamicMaskCache(HasKeepRule):
         return slots | rest
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy the tensors of another cache of the same shape; ranks and biases take over its dtypes.
+        """Copy the tensors of another cache of the same shape; ranks and biases get the dtypes of that cache.
 
         Raises:
             ValueError: if names, shapes, dtypes or sizes differ; then nothing is copied.
@@ -293,8 +293,8 @@ class DynamicMaskCache(HasKeepRule):
         if self._started and (rank != held[0] or bias.itemsize > held[1].itemsize):
             raise ValueError(
                 f"ranks and key_bias: expected {held[0]} and {held[1]} as those of the keys in the cache, got "
-                f"{new.rank.dtype} and {new.key_bias.dtype}; read the text again with an empty cache; do that also if "
-                "this cache was saved when ranks with a drift were floating numbers"
+                f"{new.rank.dtype} and {new.key_bias.dtype}; read the text again with an empty cache (also if "
+                "this cache was saved by an older version, in which ranks with a drift were floating numbers)"
             )
 
     def _dtypes(self, new: NewKeys) -> tuple[torch.dtype, torch.dtype]:

@@ -34,10 +34,10 @@ class DecodeConfig(NamedTuple):
     """How the slots of a KV head are split.
 
     Attributes:
-        tile: slots at once, a power of two from 16.
-        share: slots of a program, a multiple of `tile`.
-        warps: of a program, a power of two.
-        stages: of the pipeline that loads tiles.
+        tile: number of slots in a tile, a power of two from 16.
+        share: number of slots of a program, a multiple of `tile`.
+        warps: warps of a program, a power of two.
+        stages: stages of the pipeline that loads tiles.
     """
 
     tile: int
@@ -49,9 +49,9 @@ class DecodeConfig(NamedTuple):
 # Arguments whose values never make Triton compile the kernel again.
 _SIZES = ("kv_heads", "group", "share", "parts", "window", "keep_last", "sinks")
 _RANKS = 1024  # slots whose ranks are read at once
-_PARTS = 8  # the most parts that are added up at once
-_ADDED = 2**15  # the most numbers that are added up at once
-_NOBODY = tl.constexpr(-2)  # the position of no key
+_PARTS = 8  # maximum number of parts that are added up at once
+_ADDED = 2**15  # maximum number of numbers that are added up at once
+_NOBODY = tl.constexpr(-2)  # a position that no key has
 _FIRST, _LAST = tl.constexpr(-9223372036854775808), tl.constexpr(9223372036854775807)  # before and after all orders
 
 

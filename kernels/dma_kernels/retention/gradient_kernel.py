@@ -77,7 +77,7 @@ def _content_gradient_kernel(
 
 
 def launch_content_gradient(grad_fit: Tensor, inputs: TermInputs, stats: Tensor, mean: Tensor) -> Tensor:
-    """`content_gradient`."""
+    """`content_gradient` by a Triton kernel."""
     inputs, kept = in_rows(inputs), constants(inputs, gradient=True)
     (heads, queries, head_dim), (batch, kv_heads, length) = inputs.q.shape[1:], inputs.content.shape
     out = torch.empty_like(inputs.content, dtype=torch.float32)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-NO_RUN = -1  # in place of a document's number: of a key that no query sees
-NO_QUERY = -2  # of a query that sees nothing: not equal to `NO_RUN`
+NO_RUN = -1  # document number of a key that no query sees
+NO_QUERY = -2  # document number of a query that sees nothing; it differs from `NO_RUN`, so the two do not match
 
 
 class TermInputs(NamedTuple):
@@ -21,10 +21,10 @@ class TermInputs(NamedTuple):
             the mean value of all keys that the query sees, divided by its sum. None if it is the attention.
         content: each key's rank without its drift, in nats, float32 or float64 `[B, G, N]`.
         drift: sum of the decays up to each key, in nats, `[B, G, N]`; None for none.
-        positions: of the queries, int64 `[M]`.
-        runs: number of each key's document, int32 `[2, B or 1, N]`: of keys that queries see, and of keys that can be
-            far; `NO_RUN` for others. None if all keys are of one document.
-        distance: from which keys are far, in positions.
+        positions: positions of the queries, int64 `[M]`.
+        runs: number of each key's document, int32 `[2, B or 1, N]`: first for keys that queries see, then for keys that
+            can be far; `NO_RUN` for all other keys. None if all keys are in one document.
+        distance: number of positions from which on keys are far.
     """
 
     q: Tensor

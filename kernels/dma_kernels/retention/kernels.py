@@ -28,7 +28,7 @@ _NO_RUN, _NO_QUERY = tl.constexpr(NO_RUN), tl.constexpr(NO_QUERY)
 _PART = 256  # keys of a part
 _JOINED = (64, 16)  # parts and queries that a program joins at once
 _SUMMED = 32  # parts whose sums of values a program adds at once
-_SUMS = tl.constexpr(7)  # numbers of a query that each part leaves: those of `_store_sums`
+_SUMS = tl.constexpr(7)  # numbers that each part stores for a query, in `_store_sums`
 OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
@@ -59,9 +59,9 @@ def pairs(b_position, b_run, p_runs, i_b, o_n, length, runs_b, runs_far, distanc
 
 @triton.jit
 def load_drifts(p_drift, o_x, m_x, start):
-    """Drifts at positions, from that at `start`, in nats; 0 without drifts. The pointer is to a row of them, or None.
+    """Drifts at positions minus that at `start`, in nats; 0 without drifts. The pointer is to a row of them, or None.
 
-    The decay of a key at a query is the difference of their drifts. A start that is close keeps it exact in float32.
+    The decay of a key at a query is the difference of their drifts. A start close to both keeps it exact in float32.
     """
     b_drift = tl.zeros(o_x.shape, dtype=tl.float32)
     if p_drift is not None:
@@ -73,7 +73,7 @@ def load_drifts(p_drift, o_x, m_x, start):
 def distances(b_v, b_high, b_low, b_norm, PRECISION: tl.constexpr):
     """Distances between values [K, D] and means [M, D] with squared norms `b_norm` [M], [M, K].
 
-    A mean is the sum of two numbers of the values' dtype, so that the products are exact almost as in float32.
+    A mean is the sum of two numbers of the values' dtype, so that the products are almost as exact as in float32.
     """
     b_product = tl.dot(b_high, tl.trans(b_v), input_precision=PRECISION)
     if b_v.dtype != tl.float32:
@@ -134,7 +134,7 @@ def _mean_values_kernel(
 ):
     """The mean of the values that one query sees, from the sums of all parts; 0 if it sees none.
 
-    It is stored rounded, followed by what the rounding has left.
+    The rounded mean is stored first, and then the remainder.
     """
     i_row = tl.program_id(1).to(tl.int64) * queries + tl.program_id(0)
     o_p, o_d = tl.arange(0, P), tl.arange(0, BLOCK_D)
@@ -153,7 +153,7 @@ def _mean_values_kernel(
 
 @triton.jit
 def _store_sums(p_sums, o_row, m_m, stride, b_max, b_sum, b_effect, b_mass, b_hit, b_far_max, b_far_sum):
-    """What a part leaves of each query: both running softmaxes, and sums that are relative to the first maximum."""
+    """Store a part's numbers for each query: both running softmaxes, and sums relative to the first maximum."""
     tl.store(p_sums + o_row, b_max, mask=m_m)
     tl.store(p_sums + stride + o_row, b_sum, mask=m_m)
     tl.store(p_sums + 2 * stride + o_row, b_effect, mask=m_m)
@@ -221,7 +221,7 @@ def _load_sums(p_sums, i_part, o_row, rows, parts, stride, INDEX: tl.constexpr, 
 
 @triton.jit
 def _join_maxima(b_max, b_maxs):
-    """The maximum of a running softmax and those of parts; and factors of their sums, relative to it."""
+    """The new maximum of a running softmax and of parts, and the factors that make their sums relative to it."""
     b_new = tl.maximum(b_max, tl.max(b_maxs, axis=0))
     b_shift = finite_shift(b_new)
     return b_new, tl.exp2(b_max - b_shift), tl.exp2(b_maxs - b_shift[None, :])
@@ -266,7 +266,7 @@ def _join_terms_kernel(
 
 
 def in_rows(inputs: TermInputs) -> TermInputs:
-    """The same inputs, in which vectors and rows of numbers lie together in memory."""
+    """The same inputs, with vectors and rows of numbers contiguous in memory."""
     q, k, values, content, drift, positions, runs, distance = inputs
     k = k if k.stride(-1) == 1 else k.contiguous()
     values = values if values is None or values.stride(-1) == 1 else values.contiguous()
@@ -275,7 +275,7 @@ def in_rows(inputs: TermInputs) -> TermInputs:
 
 
 def strides(inputs: TermInputs) -> tuple[int, ...]:
-    """Of keys and of values; from one row of runs to the next; and from keys that are seen to those that can be far."""
+    """Strides: of keys and of values; from one row of runs to the next; and between the two kinds of runs."""
     runs, values = inputs.runs, inputs.values
     of_values = (0, 0, 0) if values is None else values.stride()[:3]
     of_runs = (0, 0) if runs is None else (0 if runs.shape[1] == 1 else runs.shape[-1], runs[0].numel())
@@ -292,7 +292,7 @@ def constants(inputs: TermInputs, *, gradient: bool = False) -> dict[str, int | 
 
 
 def launch_head_terms(inputs: TermInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """`head_terms`."""
+    """`head_terms` by Triton kernels."""
     inputs, kept = in_rows(inputs), constants(inputs)
     (batch, heads, queries, head_dim), (kv_heads, length) = inputs.q.shape, inputs.k.shape[1:3]
     fit = inputs.q.new_empty(batch, heads, queries, dtype=torch.float32)

@@ -42,7 +42,7 @@ def snapshot_slots(capacity: int, length: int, segment_length: int, block_size: 
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is not below `value`."""
+    """The smallest multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple
 
 

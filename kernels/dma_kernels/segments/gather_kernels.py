@@ -38,7 +38,7 @@ def _copy_biases(
     p_bias, p_query_bias, p_out, p_base_2, o_m, m_row, i_b, i_g, o_n, slots, heads, segments, segment, keys,
     bias_b, bias_g, bias_n, query_b, query_g, query_n,
 ):  # fmt: skip
-    """Copy saturated biases into slots. A query bias, if given, is added: that of the segment's first query."""
+    """Copy saturated biases into slots; if there is a query bias, that of the segment's first query is added."""
     b_bias = tl.load(p_bias + i_b * bias_b + i_g * bias_g + o_n * bias_n, mask=m_row, other=0.0)
     if p_query_bias is not None:
         o_first = o_m // (heads * keys) % segments * segment

@@ -83,7 +83,7 @@ def _store_keys(
 
 @triton.jit
 def _store_empty(p_row, p_birth, p_death, first, behind, writes, start, length, BLOCK: tl.constexpr):
-    """Mark the slots of a segment from `first` to `behind` as empty; `behind` is excluded."""
+    """Mark the slots of a segment from `first` up to, not including, `behind` as empty."""
     for i in range(tl.cdiv(behind - first, BLOCK)):
         o_k = first + i * BLOCK + tl.arange(0, BLOCK)
         b_start = tl.zeros([BLOCK], dtype=tl.int32) + start
@@ -200,7 +200,7 @@ def _sort_dtype(rows: int, bits: int) -> torch.dtype:
 
 
 def _rounds(count: int, block: int) -> int:
-    """The least number of rounds, 1 or more, with `block ** rounds >= count`."""
+    """The smallest number of rounds, at least 1, with `block ** rounds >= count`."""
     rounds = 1
     while block**rounds < count:
         rounds += 1

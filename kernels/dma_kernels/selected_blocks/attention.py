@@ -38,7 +38,7 @@ def block_attention_reference(
     padding: Tensor,
     block_size: int,
 ) -> Tensor:
-    """Softmax attention of each query to those tokens of its blocks that lie between `first` and itself; 0 without any.
+    """Softmax attention of each query to the tokens of its blocks from `first` up to itself; 0 if there are none.
 
     Args:
         q: `[B, H, n, D]`.
@@ -78,7 +78,7 @@ def block_attention(
     """`block_attention_reference` of a whole sequence by Triton kernels, differentiable once in q, k and v.
 
     It gives the same bits in every run. If one query of a tile has chosen a block, a NaN in v of that block shows in
-    all queries of the tile, also in earlier ones. The N queries are at positions 0 … N-1 of the N keys.
+    all queries of the tile, even in earlier ones. The N queries are at positions 0 … N-1 of the N keys.
 
     Args:
         q: `[B, H, N, D]`, float32, bfloat16 or float16.

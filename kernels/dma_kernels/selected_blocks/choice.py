@@ -147,7 +147,7 @@ def best_blocks_reference(
     select_block: int,
     select_count: int,
 ) -> Tensor:
-    """The plain form, for as many queries at a time as memory should hold."""
+    """`choose_blocks_reference`, for a limited number of queries at a time to save memory."""
     sizes, seen = BlockSizes(compress_block, compress_stride, select_block, select_count), Seen(run, first, block_run)
     batch, heads, length = q.shape[:3]
     rows = max(16, _WEIGHED // max(1, batch * heads * block_run.shape[1]))

@@ -3,7 +3,7 @@
 A program has a tile of neighboring queries of one KV head, in all heads of the group. Its first pass over the
 compressed keys gives the log-sum-exp of each row. Its second pass takes a few selection blocks at a time: it makes the
 weights of the compressed blocks that overlap each of them, and sums them to importances. An importance and the number
-of its block are one integer. So a sorted list of the best integers of each query is all that stays.
+of its block are one integer. So a program keeps only a sorted list of the best integers of each query.
 
 Row r of a tile is query r // BLOCK_R of the tile, in head r % BLOCK_R of the group. A selection block has a line of
 LINE columns, one for each compressed block that overlaps it; the others of the line are empty.
@@ -33,7 +33,7 @@ _FORCED, _NO_BLOCK = tl.constexpr(FORCED), tl.constexpr(NO_BLOCK)
 _NO_RUN, _NO_QUERY = tl.constexpr(NO_RUN), tl.constexpr(NO_RUN - 1)  # equal to no run, and not to each other
 _SIZES = ("kv_heads", "group", "length", "blocks", "chosen")
 _OPTIONS = {"num_warps": 4, "num_stages": 2}
-_LISTED = 2048  # the most places in the lists of a tile
+_LISTED = 2048  # maximum number of places in the lists of a tile
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def _log_sum_exps(
 
 @triton.jit
 def _columns(i_block, C: tl.constexpr, LINE: tl.constexpr, BEFORE: tl.constexpr, STEP: tl.constexpr):
-    """Of the lines that begin with selection block `i_block`: compressed block of each column, and strides shared."""
+    """For lines from selection block `i_block` on: compressed block of each column, and number of shared strides."""
     o_column = tl.arange(0, C)
     o_near = o_column % LINE - BEFORE  # from the first compressed block that begins in the selection block
     b_shared = tl.minimum(o_near + BEFORE + 1, STEP) - tl.maximum(o_near, 0)
@@ -79,8 +79,8 @@ def _columns(i_block, C: tl.constexpr, LINE: tl.constexpr, BEFORE: tl.constexpr,
 def _importances(b_p, b_shared, QUERIES: tl.constexpr, LINE: tl.constexpr):
     """Importances of selection blocks, [Q, J], from the weights of columns [M, C], of which empty ones are 0.
 
-    A NaN in a query makes all of its weights NaN, those of empty columns, too. This changes nothing, since every block
-    that is not forced overlaps a compressed block.
+    A NaN in a query makes all of its weights NaN, including those of empty columns. This changes nothing, since every
+    block that is not forced overlaps a compressed block.
     """
     J: tl.constexpr = b_p.shape[1] // LINE
     b_group = tl.sum(tl.reshape(b_p, [QUERIES, b_p.shape[0] // QUERIES, J, LINE]), axis=1)
@@ -98,7 +98,7 @@ def _orders(b_importance, o_block, b_own, b_first):
 
 @triton.jit
 def _keep_best(b_best, b_order):
-    """The largest of `b_best` [Q, K], which descends, and `b_order` [Q, J], J at most K; descending."""
+    """The K largest of `b_best` [Q, K], in descending order, and `b_order` [Q, J], J at most K; also descending."""
     QUERIES: tl.constexpr = b_best.shape[0]
     TIMES: tl.constexpr = b_best.shape[1] // b_order.shape[1]
     b_new = tl.sort(b_order)

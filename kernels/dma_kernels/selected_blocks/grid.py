@@ -62,7 +62,7 @@ class BlockSizes:
         return max(0, (length - self.compress_block) // self.compress_stride + 1)
 
     def chosen(self, length: int) -> int:
-        """m, the most blocks that a query of `length` tokens chooses."""
+        """m, the maximum number of blocks that a query chooses among those of `length` tokens."""
         return min(self.select_count, -(-length // self.select_block))
 
     def importance(self, weights: Tensor, keys: int) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 16  # the fewest rows of a tile: queries times heads of a group
-_CHUNK = 256  # the most entries of a block that one program passes over
+ROWS = 16  # minimum number of rows in a tile: queries times heads of a group
+_CHUNK = 256  # maximum number of a block's entries that one program passes over
 
 
 class Tiles(NamedTuple):

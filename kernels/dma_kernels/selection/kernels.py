@@ -75,7 +75,7 @@ def _count_rows_kernel(p_index, p_count, length, keys, blocks, BLOCK: tl.constex
 
 @triton.jit
 def _split_rows_kernel(p_index, p_count, p_out, length, keys, blocks, BLOCK: tl.constexpr):
-    """Move those of a block's sorted keys that belong to one row, behind the keys of this row in earlier blocks."""
+    """Move a block's sorted keys of one row behind that row's keys from earlier blocks."""
     i_block, i_row, o_x = tl.program_id(0), tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     before = tl.zeros([], dtype=tl.int32)
     for i in range(0, i_block, BLOCK):

@@ -24,7 +24,7 @@ def deaths_by_rank(ranks: Tensor, runs: Tensor | None, padding: Tensor | None, w
         runs: number of the document of each position, integers `[B, N]`, ascending from 0 or more.
         padding: bool `[B, N]`; keys with True do not compete, and their deaths have no meaning.
         window: W.
-        last: how many positions later each key dies, but by N.
+        last: each key dies this many positions later than without `last`, but at N at the latest.
 
     Returns:
         int32 `[B, G, N]`.

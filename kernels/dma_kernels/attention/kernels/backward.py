@@ -75,12 +75,12 @@ def launch_backward(
 
 
 def cut_lines(lines: int, line_bytes: int, limit: int) -> tuple[int, int, int]:
-    """The most lines of a part, the number of parts, and how many parts are in memory at once.
+    """The maximum number of lines in a part, the number of parts, and how many parts are in memory at once.
 
     Args:
         lines: number of lines in all parts together.
         line_bytes: memory that dS of one line takes.
-        limit: memory for dS, in bytes. If one line needs more, it still gets what it needs.
+        limit: memory for dS, in bytes. A line that needs more still gets as much as it needs.
     """
     if lines * line_bytes <= limit:
         return lines, 1, 1
@@ -108,7 +108,7 @@ def _streams(count: int, device: torch.device) -> Iterator[list[contextlib.Abstr
 
 
 def ds_bytes() -> int:
-    """The most memory that dS may take, in bytes, from the environment variable. One line of dS may still take more.
+    """Maximum memory for dS in bytes, from the environment variable. A single line of dS may still take more.
 
     Raises:
         ValueError: if the variable is not a whole number above 0.

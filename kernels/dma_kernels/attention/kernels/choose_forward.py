@@ -14,7 +14,7 @@ from torch import Tensor
 from dma_kernels.attention.kernels.common import aligned
 from dma_kernels.attention.kernels.forward import launch_forward
 
-_RAN_ON = ("3.6",)  # versions of Triton on which the kernel ran; each version may change Gluon
+_RAN_ON = ("3.6",)  # versions of Triton on which the kernel has run; each version may change Gluon
 _VARIABLE = "DMA_KERNEL_GLUON"
 
 
@@ -30,7 +30,7 @@ def launch_chosen_forward(
     scale: float,
     segment_length: int,
 ) -> tuple[Tensor, Tensor]:
-    """`launch_forward`, with the kernel for Hopper if it supports this GPU, dtype and shape and can be imported.
+    """`launch_forward`, with the kernel for Hopper if that supports this GPU, dtype and shape, and can be imported.
 
     `base_2` holds the biases times log2(e), as the kernel for Hopper takes them. The environment variable
     `DMA_KERNEL_GLUON=0` turns that kernel off.
@@ -48,7 +48,7 @@ def launch_chosen_forward(
 def hopper_forward() -> ModuleType | None:
     """The module of the kernel for Hopper. If this version of Triton cannot run it, None, and the log says why."""
     if ".".join(triton.__version__.split(".")[:2]) not in _RAN_ON:
-        why = f"it ran on Triton {', '.join(_RAN_ON)} alone, got {triton.__version__}"
+        why = f"it has run only on Triton {', '.join(_RAN_ON)}, got {triton.__version__}"
     else:
         try:
             from dma_kernels.attention.kernels import hopper_forward

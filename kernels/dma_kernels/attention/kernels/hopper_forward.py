@@ -10,8 +10,8 @@ may be overwritten. There are buffers for two tiles of queries and for `STAGES` 
 ahead, also across work items. While a group computes the softmax weights of one tile, the tensor cores multiply the
 weights of the tile before by its values.
 
-Gluon is a part of Triton that may change. This kernel ran on Triton 3.6.0. Where it cannot be imported, `forward.py`
-takes its place.
+Gluon is a part of Triton that may change. This kernel has run on Triton 3.6.0. Where it cannot be imported,
+`forward.py` takes its place.
 
 B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
@@ -211,7 +211,7 @@ def _multiply(
         weights = gl.exp2(logits - _finite_shift(maximum)[:, None])
         total = gl.sum(weights, 1)
         out = gl.zeros([64, D], gl.float32, OUT)
-        tma.store_wait(0)  # the last output, stored from the buffer of its queries, has left it
+        tma.store_wait(0)  # until the last output has left its buffer, which is also that of its queries
         mbarrier.arrive(barriers.q_empty.index(half ^ 1), count=1, pred=n_item > 0)
         mbarrier.wait(barriers.k_full.index((n_tile + 1) % STAGES), ((n_tile + 1) // STAGES) & 1, pred=count > 1)
         for i in range(1, count):
@@ -290,7 +290,7 @@ def _forward_kernel(
     items, tiles, kv_heads, mask_heads, segments, segment, snapshot, keys, length, scale,
     BLOCK_K: gl.constexpr, D: gl.constexpr, R: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of all work items; each program takes every n-th item, n the number of programs."""
+    """Output and log-sum-exp of all work items; of n programs, each takes every n-th item."""
     shared = _Inputs(
         gl.allocate_shared_memory(d_q.dtype, [4, 1, R, 64 // R, D], d_q.layout),
         gl.allocate_shared_memory(d_k.dtype, [STAGES, BLOCK_K, D], d_k.layout),

@@ -62,7 +62,7 @@ def _add_query_tile(
 def _store_margins(
     d_ds, i_row, first, end, group, segment, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr
 ):
-    """Zeros before tile `first` and from tile `end` on, out to multiples of ALIGN: dq reads larger tiles of queries."""
+    """Store zeros before tile `first` and from `end` on, to multiples of ALIGN: dq reads larger tiles of queries."""
     b_zero = tl.zeros([BLOCK_K, BLOCK_S], dtype=d_ds.dtype)
     for i in range(group):
         for i_tile in range(first // ALIGN * ALIGN, first):
@@ -98,7 +98,7 @@ def _key_gradients_kernel(
     p_lse += i_b.to(tl.int64) * kv_heads * group * length
     p_delta += i_b.to(tl.int64) * kv_heads * group * length
 
-    # Queries of `tiles` tiles, from `first` on, see some of the keys. In `full` tiles, from `begin` on, they see all.
+    # In `tiles` tiles from `first` on, queries see some of the keys. In `full` tiles from `begin` on, they see all.
     lives = b_death > b_birth
     first = tl.maximum(tl.min(tl.where(lives, b_birth, count)), 0) // BLOCK_S
     tiles = tl.maximum(tl.cdiv(tl.minimum(tl.max(tl.where(lives, b_death, 0)), count), BLOCK_S) - first, 0)

@@ -8,8 +8,8 @@ queries of one head in registers, and loops over the tile's list.
 
 On request, the second kernel also computes the gradient of a query bias, sum_j dS_tj, as a product of dS and ones. It
 is 0 except for two rounding errors: that of O in D = rowsum(dO · O), and that of dS. The gradients of key biases
-contain the first, and also the second if the kernel of the key gradients sums rounded dS (`rounded`). So if a number is
-in the biases of queries and of keys, both errors cancel in its gradient.
+contain the first, and also the second if the kernel of the key gradients sums rounded dS (`rounded`). So if a number
+is part of both a query bias and key biases, both errors cancel in its gradient.
 
 B batch, H query heads, G KV heads, R = H / G group, N length, D head dim, S segment length, K slots, Z = B * segments,
 L lists of a segment, one for each tile of queries.

@@ -1,4 +1,4 @@
-"""A kernel that is launched several times in a row, but looked up only once.
+"""Launches a kernel several times in a row, but looks it up only once.
 
 Triton needs more time to find the compiled kernel for given arguments than to launch it.
 """
