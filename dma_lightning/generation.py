@@ -59,7 +59,7 @@ def stream_tokens(
     Args:
         model: the decoder.
         input_ids: the prompts, int64 `[B, N]`, N >= 1.
-        max_new_tokens: the most tokens to generate.
+        max_new_tokens: maximum number of tokens to generate.
         sampling: how tokens are chosen. Default: the likeliest.
         padding: bool `[B, N]`, True at the padded positions of shorter prompts, which are padded on the left.
         eos_token_id: token or tokens that end a sequence. An ended sequence repeats the first of them until all
@@ -175,7 +175,7 @@ def stream_text(
         model: the decoder.
         tokenizer: the model's tokenizer.
         prompt: text to continue, not empty.
-        max_new_tokens: the most tokens to generate.
+        max_new_tokens: maximum number of tokens to generate.
         sampling: how tokens are chosen. Default: the likeliest.
         stop: strings that end the text; it stops before the first one.
         device: the model's device.

@@ -262,7 +262,7 @@ class LanguageModel(PlainHyperparameters, pl.LightningModule):
             self._token_losses = torch.compile(token_losses)  # otherwise the logits are written out in float32, twice
         if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
             mesh = self.device_mesh["data_parallel"]
-            if self.device_mesh.size() > mesh.size():  # processes that divide sequences divide weights, too
+            if self.device_mesh.size() > mesh.size():  # processes that divide sequences also divide weights
                 mesh = init_device_mesh(mesh.device_type, (self.device_mesh.size(),))
             for module in (*self.model.layers, self.model):
                 fully_shard(module, mesh=mesh)

@@ -55,7 +55,7 @@ def chunked_scores(
         loss: a function of logits `[1, chunk, V]` and labels `[1, chunk]`.
 
     Returns:
-        The scores. The gradient of float32 weights sums over chunks in float32, also under autocast.
+        The scores. The gradient of float32 weights is summed over chunks in float32, even under autocast.
     """
 
     def scores(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -194,7 +194,7 @@ class DogeForCausalLM(nn.Module):
 
     @property
     def parts(self) -> int:
-        """Into how many parts sequences are divided, each in a process of its own; see `join_context`."""
+        """Number of parts into which sequences are divided, one for each process; see `join_context`."""
         return 1 if self.context is None else self.context.size
 
     @property

@@ -60,7 +60,7 @@ class MuonAdamW(Optimizer):
         return super().__getstate__() | {"_muon": self._muon, "_adamw": self._adamw}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # torch calls this with new groups, too, when it loads a state
+        super().__setstate__(state)  # torch also calls this when it loads a state, with new groups
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

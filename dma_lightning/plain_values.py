@@ -21,9 +21,9 @@ class PlainHyperparameters(HyperparametersMixin):
         """Save the arguments of `__init__`, as Lightning does.
 
         Args:
-            *args: as in Lightning.
+            *args: passed on to Lightning.
             frame: the call of `__init__`. Default: the caller.
-            **options: as in Lightning.
+            **options: passed on to Lightning.
 
         Raises:
             ValueError: if an argument cannot be made plain.

@@ -74,7 +74,7 @@ def keep_off_other_runs(logger: Logger, goes_on: bool) -> None:
     Resumed runs may add TensorBoard files next to the old ones, but CSV files would be overwritten.
 
     Args:
-        logger: of a new run. Loggers that number their versions or keep their files elsewhere stay as they are.
+        logger: the logger. If it numbers its versions or keeps its files elsewhere, it stays as it is.
         goes_on: whether the user asked to resume the run in the folder.
 
     Raises:

@@ -97,7 +97,7 @@ class SavedRun:
             ValueError: if it is not text.
         """
         states = (state for state in self.content.values() if isinstance(state, dict))
-        own = (state for state in states if POSITION_KEY in state)  # the data's arguments have the key, too
+        own = (state for state in states if POSITION_KEY in state)  # the data's arguments also have the key
         found = next((state[TEMPLATE_KEY] for state in own if TEMPLATE_KEY in state), None)
         checked: str | None = as_kind(found, str | None, f"{self.path}: {TEMPLATE_KEY}")
         return checked

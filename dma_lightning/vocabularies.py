@@ -26,9 +26,9 @@ def check_tokens(name: str, tokens: Tensor, vocab_size: int, ignored: int = 0) -
     """Check that a model knows some tokens; if they are on a GPU, this waits for it.
 
     Args:
-        name: of the tokens, for the message.
+        name: name of the tokens, for the message.
         tokens: integers of any shape.
-        vocab_size: of the model.
+        vocab_size: the model's number of tokens.
         ignored: an id that is also allowed.
 
     Raises:

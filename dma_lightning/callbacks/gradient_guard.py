@@ -68,7 +68,7 @@ class GradientGuard(pl.Callback):
         self.not_finite, self.spike, self.spike_factor = not_finite, spike, spike_factor
         self.window, self.max_skipped = window, max_skipped
         self.skipped_in_a_row = 0
-        self._mean, self._count = 0.0, 0  # of the losses
+        self._mean, self._count = 0.0, 0  # running mean of the losses; number of losses, at most `window`
         self._unread: deque[_Readings] = deque()
 
     def state_dict(self) -> dict[str, Any]:

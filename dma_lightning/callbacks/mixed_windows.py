@@ -46,7 +46,7 @@ class MixedWindows(pl.Callback):
             )
         self.share, self.first, self.last, self.seed = share, first, last, seed
         self._own: list[tuple[HasKeepRule, KeepRule]] = []  # mixers that now keep all keys, with their own rules
-        self._steps = 0  # of the whole run, where first or last is set
+        self._steps = 0  # all steps of the run, if first or last is set
 
     def keeps_all(self, step: int, max_steps: int) -> bool:
         """Whether an optimizer step, counted from 0, keeps every key."""

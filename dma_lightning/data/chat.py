@@ -22,7 +22,7 @@ class ChatDataModule(TokenizedDataModule):
     Each line of a file is `{"messages": [{"role": ..., "content": ...}, ...]}`, and may also have `tools`, for the
     template. A chat template turns a conversation into text. A sequence holds one or more whole conversations, and each
     conversation sees only itself. Messages after the last answer are left out. The last conversations are for
-    validation; `test` and `predict` use them, too. At the start, each process reads and tokenizes all files, and then
+    validation; `test` and `predict` also use them. At the start, each process reads and tokenizes all files, and then
     holds nine bytes per token in memory.
 
     Args:

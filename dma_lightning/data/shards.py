@@ -82,7 +82,7 @@ class ShardWriter:
     def discard(self) -> None:
         """Delete all files of the unfinished shard."""
         for file in (self.file, self.lengths.file) if self.lengths else (self.file,):
-            with contextlib.suppress(OSError):  # of a full disk, while the rest is flushed
+            with contextlib.suppress(OSError):  # the disk may be full when the rest is flushed
                 file.close()
         for path in (self.path, self.lengths_path):
             _unfinished(path).unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dma_lightning.evaluation.reading import Reader
 
-STEPS = 9  # of decoding; the first does not count
+STEPS = 9  # decoding steps; the first is not measured
 
 
 @dataclass(frozen=True)

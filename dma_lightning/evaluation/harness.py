@@ -207,7 +207,7 @@ def scores_of_tasks(
     Args:
         lm: the model.
         manager: knows the tasks.
-        names: of tasks, groups and tags.
+        names: names of tasks, groups and tags.
         num_fewshot: number of solved examples in each context, except in tasks that set 0. Default: as the task says.
         limit: maximum number of documents of each task.
     """

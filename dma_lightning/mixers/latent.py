@@ -66,7 +66,7 @@ class LatentAttention(TokenMixer[PositionCache]):
         model of Hugging Face Transformers, but the rotation pairs the two halves of the channels, not neighbors.
     """
 
-    read_weights = ("kv_b_proj",)  # by decoding
+    read_weights = ("kv_b_proj",)  # decoding reads it
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ its output:
         x = with_auxiliary_loss(x, loss, weight)      # of dma_lightning.auxiliary_losses
 
 - `q` and `k` are the inputs of attention, after norm and rotary embedding. Content must be float32 and drift float64,
-  also under autocast.
+  even under autocast.
 - `self.step` is the number of the optimizer step, in an int64 buffer `[]` that is not saved. With a Python number,
   layers would be compiled again for each step. The step must not change between the forward and the backward pass
   of a layer, since the backward pass may compute the layer again.

@@ -122,7 +122,7 @@ def lost_mass(
         sampled.
 
     Source: for one layer and query, `o_all - o_kept = M (o_dropped - o_kept)`, where each o is the output of attention
-    over these keys alone; so M bounds the error of the output.
+    over only these keys. So M bounds the error of the output.
     """
     length, dtype = q.shape[2], torch.promote_types(q.dtype, torch.float32)
     causal = Lifetimes.causal(length, q.device, packing=packing)

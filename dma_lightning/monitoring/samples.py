@@ -149,7 +149,7 @@ class SampleMonitor(ShowingMonitor):
             _, real = _pieces_of_both(tokenizer, prompt.tolist(), rest[: self.max_new_tokens].tolist())
             text = marked_text(before + made, [False] * len(before) + [True] * len(made))
             for writer in shown_by:
-                writer.add_text("sample/continuation", f"{text}\n\nThe data goes on:\n\n{marked_text(real)}", step)
+                writer.add_text("sample/continuation", f"{text}\n\nThe data continues:\n\n{marked_text(real)}", step)
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:

@@ -46,7 +46,7 @@ class FlexPlan:
             num_heads: H, a multiple of `num_kv_heads`.
             num_kv_heads: G.
             segment_length: S, by default the mask's capacity; rounded up to a multiple of the block size.
-            block_size: of the block mask, a power of two.
+            block_size: block size of the block mask, a power of two.
 
         Raises:
             ValueError: if sizes do not match, or a key is not born at its own position.

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_THREADS = 128  # of a program; a tile with fewer elements would be held by several threads at once
+_THREADS = 128  # threads of a program; a tile with fewer elements would be held by several threads at once
 _TILE = 1024  # elements that a program handles at a time
 # Compiled once for all lengths and strides: no kernel is faster if one of them is known to be 1 or a multiple of 16.
 _SIZES = [

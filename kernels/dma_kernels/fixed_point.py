@@ -8,7 +8,7 @@ integers does not depend on how it is divided. So a whole sequence, its chunks, 
 ranks from the same contents and steps.
 
 - *Range.* Contents and D are limited to 2^29 nats, about 5.4e8. D reaches that after 67 million tokens at 8 nats each.
-  Larger numbers and infinities become that bound. Keys whose D has reached it differ by content alone.
+  Larger numbers and infinities become that bound. Keys whose D has reached it differ only in content.
 - *Small numbers.* A step below 2^-33 nats counts as 0. Equal ranks give a sliding window, since the later key wins.
 - *NaN.* A NaN content becomes the largest integer, so its key is selected and the NaN shows in the loss. A NaN step
   counts as 0 here. Code that makes biases out of steps must let the NaN show in the biases.

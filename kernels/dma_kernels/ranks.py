@@ -30,7 +30,7 @@ def key_ranks(values: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor | No
         dt_bias: its bias, `[G]`; by default none.
 
     Returns:
-        `[B, G, N]` in float32 (float64 if `values` are), also under autocast.
+        `[B, G, N]` in float32 (float64 if `values` are), even under autocast.
 
     Raises:
         ValueError: if the shapes do not match.

@@ -150,7 +150,7 @@ def _dense_bias(key_bias: Tensor, query_bias: Tensor | None, dtype: torch.dtype)
 
 def unseen(query_bias: Tensor) -> Tensor:
     """0 with the gradient of a query bias, to add to logits: the bias itself cancels in softmax, but rounds them."""
-    return (query_bias - query_bias.detach()).nan_to_num()  # infinite biases give NaN, too
+    return (query_bias - query_bias.detach()).nan_to_num()  # infinite biases also give NaN
 
 
 def masked_average(logits: Tensor, mask: Tensor, v: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
 
 def _fill_masked(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Logits with masked entries at -inf, and which rows have no key above -inf; these rows are filled with 0."""
-    # The finite fill keeps NaN out of rows without a key, also in the backward. The caller clears their result.
+    # The finite fill keeps NaN out of rows without a key, even in the backward. The caller clears their result.
     seen = mask & (logits != -torch.inf)
     empty = ~seen.any(-1)
     fill = torch.zeros_like(empty, dtype=logits.dtype).masked_fill(~empty, -torch.inf)

@@ -164,6 +164,6 @@ def test_prompt_and_continuation_are_the_text(tmp_path: Path, monkeypatch: pytes
     board = SimpleNamespace(add_text=lambda name, text, step: shown.append(text))
     SampleMonitor()._show_continuation([board], 0, module, {"input_ids": ids}, tokenizer)
     assert shown == [
-        f"<pre>{line['prompt']}<strong>{line['expected']}</strong></pre>\n\nThe data goes on:\n\n"
+        f"<pre>{line['prompt']}<strong>{line['expected']}</strong></pre>\n\nThe data continues:\n\n"
         f"<pre>{line['expected']}</pre>"
     ]

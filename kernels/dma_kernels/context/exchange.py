@@ -37,7 +37,7 @@ class ExtendedKeys:
         Args:
             attention: a function of q, k, v, key biases, lifetimes and `query_bias`, such as `fused_attention`.
             q: `[B, H, n, D]`.
-            query_bias: as `attention` takes it, `[B, G, n]`.
+            query_bias: passed to `attention`, `[B, G, n]`.
 
         Returns:
             `[B, H, n, D]`.

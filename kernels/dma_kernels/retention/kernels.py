@@ -256,7 +256,7 @@ def _join_terms_kernel(
     b_total = tl.where(b_effect == 0.0, 1.0, b_effect)
     b_mass, b_hit = b_mass / b_total, b_hit / b_total
     b_far = log_sum_exp(b_far_max, b_far_sum)
-    b_effect /= tl.where(b_sum == 0.0, 1.0, b_sum)  # of attention, not of its running weights
+    b_effect /= tl.where(b_sum == 0.0, 1.0, b_sum)  # of attention instead of its unnormalized weights
     m_row = o_row < rows
     tl.store(p_fit + o_row, b_hit - b_mass * finite_shift(b_far) / LOG2_E, mask=m_row)
     tl.store(p_stats + o_row, log_sum_exp(b_max, b_sum), mask=m_row)

@@ -36,7 +36,7 @@ def choose_blocks_reference(
         position: position of each query, int64 `[n]`.
         seen: what each query sees.
         keys: number of tokens, from position 0.
-        sizes: of the blocks.
+        sizes: sizes of the blocks.
     """
     weights = _group_weights(q, compressed_keys, sees_compressed(position, seen.run, seen.block_run, sizes))
     importance = sizes.importance(weights, keys)  # [B, G, n, Nb]
@@ -80,7 +80,7 @@ def choose_blocks(q: Tensor, compressed_keys: Tensor, seen: Seen, sizes: BlockSi
         q: `[B, H, N, D]`, float32, bfloat16 or float16, rotated.
         compressed_keys: `[B, G, Nc, D]`, where Nc is the number of whole compressed blocks in N tokens.
         seen: what each query sees.
-        sizes: of the blocks.
+        sizes: sizes of the blocks.
 
     Returns:
         int64 `[B, G, N, m]`, as from `choose_blocks_reference`.

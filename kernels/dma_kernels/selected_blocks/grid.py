@@ -105,10 +105,10 @@ def sees_compressed(position: Tensor, run: Tensor, block_run: Tensor, sizes: Blo
     """Which compressed blocks queries see, bool `[B, 1, n, Nc]`: those before them, in their document.
 
     Args:
-        position: of each query, int64 `[n]`.
+        position: position of each query, int64 `[n]`.
         run: as in `Seen`, `[B, n]`.
         block_run: as in `Seen`, `[B, Nc]`.
-        sizes: of the blocks.
+        sizes: sizes of the blocks.
     """
     start = torch.arange(block_run.shape[-1], device=position.device) * sizes.compress_stride
     past = start + sizes.compress_block - 1 <= position[:, None]  # [n, Nc]

@@ -81,7 +81,7 @@ def find_choosers(tiles: Tiles, number: int) -> Choosers:
     start = torch.searchsorted(block, edges)  # [Z, blocks + 1]
     chunks = (start[:, 1:] - start[:, :-1] + _CHUNK - 1) // _CHUNK
     first_chunk = F.pad(chunks.cumsum(-1), (1, 0))
-    bound = number + block.shape[1] // _CHUNK  # the most chunks that there can be, known without waiting for the device
+    bound = number + block.shape[1] // _CHUNK  # at least the number of chunks, known without waiting for the device
     chunk = torch.arange(bound, device=block.device).expand(rows, -1).contiguous()
     chunk_block = torch.searchsorted(first_chunk[:, 1:].contiguous(), chunk, right=True)
     known = chunk_block.clamp(max=number - 1)
