@@ -53,7 +53,7 @@ def end_with_first_process(trainer: pl.Trainer) -> None:
         isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
         and trainer.local_rank > 0
     ):
-        threading.Thread(target=_watch, args=(os.getppid(), trainer.local_rank), daemon=True).start()
+        threading.Thread(target=_watch, args=(os.getppid(), trainer.global_rank), daemon=True).start()
 
 
 def _watch(parent: int, rank: int, seconds: float = 5.0) -> None:
