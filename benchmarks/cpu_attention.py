@@ -4,8 +4,8 @@
     python benchmarks/cpu_attention.py --worker torch 4096   one measurement in this process, as JSON
 
 `torch` and `reference` compute dynamic mask attention; `sdpa` is dense causal attention by PyTorch, the strongest
-dense baseline on a CPU. Every row is the median of repeated subprocesses; peak memory is what the process needs
-above its size before the first call. Before anything is timed, `torch` must equal `reference`.
+dense baseline on a CPU. Each row is the median over several subprocesses. Peak memory is how much a process grows
+beyond its size before the first call. Before anything is timed, `torch` must equal `reference`.
 """
 
 import json
@@ -56,13 +56,13 @@ inputs_of = partial(make_inputs, HEADS, KV_HEADS, head_dim=HEAD_DIM, device="cpu
 
 def peak_memory() -> int:
     """Peak resident memory of this process in bytes; Linux only."""
-    # Not getrusage: its maximum starts with that of the process that started this one.
+    # Not getrusage: its maximum starts at that of the parent process.
     status = Path("/proc/self/status").read_text()
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def measure(backend: str, length: int) -> dict[str, float]:
-    """Forward and backward seconds of a second call, and the memory that both need."""
+    """Forward and backward seconds of the second of two calls, and their peak memory."""
     inputs, function = inputs_of(length), BACKENDS[backend]
     before = peak_memory()
     for _ in range(2):
@@ -86,7 +86,7 @@ def check() -> None:
 
 
 def measure_apart(backend: str, length: int, repeats: int) -> dict[str, list[float]]:
-    """Measurements in processes of their own: min, median, max of each figure."""
+    """Measure in separate processes; minimum, median and maximum of each figure."""
     command = [sys.executable, __file__, "--worker", backend, str(length)]
     runs = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(repeats)]
     return {name: spread(run[name] for run in runs) for name in runs[0]}

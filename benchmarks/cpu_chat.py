@@ -1,11 +1,12 @@
-"""Supervised fine-tuning on a CPU: answers of a small model before and after it.
+"""Supervised fine-tuning on a CPU: the answers of a small model before and after.
 
-A model of bytes is trained on text for 60 steps (`-c tiny -c pydoc -c cpu`), then fine-tuned from these weights for 450
-steps on 1,000 conversations (`-c data/chat`). The user names a thing in a sentence and asks what it is; the answer is
-one of four kinds, so a quarter of all guesses is right. Half of the conversations go on with a second thing. There are
-24 things and 12 sentences. Each thing stands in 9 of these in training, and in the other 3 in held-out conversations.
-Reports bits per byte of held-out answers, and how many of 100 first answers the model writes as they are there, to the
-last byte. It uses one thread, and seconds are processor time, which other work hardly changes.
+A byte-level model is first trained on text for 60 steps (`-c tiny -c pydoc -c cpu`), then fine-tuned for 450 steps on
+1,000 conversations (`-c data/chat`). In a conversation, the user names a thing in a sentence and asks what it is. There
+are four possible answers, so guessing is right a quarter of the time. About half of the conversations continue with a
+second thing. There are 24 things and 12 sentences. In training, each thing appears in 9 of the sentences; in held-out
+conversations, it appears in the other 3. The benchmark reports bits per byte of held-out answers, and how many of 100
+first answers the model writes exactly as in the data, to the last byte. It uses one thread. Seconds are processor time,
+which other work on the machine hardly changes.
 """
 
 import json
@@ -36,7 +37,7 @@ SENTENCES = (
     "Do you like the {} over there?", "He sold his {} last week.", "One {} was in the box.", "She wrote about that {}.",
     "Yesterday I got my {}.", "They asked for the {}.", "That {} is old.", "Look at this {}.",
 )  # fmt: skip
-KNOWN = 9  # sentences of a thing in training
+KNOWN = 9  # sentences in which a thing appears in training
 
 
 def draw(held_out: bool, generator: random.Random) -> dict[str, list[dict[str, str]]]:
@@ -63,7 +64,7 @@ def write_conversations(folder: Path) -> None:
 
 
 def fit(folder: Path, name: str, *options: str) -> tuple[str, float]:
-    """What a run of the command line prints, and its seconds of processor time."""
+    """Run `fit`; what it prints, and the processor time it takes, in seconds."""
     logger = [f"--trainer.logger.init_args.save_dir={folder}", f"--trainer.logger.init_args.name={name}"]
     command = [sys.executable, "-m", "dma_lightning", "fit", *options, *logger, "--trainer.enable_progress_bar=false"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -74,7 +75,7 @@ def fit(folder: Path, name: str, *options: str) -> tuple[str, float]:
 
 
 def right_answers(checkpoint: Path, data: ChatDataModule, conversations: list[Row]) -> int:
-    """How many first answers the model writes as they are in the data, given the messages before them."""
+    """How many first answers the model writes exactly as in the data, given the question."""
     model = LanguageModel.load_from_checkpoint(checkpoint).eval().model
     right, tokenizer = 0, ByteTokenizer()
     for conversation in conversations:
@@ -119,7 +120,7 @@ def tables(result: Result) -> list[Part]:
             result["answers"],
             f"Answers to held-out questions, before and after fine-tuning ({cpu_of(result)}; one seed); fewer bits and "
             "more right answers are better:",
-            ["model", "bits per byte of answers", "right answers", "processor seconds of its training"],
+            ["model", "bits per byte of answers", "right answers", "processor seconds of training"],
             lambda row: [
                 row["model"],
                 f"{row['bits_per_byte']:.2f}",

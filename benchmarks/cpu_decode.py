@@ -1,7 +1,8 @@
-"""Time per token and memory of decoding on a CPU by the length of the text, small cache and full.
+"""Decoding on a CPU: time per token and memory of the small cache and the full cache, by length of the text.
 
-The tiny model of `make train` with w = 64 and untrained weights that spread the ranks; batch 1, float32. The prompt is
-read in chunks, then tokens are made one by one; median [min - max] of them.
+The model is the tiny one of `make train`, with w = 64 and untrained weights that make the ranks differ. Batch 1,
+float32. The prompt is read in chunks, then tokens are generated one by one. Each time is the median [min - max] over
+these tokens, except the first two.
 """
 
 import time
@@ -19,7 +20,7 @@ TOKENS = {"small": 100, "full": 10}
 
 
 def make_model() -> DogeForCausalLM:
-    """The tiny model, with ranks that differ."""
+    """The tiny model, with random weights that make the ranks differ."""
     torch.manual_seed(0)
     model = DogeForCausalLM(ModelConfig()).eval()
     for layer in model.layers:
@@ -36,7 +37,7 @@ def cache_bytes(cache: KeyCache) -> int:
 
 @torch.no_grad()
 def measure(model: DogeForCausalLM, lengths: Sequence[int]) -> Iterator[Row]:
-    """One row by length and cache."""
+    """One row for each length and cache."""
     for length in lengths:
         tokens = torch.randint(256, (1, length))
         for name, count in TOKENS.items():

@@ -1,8 +1,9 @@
-"""Tokens per second that the data loader gives, and that `dma-lightning prepare` makes, on a CPU.
+"""Speed of the data loader and of `dma-lightning prepare` on a CPU.
 
-The text: 64 MB of random words in documents of 50 to 5,000 bytes, as JSONL. The loader draws sequences of 4,096 bytes
-in batches of 8 and random order from shards of 8 million tokens, in the page cache; it is checked first, against the
-text with its borders. `prepare` tokenizes a quarter of the text. Median [min - max] of 3 passes.
+The text is 64 MiB of random words in documents of 50 to 5,000 bytes, as JSONL. The loader reads sequences of 4,096
+bytes in random order, in batches of 8, from shards of 8 million tokens that are in the page cache. Before it is timed,
+its first sequence is checked against the text, document borders included. `prepare` tokenizes a quarter of the text.
+Each figure is the median [min - max] of 3 passes.
 """
 
 import contextlib
@@ -42,15 +43,15 @@ def write_text(folder: Path, size: int) -> None:
 
 
 def rounded(rates: list[float]) -> list[int]:
-    """Minimum, median and maximum, in whole numbers."""
+    """Minimum, median and maximum, rounded to whole numbers."""
     return [round(rate) for rate in spread(rates)]
 
 
 def check(data: PreparedDataModule) -> None:
-    """That the first window is the text, with labels where the same document goes on.
+    """Check that the first sequence is the beginning of the text, and that no label crosses a document border.
 
     Raises:
-        RuntimeError: if it is not.
+        RuntimeError: if this is not so.
     """
     item, shard = data.train_set[0], data.train_set.shards[0]
     tokens = shard.tokens[: LENGTH + 1].astype(np.int64)
@@ -59,18 +60,18 @@ def check(data: PreparedDataModule) -> None:
     if data.separate_documents:
         labels[owner[1:] != owner[:-1]] = IGNORE_INDEX
     if not (np.array_equal(item["input_ids"], tokens[:-1]) and np.array_equal(item["labels"], labels)):
-        raise RuntimeError("the loader gives other tokens than were written")
+        raise RuntimeError("the loader returned different tokens than were written")
 
 
 def loading(folder: Path) -> Iterator[Row]:
-    """One row by packing and number of workers."""
+    """One row for each number of workers, with document borders and without."""
     for separate in (True, False):
         for workers in (0, 1, 2):
             data = PreparedDataModule(str(folder), LENGTH, separate, batch_size=BATCH, num_workers=workers)
             data.setup("fit")
             check(data)
             loader, rates = data.train_dataloader(), []
-            for _ in range(REPEATS + 1):  # the first starts workers
+            for _ in range(REPEATS + 1):  # the first pass starts the workers and does not count
                 start, tokens = time.perf_counter(), 0
                 for batch in loader:
                     tokens += batch["input_ids"].numel()
@@ -90,7 +91,7 @@ def train_tokenizer(text: Path, path: Path) -> None:
 
 
 def preparing(folder: Path) -> Iterator[Row]:
-    """One row by tokenizer and number of processes, on the first quarter of the text."""
+    """One row for each tokenizer and number of processes, on the first quarter of the text."""
     files = sorted((folder / "text").iterdir())
     part = folder / "part"
     part.mkdir()

@@ -1,8 +1,9 @@
-"""How fast the content of files is checked when they are read, on a CPU: prepared shards, a checkpoint, an export.
+"""How fast files are verified when they are read, on a CPU: prepared shards, a checkpoint, and an export.
 
-Each kind has about 512 MB, in the page cache: four shards of random digits (SHA-256, before a run), a checkpoint (the
-CRC-32 of each record, once per process) and an export with its `SHA256SUMS`. A flipped bit is found first. Bytes per
-second of processor time, which threads divide among cores and other work does not change. Median [min - max] of 5.
+Each kind holds about 512 MB, in the page cache: four shards of random digits (SHA-256, before a run), a checkpoint (the
+CRC-32 of each record, once per process), and an export with its `SHA256SUMS`. Before it is timed, each check must find
+a flipped bit. Figures are bytes per second of processor time, added up over threads, so other work on the machine does
+not change them; median [min - max] of 5.
 """
 
 import os
@@ -26,7 +27,7 @@ Check = Callable[[], None]
 
 
 def write_shards(folder: Path) -> tuple[Path, Check]:
-    """Shards of random digits; a file of theirs, and what checks them."""
+    """Write shards of random digits; one of their files, and the function that verifies them."""
     (folder / "text").mkdir()
     for number in range(PARTS):
         (folder / f"text/{number}.txt").write_text(os.urandom(PART_BYTES // 2).hex())
@@ -35,14 +36,14 @@ def write_shards(folder: Path) -> tuple[Path, Check]:
 
 
 def write_checkpoint(folder: Path) -> tuple[Path, Check]:
-    """A file of `torch.save`, and what checks it."""
+    """Write a file with `torch.save`; the file, and the function that verifies it."""
     file = folder / "model.ckpt"
     torch.save({"state_dict": weights()}, file)
     return file, lambda: check_records(file)
 
 
 def write_export(folder: Path) -> tuple[Path, Check]:
-    """A folder with weights and hashes; the file of weights, and what checks them."""
+    """Write a folder with weights and hashes; the file of weights, and the function that verifies them."""
     (folder / "export").mkdir()
     save_file(weights(), folder / "export/model.safetensors")
     write_sums(folder / "export")
@@ -58,7 +59,7 @@ KINDS = {"prepared shards": write_shards, "checkpoint": write_checkpoint, "expor
 
 
 def flip(file: Path) -> None:
-    """The lowest bit of the byte behind a third of the file, which is within a record."""
+    """Flip the lowest bit of the byte a third of the way into the file, which is inside a record."""
     with file.open("r+b") as stream:
         stream.seek(file.stat().st_size // 3)
         (byte,) = stream.read(1)
@@ -67,7 +68,7 @@ def flip(file: Path) -> None:
 
 
 def finds_damage(file: Path, check: Check) -> bool:
-    """Whether a flipped bit is found; it is flipped back."""
+    """Whether the check finds a flipped bit. The bit is flipped back afterwards."""
     flip(file)
     try:
         check()
@@ -82,7 +83,7 @@ def rates(file: Path, check: Check) -> list[int]:
     """Bytes per second of processor time."""
     found = []
     for turn in range(REPEATS):
-        os.utime(file, (turn, turn))  # another content for all that a process knows
+        os.utime(file, (turn, turn))  # a new time stamp, so that the process verifies the file again
         start = time.process_time()
         check()
         found.append(PARTS * PART_BYTES / (time.process_time() - start))
@@ -90,7 +91,7 @@ def rates(file: Path, check: Check) -> list[int]:
 
 
 def measure() -> Iterator[Row]:
-    """One row by kind."""
+    """One row for each kind of file."""
     for kind, write in KINDS.items():
         with tempfile.TemporaryDirectory() as folder:
             file, check = write(Path(folder))
@@ -100,7 +101,7 @@ def measure() -> Iterator[Row]:
 
 
 def sentence(result: Result, kind: str) -> str:
-    """What the documents say about a kind."""
+    """The text that the docs show for a kind of file."""
     row = next(row for row in result["checking"] if row["kind"] == kind)
     least, median, greatest = (f"{rate / 1e9:.3g}" for rate in row["bytes_per_second"])
     return f"{median} [{least} - {greatest}] GB per second and core"

@@ -1,9 +1,10 @@
-"""How many queries see other keys when text is decoded token by token than in one forward pass.
+"""How many queries see different keys when a text is decoded token by token than in one forward pass.
 
-    python benchmarks/decode_live_sets.py CHECKPOINT      a checkpoint of bytes, such as `make train` leaves
+    python benchmarks/decode_live_sets.py CHECKPOINT      of a byte-level model, such as `make train` writes
 
-Ranks of one token tie exactly in the first layer, and matrix products of other shapes round in another way; ranks are
-compared in 16 mantissa bits, so that this does not show. The text is the beginning of Python's help topics.
+In the first layer, all keys of the same token have exactly the same rank, and matrix products of different shapes round
+differently. Ranks are compared by 16 mantissa bits only, so that rounding does not break such ties. The text is the
+beginning of Python's help topics.
 """
 
 from pathlib import Path
@@ -20,7 +21,10 @@ from harness.tables import cpu_of
 
 @torch.no_grad()
 def different_live_sets(model: DogeForCausalLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries that see other keys, and of how many, int64 `[layers]`; tokens `[B, N]`, selection by rank alone."""
+    """How many queries see different keys, and how many there are, both int64 `[layers]`.
+
+    Tokens are `[B, N]`. The model must select by rank alone.
+    """
     ranks: list[Tensor] = []
     attend = dynamic_mask.attend
 
@@ -54,7 +58,7 @@ def text_tokens(length: int) -> Tensor:
 
 
 def tables(result: Result) -> list[Part]:
-    """What the pages say: how many queries see other keys."""
+    """What the pages say: how many queries see different keys."""
     return [
         "**`python benchmarks/decode_live_sets.py`**: how many queries see different keys when a text is decoded token "
         f"by token than in one forward pass; 0 is correct. Of {sum(result['queries']):,} queries, "

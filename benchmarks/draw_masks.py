@@ -1,8 +1,8 @@
 """Draw the pictures of README, DESIGN and docs/own-model.md (needs Matplotlib).
 
 python benchmarks/draw_masks.py               one mask, and one of every kind
-python benchmarks/draw_masks.py CHECKPOINT    the slowest and the fastest head of a model of bytes over a real text,
-                                              such as the checkpoint that `make train` leaves
+python benchmarks/draw_masks.py CHECKPOINT    the heads with the slowest and the fastest drift, over a real text;
+                                              of a byte-level model, such as `make train` writes
 """
 
 import sys
@@ -23,7 +23,7 @@ LENGTH = 96
 
 
 def wandering_ranks() -> torch.Tensor:
-    """Ranks that wander, as those of real text do, `[1, 1, N]`."""
+    """Ranks that change slowly along the sequence, as those of real text do, `[1, 1, N]`."""
     torch.manual_seed(1)
     ranks = torch.randn(LENGTH)
     for t in range(1, LENGTH):
@@ -32,7 +32,7 @@ def wandering_ranks() -> torch.Tensor:
 
 
 def masks_of_every_kind() -> dict[str, Lifetimes]:
-    """Masks by the expression that makes them."""
+    """One mask of every kind, under the expression that makes it."""
     n, ranks = LENGTH, wandering_ranks()
     documents = torch.arange(n)[None] // 37
     padding = torch.arange(n)[None] < 14
@@ -50,17 +50,17 @@ def masks_of_every_kind() -> dict[str, Lifetimes]:
 
 
 def _extremes(slopes: dict[tuple[int, int], float]) -> list[tuple[int, int]]:
-    """The keys of the least and the largest slope."""
+    """The (layer, head) pairs with the smallest and the largest slope."""
     return [min(slopes, key=slopes.__getitem__), max(slopes, key=slopes.__getitem__)]
 
 
 def draw_drifts(checkpoint: str) -> Figure:
-    """Masks of the heads whose keys fall behind slowest and fastest, over the beginning of a help topic."""
+    """Masks of the heads with the slowest and the fastest drift, over the beginning of a help topic."""
     model = LanguageModel.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).model.eval()
     text = torch.tensor([list(topics["with"].encode()[: model.config.max_position_embeddings])])
     with torch.no_grad():
         masks = masks_over(model, cast("Batch", {"input_ids": text}))
-    slopes = {  # nats per position; contents only rank, so biases are the drift
+    slopes = {  # nats per position; contents are not in the biases, so these are the drift alone
         (layer, head): (bias[-1] - bias[0]).item() / (len(bias) - 1)
         for layer, mask in masks.items()
         for head, bias in enumerate(mask.scores[0])

@@ -11,7 +11,7 @@ Points = dict[str, list[tuple[int, float]]]
 
 
 def training(result: dict[str, Any]) -> Points:
-    """Microseconds per token of forward and backward, 16/4 heads: ours up to 1M, and dense attention where measured."""
+    """Forward and backward, 16/4 heads, in microseconds per token: ours up to 1M, dense attention where measured."""
     points = {"triton": [(row["length"], 1e3 * row["ms"][1] / row["length"]) for row in result["lengths"]]}
     for name in ("cuDNN", "FlashAttention-2"):
         rows = [row for row in result["attention"] if row["heads"] == 16]
@@ -20,7 +20,7 @@ def training(result: dict[str, Any]) -> Points:
 
 
 def decoding(result: dict[str, Any]) -> Points:
-    """Microseconds of a layer's step at batch 1."""
+    """A decoding step of one layer at batch 1, in microseconds."""
     points = {"triton": [(row["length"], row["us"][1]) for row in result["contexts"]]}
     for name in ("cuDNN", "FlashAttention-2"):
         points[name] = [(row["length"], row[name][1]) for row in result["dense"] if row["batch"] == 1]

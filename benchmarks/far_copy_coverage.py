@@ -1,10 +1,11 @@
-"""How many far copies of a text could be made from what a selection keeps, with no model at all.
+"""How many far copies in a text can be made from the keys that a selection keeps. No model is involved.
 
     python benchmarks/far_copy_coverage.py FOLDER      of `dma-lightning prepare`
 
-A far copy is a position whose last four tokens stood before, but only beyond a window (`far_copies`). It is covered if
-any head still keeps a token that followed them there. The rules rank keys by what is known when they arrive, but for
-`foreseen`, which knows the text to come. All keep as many keys as the window, the last quarter of them by position.
+A far copy is a position whose last four tokens have appeared before, but only farther back than a window
+(`far_copies`). It is covered if any head still keeps a token that followed these four there. Each rule ranks a key by
+what is known when the key arrives. Only `foreseen` also knows the text that comes after it. All rules keep as many keys
+as the window holds; a quarter of these are always the most recent ones.
 """
 
 from collections import Counter, defaultdict
@@ -17,11 +18,11 @@ from dma_lightning.data.prepared import PreparedDataModule
 from dma_lightning.monitoring.far_copies import far_copies
 from harness import CommandLine, describe, record
 
-ORDER = 4  # tokens that must have stood before
+ORDER = 4  # tokens that must have appeared before
 
 
 def sources(row: Tensor, window: int) -> dict[int, list[int]]:
-    """Positions that each far copy of a row `[N]` could copy its next token from."""
+    """For each far copy in a row `[N]`: the positions that its next token could be copied from."""
     tokens = row.tolist()
     before: dict[tuple[int, ...], list[int]] = defaultdict(list)
     far, found = far_copies(row[None], window, order=ORDER)[0].tolist(), {}
@@ -34,7 +35,7 @@ def sources(row: Tensor, window: int) -> dict[int, list[int]]:
 
 
 def repeats(row: Tensor) -> Tensor:
-    """How often the last four tokens of each position stood before, `[N]`."""
+    """How often the last four tokens at each position have appeared before, `[N]`."""
     tokens, seen, count = row.tolist(), Counter[tuple[int, ...]](), torch.zeros(len(row))
     for t in range(ORDER - 1, len(tokens)):
         gram = tuple(tokens[t - ORDER + 1 : t + 1])
@@ -44,7 +45,7 @@ def repeats(row: Tensor) -> Tensor:
 
 
 def needs(found: dict[int, list[int]], length: int) -> Tensor:
-    """How many far copies need each position, `[N]`."""
+    """How many far copies could use each position as their source, `[N]`."""
     count = torch.zeros(length)
     for positions in found.values():
         count[positions] += 1
@@ -52,7 +53,7 @@ def needs(found: dict[int, list[int]], length: int) -> Tensor:
 
 
 def ranks_of(row: Tensor, found: dict[int, list[int]], rarity: Tensor, heads: int) -> dict[str, Tensor]:
-    """Ranks `[G, N]` of each rule; heads of one rule remember for each other."""
+    """Ranks `[G, N]` by each rule. If a rule has several heads, it is enough that one of them keeps a key."""
     position = torch.arange(len(row))
     stripes = (position % heads == torch.arange(heads)[:, None]).float()
     return {
@@ -85,11 +86,11 @@ def coverage(rows: list[Tensor], window: int, rarity: Tensor, heads: int) -> lis
 def main() -> None:
     """Measure, print, and write the JSON file."""
     line = CommandLine(__doc__, "far_copy_coverage", duration="about a minute on two cores")
-    line.add_argument("folder", help="of prepared text")
-    line.add_argument("--length", type=int, default=4096, help="tokens of a row (default: 4096)")
-    line.add_argument("--window", type=int, default=512, help="keys that are kept (default: 512)")
+    line.add_argument("folder", help="folder of prepared text")
+    line.add_argument("--length", type=int, default=4096, help="tokens per row (default: 4096)")
+    line.add_argument("--window", type=int, default=512, help="keys that each head keeps (default: 512)")
     line.add_argument("--heads", type=int, default=6, help="KV heads (default: 6)")
-    line.add_argument("--rows", type=int, default=64, help="of the text, evenly spaced (default: 64)")
+    line.add_argument("--rows", type=int, default=64, help="rows of the text, evenly spaced (default: 64)")
     args = line.parse_args()
     torch.manual_seed(0)
     data = PreparedDataModule(args.folder, args.length, separate_documents=False, batch_size=1)

@@ -2,35 +2,39 @@
 
     python benchmarks/fuzz.py                                            # all areas, 1000 cases
     python benchmarks/fuzz.py selection key_caches --cases 10000 --processes 2
-    python benchmarks/fuzz.py all drift=10000 --cases 2000               # all areas, and more cases of one
-    python benchmarks/fuzz.py exports --first 4711 --cases 1             # one case again
+    python benchmarks/fuzz.py all drift=10000 --cases 2000               # all areas, with more cases of one
+    python benchmarks/fuzz.py exports --first 4711 --cases 1             # repeat one case
 
-The cases are those of `tests/fuzz`: a check takes a seed, draws a case from it, and compares with an oracle in plain
-Python and NumPy that shares no code with the packages. The areas, and what one is about:
+The checks are in `tests/fuzz`. Each takes a seed and draws a case from it. Computed results are compared with an oracle
+in plain Python and NumPy that shares no code with the packages. The areas:
 
-- `selection`: `Lifetimes.top_w` with ties, NaN, infinities, documents, padding, kept last and first keys; its counts;
-  the slots of segments, in which each visible pair stands exactly once;
-- `drift`: the same with contents and steps in nats, and with integers as ranks, against integers of Python's;
-- `masks`, `intervals`: unions and intersections; block masks, also against torch's `create_block_mask`;
-- `backends`, `triton`, `flex`: output and gradients against softmax in float64 (`flex` without gradients);
-- `gates`: output and gradients of heads that drift, those of gates, contents and the layer's input too, against
-  formulas in float64;
+- `selection`: `Lifetimes.top_w` with ties, NaN, infinities, documents, padding, and first and last keys that are always
+  kept; its counts of keys; and the slots of segments, where each visible pair must appear exactly once;
+- `drift`: ranks with a drift, from contents and steps in nats, and integer ranks, against Python's integers;
+- `masks`, `intervals`: unions and intersections of masks; block masks, also against torch's `create_block_mask`;
+- `backends`, `triton`, `flex`: output and gradients of attention against softmax in float64 (`flex`: output only);
+- `gates`: output and all gradients of heads with a drift, including those of gates, contents and the layer's input,
+  against formulas in float64;
 - `retention`, `retention_triton`: the retention loss and its gradient against formulas in float64;
-- `key_caches`, `triton_caches`, `mixers`: a text cut into any calls, with guesses, chosen rows, documents and padding;
-  `drift_caches`, `drift_triton_caches`: of keys that drift, also from far into a text on;
-- `prepared`, `preparing`, `text`, `tokenizers`, `exports`, `checkpoint_bytes`, `checkpoint_values`: files whose bytes,
-  values or kinds are others (a pipe, a folder, a link) are read with exactly the right content, or refused in one line
-  that names the file; nothing hangs, starts, is imported, or changed elsewhere;
-- `resuming`, `commands`: the same of `fit` and `validate` with checkpoints that name classes and others' files;
-- `races`: processes that write to one place at once, and processes that are killed.
+- `key_caches`, `triton_caches`, `mixers`: a text that is read in arbitrary pieces, with documents, padding, and rows of
+  the batch that are selected in between; the first two also with guessed tokens, some of which are rejected;
+- `drift_caches`, `drift_triton_caches`: such caches of keys with a drift, which may start far into a text;
+- `prepared`, `preparing`, `text`, `tokenizers`, `exports`, `checkpoint_bytes`, `checkpoint_values`: files with changed
+  bytes or values, or with a pipe, a folder or a link in their place. Reading must return exactly the right content or
+  fail with a one-line error that names the file. It must not hang, start a process, import foreign code, or change
+  anything elsewhere;
+- `resuming`, `commands`: the same for `fit` and `validate`, with checkpoints that name classes or other people's files;
+- `races`: processes that write to one place at the same time, and processes that are killed.
 
-`selection`, `drift` and the areas with `triton` compute on the GPU if there is one, all others on the CPU. Without a
-GPU, kernels run under Triton's interpreter. Areas whose cases take seconds try a share of `--cases` (see
-`tests/fuzz/fuzz_areas.py`). Cases are run by processes of their own, so that one which ends or hangs its process is a
-failure, too, and the next seed goes on. The result, a JSON file, has for each area the number of cases, seconds of one
-core, and the seeds and messages of failures, beside hardware, versions and commit; the exit status is 1 if there were
-failures. Files are made in the folder for temporary ones. An audit hook refuses what a reader must not do, so code that
-is at fault does no harm.
+`selection`, `drift` and the areas with `triton` in their name compute on the GPU if there is one. All others compute on
+the CPU. Without a GPU, kernels run under Triton's interpreter. Areas with slow cases run only a fraction of `--cases`
+(see `tests/fuzz/fuzz_areas.py`).
+
+Cases run in separate processes. If a case crashes or hangs its process, that counts as a failure, and the run continues
+with the next seed. The result is a JSON file with hardware, versions, commit and, for each area, the number of cases,
+the processor time in seconds, and the seeds and messages of failures. The exit status is 1 if there were failures. All
+files are made in the system's temporary folder. An audit hook blocks whatever a reader must not do, so a faulty reader
+does no harm.
 """
 
 import multiprocessing
@@ -43,35 +47,38 @@ from multiprocessing.connection import Connection, wait
 from harness import ROOT, CommandLine, Part, Result, Table, describe, write
 from harness.tables import gpu_of
 
-_PATIENCE = 300  # seconds that a case may take; the first of a process makes what the others change
-_AT_ONCE = 25  # cases that a process is given
+_PATIENCE = 300  # seconds that a case may take; the first in a process also makes the files that all of them change
+_AT_ONCE = 25  # least number of cases that a process gets, if there are as many
 
 
 @dataclass
 class Tally:
-    """What an area's cases have given."""
+    """Results of an area so far: the number of cases, their processor time, and the failures."""
 
     cases: int = 0
     seconds: float = 0.0
     failures: list[dict[str, int | str]] = field(default_factory=list)
 
     def add(self, seed: int, seconds: float, failure: str | None) -> None:
-        """Count a case, and tell of a failure."""
+        """Count a case, and keep its failure if there is one."""
         self.cases, self.seconds = self.cases + 1, self.seconds + seconds
         if failure is not None:
             self.failures.append({"seed": seed, "failure": failure[:600]})
 
     def row(self) -> dict[str, object]:
-        """For the file: failures are counted all, and the first are told."""
+        """The area's part of the result file: all failures are counted, and the first 50 are listed."""
         failed = {"failed": len(self.failures), "failures": self.failures[:50]}
         return {"cases": self.cases, "seconds": round(self.seconds, 1), **failed}
 
 
 class Worker:
-    """A process that checks seeds of one area one after the other; it tells of each, so that its end tells of one."""
+    """A process that checks seeds of one area in order, and reports each one.
+
+    If the process dies, the first seed without a report is the one that killed it.
+    """
 
     def __init__(self, area: str, seeds: list[int]) -> None:
-        context = multiprocessing.get_context("spawn")  # nothing is inherited that was imported before
+        context = multiprocessing.get_context("spawn")  # children inherit no imported modules
         self.connection, theirs = context.Pipe()
         self.area, self.seeds, self.heard = area, seeds, time.monotonic()
         self.process = context.Process(target=_check_seeds, args=(area, seeds, theirs))
@@ -79,10 +86,10 @@ class Worker:
         theirs.close()
 
     def hear(self, tally: Tally) -> bool:
-        """Take up what the process tells.
+        """Read the reports of the process, and kill it if a case takes too long.
 
         Returns:
-            Whether it has ended.
+            Whether the process has ended.
         """
         try:
             while self.connection.poll():
@@ -97,15 +104,15 @@ class Worker:
         return False
 
     def rest(self, tally: Tally) -> list[int]:
-        """The seeds that it has left over; that at which it ended has failed."""
+        """The seeds that are left after the process has ended. The seed at which it ended counts as a failure."""
         if self.seeds:
-            end = f"the process ended with status {self.process.exitcode}, or was ended after {_PATIENCE} s"
+            end = f"the process ended with status {self.process.exitcode}, or was killed after {_PATIENCE} s"
             tally.add(self.seeds[0], 0.0, end)
         return self.seeds[1:]
 
 
 def run(areas: dict[str, int], first: int, processes: int) -> dict[str, Tally]:
-    """Check so many seeds of each area, in processes."""
+    """Check the given number of seeds of each area, with at most `processes` processes at once."""
     tallies = {area: Tally() for area in areas}
     size = {area: max(_AT_ONCE, -(-count // processes)) for area, count in areas.items()}
     waiting = [
@@ -136,8 +143,8 @@ RESULTS = ("fuzz", "gpu_fuzz")
 
 def tables(on_cpu: Result, on_gpu: Result) -> list[Part]:
     """What the page shows: a row for each area and machine."""
-    columns = ["area", "cases", "seconds of a core", "failed"]
-    caption = "Drawn cases by area, the time that they took, and how many failed"
+    columns = ["area", "cases", "processor seconds", "failed"]
+    caption = "Drawn cases by area, the time they took, and how many failed"
     return [
         Table(areas_of(on_cpu), f"{caption}, on a CPU:", columns),
         Table(areas_of(on_gpu), f"{caption}, on a GPU ({gpu_of({'environment': on_gpu})}):", columns),
@@ -153,7 +160,7 @@ def areas_of(result: Result) -> list[list[str]]:
 
 
 def _check_seeds(area: str, seeds: list[int], connection: Connection) -> None:
-    os.environ["RUST_BACKTRACE"] = "0"  # of panics that are caught
+    os.environ["RUST_BACKTRACE"] = "0"  # no backtraces of panics that are caught
     sys.path[:0] = [str(ROOT / "tests" / "fuzz"), str(ROOT / "tests")]
     import torch
     from fuzz_areas import AREAS
@@ -169,10 +176,10 @@ def _check_seeds(area: str, seeds: list[int], connection: Connection) -> None:
 
 
 def counts_of(asked: list[str], of_all: dict[str, int]) -> dict[str, int]:
-    """Cases of each area that `area`, `area=cases` or `all` asks for, in the order of all.
+    """Number of cases of each area that `area`, `area=cases` or `all` asks for, in the order of `of_all`.
 
     Raises:
-        ValueError: for what is none of these.
+        ValueError: if an argument has none of these forms.
     """
     counts = dict(of_all) if "all" in asked else {}
     for one in asked:
@@ -197,7 +204,7 @@ def main() -> None:
     line.add_argument(
         "areas", nargs="*", metavar="area[=cases]", default=["all"], help=f"all (the default), or {', '.join(AREAS)}"
     )
-    line.add_argument("--cases", type=int, default=1000, help="of each area, or a share of it (default: 1000)")
+    line.add_argument("--cases", type=int, default=1000, help="per area; slow ones run a fraction (default: 1000)")
     line.add_argument("--first", type=int, default=0, help="seed of the first case (default: 0)")
     line.add_argument("--processes", type=int, default=1, help="(default: 1)")
     options = line.parse_args()

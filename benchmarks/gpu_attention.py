@@ -1,8 +1,9 @@
-"""Speed and memory of the `flex` backend and of the mask builder on a GPU, beside the strongest dense baselines.
+"""Speed and memory of the `flex` backend and of the mask builder on a GPU, compared with the strongest dense baselines.
 
-Four tables: forward and backward given the plan (with selection and plan timed beside), building block masks, ways to
-the gradient of the key biases, and peak memory by length. bfloat16, batch 1, head dim 128, random scores. Each figure
-is the median [min - max] of several measurements by Triton's `do_bench`, each itself a median.
+There are four tables: forward and backward with a given plan (selection and plan are timed separately), building block
+masks, ways to compute the gradient of the key biases, and peak memory by length. bfloat16, batch 1, head dim 128,
+random scores. Each figure is the median [min - max] of several measurements by Triton's `do_bench`, each of which is
+itself a median.
 """
 
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ compiled_create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 
 def check() -> None:
-    """`flex` equals `torch` in output and gradients, and block masks equal PyTorch's, before anything is timed."""
+    """Before anything is timed: `flex` equals `torch` in output and gradients, and block masks equal PyTorch's."""
     *qkv, ranks = make_inputs(16, 4, 5000)
     inputs, mask = [*qkv, ranks.detach().exp().requires_grad_()], Lifetimes.top_w(ranks, 1024)
     results = []
@@ -53,8 +54,8 @@ def check() -> None:
 
 
 def measure_masks(length: int) -> Row:
-    """Building a block mask of 16 query and 4 KV heads from its lifetimes."""
-    torch._dynamo.reset()  # a program has one length; guards of others would be checked before each call
+    """Time of building a block mask of 16 query and 4 KV heads from its lifetimes."""
+    torch._dynamo.reset()  # a real program has one length; with several, each call would check the guards of all
     mask = Lifetimes.top_w(torch.randn(1, 4, length, device="cuda"), 1024)
     mask_mod = lifetime_mask_mod(mask.birth, mask.death, 16)
     return {
@@ -68,7 +69,7 @@ def measure_masks(length: int) -> Row:
 
 
 def measure_attention(heads: int, kv_heads: int, length: int, window: int) -> Row:
-    """Dense causal attention, and dynamic mask attention given its plan; selection and plan beside."""
+    """Dense causal attention, and dynamic mask attention with a given plan; selection and plan separately."""
     *qkv, ranks = make_inputs(heads, kv_heads, length)
     scores = ranks.detach().exp().requires_grad_()
     mask = Lifetimes.top_w(ranks, window)
@@ -109,14 +110,14 @@ def measure_memory(length: int) -> Row:
 
 
 def measure_bias_gradients() -> Iterator[Row]:
-    """Ways to the gradient of the key biases, over the segments of 32k keys: forward, and backward of q, k, v, bias."""
+    """Ways to compute the gradient of the key biases, over segments at 32k: forward, and backward of q, k, v, bias."""
     heads, kv_heads, length, window = SHAPES[0]
     q, k, v, ranks = (x.detach() for x in make_inputs(heads, kv_heads, length))
     plan = FlexPlan.of(Lifetimes.top_w(ranks, window), 1, heads, kv_heads)
     slots = plan.slots
     q, k, v = slots.split_queries(q), slots.gather(k), slots.gather(v)
     bias = slots.gather(ranks.exp()[..., None]).squeeze(-1)
-    column = torch.zeros(1, 1, 1, 16, device="cuda", dtype=q.dtype)  # the least that a tensor core takes
+    column = torch.zeros(1, 1, 1, 16, device="cuda", dtype=q.dtype)  # the smallest width that a tensor core takes
     one = column.index_fill(-1, torch.tensor([0], device="cuda"), 1)
     q_wide = torch.cat([q, one.expand(*q.shape[:3], -1)], -1)
     k_wide = torch.cat([k, one * bias[..., None].to(k.dtype) * HEAD_DIM**0.5], -1)
@@ -136,7 +137,7 @@ def measure_bias_gradients() -> Iterator[Row]:
         captured = captured if captured is None else captured.clone().requires_grad_(trained)
         function = partial(run, captured, *inputs)
         yield {"way": name, **forward_and_backward_ms(function, [*inputs, captured] if trained else inputs)}
-    lse = torch.full(q.shape[:3], 8.0, device="cuda")  # the time does not depend on the numbers
+    lse = torch.full(q.shape[:3], 8.0, device="cuda")  # the time does not depend on the values
 
     def kernel() -> tuple[Tensor, ...]:
         return key_gradients(q, k, v, bias, slots.birth, slots.death, lse, lse, q, HEAD_DIM**-0.5)
@@ -145,7 +146,7 @@ def measure_bias_gradients() -> Iterator[Row]:
 
 
 def attention_rows(row: Row) -> Iterator[list[str | None]]:
-    """Lines of a shape: forward, backward, both, and how much faster than cuDNN with selection and plan."""
+    """Lines of a shape: forward, backward, both; with selection and plan, also the speedup over cuDNN."""
     shape, names = shape_of(row), ("flex", *DENSE, "flex, natural order")
     times = {name: {part: row[name][part][1] for part in ("forward", "backward")} for name in ("flex", "cuDNN")}
     for part in ("forward", "backward"):
@@ -203,8 +204,8 @@ def tables(result: Result) -> list[Part]:
 def main() -> None:
     """Check, measure, print, and write the JSON file after each row."""
     args = CommandLine(__doc__, "gpu_attention", gpus=1, duration="less than ten minutes on an H200").parse_args()
-    torch._dynamo.config.recompile_limit = 64  # every shape below is one
-    torch._functorch.config.donated_buffer = False  # a backward is timed again and again over one forward
+    torch._dynamo.config.recompile_limit = 64  # each shape below compiles once
+    torch._functorch.config.donated_buffer = False  # the backward is timed repeatedly after a single forward
     check()
     shape = {"head_dim": HEAD_DIM, "dtype": "bfloat16", "batch": 1, "repeats": REPEATS}
     rows = {

@@ -1,11 +1,12 @@
-"""NSA's selected branch and its choice of blocks by our Triton kernels, and by others, in one run on one GPU.
+"""NSA's selected branch and its choice of blocks: our Triton kernels compared with others, in one run on one GPU.
 
     python benchmarks/gpu_block_attention.py [--xl CHECKOUT] [--fla CHECKOUT]
 
 The checkouts are of github.com/XunhaoLai/native-sparse-attention-triton and github.com/fla-org/flash-linear-attention.
-Given the blocks that each query has chosen: 16 of 64 tokens, by random keys, so that neighbors share few of them. Ours
-includes making the tiles. The choice by our kernel is compared with that in plain PyTorch. bfloat16, batch 1, head dim
-128. Each figure is minimum, median and maximum in milliseconds.
+For the selected branch, the blocks of each query are given: 16 blocks of 64 tokens, chosen with random keys, so that
+neighboring queries share few of them. The time of ours includes building its tiles. Choosing the blocks is timed
+separately, with our kernel and in plain PyTorch. bfloat16, batch 1, head dim 128. Each figure is the minimum, median
+and maximum in milliseconds.
 """
 
 import importlib
@@ -46,17 +47,17 @@ def choose_plainly(q: Tensor, keys: Tensor, places: Places, first: Tensor) -> Te
 
 
 def make_chosen(heads: int, kv_heads: int, length: int) -> tuple[list[Tensor], Tensor, Tensor]:
-    """q, k, v in bfloat16, the blocks that random compressed keys choose, and each query's first position."""
+    """q, k, v in bfloat16, the blocks chosen with random compressed keys, and each query's first position."""
     q, k, v, _ = (x.detach() for x in make_inputs(heads, kv_heads, length, HEAD_DIM))
     keys, places, first = make_compressed(kv_heads, length)
     return [x.requires_grad_() for x in (q, k, v)], choose_plainly(q, keys, places, first), first
 
 
 def measure_choice() -> Iterator[Row]:
-    """One row by shape: time and peak memory of the choice by the kernel and in plain PyTorch.
+    """One row for each shape: time and peak memory of the choice, by the kernel and in plain PyTorch.
 
     Raises:
-        RuntimeError: if more than one in 1,000 queries chooses other blocks; some do, by rounding.
+        RuntimeError: if the two differ in more than one in 1,000 queries. A few differ because of rounding.
     """
     for heads, kv_heads, length in SHAPES:
         q = make_inputs(heads, kv_heads, length, HEAD_DIM)[0].detach()
@@ -76,7 +77,7 @@ def measure_choice() -> Iterator[Row]:
 
 
 def measure(peers: dict[str, Callable[..., Tensor]]) -> Iterator[Row]:
-    """One row by shape; what a kernel cannot do is left out, with its reason."""
+    """One row for each shape. For what a kernel cannot do, the row has the reason instead of a time."""
     for heads, kv_heads, length in SHAPES:
         inputs, blocks, first = make_chosen(heads, kv_heads, length)
         ways = {"ours": lambda q, k, v, blocks=blocks, first=first: block_attention(q, k, v, blocks, first, None, 64)}
@@ -100,14 +101,14 @@ def measure(peers: dict[str, Callable[..., Tensor]]) -> Iterator[Row]:
 
 
 def time_of(figure: dict[str, list[float]] | str | None, part: str) -> str:
-    """A cell of a kernel that was not asked, could not, or did."""
+    """The cell of a kernel that was not run, could not compute this, or was timed."""
     if isinstance(figure, dict):
         return interval(figure[part])
     return "refuses" if figure else ""
 
 
 def load_xl(checkout: Path) -> Callable[..., Tensor]:
-    """The selected branch of native-sparse-attention-triton, without its package, which needs flash-attn."""
+    """The selected branch of native-sparse-attention-triton, loaded without its package, which needs flash-attn."""
     for name in ("native_sparse_attention", "native_sparse_attention.ops", "native_sparse_attention.ops.triton"):
         module = types.ModuleType(name)
         module.__path__ = [str(checkout / name.replace(".", "/"))]
@@ -137,7 +138,7 @@ def load_fla(checkout: Path) -> Callable[..., Tensor]:
 
 
 def tables(result: Result) -> list[Part]:
-    """What the pages show: forward and backward by shape and kernels."""
+    """What the pages show: forward and backward by shape and kernel."""
     names = ("ours", "XL", "fla", *DENSE)
     rows = []
     for row in result["selected"]:
@@ -160,7 +161,7 @@ def tables(result: Result) -> list[Part]:
 
 
 def choice_table(result: Result) -> Table:
-    """What the pages show of the choice."""
+    """What the pages show about the choice of blocks."""
     ways = ("ours", "plain")
     rows = [
         [shape_of(row), *(interval(row[x]) for x in ways), *(f"{row[f'{x}_gib']:.2f}" for x in ways)]

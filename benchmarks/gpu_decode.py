@@ -1,8 +1,9 @@
-"""Decoding on a GPU: a step of the small cache beside dense attention over a full one, and a whole model by context.
+"""Decoding on a GPU: one layer compared with dense attention over a full cache, and a whole model by context length.
 
-The paper's shape: 32 query and 8 KV heads, head dim 128, w = 1024, bfloat16. All is replayed as CUDA graphs. A graph
-holds several layers, each with its own cache, so that none of them finds its keys in the L2 cache of the GPU. The new
-key always pushes another out. Each figure is minimum, median and maximum of several medians by Triton's `do_bench`.
+The shape is the paper's: 32 query and 8 KV heads, head dim 128, w = 1024, bfloat16. Steps are replayed as CUDA graphs.
+If a step reads w keys only, its graph holds several layers, each with its own cache, so that no layer finds its keys in
+the GPU's L2 cache. The new key always replaces another one. Each figure is the minimum, median and maximum of several
+medians by Triton's `do_bench`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ CHUNK = 1 << 15
 
 
 def microseconds(function: Callable[[], Any], calls: int) -> list[float]:
-    """Time per call of a function that makes several, as a CUDA graph."""
+    """Time per call, as a CUDA graph, of a function that makes several calls."""
     return [1e3 * ms / calls for ms in time_ms(captured(function))]
 
 
@@ -45,7 +46,7 @@ def make_inputs(batch: int, length: int) -> dict[str, Tensor | NewKeys]:
 
 
 def filled_cache(batch: int, length: int, backend: StepBackend = "triton") -> DynamicMaskCache:
-    """A cache that has read so many positions."""
+    """A cache that has read `length` positions."""
     cache = DynamicMaskCache(batch, KV_HEADS, HEAD_DIM, WINDOW, dtype=torch.bfloat16, device="cuda", backend=backend)
     for start in range(0, length, CHUNK):
         cache.attend(**make_inputs(batch, min(CHUNK, length - start)), attention=fused_attention)
@@ -53,7 +54,7 @@ def filled_cache(batch: int, length: int, backend: StepBackend = "triton") -> Dy
 
 
 def check() -> None:
-    """The kernel leaves what the plain step leaves, before anything is timed."""
+    """Before anything is timed: the kernel's step leaves the same output and cache as the plain step."""
     caches = []
     for backend in ("torch", "triton"):
         torch.manual_seed(0)
@@ -67,23 +68,23 @@ def check() -> None:
 
 
 def step_all(caches: Sequence[KeyCache], inputs: dict[str, Tensor]) -> None:
-    """A step of every cache."""
+    """One step with every cache."""
     for cache in caches:
         cache.attend(**inputs)
 
 
 def dense_all(q: Tensor, kv: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Dense attention of a query to all keys and values."""
+    """Dense attention of one query to all keys and values."""
     for k, v in kv:
         F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
 def measure_steps() -> Iterator[Row]:
-    """A layer's step by batch, and dense attention to as many keys, which keeps nothing."""
+    """A layer's step by batch size, and dense attention to the same number of keys, without a cache to update."""
     for batch in BATCHES:
         layers = 4 if batch > 4 else 16
         inputs = make_inputs(batch, 1)
-        inputs["new"].rank.fill_(9.0)  # of equal ranks the new one wins
+        inputs["new"].rank.fill_(9.0)  # if the rank equals another one, the new key wins
         row: Row = {"batch": batch, "window": WINDOW}
         for name in ("triton", "torch"):
             caches = [filled_cache(batch, 2 * WINDOW, name) for _ in range(layers)]
@@ -95,7 +96,7 @@ def measure_steps() -> Iterator[Row]:
 
 
 def measure_dense() -> Iterator[Row]:
-    """Dense attention of one query to a full cache, which is not extended."""
+    """Dense attention of one query to a full cache, without appending to it."""
     for batch, lengths in DENSE_LENGTHS.items():
         for length in lengths:
             q = torch.randn(batch, HEADS, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
@@ -108,7 +109,7 @@ def measure_dense() -> Iterator[Row]:
 
 
 def measure_contexts() -> Iterator[Row]:
-    """A layer's step, and the memory of its cache, after so many positions."""
+    """A layer's step and the memory of its cache, by the number of positions read before."""
     for length in CONTEXTS:
         caches = [filled_cache(1, length) for _ in range(16)]
         inputs = make_inputs(1, 1)
@@ -118,13 +119,13 @@ def measure_contexts() -> Iterator[Row]:
 
 
 def next_token(model: DogeForCausalLM, token: Tensor, cache: Sequence[KeyCache]) -> None:
-    """Replace a token `[1, 1]` by the likeliest to follow it."""
+    """Replace a token `[1, 1]` in place by the most likely next one."""
     token.copy_(model(token, cache=cache, last_only=True).argmax(-1))
 
 
 @torch.no_grad()
 def measure_model(path: Path) -> Iterator[Row]:
-    """A token of a whole model with random weights: eagerly, as a CUDA graph, and the memory of all caches."""
+    """Time of a token of a whole model with random weights, eagerly and as a CUDA graph; memory of all caches."""
     config = read_config(path)
     with torch.device("cuda"):
         torch.set_default_dtype(torch.bfloat16)
@@ -147,7 +148,7 @@ def measure_model(path: Path) -> Iterator[Row]:
 
 
 def tables(result: Result) -> list[Part]:
-    """What the pages show: steps by batch, and by the length of what has been read."""
+    """What the pages show: steps by batch size, and by the number of tokens read."""
     dense = {(row["batch"], row["length"]): row["cuDNN"][1] for row in result["dense"]}
     lengths = sorted({length for _, length in dense})
     names = ("triton", "torch", "FlashAttention-2, w keys")
@@ -195,7 +196,7 @@ def main() -> None:
         "--model",
         type=Path,
         default=CONFIGS / "model" / "1.7b-published.yaml",
-        help="its config (default: that of 1.7b)",
+        help="config of the whole model (default: that of 1.7b)",
     )
     args = line.parse_args()
     check()

@@ -2,13 +2,13 @@
 
 The shipped form adds a drift, gates and a retention loss. There are two tables, both in bfloat16 with w = 1024.
 
-1. Times of parts, with and without a drift, as CUDA graphs: selecting keys by their ranks, attention with slots that
-   are already filled (over the same mask in both cases, so that biases and their gradients make the difference), and a
-   step of decoding. Each figure is the median [min - max] of several measurements by Triton's
-   `do_bench`, each of which is itself a median.
+1. Times of parts, with and without a drift, as CUDA graphs: selecting keys by their ranks, attention over slots that
+   are already filled, and a decoding step. Attention has the same mask in both cases, so only the biases and their
+   gradients make a difference. Each figure is the median [min - max] of several measurements by Triton's `do_bench`,
+   each of which is itself a median.
 2. Training steps of 80m through `fit`, as in gpu_fit.py: full attention (`mha`), the published form, and the shipped
-   form. The shipped form has three rows: a step with its own window, the same without the retention loss, and a step
-   that keeps all keys, as `MixedWindows` makes them. The figures are those that `SpeedMonitor` logs.
+   form. The shipped form has three rows: a step with its own window, such a step without the retention loss, and a step
+   that keeps all keys, as some steps do under `MixedWindows`. The figures are those that `SpeedMonitor` logs.
 """
 
 import gc
@@ -89,7 +89,7 @@ def measure_parts(heads: int, kv_heads: int, length: int) -> Iterator[Row]:
     q, k, v, _ = make_inputs(heads, kv_heads, length, projected=True)
     grad = torch.randn_like(q)
     both = {drifts: Keys.drawn(kv_heads, length, drifts) for drifts in (False, True)}
-    mask = Lifetimes.top_w(both[True].content, WINDOW, drift=both[True].steps)  # of attention, in both cases
+    mask = Lifetimes.top_w(both[True].content, WINDOW, drift=both[True].steps)  # the mask of attention, in both cases
     for drifts, keys in both.items():
         attend = partial(
             fused_attention, q, k, v, keys.bias, mask, slots=SegmentSlots.of(mask, 1, kv_heads),
@@ -148,7 +148,7 @@ def fit_form(corpus: Path, watch: pl.Callback, length: int, form: str, steps: in
 
 
 def compile_form(corpus: Path, case: Case) -> None:
-    """Compile what a measurement needs, with one layer, since all layers share the compiled code.
+    """Compile what a measurement needs. One layer is enough, since all layers share the compiled code.
 
     The `shape` of the case holds the name of a form.
     """

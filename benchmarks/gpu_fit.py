@@ -1,18 +1,20 @@
-"""Training through `dma-lightning fit` on one GPU: tokens/s, utilization, and where the time of a step goes.
+"""Training through `dma-lightning fit` on one GPU: tokens/s, utilization, and what a step spends its time on.
 
     python benchmarks/gpu_fit.py 80m      or 1.7b
 
-The model config of that name with configs/trainer/gpu.yaml and configs/data/prepared.yaml, on 32,768 random tokens a
-step out of a vocabulary of 32,768, in sequences of one length without document borders. Layers are compiled; those of
-80m run as CUDA graphs, and those of 1.7b are computed again for the backward. Validation and checkpoints are off, all
-else is as configured. `mha` takes cuDNN's attention where it can.
+The model config is the published form of that name, with configs/trainer/gpu.yaml and configs/data/prepared.yaml. Each
+step takes 32,768 random tokens from a vocabulary of 32,768, in sequences of one length without document borders. Layers
+are compiled; those of 80m run as CUDA graphs, and those of 1.7b are recomputed in the backward pass. Validation and
+checkpoints are off; everything else is as configured. `mha` uses cuDNN's attention where it can.
 
 Speed and utilization are what `SpeedMonitor` logs at each logging step after the second: minimum, median and maximum.
-What a logging step costs is how much longer it and the step behind it take on the GPU than two others. Behind these
-steps PyTorch's profiler looks at a few more: how long the GPU is at work, and how long it waits between kernels.
-Milliseconds of kernels by what they are for, and of the processor in Lightning's hooks for data and in callbacks, are
-those of the same steps where there are no CUDA graphs; else of a short run without them, since the profiler cannot
-tell what their kernels are for. Such a run ends before the GPU is warm, so its kernels are faster.
+The cost of logging is how much longer a logging step and the step after it take on the GPU than two other steps.
+
+After these steps, PyTorch's profiler measures a few more: how long the GPU computes, and how long it waits between
+kernels. It also adds up the time of kernels by their purpose, and the processor's time in Lightning's data hooks and in
+callbacks. For 1.7b, these come from the same profiled steps. For 80m, they come from a short run without CUDA graphs,
+since the profiler cannot tell what the kernels of a graph are for. That run ends before the GPU is warm, so its kernels
+are faster.
 """
 
 import gc
@@ -40,7 +42,7 @@ from harness import CONFIGS, CommandLine, Part, Result, Row, Table, describe, re
 from harness.tables import gpu_of, interval, length_of
 from harness.training import Case, LoggedFigures, compile_ahead, fit, write_corpus
 
-PROFILED, KERNELS = 3, 40  # steps; kernels that are listed by name
+PROFILED, KERNELS = 3, 40  # profiled steps; kernels that are listed by name
 STATE = {
     "clocks.sm": "clock_mhz",
     "clocks.max.sm": "largest_clock_mhz",
@@ -48,7 +50,7 @@ STATE = {
     "power.limit": "most_watts",
 }
 
-# What an operation, or Lightning's action around it, is for; products with weights are told by their sizes.
+# What an operation, or Lightning's action around it, is for. Products with weights are identified by their sizes.
 PURPOSES = {
     "attend_slots": "attention",
     "scaled_dot_product": "attention",
@@ -64,7 +66,7 @@ PURPOSES = {
 
 
 class Actions(Profiler):
-    """Names what Lightning does for PyTorch's profiler."""
+    """Marks Lightning's actions by name in the trace of PyTorch's profiler."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,11 +83,11 @@ class Actions(Profiler):
 
 
 class Measurement(LoggedFigures):
-    """Collects the logged figures, then profiles the last steps but one, none of which logs."""
+    """Collects the logged figures, then profiles a few steps before the last one, none of which logs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.begun: list[torch.cuda.Event] = []  # on the GPU, by step
+        self.begun: list[torch.cuda.Event] = []  # when each step begins on the GPU
         self.state: dict[str, float] = {}
         self.profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True)
 
@@ -93,7 +95,7 @@ class Measurement(LoggedFigures):
         self.begun.append(torch.cuda.Event(enable_timing=True))
         self.begun[-1].record()
         if trainer.global_step == trainer.max_steps - PROFILED - 1:
-            self.state = gpu_state()  # while it computes what is before
+            self.state = gpu_state()  # while the GPU still computes earlier steps
             torch.cuda.synchronize()
             self.profile.start()
 
@@ -105,7 +107,10 @@ class Measurement(LoggedFigures):
 
 
 def logging_ms(begun: list[torch.cuda.Event], log_every: int) -> list[float]:
-    """Milliseconds that a logging step costs; the GPU waits in the step behind it, the first of the next interval."""
+    """Milliseconds that logging costs in each interval, which begins with the step after a logging step.
+
+    That step counts too, since the GPU waits in it.
+    """
     torch.cuda.synchronize()
     steps = [a.elapsed_time(b) for a, b in pairwise(begun)]
     intervals = [
@@ -115,27 +120,27 @@ def logging_ms(begun: list[torch.cuda.Event], log_every: int) -> list[float]:
 
 
 def gpu_state() -> dict[str, float]:
-    """Clock and power, and the most of each that the GPU may have."""
+    """The GPU's clock and power, and the maximum of each."""
     command = ["nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader,nounits"]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     return dict(zip(STATE.values(), map(float, found.split(",")), strict=True))
 
 
 def compile_case(corpus: Path, case: Case) -> None:
-    """Compile what a measurement does, with one layer, since the layers of a model share it."""
+    """Compile what a measurement needs. One layer is enough, since all layers share the compiled code."""
     for graphs in {False, case.shape != training.RECOMPUTED}:
         fit(corpus, case, pl.Callback(), {"max_steps": 4, "log_every_n_steps": 3}, graphs=graphs, num_hidden_layers=1)
 
 
 def profiled_fit(corpus: Path, case: Case, steps: int, log_every: int, graphs: bool) -> Measurement:
-    """Train for so many steps, and a few more that are profiled."""
+    """Train for `steps` steps, and a few more that are profiled."""
     found, options = Measurement(), {"max_steps": steps + PROFILED + 1, "log_every_n_steps": log_every}
     fit(corpus, case, found, options, graphs=graphs, profiler=Actions())
     return found
 
 
 def measure(corpus: Path, cases: list[Case]) -> Iterator[Row]:
-    """One row by case."""
+    """One row for each case."""
     for case in cases:
         every, graphs = training.INTERVAL[case.shape], case.shape != training.RECOMPUTED
         found = profiled_fit(corpus, case, every * (training.COMPILING + training.FIGURES), every, graphs)
@@ -154,7 +159,7 @@ def measure(corpus: Path, cases: list[Case]) -> Iterator[Row]:
 
 
 def forget() -> None:
-    """Leave nothing of a model on the GPU."""
+    """Remove a model and its compiled code from the GPU."""
     torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
@@ -162,14 +167,14 @@ def forget() -> None:
 
 
 def busy_and_waiting(profiled: profile) -> dict[str, float]:
-    """Milliseconds of a step in which the GPU computes, and waits between kernels, and how many kernels these are."""
+    """Per step: milliseconds in which the GPU computes, and in which it waits between kernels; number of kernels."""
     kernels = [(alone, waited) for _, alone, waited in timeline(profiled)]
     busy, waiting = (sum(times) / 1e6 / PROFILED for times in zip(*kernels, strict=True))
     return {"busy_ms": busy, "waiting_ms": waiting, "launched": len(kernels) / PROFILED}
 
 
 def breakdown(profiled: profile, shape: str) -> dict[str, Any]:
-    """Milliseconds of a step: of the GPU by purpose, and of the processor in some of Lightning's actions."""
+    """Milliseconds per step: the GPU's by purpose, and the processor's in some of Lightning's actions."""
     config = read_config(CONFIGS / "model" / f"{shape}-published.yaml")
     gpu: Counter[str] = Counter()
     largest: Counter[str] = Counter()
@@ -201,9 +206,9 @@ def kernels_of(profiled: profile) -> Iterator[tuple[FunctionEvent, str, float]]:
 
 
 def timeline(profiled: profile) -> Iterator[tuple[Any, int, int]]:
-    """Kernels in order, the nanoseconds for which each ran alone, and for which the GPU had waited before it.
+    """Kernels in order, with the nanoseconds for which each ran alone and those for which the GPU waited before it.
 
-    Some are reported to begin while the one before still runs.
+    Some kernels are reported to begin while the previous one still runs.
     """
     events = profiled.profiler.kineto_results.events()
     kernels = [x for x in events if x.device_type() == DeviceType.CUDA and not x.is_user_annotation()]
@@ -215,10 +220,10 @@ def timeline(profiled: profile) -> Iterator[tuple[Any, int, int]]:
 
 
 def purpose_of(event: FunctionEvent, kernel: str, config: ModelConfig) -> str:
-    """What a kernel is for, by the operations that it was launched in."""
+    """What a kernel is for, judged by the operations that launched it."""
     parent: FunctionEvent | None = event
     found = None
-    while parent is not None and found is None:  # Lightning computes the step within that of the optimizer
+    while parent is not None and found is None:  # Lightning computes the step inside the optimizer's step
         found = next((part for part in PURPOSES if part in parent.name), None)
         parent = parent.cpu_parent
     if found is not None and PURPOSES[found] is not None:
@@ -251,12 +256,12 @@ BESIDE = ("data", "callbacks")
 
 
 def tables(small: Result, large: Result) -> list[Part]:
-    """What the pages show: speed by attention, and where the time of a step goes."""
+    """What the pages show: speed by attention, and what a step spends its time on."""
     rows = [*small["steps"], *large["steps"]]
     return [
         Table(
             zip(*([row for row in rows if row["attention"] == name] for name in ("dma", "mha")), strict=True),
-            "**`python benchmarks/gpu_fit.py 80m`** and **`1.7b`**: thousand tokens per second and utilization of "
+            "**`python benchmarks/gpu_fit.py 80m`** and **`1.7b`**: thousands of tokens per second and utilization of "
             "`dma-lightning fit` on a GPU, on the same tokens as above; higher is better. The trainer is "
             "`configs/trainer/gpu.yaml`. Layers are compiled; those of 80m run as CUDA graphs, and those of 1.7b are "
             "recomputed in the backward pass. `SpeedMonitor` logs the figures; median [min - max] of 3 intervals "
@@ -281,7 +286,7 @@ def tables(small: Result, large: Result) -> list[Part]:
 
 
 def speed_cells(pair: tuple[Row, Row]) -> list[str]:
-    """Thousand tokens per second and utilization of two attentions, and how much faster the first is."""
+    """Thousands of tokens per second and utilization of two attentions, and how much faster the first is."""
     speeds = [f"{interval(row['tokens_per_s'], 1e3)}, {row['mfu'][1]:.1%}" for row in pair]
     first, second = (row["tokens_per_s"][1] for row in pair)
     return [f"{pair[0]['shape']}, {length_of(pair[0])}", *speeds, f"{first / second:.2f}x"]

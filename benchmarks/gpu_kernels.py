@@ -1,10 +1,10 @@
-"""Speed and memory of the `triton` backend on a GPU, everything included, beside the strongest baselines.
+"""Speed and memory of the `triton` backend on a GPU, everything included, compared with the strongest baselines.
 
-Scores and ranks are given; selection, plan, gathers, kernels and the gradient of the scores are all timed. Forward and
-backward are timed together, as in training, eagerly and as a CUDA graph; beside them PyTorch's dense causal attention
-(cuDNN, FlashAttention-2) and our `flex` backend. Further tables: the parts, with useful TFLOP/s (of live pairs only);
-cost by length up to 1M; score processes other than random. bfloat16, batch 1. Each figure is the median [min - max] of
-several measurements by Triton's `do_bench`, each itself a median.
+Scores and ranks are given. Selection, plan, gathers, kernels and the gradient of the scores are all timed. Forward and
+backward are timed together, as in training, eagerly and as a CUDA graph. They are compared with PyTorch's dense causal
+attention (cuDNN, FlashAttention-2) and with our `flex` backend. Further tables show the parts, with useful TFLOP/s (of
+visible pairs only), the cost by length up to 1M, and ranks of other kinds than random. bfloat16, batch 1. Each figure
+is the median [min - max] of several measurements by Triton's `do_bench`, each of which is itself a median.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ LENGTHS = [2**i for i in range(14, 21)]
 
 
 def check() -> None:
-    """Every figure below is of kernels that equal plain PyTorch in output and gradients."""
+    """Before anything is timed: the kernels equal plain PyTorch in output and gradients."""
     for head_dim in (64, 128):
         inputs = make_inputs(16, 4, 5000, head_dim, projected=True)
         grad = torch.randn_like(inputs[0])
@@ -63,7 +63,7 @@ def measure_attention(heads: int, kv_heads: int, length: int, window: int) -> Ro
 
 
 def measure_parts(heads: int, kv_heads: int, length: int, window: int, head_dim: int) -> Row:
-    """Every launch of forward and backward by itself; TFLOP/s count the live pairs only."""
+    """Every launch of forward and backward by itself. TFLOP/s count visible pairs only."""
     inputs = make_inputs(heads, kv_heads, length, head_dim, projected=True)
     q, k, v, ranks = (x.detach() for x in inputs)
     mask = Lifetimes.top_w(ranks, window)
@@ -100,7 +100,7 @@ def measure_parts(heads: int, kv_heads: int, length: int, window: int, head_dim:
 
 
 def measure_length(length: int) -> Row:
-    """Time and peak memory of forward and backward at 16 query and 4 KV heads, w = 1024; selection and plan beside."""
+    """Time and peak memory of forward and backward with 16/4 heads, w = 1024; selection and plan separately."""
     inputs = make_inputs(16, 4, length, projected=True)
     grad = torch.randn_like(inputs[0])
     run = partial(step, partial(dynamic, fused_attention, 1024), inputs, grad)
@@ -164,7 +164,7 @@ def tables(result: Result) -> list[Part]:
 
 
 def against_dense(row: Row) -> str:
-    """How much faster than cuDNN."""
+    """How many times as fast as cuDNN, eagerly and as a CUDA graph."""
     eager, graph = (row["cuDNN"][1] / row[name][1] for name in ("triton", "triton, CUDA graph"))
     return f"{eager:.1f}x, graph {graph:.1f}x"
 

@@ -1,9 +1,9 @@
 """Training steps of whole models with each attention, in one run on one GPU.
 
 A step is forward, loss, backward and fused AdamW on 32,768 random tokens in sequences of one length, in bfloat16 with
-float32 master weights. Layers of 80m are compiled; those of 1.7b are not, and are computed again for the backward,
-since their activations would not fit. `mha` and `mla` take cuDNN's attention where it can. Each figure is minimum,
-median and maximum of several steps; memory is the peak of a step.
+float32 master weights. Layers of 80m are compiled. Those of 1.7b are not, and are recomputed in the backward pass,
+since their activations would not fit in memory. `mha` and `mla` use cuDNN's attention where they can. Each figure is
+the minimum, median and maximum of several steps; memory is the peak of a step.
 """
 
 from collections.abc import Iterator
@@ -28,9 +28,9 @@ STEPS = {COMPILED: 5, RECOMPUTED: 3}
 
 
 def measure(cases: list[Case]) -> Iterator[Row]:
-    """One row by case."""
+    """One row for each case."""
     if compiled := [case for case in cases if case.shape == COMPILED]:
-        # One layer, since the layers of a model share what is compiled.
+        # One layer is enough, since all layers share the compiled code.
         compile_ahead(partial(measure_step, num_hidden_layers=1, vocab_size=256), compiled)
     for case in cases:
         row = case._asdict()

@@ -1,10 +1,11 @@
-"""What everything that makes a run visible costs on a GPU, validations and samples included.
+"""What monitoring a run costs on a GPU, validations and samples included.
 
-The 80M model at 4k with configs/trainer/gpu.yaml, on random tokens as in gpu_fit.py, layers compiled and as CUDA
-graphs, and a learning rate that does not diverge on them. Two turns of 1,000 steps with all of its callbacks and its
-logger, checkpoints apart, have 80 logging steps, four looks at the masks, and four validations, one of which writes
-pictures and a sample. In the two turns without them nothing is logged; gradients are clipped, and two batches
-validated, as well. The first 520 steps compile kernels, write the first sample, and do not count.
+The 80M model trains at 4k with configs/trainer/gpu.yaml, on random tokens as in gpu_fit.py. Layers are compiled and run
+as CUDA graphs. The learning rate is low enough not to diverge on random tokens. Two turns of 1,000 steps have all
+callbacks and the logger of the config, except checkpoints. Together they have 80 logging steps, four looks at the
+masks, and four validations, one of which writes pictures and a sample. Two other turns have neither callbacks nor a
+logger; they also clip gradients and validate on two batches. The first 520 steps compile kernels and write the first
+sample; they do not count.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ ORDER = (True, False, False, True)
 
 
 class Turns(pl.Callback):
-    """Takes all other callbacks and the loggers away and gives them back, and notes how long each turn takes."""
+    """Removes and restores all other callbacks and the loggers, turn by turn, and records how long each turn takes."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -52,7 +53,7 @@ class Turns(pl.Callback):
 
 
 def measure() -> Iterator[Row]:
-    """Milliseconds of a step in each turn."""
+    """One row for each turn: whether monitoring was on, and milliseconds per step."""
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"
         write_corpus(corpus)

@@ -1,10 +1,10 @@
-"""Forward and backward beside flash-sparse-attn's compact Triton kernel, in one run on one GPU.
+"""Forward and backward compared with flash-sparse-attn's compact Triton kernel, in one run on one GPU.
 
     python benchmarks/gpu_peer.py CHECKOUT      a checkout of github.com/flash-algo/flash-sparse-attention at v1.2.3
 
-Not the same mask: that kernel takes one set of w keys per head for the whole sequence, which looks into the future, so
-the first queries see almost no key. It is here as a measure of speed: both visit at most w keys per query. Selection
-(there `topk`) is included on both sides. bfloat16, batch 1, 16 query and 4 KV heads, head dim 128.
+The two masks differ. That kernel selects one set of w keys per head for the whole sequence, which uses the future, and
+its first queries see almost no keys. It serves only as a measure of speed: both visit at most w keys per query.
+Selection (there `topk`) is included on both sides. bfloat16, batch 1, 16 query and 4 KV heads, head dim 128.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ SHAPES = [(8192, 1024), (32768, 1024), (32768, 2048), (131072, 2048)]
 
 
 def load_peer(checkout: Path) -> Callable[..., Tensor]:
-    """The attention function of one file of the checkout."""
+    """The attention function, loaded from one file of the checkout."""
     path = checkout / "flash_sparse_attn" / "flash_dmattn_triton.py"
     spec = importlib.util.spec_from_file_location("flash_dmattn_triton", path)
     if spec is None or spec.loader is None or not path.exists():
@@ -36,13 +36,13 @@ def load_peer(checkout: Path) -> Callable[..., Tensor]:
 
 
 def compact(attend: Callable[..., Tensor], window: int, q: Tensor, k: Tensor, v: Tensor, ranks: Tensor) -> Tensor:
-    """One top-w per head over the whole sequence, `[B, H, N, D]`."""
+    """Attention to one set of top-w keys per head, selected over the whole sequence, `[B, H, N, D]`."""
     kept = ranks.detach().topk(window, dim=-1).indices.sort(dim=-1).values
     return attend(q, k, v, ranks.to(q.dtype), kept, is_causal=True)
 
 
 def measure(attend: Callable[..., Tensor]) -> Iterator[Row]:
-    """One row by shape."""
+    """One row for each shape."""
     for length, window in SHAPES:
         inputs = make_inputs(16, 4, length, projected=True)
         grad = torch.randn_like(inputs[0])
@@ -78,7 +78,7 @@ def tables(result: Result) -> list[Part]:
 def main() -> None:
     """Measure, print, and write the JSON file."""
     line = CommandLine(__doc__, "gpu_peer", gpus=1, duration="less than ten minutes on an H200")
-    line.add_argument("checkout", type=Path, help="of flash-sparse-attention at v1.2.3")
+    line.add_argument("checkout", type=Path, help="checkout of flash-sparse-attention at v1.2.3")
     args = line.parse_args()
     record(args.out, {"environment": describe()}, {"peer": measure(load_peer(args.checkout))}, tables)
 

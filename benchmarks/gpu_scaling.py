@@ -1,8 +1,8 @@
-"""Training on all GPUs of a machine beside training on one of them: tokens/s of each, by DDP and by FSDP2.
+"""Training on all GPUs of a machine, with DDP and FSDP2, compared with training on one: tokens/s of each GPU.
 
-The runs of gpu_fit.py at 4k with `dma`, 32,768 random tokens a step for each GPU, started by torchrun. CUDA graphs
-are for 80m on one GPU and with DDP; FSDP2 has none. A figure is what `SpeedMonitor` logs in the first process at each
-logging step after the second: minimum, median and maximum.
+The runs are those of gpu_fit.py at 4k with `dma`, with 32,768 random tokens per step and GPU, started by torchrun. 80m
+uses CUDA graphs on one GPU and with DDP, but not with FSDP2. Each figure is the minimum, median and maximum of what
+`SpeedMonitor` logs in the first process at each logging step after the second.
 """
 
 import argparse
@@ -26,7 +26,7 @@ LENGTH, ATTENTION = 4096, "dma"
 
 
 def train(shape: str, strategy: str, corpus: Path, row: Path) -> None:
-    """What each process does; the first writes the row."""
+    """Train in each process; the first process writes the row."""
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     every = INTERVAL[shape]
     options = {"strategy": STRATEGIES[strategy], "devices": int(os.environ["WORLD_SIZE"])}
@@ -40,7 +40,7 @@ def train(shape: str, strategy: str, corpus: Path, row: Path) -> None:
 
 
 def measure(gpus: int) -> Iterator[Row]:
-    """One row by shape and strategy."""
+    """One row for each shape and strategy."""
     with tempfile.TemporaryDirectory() as folder:
         corpus, row = Path(folder) / "corpus", Path(folder) / "row.json"
         write_corpus(corpus)
@@ -64,10 +64,11 @@ def tables(result: Result) -> list[Part]:
     return [
         Table(
             [[shape, *(cell(shape, strategy) for strategy in STRATEGIES)] for shape in INTERVAL],
-            "**`python benchmarks/gpu_scaling.py`**: thousand tokens per second of each GPU (higher is better), and "
-            f"its peak memory, when one GPU and when {max(row['gpus'] for row in result['runs'])} GPUs train. These "
-            "are the runs above at 4k with `dma`, with the same number of tokens per GPU; FSDP2 has no CUDA graphs. "
-            f"Median [min - max] of 3 intervals, and the percentage of the speed of one GPU ({gpu_of(result)}):",
+            "**`python benchmarks/gpu_scaling.py`**: thousands of tokens per second of each GPU (higher is better), "
+            f"and its peak memory, when one GPU and when {max(row['gpus'] for row in result['runs'])} GPUs train. "
+            "These are the runs above at 4k with `dma`, with the same number of tokens per GPU; FSDP2 has no CUDA "
+            "graphs. Median [min - max] of 3 intervals, and the percentage of the speed of one GPU "
+            f"({gpu_of(result)}):",
             ["model", "one GPU", "DDP", "FSDP2"],
         )
     ]

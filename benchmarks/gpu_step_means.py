@@ -1,8 +1,8 @@
-"""What it costs to weigh a step's batches by their labels: accumulated batches, and those of several processes.
+"""The cost of weighting the batches of a step by their number of labels, if a step has several batches or processes.
 
-A step of one batch in one process pays nothing. Any other pays one pass over all gradients (`scale_gradients`), which
-are float32 here, and one all-reduce of three numbers. The pass is timed for the shapes of two configs: median of
-repeated calls, three times, and the share of the GPU's memory bandwidth that it reaches.
+A step with one batch in one process pays nothing. Any other step pays for one pass over all gradients
+(`scale_gradients`), which are float32 here, and for one all-reduce of three numbers. The pass is timed for the shapes
+of two configs: the median of repeated calls, three times, and the memory bandwidth that it reaches.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ SHAPES = ["80m", "1.7b"]
 
 
 def measure() -> Iterator[Row]:
-    """One row by shape."""
+    """One row for each shape."""
     factor = torch.ones((), device="cuda")
     for shape in SHAPES:
         with torch.device("cuda"):

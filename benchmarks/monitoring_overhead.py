@@ -1,11 +1,12 @@
-"""What the callbacks that make a run visible cost on a CPU.
+"""The cost of the monitoring callbacks on a CPU.
 
-The model and data of `make train` with dynamic masks as published, in one thread, without validation. The callbacks of
-`dma_lightning.monitoring` are on and off in turns of 10 steps (on, off, off, on, ...), each with one logging step at
-its end. The cost is told in seconds of the processor, since those of the clock depend on what else the machine does;
-once as the difference between the turns, and once as what passes inside of the callbacks, which varies less. Masks are
-looked at once in 100 steps of both, so twice as often as in a run. Samples come after every second validation; their
-cost is given beside that of the steps between them.
+The model and data are those of `make train`, with dynamic masks as published, in one thread and without validation. The
+callbacks of `dma_lightning.monitoring` are switched on and off in turns of 10 steps (on, off, off, on, ...), each of
+which ends with a logging step. The cost is measured in processor time, since wall-clock time depends on what else the
+machine does. It is given twice: as the difference between turns with and without callbacks, and as the time spent
+inside the callbacks, which varies less. Masks are examined once in 100 steps, counting both kinds of turns, so twice as
+often as in a normal run. Samples are written after every second validation. Their cost is compared with that of the
+steps between them.
 """
 
 import tempfile
@@ -26,10 +27,10 @@ STEPS_BETWEEN_SAMPLES = 400  # every second validation of configs/trainer/cpu.ya
 
 
 class Turns(pl.Callback):
-    """Switches other callbacks on and off, and notes the milliseconds of each turn.
+    """Switches other callbacks on and off, and records the milliseconds per step of each turn.
 
     Args:
-        callbacks: those that it switches.
+        callbacks: the callbacks to switch.
     """
 
     def __init__(self, callbacks: list[pl.Callback]) -> None:
@@ -61,7 +62,7 @@ class Turns(pl.Callback):
 
 
 class TimedSamples(SampleMonitor):
-    """Notes how long samples take."""
+    """Records how long samples take."""
 
     def on_validation_end(self, *args: Any) -> None:
         start = time.process_time()
@@ -70,14 +71,14 @@ class TimedSamples(SampleMonitor):
 
 
 def build(folder: str, *args: str) -> DMACLI:
-    """What `make train` runs with masks as published, logging into a folder."""
+    """The run of `make train`, but with masks as published, and with its logs in a folder."""
     layers = [f"--config={CONFIGS / name}.yaml" for name in ("model/tiny-published", "data/pydoc", "trainer/cpu")]
     quiet = ["--trainer.enable_model_summary=false", f"--trainer.logger.init_args.save_dir={folder}"]
     return build_cli([*layers, *quiet, "--trainer.num_sanity_val_steps=0", *args], run=False)
 
 
 def turns(count: int) -> Iterator[Row]:
-    """Milliseconds per step of every turn."""
+    """One row for each turn: milliseconds per step."""
     with tempfile.TemporaryDirectory() as folder:
         steps = f"--trainer.max_steps={WARM_UP + TURN * count + 1}"
         cli = build(folder, steps, "--trainer.limit_val_batches=0")
@@ -89,7 +90,7 @@ def turns(count: int) -> Iterator[Row]:
 
 
 def samples(count: int) -> Iterator[Row]:
-    """Milliseconds of the processor for the pictures, texts and sample after one validation."""
+    """Milliseconds of processor time for the pictures, texts and sample after one validation."""
     for _ in range(count):
         with tempfile.TemporaryDirectory() as folder:
             cli = build(folder, *(f"--trainer.{name}" for name in ("max_steps=2", "val_check_interval=2")))
@@ -112,7 +113,7 @@ def main() -> None:
         with_, without = (kind(row["processor_ms"] for row in rows) for rows in (on, off))
         print(f"{kind.__name__} of turns: {with_:.1f} ms with, {without:.1f} without, {with_ / without - 1:+.2%}")
     step = mean(row["processor_ms"] for row in off)
-    print(f"inside of the callbacks: {mean(row['inside_ms'] for row in on) / step:.2%} of a step")
+    print(f"inside the callbacks: {mean(row['inside_ms'] for row in on) / step:.2%} of a step")
     sample = median(row["ms"] for row in result["samples"])
     print(f"samples: {sample:.0f} ms, {sample / step / STEPS_BETWEEN_SAMPLES:.2%} of the steps between them")
 

@@ -1,7 +1,7 @@
 """Write the figures of README.md and docs/ from the files in benchmarks/results: `python benchmarks/readme_figures.py`.
 
-They stand in any page between `<!-- figures: benchmarks/NAME.py -->` and `<!-- end of figures -->`. The function
-`tables` of that file makes them of its result files.
+In a page, they stand between `<!-- figures: benchmarks/NAME.py -->` and `<!-- end of figures -->`. The function
+`tables` in NAME.py makes them from its result files.
 """
 
 import re
@@ -16,21 +16,21 @@ SECTION = re.compile(rf"^({BEGIN}\n\n).*?(\n\n{END})$", re.DOTALL | re.MULTILINE
 
 
 def pages() -> list[Path]:
-    """Where figures may stand."""
+    """The pages that may hold figures."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def parts_of(name: str) -> Iterator[Part]:
-    """What a marker stands for."""
+    """The parts that go where a marker names this benchmark."""
     module = import_module(name)
     yield from module.tables(*map(load, getattr(module, "RESULTS", [name])))
 
 
 def updated(page: Path) -> str:
-    """A page with the figures of the result files.
+    """The text of a page, with figures from the current result files.
 
     Raises:
-        ValueError: if a marker is written in another way, or has no end.
+        ValueError: if a marker is malformed or has no end.
     """
     text = page.read_text()
     count, begins, ends = len(SECTION.findall(text)), text.count("<!-- figures:"), text.count(END)

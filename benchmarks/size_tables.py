@@ -1,4 +1,4 @@
-"""Sizes of the models in configs/model; they are computed, not measured."""
+"""Sizes of the models in configs/model, computed, not measured."""
 
 from dma_lightning.cli.sizes import size_lines
 from harness import CONFIGS
@@ -8,5 +8,5 @@ RESULTS = ()
 
 
 def tables() -> list[str]:
-    """A table for each model, at 4,096 tokens."""
+    """A table for each model, for sequences of 4,096 tokens."""
     return ["\n".join(size_lines(CONFIGS / "model" / f"{name}.yaml", 4096)) for name in NAMES]

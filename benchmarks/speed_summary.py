@@ -1,15 +1,15 @@
-"""How fast dynamic mask attention is, in the few figures of README, of what other benchmarks have measured."""
+"""The summary of speed in README, made from the result files of other benchmarks."""
 
 from harness import Part, Result, Table
 
 RESULTS = ["gpu_kernels", "gpu_fit_80m", "gpu_fit_1.7b", "gpu_drift", "gpu_decode"]
 GRAPH = "triton, CUDA graph"
-SHAPES = ((32, 8192, 1024), (32, 32_768, 1024), (16, 131_072, 2048))  # query heads, length, keys of a query
-LENGTHS = (4096, 16_384, 32_768)  # of the sequences that whole models train on
+SHAPES = ((32, 8192, 1024), (32, 32_768, 1024), (16, 131_072, 2048))  # query heads, length, keys per query
+LENGTHS = (4096, 16_384, 32_768)  # of the sequences that whole models are trained on
 
 
 def tables(kernels: Result, small: Result, large: Result, forms: Result, decode: Result) -> list[Part]:
-    """One row for each shape, what was measured, and whole models and decoding in a few sentences."""
+    """A table with a row for each shape, its caption, and a few sentences about whole models and decoding."""
     rows = {(row["heads"], row["length"], row["window"]): row for row in kernels["attention"]}
     times = [(shape, *(rows[shape][name][1] for name in ("triton", GRAPH, "cuDNN"))) for shape in SHAPES]
     step = next(row for row in decode["steps"] if row["batch"] == 1)["triton"][1]
@@ -46,13 +46,13 @@ def tables(kernels: Result, small: Result, large: Result, forms: Result, decode:
 
 
 def speeds(result: Result) -> str:
-    """How many times as many tokens per second as `mha` the model trains on with `dma`, by length."""
+    """Speed of training with `dma` as a multiple of that with `mha`, for each length, in words."""
     rate = {(row["attention"], row["length"]): row["tokens_per_s"][1] for row in result["steps"]}
     *first, last = (f"{rate['dma', length] / rate['mha', length]:.2f}" for length in LENGTHS)
     return f"{', '.join(first)} and {last}"
 
 
 def speeds_of(form: str, result: Result) -> str:
-    """How many times as fast as with `mha` the model trains in a form, by length."""
+    """Speed of training in a form as a multiple of that with `mha`, for each length, in words."""
     mha, ours = ({x["length"]: x["step_ms"][1] for x in result["training"] if x["form"] == y} for y in ("mha", form))
     return " and ".join(f"{mha[length] / ours[length]:.2f}" for length in ours)

@@ -1,10 +1,10 @@
-"""Train a shipped configuration with several seeds, by the command line as a user would.
+"""Train a shipped configuration with several seeds, through the command line, as a user would.
 
     python benchmarks/train_seeds.py mqar --seeds 0 1 2 3 4
     python benchmarks/train_seeds.py text --seeds 0
 
-Prints the validation figure before training and at each validation, and the seconds that `fit` took in all (start of
-the interpreter included). Further arguments go to `fit`.
+The result has the validation figure before training and at each validation, and the seconds that `fit` took in all
+(start of the interpreter included). Further arguments are passed to `fit`.
 """
 
 import re
@@ -26,7 +26,7 @@ TASKS = {
 
 
 def train(task: str, seed: int, extra: list[str]) -> Row:
-    """One run: the curve of the validation figure, and seconds."""
+    """One run: its validation curve, and how many seconds it took."""
     configs, metric = TASKS[task]
     args = [arg for name in configs for arg in ("-c", str(CONFIGS / f"{name}.yaml"))]
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +48,7 @@ RESULTS = ("train_text", "train_mqar", "train_mqar_published", *(f"train_text_pu
 
 
 def tables(text: Result, mqar: Result, mqar_published: Result, *published: Result) -> list[Part]:
-    """What the pages show: text by form, Python version and seed, recall by form, seed and step."""
+    """What the pages show: text by form, Python version and seed; recall by form, seed and step."""
     texts = [("the shipped form", PYTHONS[0], text)]
     texts += [("as published", python, result) for python, result in zip(PYTHONS, published, strict=True)]
     recalls = [("the shipped form", run) for run in mqar["runs"]]
