@@ -13,29 +13,29 @@ from benchmarks.evidence.studies import STUDIES, read_study
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description="Compare many trainings.")
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="start what is missing, side by side on all visible GPUs or the CPU")
-    report = commands.add_parser("report", help="write tables and plots of what there is")
+    run = commands.add_parser("run", help="run missing trainings, side by side on all visible GPUs or the CPU")
+    report = commands.add_parser("report", help="write tables and plots of all results so far")
     own = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml")))
     for command in (run, report):
         command.add_argument("study", help=f"{own}, or a path")
         command.add_argument("--results", type=Path, help="default: benchmarks/results/evidence/STUDY.json")
     run.add_argument("--parallel", type=int, default=8, help="most trainings at once (default: 8)")
-    run.add_argument("--deadline", type=float, default=math.inf, help="seconds after which all have ended")
-    run.add_argument("--only", default="", help="text that the names of cells must contain, such as 'mqar'")
+    run.add_argument("--deadline", type=float, default=math.inf, help="seconds after which all trainings have stopped")
+    run.add_argument("--only", default="", help="text that cells' names must contain, such as 'mqar'")
     run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="value of $NAME in the study")
-    run.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="folder of the runs themselves")
-    report.add_argument("--out", type=Path, help="folder of report.md and plots (default: STUDY beside the results)")
+    run.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="folder for the runs")
+    report.add_argument("--out", type=Path, help="folder for report.md and plots (default: STUDY beside the results)")
     return parser
 
 
 def main() -> int:
-    """The command line; 0 if nothing is missing."""
+    """The command line. Returns 0 if nothing is missing."""
     args = _parser().parse_args()
     try:
         name, study = read_study(args.study)
         results = args.results or RESULTS / f"{name}.json"
         if args.command == "report":
-            from benchmarks.evidence.report import write_report  # with libraries that runs do not need
+            from benchmarks.evidence.report import write_report  # here: runs do not need its libraries
 
             print(write_report(study, results, args.out or results.with_suffix("")))
             return 0

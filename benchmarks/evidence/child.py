@@ -1,7 +1,8 @@
 """Processes that each run one command of `dma-lightning`.
 
-They are forked from a server that has imported all that they need. A process ends, as if preempted, when the one that
-started it does, whatever ended that; and it waits until another that works in the same folder has ended.
+They are forked from a server that has already imported everything they need. If the process that started a child ends,
+for whatever reason, the child is terminated too, as if it were preempted. A child first waits until any other child
+that works in the same folder has ended.
 """
 
 import multiprocessing
@@ -18,23 +19,23 @@ from filelock import FileLock
 
 from dma_lightning.cli import main
 
-LOG = "log.txt"  # what all commands of a folder print
+LOG = "log.txt"  # the output of all commands in a folder
 
-_WAIT = 300  # seconds for a process whose parent was killed: it may be compiling, and saves then
+_WAIT = 300  # seconds to wait for a process whose parent was killed; it may be compiling before it can save
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload([__name__])
 
 
 def share(compiled: Path, parallel: int) -> None:
-    """Say what all processes have in common, before the first is started; what the user has said stands.
+    """Set the environment that all processes share, before the first one starts. The user's own settings win.
 
     Args:
-        compiled: folder of what torch.compile makes.
-        parallel: how many processes there are at once.
+        compiled: folder for the cache of torch.compile.
+        parallel: how many processes run at once.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled.resolve()))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))
-    # One thread of torch each, so that figures from a CPU do not depend on how many runs are side by side.
+    # One thread each, so that figures from a CPU do not depend on how many trainings run at once.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -50,7 +51,7 @@ def start_child(folder: Path, arguments: Sequence[str], gpu: str | None = None) 
     Args:
         folder: an existing folder, where the command's output goes.
         arguments: of `dma-lightning`.
-        gpu: the only one that it sees, of `visible_gpus`. Default: all of them.
+        gpu: the only GPU that the command sees, one of `visible_gpus`. Default: all of them.
     """
     process = _forks.Process(target=_run, args=(folder.resolve(), arguments, gpu))
     process.start()
@@ -59,8 +60,8 @@ def start_child(folder: Path, arguments: Sequence[str], gpu: str | None = None) 
 
 def _run(folder: Path, arguments: Sequence[str], gpu: str | None) -> None:
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before anything here has asked for a device
-    os.setsid()  # Ctrl+C is for the process that started this one, which ends it then
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before anything in this process uses a device
+    os.setsid()  # Ctrl+C must reach only the parent process, which then ends this one
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log, stream.fileno())

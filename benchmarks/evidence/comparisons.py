@@ -1,4 +1,4 @@
-"""What the records of a study say: figures at the best rate, and differences between forms, seed by seed."""
+"""What the records of a study say: figures at the best learning rate, and differences between forms, seed by seed."""
 
 import math
 import statistics
@@ -26,16 +26,16 @@ class Spread:
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation of one figure, estimated from all; none for a single one."""
+        """Standard deviation of a single figure, estimated from all of them. None if there is only one."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Differences between two forms, each of one seed.
+    """Differences between two forms, one for each seed.
 
     Attributes:
-        values: of the seeds that both have, form less baseline.
+        values: form minus baseline, for the seeds that both have.
     """
 
     values: tuple[float, ...]
@@ -47,7 +47,7 @@ class Difference:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Where the mean over all seeds lies with 95 % confidence, by Student's t; none for a single seed."""
+        """95 % confidence interval of the mean over all possible seeds, by Student's t. None for a single seed."""
         if len(self.values) < 2:
             return None
         if self._error == 0:
@@ -57,9 +57,9 @@ class Difference:
 
     @property
     def p_value(self) -> float | None:
-        """How likely a mean at least so far from 0 is where there is no difference (paired t test); none for one seed.
+        """Probability of a mean at least this far from 0 if the forms do not differ (paired t test). None for one seed.
 
-        Where all seeds differ by the same, it is 1 if that is 0, and else 0.
+        If all seeds have the same difference, it is 1 if this difference is 0, and 0 otherwise.
         """
         if len(self.values) < 2:
             return None
@@ -75,16 +75,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class ClosedShare:
-    """How much of the gap between two forms a third one closes: 0 is as the first of them, 1 as the second.
+    """How much of the gap between two forms a third form closes: 0 if it equals the first form, 1 if the second.
 
-    The interval is Fieller's: all shares r for which the mean of `closed - r gap` does not differ from 0 by Student's
-    t. It counts that the gap is uncertain, too, and of the same seeds. An interval of `closed` alone, divided by the
-    mean gap, would not: it is too narrow where the gap is, say, twice its error, and it gives the second form itself,
-    which closes exactly the whole gap, an interval around 1.
+    The interval is Fieller's: all shares r for which the mean of `closed - r gap` does not differ significantly from 0
+    by Student's t. It takes into account that the gap is uncertain too, and comes from the same seeds. An interval of
+    `closed` alone, divided by the mean gap, would not. It would be too narrow if the gap is, say, only twice its error.
+    And for the second form itself, which closes exactly the whole gap, it would not be just 1.
 
     Attributes:
-        closed: first less form, of each seed.
-        gap: first less second, of the same seeds; their mean is not 0.
+        closed: first minus form, for each seed.
+        gap: first minus second, for the same seeds. The mean must not be 0.
 
     Source: E. C. Fieller, "Some problems in interval estimation", 1954.
     """
@@ -94,18 +94,18 @@ class ClosedShare:
 
     @property
     def mean(self) -> float:
-        """The quotient of the means; the mean of quotients would be that of the seed with the smallest gap."""
+        """Quotient of the means. In a mean of quotients, the seed with the smallest gap would dominate."""
         return statistics.fmean(self.closed) / statistics.fmean(self.gap)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """With 95 % confidence; none for a single seed, or if there may be no gap, since it has no bounds then."""
+        """95 % confidence interval. None for a single seed, or if the gap may be 0, which leaves it unbounded."""
         n = len(self.gap)
         if n < 2:
             return None
         closed, gap = statistics.fmean(self.closed), statistics.fmean(self.gap)
         k = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) ** 2 / n
-        # (closed - r gap)^2 <= k var(closed - r gap) is a r^2 - 2 b r + c <= 0.
+        # (closed - r gap)^2 <= k var(closed - r gap) is the same as a r^2 - 2 b r + c <= 0.
         a = gap**2 - k * statistics.variance(self.gap)
         b = closed * gap - k * statistics.covariance(self.closed, self.gap)
         c = closed**2 - k * statistics.variance(self.closed)
@@ -132,9 +132,9 @@ def by_rate(records: Iterable[Record]) -> dict[float, list[Record]]:
 
 
 def at_best_rate(records: Iterable[Record], task: Task) -> list[Record]:
-    """Records of a form at its best rate, by the seeds that all rates have; ordered by seed.
+    """Records of a form at its best learning rate, ordered by seed. Rates are compared by the seeds that all have.
 
-    A rate at which one has diverged is the best only if there is no other.
+    A rate at which a training has diverged is chosen only if there is no other.
     """
     rates = by_rate(records)
     common = set.intersection(*({record.seed for record in own} for own in rates.values()))
@@ -147,13 +147,13 @@ def at_best_rate(records: Iterable[Record], task: Task) -> list[Record]:
 
 
 def spread(records: Sequence[Record], metric: str) -> Spread | None:
-    """Figures at the ends of several trainings, those that have diverged left out; none without any."""
+    """Final figures of several trainings, without those that diverged. None if no figure is left."""
     values = tuple(value for record in records if math.isfinite(value := record.final(metric)))
     return Spread(values) if values else None
 
 
 def paired(form: Sequence[Record], baseline: Sequence[Record], metric: str) -> Difference | None:
-    """How a form differs from the baseline, over the seeds that both have finished; none without such."""
+    """How a form differs from the baseline, over the seeds that both have finished. None if there is no such seed."""
     other = {record.seed: record.final(metric) for record in baseline}
     differences = [record.final(metric) - other[record.seed] for record in form if record.seed in other]
     values = tuple(value for value in differences if math.isfinite(value))
@@ -161,9 +161,10 @@ def paired(form: Sequence[Record], baseline: Sequence[Record], metric: str) -> D
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Correct the p values of several tests so that they hold for all of them together.
+    """Correct the p values of several tests, so that they hold for all tests together.
 
-    The smallest of m is multiplied by m, the next by m - 1, and so on, up to 1; none is below the one before it.
+    The smallest of m values is multiplied by m, the next one by m - 1, and so on. Each result is at most 1, and at
+    least as large as the one before it.
 
     Source: S. Holm, "A simple sequentially rejective multiple test procedure", 1979.
     """
@@ -179,8 +180,8 @@ def closed_share(
 ) -> ClosedShare | None:
     """How much of the gap from the first form to the second a form closes, over the seeds that all three have finished.
 
-    None without such a seed or a gap, and where these trainings differ in their number of steps: if some have ended
-    early because they had solved the task, those of equal steps would be the worst.
+    None if there is no such seed or no gap, or if these trainings differ in their number of steps. Trainings stop early
+    if they solve the task, so those that all have the same number of steps would be the worst ones.
     """
     own, least, most = (
         {x.seed: x for x in records if math.isfinite(x.final(metric))} for records in (form, first, second)

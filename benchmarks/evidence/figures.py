@@ -1,4 +1,4 @@
-"""What a finished run has logged, and what its checkpoint says of model and data."""
+"""What a finished run has logged, and what its checkpoint says about model and data."""
 
 import math
 from collections.abc import Mapping
@@ -18,26 +18,26 @@ from dma_lightning.language_model import LanguageModel
 from dma_lightning.model import DogeForCausalLM
 from dma_lightning.saved_run import SavedRun
 
-_CURVES = ("val/", "dma/", "drift/")  # of other figures the last value is kept
+_CURVES = ("val/", "dma/", "drift/")  # of other figures, only the last value is kept
 _OF_THE_MACHINE = ("speed/", "memory/")
-_DIGITS = 7  # that a float32 has
+_DIGITS = 7  # significant digits of a float32
 
 
 def record_of(
     cell: Cell, options: Options, configs: str, run: Path, seconds: float, evaluations: Mapping[str, Any]
 ) -> Record:
-    """All that is kept of a finished training.
+    """The record of a finished training.
 
     Args:
         cell: what was trained.
         options: its flags.
         configs: hash of its configurations.
         run: folder of the run, with event files and checkpoints.
-        seconds: that its processes ran.
-        evaluations: what commands found in its checkpoint.
+        seconds: how long its processes ran.
+        evaluations: results of the evaluations of its checkpoint, by command.
 
     Raises:
-        ValueError: if it has no whole checkpoint.
+        ValueError: if there is no complete checkpoint.
     """
     saved = SavedRun.newest([run])
     if saved is None:
@@ -69,7 +69,10 @@ def record_of(
 
 
 def read_scalars(run: Path) -> dict[str, list[tuple[int, float | None]]]:
-    """Curves by tag: optimizer steps and values, None for what is not finite; of a step made twice, the later."""
+    """Curves by tag: optimizer steps and values, None for values that are not finite.
+
+    If a step was repeated after a restart, the later value counts.
+    """
     reader = EventAccumulator(str(run), size_guidance={"scalars": 0})
     reader.Reload()
     curves = {}
@@ -81,19 +84,19 @@ def read_scalars(run: Path) -> dict[str, list[tuple[int, float | None]]]:
 
 
 def _accumulated(run: Path) -> int:
-    """Batches in a step, by the configuration that the run has written."""
+    """Batches per optimizer step, from the configuration that the run has written."""
     return yaml.safe_load((run / "config.yaml").read_text())["trainer"]["accumulate_grad_batches"]
 
 
 def _model(arguments: Mapping[str, Any]) -> DogeForCausalLM:
-    """A model of these arguments, without weights."""
+    """A model with these arguments, without weights."""
     names = {field.name for field in fields(ModelConfig)}
     with torch.device("meta"):
         return DogeForCausalLM(ModelConfig(**{name: x for name, x in arguments.items() if name in names}))
 
 
 def _files(saved: SavedRun) -> tuple[str, ...]:
-    """Arguments of the data that are paths of this machine."""
+    """Names of the data's arguments that are paths on this machine."""
     return saved.data.kind.file_arguments if saved.data.kind else ()
 
 

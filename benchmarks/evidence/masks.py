@@ -1,4 +1,4 @@
-"""What dynamic masks did: figures of their layers at the ends of trainings."""
+"""What dynamic masks did: figures of their layers at the end of trainings."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ FIGURES = {
     "efficiency": "efficiency",
     "own_key_late": "own key seen",
 }
-"""Names of curves `dma/layer_I/NAME` that the report shows, and what it calls them."""
+"""The curves `dma/layer_I/NAME` that the report shows, by NAME, and what the report calls them."""
 
 _LAYER = re.compile(r"dma/layer_\d+/(\w+)")
 
@@ -27,10 +27,10 @@ def looked_at(record: Record) -> bool:
 
 
 def mask_figures(records: Sequence[Record]) -> dict[str, float]:
-    """Means over layers and seeds of the last values of all curves of dynamic masks, by name.
+    """The last values of all curves of dynamic masks, as means over layers and seeds, by name.
 
-    The efficiency is that of the mean masses. A mean of the layers' efficiencies would be that of the layers in which
-    there is least to gain; it is left out where there is nothing to gain at all.
+    The efficiency is computed from the mean masses. In a mean of the layers' efficiencies, the layers with the least to
+    gain would dominate. It is left out if there is nothing to gain at all.
     """
     values: dict[str, list[float]] = {}
     for record in records:

@@ -1,4 +1,4 @@
-"""Curves and heat maps of a study, each with its numbers as CSV beside it."""
+"""Curves and heat maps of a study, each with a CSV file of its numbers."""
 
 import csv
 import math
@@ -18,11 +18,11 @@ _DPI = 110
 
 
 def draw_curves(best: Mapping[str, Sequence[Record]], metric: str, path: Path) -> None:
-    """A figure of validation by tokens and by FLOPs: means over seeds, and the range from least to most.
+    """Plot a validation metric by tokens and by FLOPs: means over seeds, and the range from minimum to maximum.
 
     Args:
         best: records of each form.
-        metric: the figure.
+        metric: the metric.
         path: of the picture.
     """
     figure, (by_tokens, by_flops) = _subplots(1, 2)
@@ -44,7 +44,7 @@ def draw_curves(best: Mapping[str, Sequence[Record]], metric: str, path: Path) -
 
 
 def draw_needles(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Whole answers by length and depth, a heat map for each form, means over seeds.
+    """Plot a heat map for each form: the share of complete answers by length and depth, as means over seeds.
 
     Args:
         found: what `dma-lightning needle` wrote, by form and seed.
@@ -69,7 +69,7 @@ def draw_needles(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
 
 
 def draw_positions(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """The loss by position in held-out documents, means over seeds, and the range from least to most.
+    """Plot the loss by position in held-out documents: means over seeds, and the range from minimum to maximum.
 
     Args:
         found: what `dma-lightning positions` wrote, by form and seed.
@@ -91,7 +91,7 @@ def draw_positions(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
 
 
 def _points(records: Sequence[Record], metric: str) -> list[tuple[int, list[float]]]:
-    """Tokens, and the values of all seeds there; one that ended before stays as it ended."""
+    """Numbers of tokens, each with the values of all seeds. A seed that ended earlier keeps its last value."""
     curves = [
         {step * record.tokens // record.steps: value for step, value in record.curves[metric] if value is not None}
         for record in records
@@ -111,7 +111,7 @@ def _band(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], nam
 
 
 def _subplots(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    """A figure without a window."""
+    """A figure that opens no window."""
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)

@@ -1,4 +1,4 @@
-"""The report on what a study has found so far."""
+"""The report on the results of a study so far."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,12 +19,12 @@ def write_report(study: Study, results: Path, folder: Path) -> Path:
     """Write tables and plots of all records that belong to a study.
 
     Args:
-        study: what was asked for; the order of its forms is that of the tables.
+        study: the study. Tables have its forms in the same order.
         results: file of the records.
-        folder: where report and plots go.
+        folder: folder for the report and the plots.
 
     Returns:
-        The report.
+        The path of the report.
 
     Raises:
         ValueError: if there is no record, or none has a figure that the study wants.
@@ -50,7 +50,7 @@ def write_report(study: Study, results: Path, folder: Path) -> Path:
 
 
 def _section(study: Study, records: list[Record], folder: Path) -> Iterator[str]:
-    """What there is to say about one task at one size."""
+    """The section about one task at one size."""
     task, (name, size) = study.tasks[records[0].task], (records[0].task, records[0].size)
     best = {form: at_best_rate(own, task) for form, own in by_form(records).items()}
     yield f"## {name}, {size}"
@@ -68,7 +68,7 @@ def _section(study: Study, records: list[Record], folder: Path) -> Iterator[str]
 
 
 def _evaluation(name: str, best: dict[str, list[Record]], stem: str, folder: Path) -> Iterator[str]:
-    """What a command found in the checkpoints of each form."""
+    """The results of one evaluation command on the checkpoints of each form."""
     found: dict[str, list[Any]] = {
         form: [record.evaluations[name] for record in records if name in record.evaluations]
         for form, records in best.items()
@@ -104,5 +104,5 @@ def _environments(records: Sequence[Record]) -> Iterator[str]:
 def _speed(found: Results) -> Iterator[str]:
     if calls := [call for call in found.invocations if call.whole]:
         yield "## Trainings per hour"
-        yield "Of calls of the runner that have begun and finished what they ran, start and compilation included:"
+        yield "For calls of the runner that started and finished all of their trainings, with start-up and compilation:"
         yield tables.calls_table(calls)

@@ -1,4 +1,4 @@
-"""The file that a study's figures end in: a record for each finished cell, added one by one."""
+"""The result file of a study: a record for each finished cell, added one by one."""
 
 import json
 import math
@@ -18,19 +18,19 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A finished training.
 
     Attributes:
-        task: name in the study, as size and form.
-        options: flags, with variables as the study writes them.
-        configs: hash of what the configurations of model and data say.
-        model: arguments of the model, those that the data dictates included.
+        task: name in the study; so are size and form.
+        options: flags, with variables as they are written in the study, not filled in.
+        configs: hash of the contents of the model's and data's configurations.
+        model: arguments of the model, including those that the data dictates.
         data: arguments of the data module, without files.
-        parameters: trainable numbers outside embedding and output head.
-        flops_per_token: of forward and backward pass, attention and output head counted.
+        parameters: number of trainable parameters outside embedding and output head.
+        flops_per_token: of forward and backward pass, including attention and output head.
         steps: optimizer steps.
         tokens: positions trained on.
-        curves: figures of validation and of dynamic masks: steps and values, None for what is no finite number.
+        curves: validation metrics and figures of dynamic masks: steps and values, None for values that are not finite.
         last: last value of each other figure that does not depend on the machine's speed.
-        evaluations: what commands found in the checkpoint.
-        seconds: that the processes ran, in all attempts.
+        evaluations: results of the evaluations of the checkpoint, by command.
+        seconds: how long the processes ran, in all attempts together.
         environment: hardware, versions and commit.
     """
 
@@ -59,21 +59,21 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Cell(self.task, self.size, self.form, self.lr, self.seed)
 
     def final(self, metric: str) -> float:
-        """A figure of validation at the end; NaN if it was no finite number."""
+        """The final value of a validation metric. NaN if it is not finite."""
         step, value = self.curves[metric][-1]
         return math.nan if value is None or step != self.steps else value
 
 
 class Invocation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one call of the runner reached.
+    """What one call of the runner achieved.
 
     Attributes:
-        parallel: most trainings side by side.
+        parallel: the largest number of trainings at once.
         seconds: from start to end.
-        cells: that were finished in it.
-        whole: whether these began in it, too, and nothing else did, so that they tell the speed.
+        cells: those that finished during the call.
+        whole: whether the call also started these cells and left none unfinished, so that it shows the speed.
         environment: hardware, versions and commit.
-        gpus: that the trainings were spread over.
+        gpus: number of GPUs that the trainings were spread over.
     """
 
     parallel: int
@@ -88,9 +88,9 @@ class Results(msgspec.Struct, forbid_unknown_fields=True):
     """The content of the file.
 
     Attributes:
-        records: of finished trainings.
-        invocations: of the runner, those that have finished something.
-        failures: why others have failed when they were last tried, by name.
+        records: finished trainings.
+        invocations: calls of the runner that have finished at least one training.
+        failures: why other cells failed when they were last tried, by the name of the cell.
     """
 
     records: list[Record] = []
@@ -99,15 +99,15 @@ class Results(msgspec.Struct, forbid_unknown_fields=True):
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """What a file holds; nothing if there is none.
+        """The content of a file, or empty results if there is no file.
 
         Raises:
-            ValueError: if it is no such file.
+            ValueError: if it is not a file of results.
         """
         return read_json(path, cls, "results of a study") if path.exists() else cls()
 
     def write(self, path: Path) -> None:
-        """Replace the file, by one with a record to a line."""
+        """Replace the file. Each record gets a line."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.records.sort(key=lambda record: (record.cell, json.dumps(record.options, sort_keys=True)))
         parts = [
@@ -124,11 +124,11 @@ class Results(msgspec.Struct, forbid_unknown_fields=True):
         return next((x for x in self.records if (x.cell, x.options, x.configs) == wanted), None)
 
     def of_study(self, study: Study) -> dict[Cell, Record | None]:
-        """The records of all cells of a study that can be named by now; None for those that are missing."""
+        """The records of all cells of a study that are known so far; None for cells without a record."""
         cells = study.cells(lambda cell, options: self.value_of(study, cell, options))
         return {cell: self.of(cell, options, study.digest_of(cell)) for cell, options in cells.items()}
 
     def value_of(self, study: Study, cell: Cell, options: Options) -> float | None:
-        """The metric of a cell at its end; None if there is no record."""
+        """The final metric of a cell. None if there is no record."""
         record = self.of(cell, options, study.digest_of(cell))
         return None if record is None else record.final(study.tasks[cell.task].metric)

@@ -1,7 +1,7 @@
-"""Trainings side by side: what is missing of a study is started, until all is done or a deadline comes.
+"""Run the missing trainings of a study side by side, until all are done or a deadline comes.
 
-Each cell has a folder with its run, the log of its commands, and what evaluations found. A run that was ended goes on
-from its last checkpoint. A cell is recorded when all of its commands have ended well.
+Each cell has a folder with its run, the log of its commands, and the results of its evaluations. A run that was
+interrupted continues from its last checkpoint. A cell is recorded when all of its commands have succeeded.
 """
 
 import hashlib
@@ -27,15 +27,15 @@ from benchmarks.harness.environment import describe
 from dma_lightning.files.atomic import atomic_write
 from dma_lightning.files.locks import locked_folder
 
-GRACE = 20.0  # seconds before the deadline in which runs are saved
+GRACE = 20.0  # seconds before the deadline, for runs to save
 _POLL = 0.1  # seconds
-_RUN = Path("fit", "version_0")  # folder of the run in that of its cell
+_RUN = Path("fit", "version_0")  # folder of the run, below the folder of its cell
 _SECONDS = "seconds.json"
 
 
 @dataclass
 class _Running:
-    """A cell whose present command, the first, is being run; the others come behind it."""
+    """A cell whose first command is running. The remaining commands follow it."""
 
     cell: Cell
     options: Options
@@ -51,16 +51,16 @@ class Runner:
     """Runs a study.
 
     Attributes:
-        study: what to run.
-        folder: of all cells.
+        study: the study to run.
+        folder: folder of all cells.
         path: of the results.
         variables: values of `$name` in the study's flags.
-        parallel: most trainings side by side.
-        deadline: seconds after which all have ended.
-        only: what the name of a cell must contain.
+        parallel: the largest number of trainings at once.
+        deadline: seconds after which all trainings have stopped.
+        only: text that the name of a cell must contain.
 
     Raises:
-        ValueError: on a number that cannot be, a missing variable, or results that cannot be read.
+        ValueError: if `parallel` or `deadline` is too small, or the results cannot be read.
     """
 
     study: Study
@@ -71,7 +71,7 @@ class Runner:
     deadline: float = math.inf
     only: str = ""
     failed: dict[Cell, str] = field(init=False, default_factory=dict)
-    """Cells of which a command has failed, and why."""
+    """Cells with a failed command, and why it failed."""
 
     def __post_init__(self) -> None:
         if self.parallel < 1 or self.deadline <= GRACE:
@@ -83,23 +83,23 @@ class Runner:
         self._gpus = visible_gpus()
         self._running: list[_Running] = []
         self._finished: list[str] = []
-        self._resumed = False  # whether a cell had been begun by another call
-        self._kill_at = math.inf  # on time.monotonic(), once runs were asked to end
+        self._resumed = False  # whether an earlier call had already started one of the cells
+        self._kill_at = math.inf  # by time.monotonic(); finite once runs have been asked to stop
 
     def run(self) -> bool:
-        """Run what is missing; whether nothing is missing any more.
+        """Run the missing cells. Returns whether none is missing afterwards.
 
         Raises:
-            ValueError: if another process runs in the folder, a variable is missing, or `only` is in no name.
+            ValueError: if another process runs in the folder, a variable is missing, or no cell's name contains `only`.
         """
         begun = time.monotonic()
         if not any(self.only in str(cell) for cell in self.study.cells(self._value_of)):
             raise ValueError(f"only: expected text that the name of a cell contains, got {self.only!r}")
         for cell, options in self._missing().items():
-            self._commands(cell, options)  # which may lack a variable
+            self._commands(cell, options)  # raises if a variable is missing
         share(self.folder / "compiled", self.parallel)
         with _locked(self.folder, self.path), _signals() as received, self._children():
-            self.results = Results.read(self.path)  # now that nobody else writes to it
+            self.results = Results.read(self.path)  # again, now that nobody else writes to it
             while True:
                 if not self._is_ending and (received or time.monotonic() > begun + self.deadline - GRACE):
                     self._end()
@@ -125,7 +125,7 @@ class Runner:
         return self._kill_at < math.inf
 
     def _missing(self) -> dict[Cell, Options]:
-        """Cells without a record, of those that can be named by now."""
+        """Those of the cells known so far that have no record."""
         return {
             cell: options
             for cell, options in self.study.cells(self._value_of).items()
@@ -133,7 +133,7 @@ class Runner:
         }
 
     def _value_of(self, cell: Cell, options: Options) -> float | None:
-        """The metric of a cell at its end; NaN if it failed, None if there is no record."""
+        """The final metric of a cell. NaN if the cell failed, None if there is no record."""
         return math.nan if cell in self.failed else self.results.value_of(self.study, cell, options)
 
     def _start(self) -> None:
@@ -157,7 +157,7 @@ class Runner:
         return min(self._gpus, key=taken.__getitem__, default=None)
 
     def _folder(self, cell: Cell, options: Options) -> Path:
-        """Where a cell runs: another one if anything has changed, since a run cannot go on with other arguments."""
+        """Where a cell runs. If anything about it changes, so does the folder: no run continues with new arguments."""
         arguments = self.study.fit_arguments(cell, options, self.variables)
         looks = self.study.tasks[cell.task].evaluations
         said = json.dumps([arguments, looks, self.study.digest_of(cell)], sort_keys=True)
@@ -186,7 +186,7 @@ class Runner:
         running.process = start_child(running.folder, running.commands[0], running.gpu)
 
     def _look_at(self, running: _Running) -> None:
-        """Go on with a cell if its present command has ended; end it if it had time enough to save."""
+        """Move on to the next command if the current one has ended. Kill it if its time to save is over."""
         process, now = running.process, time.monotonic()
         assert process is not None
         if now > self._kill_at:
@@ -236,7 +236,7 @@ class Runner:
         print(f"failed    {running.cell}: {reason} ({running.folder / LOG})", flush=True)
 
     def _end(self) -> None:
-        """Ask all runs to save and to end."""
+        """Ask all runs to save and stop."""
         self._kill_at = time.monotonic() + GRACE - 2 * _POLL
         for running in self._running:
             assert running.process is not None
@@ -244,7 +244,7 @@ class Runner:
 
     @contextmanager
     def _children(self) -> Iterator[None]:
-        """Leave no process behind, whatever happens; what runs may save first."""
+        """Leave no process behind, whatever happens. Runs get time to save first."""
         try:
             yield
         finally:
@@ -260,10 +260,10 @@ class Runner:
 
 @contextmanager
 def _locked(folder: Path, results: Path) -> Iterator[None]:
-    """Be the only one that runs in a folder and writes to a file of results.
+    """Keep other processes from running in a folder and from writing to a file of results.
 
     Raises:
-        ValueError: if another process does.
+        ValueError: if another process already does either.
     """
     folder.mkdir(parents=True, exist_ok=True)
     results.parent.mkdir(parents=True, exist_ok=True)
@@ -281,7 +281,7 @@ def _locked(folder: Path, results: Path) -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Signals that asked this process to end, as they come."""
+    """A list that collects the signals asking this process to end, as they arrive."""
     received: list[int] = []
 
     def receive(number: int, _: FrameType | None) -> None:
@@ -296,7 +296,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _add_seconds(path: Path, seconds: float) -> float:
-    """Seconds of all commands of a cell so far, those of an attempt that was killed left out."""
+    """Add to the seconds of a cell's commands; the sum so far. It lacks attempts in which the runner was killed."""
     seconds += float(path.read_text()) if path.exists() else 0.0
     with atomic_write(path) as file:
         file.write(f"{seconds:.1f}".encode())

@@ -1,4 +1,4 @@
-"""What a study compares: cells of task, size, form, learning rate and seed, each a `fit` command."""
+"""What a study compares: cells of task, size, form, learning rate and seed. Each is trained by one `fit` command."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from dma_lightning.files.reading import as_kind
 STUDIES = Path(__file__).parent / "studies"
 CONFIGS = Path(__file__).parents[2] / "configs"
 
-_ADDED = ("forms", "tasks", "sizes", "options")  # what a study adds to that of its base, name by name
+_ADDED = ("forms", "tasks", "sizes", "options")  # fields that a study merges with its base, name by name
 
 Better = Literal["higher", "lower"]
 Options = dict[str, Any]
@@ -26,16 +26,16 @@ Options = dict[str, Any]
 
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Part of a study's file."""
+    """A part of a study's file."""
 
 
 class Form(_Part):
-    """One of what is compared, such as an attention.
+    """One of the things that a study compares, such as a kind of attention.
 
     Attributes:
-        options: flags that make it.
-        budget: flags that share the size's budget of keys per query, each with its share; these sum up to 1.
-        units: of flags that count something else, how many keys one is.
+        options: flags that define it.
+        budget: flags that divide the size's budget of keys per query, each with its share. The shares add up to 1.
+        units: for flags that do not count keys but, for example, blocks: how many keys one of them is.
     """
 
     options: Options = {}
@@ -43,10 +43,10 @@ class Form(_Part):
     units: dict[str, int] = {}
 
     def keys(self, budget: int) -> Options:
-        """Flags that share a budget.
+        """The flags that divide a budget, with their values.
 
         Raises:
-            ValueError: if a share is no whole number.
+            ValueError: if a share of the budget is not a whole number.
         """
         shares = {name: _exact(share) * budget / self.units.get(name, 1) for name, share in self.budget.items()}
         if any(share.denominator != 1 for share in shares.values()):
@@ -55,16 +55,16 @@ class Form(_Part):
 
 
 class Task(_Part):
-    """What is trained on.
+    """What models are trained on.
 
     Attributes:
-        metric: logged figure of validation that forms are compared by.
-        better: whether more of it is better, or less.
-        also: further figures of validation to report, and what is better for each; they choose no learning rate.
+        metric: the logged validation metric that forms are compared by.
+        better: whether higher or lower values are better.
+        also: further validation metrics to report, and which values are better. They do not choose the learning rate.
         solved: value of the metric at which a training has solved the task.
-        configs: files below `configs`, without ending.
+        configs: files below `configs`, without their extension.
         options: flags.
-        evaluations: commands of `dma-lightning` that look at the trained checkpoint, with their further arguments.
+        evaluations: commands of `dma-lightning` that evaluate the trained checkpoint, with their other arguments.
     """
 
     metric: str
@@ -81,7 +81,7 @@ class Task(_Part):
 
     @property
     def metrics(self) -> dict[str, Better]:
-        """All figures to report, the one that forms are compared by first."""
+        """All metrics to report, with the one that forms are compared by first."""
         return {self.metric: self.better, **self.also}
 
     def is_solved(self, value: float) -> bool:
@@ -99,10 +99,10 @@ class Size(_Part):
     """How large models are.
 
     Attributes:
-        configs: files below `configs`, without ending.
+        configs: files below `configs`, without their extension.
         options: flags.
-        budget: keys that a query of a sparse form sees.
-        forms: flags of single forms at this size.
+        budget: keys that a query sees in a sparse form.
+        forms: extra flags for some forms at this size.
     """
 
     configs: list[str] = []
@@ -115,8 +115,8 @@ class Grid(_Part):
     """All combinations of some tasks, sizes, forms, learning rates and seeds.
 
     Attributes:
-        best_seeds: further seeds, at the one rate that is best for a form with the seeds before.
-        options: flags of this grid alone.
+        best_seeds: further seeds, run only at the learning rate that is best for a form with `seeds`.
+        options: flags of this grid only.
     """
 
     tasks: list[str]
@@ -148,12 +148,12 @@ class Cell:
 
 
 class Study(_Part):
-    """A study's file. It may name a `base`, another study whose forms, tasks, sizes and options it adds to.
+    """A study's file. It may name a `base`: another study, whose forms, tasks, sizes and options it extends.
 
     Attributes:
         baseline: form that the others are compared with, seed by seed.
-        gap: two forms; the report says how much of the gap from the first to the second each other form closes.
-        configs: files below `configs`, without ending, of all cells.
+        gap: two forms. The report says how much of the gap from the first to the second each other form closes.
+        configs: files below `configs`, without their extension, for all cells.
         options: flags of all cells.
     """
 
@@ -191,14 +191,14 @@ class Study(_Part):
             raise ValueError(f"{where}: expected {kind} of {sorted(known)}, got {sorted(unknown)}")
 
     def cells(self, value_of: Callable[[Cell, Options], float | None]) -> dict[Cell, Options]:
-        """All cells that can be named, with their flags; those of `best_seeds` once all rates have been tried.
+        """All cells known so far, with their flags. Cells of `best_seeds` are known once all rates have been tried.
 
         Args:
-            value_of: the task's metric at the end of a cell with these flags; NaN if it failed, None if it was not
-                tried yet.
+            value_of: the final value of the task's metric for a cell with these flags. NaN if the cell failed, None if
+                it has not been tried yet.
 
         Raises:
-            ValueError: if two grids have one cell with different flags.
+            ValueError: if two grids have the same cell with different flags.
         """
         found: dict[Cell, Options] = {}
         for grid in self.grids:
@@ -211,7 +211,7 @@ class Study(_Part):
         return found
 
     def _cells(self, grid: Grid, value_of: Callable[[Cell, Options], float | None]) -> Iterator[Cell]:
-        for seed in grid.seeds:  # a deadline shall cut off seeds, not forms
+        for seed in grid.seeds:  # outermost, so that a deadline cuts off seeds, not forms
             for task, size, lr, form in product(grid.tasks, grid.sizes, grid.lr, grid.forms):
                 yield Cell(task, size, form, lr, seed)
         for task, size, form in product(grid.tasks, grid.sizes, grid.forms) if grid.best_seeds else ():
@@ -224,16 +224,16 @@ class Study(_Part):
                 yield Cell(task, size, form, best, seed)
 
     def _options(self, cell: Cell, grid: Grid) -> Options:
-        """Flags of a cell's command; the more special ones win. Variables stand as they are written."""
+        """Flags of a cell's command. More specific ones win. Variables are not filled in yet."""
         general = (self.options, self.sizes[cell.size].options, self.tasks[cell.task].options)
         own = {"model.lr": cell.lr, "seed_everything": cell.seed}
         return _merged(*general, self.form_options(cell.form, cell.size), grid.options, own)
 
     def form_options(self, form: str, size: str) -> Options:
-        """Flags that make a form at a size.
+        """Flags that define a form at a size.
 
         Raises:
-            ValueError: if the size's budget cannot be shared as the form shares it.
+            ValueError: if the size's budget cannot be divided into the form's shares.
         """
         shared, found = self.sizes[size], self.forms[form]
         return _merged(found.options, found.keys(shared.budget), shared.forms.get(form, {}))
@@ -248,23 +248,23 @@ class Study(_Part):
         return ["fit", *configs, *flags(options, variables)]
 
     def digest_of(self, cell: Cell) -> str:
-        """What those of model and data say, as a hash: figures under others are not of this cell."""
+        """Hash of the contents of the model's and data's configs. Records with another hash are not of this cell."""
         contents = [yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in self.shape_of(cell)]
         return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
 
     def shape_of(self, cell: Cell) -> list[str]:
-        """Configurations of a cell's model and data, below `configs`, without ending."""
+        """Configurations of a cell's model and data: files below `configs`, without their extension."""
         return self.sizes[cell.size].configs + self.tasks[cell.task].configs
 
 
 def read_study(name: str) -> tuple[str, Study]:
-    """A study's name, and what it says.
+    """Read a study: its name and its content.
 
     Args:
-        name: of one of ours, or a path.
+        name: name of a study in this repository, or a path.
 
     Raises:
-        ValueError: if there is none, or a field is unknown, missing or wrong.
+        ValueError: if there is no such study, or a field is unknown, missing or wrong.
     """
     path, content = _read(name, Path(), ())
     study: Study = as_kind(content, Study, str(path))
@@ -272,7 +272,7 @@ def read_study(name: str) -> tuple[str, Study]:
 
 
 def _read(name: str, folder: Path, above: tuple[Path, ...]) -> tuple[Path, dict[str, Any]]:
-    """The file of a study, and its content with that of its base; it is the base of those `above`."""
+    """The path of a study's file, and its content merged with its base. `above` are the files that build on it."""
     own = STUDIES / f"{name}.yaml"
     path = own if own.is_file() else folder / name
     if path.resolve() in above:
@@ -296,7 +296,7 @@ def flags(options: Options, variables: Mapping[str, str]) -> list[str]:
     """Flags of a command line, with variables filled in.
 
     Raises:
-        ValueError: if one is missing.
+        ValueError: if a variable is missing.
     """
     texts = [
         (name, item if isinstance(item, str) else json.dumps(item))
@@ -310,7 +310,7 @@ def filled(text: str, variables: Mapping[str, str]) -> str:
     """Text with variables filled in.
 
     Raises:
-        ValueError: if one is missing.
+        ValueError: if a variable is missing.
     """
     try:
         return Template(text).substitute(variables)
@@ -320,7 +320,7 @@ def filled(text: str, variables: Mapping[str, str]) -> str:
 
 
 def _merged(*parts: Options) -> Options:
-    """All flags; later ones win, but lists of flags that end with + follow each other."""
+    """All flags merged. Later values win, except that lists of flags that end with `+` are joined."""
     merged: Options = {}
     for part in parts:
         for name, value in part.items():
@@ -330,18 +330,18 @@ def _merged(*parts: Options) -> Options:
 
 
 def _exact(share: float) -> Fraction:
-    """The number that was written, such as a tenth."""
+    """The number exactly as it was written, such as one tenth."""
     return Fraction(str(share))
 
 
 def _best_rate(task: Task, tried: Mapping[float, list[float | None]]) -> float | None:
-    """The rate with the best mean; None while some were not tried, or if all failed."""
+    """The rate with the best mean. None as long as some have not been tried, or if all failed."""
     means = {}
     for rate, values in tried.items():
         known = [value for value in values if value is not None]
         if len(known) < len(values):
             return None
         mean = sum(known) / len(known)
-        if mean == mean:  # no NaN
+        if mean == mean:  # not NaN
             means[rate] = mean
     return task.best(means) if means else None

@@ -13,22 +13,22 @@ Best = Mapping[str, Sequence[Record]]
 """Records of each form at its best rate."""
 
 Columns = dict[str, dict[str, str]]
-"""What stands under each head, by form."""
+"""Cells by column head and form."""
 
 _DIFFERENCE, _P, _SHARE = "difference", "p (Holm)", "gap closed"
 
 
 def forms_table(study: Study, best: Best, task: Task) -> Iterator[str]:
-    """What the forms are and how they compare by the task's metric: a paragraph and a table."""
+    """A paragraph and a table on what the forms are and how they compare by the task's metric."""
     columns = _descriptions(best) | _figures(best, task.metric, study.baseline) | _closed_shares(study, best, task)
     if task.solved is not None:
         head = f"{task.metric} {'≥' if task.better == 'higher' else '≤'} {task.solved:g}"
         columns[head] = {form: _solved(records, task) for form, records in best.items()}
     notes = {
-        _DIFFERENCE: f"Differences are those to `{study.baseline}` of the same seed, with a 95 % confidence interval "
-        "of their mean (Student's t).",
-        _P: "P values are of paired t tests, corrected by Holm's method for all forms of a table.",
-        _SHARE: "The gap is that from `{}` to `{}`, and closed of it (first - form) / (first - second), over the seeds "
+        _DIFFERENCE: f"Differences are to `{study.baseline}` with the same seed, with a 95 % confidence interval of "
+        "their mean (Student's t).",
+        _P: "P values are from paired t tests, corrected by Holm's method for all forms in a table.",
+        _SHARE: "The gap is from `{}` to `{}`. The share closed is (first - form) / (first - second), over the seeds "
         "that all three have, with a 95 % confidence interval (Fieller), or without one if there may be no gap.".format(
             *study.gap or ("", "")
         ),
@@ -39,10 +39,10 @@ def forms_table(study: Study, best: Best, task: Task) -> Iterator[str]:
 
 
 def metric_tables(study: Study, best: Best, name: str) -> Iterator[str]:
-    """The further figures of a task, each as a line and a table.
+    """The further metrics of a task, each as a line and a table.
 
     Raises:
-        ValueError: if no training has logged one.
+        ValueError: if no training has logged one of them.
     """
     for metric, better in study.tasks[name].also.items():
         logged = {form: [x for x in records if metric in x.curves] for form, records in best.items()}
@@ -55,7 +55,7 @@ def metric_tables(study: Study, best: Best, name: str) -> Iterator[str]:
 
 
 def rates_table(records: Sequence[Record], metric: str) -> str:
-    """A column for each learning rate; the values of all seeds."""
+    """A table with a column for each learning rate, and the values of all seeds in each cell."""
     rates = sorted({record.lr for record in records})
     forms = {form: by_rate(own) for form, own in by_form(records).items()}
     columns = {
@@ -66,14 +66,14 @@ def rates_table(records: Sequence[Record], metric: str) -> str:
 
 
 def masks_table(best: Best) -> Iterator[str]:
-    """What the dynamic masks of each form did: a paragraph and a table; nothing if none was looked at."""
+    """A paragraph and a table on what the dynamic masks of each form did. Nothing if no training logged it."""
     looked = {form: [x for x in records if looked_at(x)] for form, records in best.items()}
     looked = {form: records for form, records in looked.items() if records}
     if not looked:
         return
     yield (
-        "What the dynamic masks did at the end, means over layers and n seeds. Lost mass is the share of attention "
-        "that falls on dropped keys; the efficiency of these means is 0 for a window and 1 for the best keys:"
+        "What the dynamic masks did at the end, as means over layers and n seeds. Lost mass is the share of attention "
+        "that falls on dropped keys. Efficiency, computed from these means, is 0 for a window and 1 for the best keys:"
     )
     found = {form: mask_figures(records) for form, records in looked.items()}
     columns = {"n": {form: f"{len(records)}" for form, records in looked.items()}}
@@ -83,7 +83,7 @@ def masks_table(best: Best) -> Iterator[str]:
 
 
 def lengths_table(found: Mapping[str, Sequence[Any]]) -> str:
-    """A row for each form and length; means over what a command found in checkpoints of several seeds."""
+    """A table with a row for each form and length: an evaluation's means over the checkpoints of all seeds."""
     names = {
         "loss": ("loss", 1, ".4f"),
         "accuracy": ("tokens right, %", 100, ".1f"),
@@ -105,7 +105,7 @@ def lengths_table(found: Mapping[str, Sequence[Any]]) -> str:
 
 
 def calls_table(calls: Iterable[Invocation]) -> str:
-    """How fast calls of the runner were."""
+    """A table of how fast calls of the runner were."""
     rows = []
     for call in calls:
         kinds = ", ".join(dict.fromkeys(" ".join(name.split()[:2]) for name in call.cells))
@@ -133,7 +133,7 @@ def _descriptions(best: Best) -> Columns:
 
 
 def _figures(best: Best, metric: str, baseline: str) -> Columns:
-    """Means, differences to the baseline, and, where there are several, what their p values are together."""
+    """Means, differences to the baseline, and, if there are several, their p values, corrected together."""
     spreads = {form: spread(records, metric) for form, records in best.items()}
     others = best.keys() - {baseline} if baseline in best else set()
     found = {form: paired(best[form], best[baseline], metric) for form in others}
@@ -151,7 +151,7 @@ def _figures(best: Best, metric: str, baseline: str) -> Columns:
 
 
 def _closed_shares(study: Study, best: Best, task: Task) -> Columns:
-    """How much of the study's gap each form closes; no column where that cannot be said of any."""
+    """How much of the study's gap each form closes. No column if this cannot be computed for any form."""
     if study.gap is None or not best.keys() >= set(study.gap):
         return {}
     first, second = (best[form] for form in study.gap)
@@ -161,7 +161,7 @@ def _closed_shares(study: Study, best: Best, task: Task) -> Columns:
 
 
 def _solved(records: Sequence[Record], task: Task) -> str:
-    """In how many trainings the metric ended at the threshold or better; those that have diverged did not."""
+    """In how many trainings the metric ended at the threshold or better. Diverged trainings do not count as such."""
     return f"{sum(task.is_solved(record.final(task.metric)) for record in records)} of {len(records)}"
 
 
@@ -171,7 +171,7 @@ def _seeds(records: Sequence[Record], figures: Spread | None) -> str:
 
 
 def _keys(record: Record) -> str:
-    """Keys that a query sees at most, mean over layers, compressed ones beside."""
+    """The most keys that a query sees, as a mean over layers; compressed keys are counted separately."""
     model, length = record.model, record.data["sequence_length"]
     seen = {
         "dma": lambda: _mean_window(model) + model["keep_last"] + model["sinks"],
@@ -186,7 +186,7 @@ def _keys(record: Record) -> str:
 
 
 def _mean_window(model: Mapping[str, Any]) -> int:
-    """Best-ranked keys that a query keeps, mean over layers."""
+    """Best-ranked keys that a query keeps, as a mean over layers."""
     wide, layers = len(model.get("wide_layers", [])), model["num_hidden_layers"]
     more = wide * (model.get("wide_keep_window_size", 0) - model["keep_window_size"])
     return round(model["keep_window_size"] + more / layers)
@@ -206,7 +206,7 @@ def _percent(mean: float, interval: tuple[float, float] | None) -> str:
 
 
 def _by_form(forms: Iterable[str], columns: Columns) -> str:
-    """A row for each form, nothing where a column does not have it."""
+    """A table with a row for each form. A cell is empty if its column lacks the form."""
     return _markdown(["form", *columns], [[form, *(own.get(form, "") for own in columns.values())] for form in forms])
 
 

@@ -1,10 +1,10 @@
-"""What benchmarks share; a benchmark beside this folder is its method and little else.
+"""What benchmarks share, so that each benchmark beside this folder holds little more than its method.
 
 - `environment`: hardware, versions and commit of a run;
 - `command_line`: `--help`, which says hardware and duration, and `--out`;
 - `results`: result files, written after each row;
-- `timing`: medians with their spread, CUDA events, CUDA graphs, peak memory, and the check before all that;
-- `inputs`: queries, keys, values and ranks of several kinds, and the attentions that all are compared with;
+- `timing`: medians with their spread, CUDA events, CUDA graphs, peak memory, and the check before anything is timed;
+- `inputs`: queries, keys, values and ranks of several kinds, and the baseline attentions;
 - `tables`: how a page shows the rows of a result file;
 - `training`: runs of whole models on random tokens.
 """

@@ -1,4 +1,4 @@
-"""What every result file says about the machine, the versions and the commit it was measured with."""
+"""What every result file says about its run: the machine, the versions and the commit."""
 
 import os
 import platform
@@ -31,7 +31,7 @@ def describe() -> dict[str, str | int]:
 
 
 def _gpu() -> dict[str, str]:
-    """Name of the GPU and versions of what drives it; nothing without one."""
+    """Name of the GPU, and versions of Triton, cuDNN and CUDA; empty if there is no GPU."""
     if not torch.cuda.is_available():
         return {}
     versions = {"triton": version("triton"), "cudnn": str(torch.backends.cudnn.version())}

@@ -1,4 +1,4 @@
-"""Inputs of attention, and the attentions that others are compared with. H heads, G KV heads, N length, D head dim."""
+"""Inputs of attention, and baseline attentions. H query heads, G KV heads, N length, D head dim."""
 
 from collections.abc import Callable, Sequence
 
@@ -34,7 +34,7 @@ def make_inputs(
         length: N.
         head_dim: D.
         projected: whether q, k and v lie in memory as projections leave them, `[1, N, H, D]`.
-        device: of all.
+        device: of all tensors.
         dtype: of q, k and v.
     """
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def make_inputs(
 
 
 def ranks_by_kind(noise: Tensor) -> dict[str, Tensor]:
-    """Ranks of several kinds, made of random ones `[1, G, N]`, contiguous and without a gradient."""
+    """Ranks of several kinds, made from random ones `[1, G, N]`, contiguous and without a gradient."""
     noise = noise.detach()
     position = torch.linspace(0, 1, noise.shape[-1], device=noise.device)
     decay = 0.99 ** torch.arange(2048, device=noise.device).flip(0)
@@ -68,10 +68,10 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def dynamic(attend: Callable[..., Tensor], window: int, *inputs: Tensor) -> Tensor:
-    """Attention of q, k, v and ranks, selection included; the key biases are the ranks."""
+    """Dynamic mask attention of q, k, v and ranks, selection included. The ranks are also the key biases."""
     return attend(*inputs, Lifetimes.top_w(inputs[3], window))
 
 
 def step(attend: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-    """Forward and backward; the gradients of all inputs."""
+    """Run forward and backward; the gradients of all inputs."""
     return torch.autograd.grad(attend(*inputs), inputs, grad)

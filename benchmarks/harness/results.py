@@ -11,13 +11,13 @@ RESULTS, CONFIGS = ROOT / "benchmarks" / "results", ROOT / "configs"
 
 
 def load(name: str) -> Result:
-    """A result file by its name without `.json`."""
+    """The content of a result file, by its name without `.json`."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def write(path: Path, result: Result) -> None:
-    """Write a result file, whole or not at all."""
-    from dma_lightning.files.atomic import atomic_write  # not above: it imports Lightning, which takes seconds
+    """Write a result file atomically: completely or not at all."""
+    from dma_lightning.files.atomic import atomic_write  # here, since it imports Lightning, which takes seconds
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
@@ -30,13 +30,13 @@ def record(
     rows: Mapping[str, Iterable[Row]],
     tables: Callable[[Result], Iterable[Part]] | None = None,
 ) -> None:
-    """Measure, print and add rows to a result, and write the file after each, so that an interruption loses one.
+    """Measure and print rows, and add them to a result. An interruption loses one row: the file is written after each.
 
     Args:
-        path: of the file.
-        result: what else stands in it; extended by the rows.
-        rows: by their name in the file; a generator measures a row when it is asked for it.
-        tables: of the result, printed at the end.
+        path: of the result file.
+        result: what else the file contains. The rows are added to it.
+        rows: by their name in the file. A generator measures each row when the row is requested.
+        tables: makes the tables of the result, which are printed at the end.
     """
     for name, measured in rows.items():
         result[name] = []

@@ -10,7 +10,7 @@ from .environment import ROOT
 
 Row = dict[str, Any]
 Result = dict[str, Any]
-"""What a result file holds: environment and setting, and rows by name."""
+"""The content of a result file: environment and settings, and rows by name."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Table:
     """Rows of a result file as a page shows them.
 
     Attributes:
-        rows: of the file, or made of them.
+        rows: those of the file, or what is made from them.
         caption: what was measured, on what, and whether lower or higher is better; empty if the page says so itself.
-        columns: their heads.
-        cells: what stands in a row, None where a column says nothing of it. Default: the row itself.
+        columns: the column heads.
+        cells: the cells of a row, None for an empty one. Default: the row itself.
         labels: how many columns from the left hold words, not numbers.
     """
 
@@ -53,11 +53,11 @@ class Picture:
 
 
 Part = Table | Picture | str
-"""What a benchmark gives to a page; a string is a paragraph."""
+"""What a benchmark puts on a page. A string is a paragraph."""
 
 
 def markdown(parts: Iterable[Part], folder: Path = ROOT) -> str:
-    """Parts one below the other, in a page of a folder, from which pictures are found."""
+    """All parts as Markdown, one below the other. Paths of pictures are relative to `folder`, where the page is."""
     return "\n\n".join(_markdown(part, folder) for part in parts)
 
 
@@ -74,13 +74,13 @@ def _line(cells: Iterable[object]) -> str:
 
 
 def interval(values: Sequence[float], unit: float = 1, style: str = ".3g") -> str:
-    """Median [minimum - maximum] of these three, the smallest first, in a unit."""
+    """Format (minimum, median, maximum) as "median [minimum - maximum]", in a unit."""
     low, middle, high = (f"{value / unit:{style}}" for value in values)
     return f"{middle} [{low} - {high}]"
 
 
 def length_of(row: Row) -> str:
-    """The length of a row, in 1024 tokens."""
+    """The length of a row in units of 1,024 tokens, such as `32k`."""
     return f"{row['length'] / 1024:g}k"
 
 

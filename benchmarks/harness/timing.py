@@ -1,4 +1,4 @@
-"""Times and memory of functions on a GPU. B batch, H heads, N length, D head dim."""
+"""Time and memory of functions on a GPU. B batch, H heads, N length, D head dim."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +17,7 @@ def spread(values: Iterable[float]) -> list[float]:
 
 
 def event_ms(function: Callable[[], Any], repeats: int) -> list[float]:
-    """Milliseconds of each of several calls between CUDA events."""
+    """Milliseconds of each of several calls, measured by CUDA events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(repeats):
@@ -30,18 +30,18 @@ def event_ms(function: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def time_ms(function: Callable[[], Any]) -> list[float]:
-    """Minimum, median and maximum of repeated measurements, in milliseconds, after one that does not count."""
-    from triton.testing import do_bench  # here, since pages are written where no Triton is
+    """Minimum, median and maximum of repeated measurements in milliseconds. A first one is discarded."""
+    from triton.testing import do_bench  # here, since pages can be written without Triton
 
     function()
     times = event_ms(function, REPEATS)
-    if min(times) < 30:  # a single run tells enough only if it is long
+    if min(times) < 30:  # a single run is precise enough only if it is long
         times = [do_bench(function, warmup=10, rep=40, return_mode="median") for _ in range(REPEATS)]
     return spread(times)
 
 
 def forward_and_backward_ms(function: Callable[[], Tensor], inputs: Sequence[Tensor]) -> dict[str, list[float]]:
-    """Time of the forward, as in training, and of the backward to the inputs."""
+    """Time of the forward, as in training, and of the backward, with gradients of the inputs."""
     out = function()
     grad = torch.randn_like(out)
     backward = time_ms(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
@@ -49,7 +49,7 @@ def forward_and_backward_ms(function: Callable[[], Tensor], inputs: Sequence[Ten
 
 
 def captured(function: Callable[[], Any]) -> Callable[[], None]:
-    """The replay of a CUDA graph of what a function does."""
+    """Capture a function as a CUDA graph; the function that replays it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -63,7 +63,7 @@ def captured(function: Callable[[], Any]) -> Callable[[], None]:
 
 
 def peak_gib(function: Callable[[], Any]) -> float:
-    """Peak GPU memory above what is there before, in GiB."""
+    """Peak GPU memory of a call beyond what is allocated before it, in GiB."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -72,10 +72,10 @@ def peak_gib(function: Callable[[], Any]) -> float:
 
 
 def check_equal(found: Sequence[Tensor], expected: Sequence[Tensor], name: str, tolerance: float = 0.02) -> None:
-    """Outputs and gradients in bfloat16 are those that are expected, before anything is timed.
+    """Before anything is timed: check that outputs and gradients in bfloat16 are as expected.
 
     Raises:
-        RuntimeError: if the norm of a difference is more than the tolerance times that of what is expected.
+        RuntimeError: if the norm of a difference exceeds the tolerance times the norm of the expected tensor.
     """
     for i, (x, y) in enumerate(zip(found, expected, strict=True)):
         error = ((x - y).float().norm() / y.float().norm()).item()

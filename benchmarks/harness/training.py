@@ -1,4 +1,4 @@
-"""Training steps of whole models on random tokens, by hand and through `dma-lightning fit`."""
+"""Training steps of whole models on random tokens, by a plain loop or through `dma-lightning fit`."""
 
 import contextlib
 import hashlib
@@ -28,11 +28,11 @@ from dma_lightning.data.shards import ShardWriter, write_json, write_text
 from .results import CONFIGS
 from .timing import spread
 
-TOKENS, LENGTHS, VOCABULARY = 32768, [4096, 16384, 32768], 32768  # tokens of a step, cut into sequences of a length
+TOKENS, LENGTHS, VOCABULARY = 32768, [4096, 16384, 32768], 32768  # tokens per step, cut into sequences of one length
 CORPUS = 16 << 20  # tokens, of four bytes each
-COMPILED, RECOMPUTED = "80m", "1.7b"  # shapes: activations of the second do not fit, and are computed again
+COMPILED, RECOMPUTED = "80m", "1.7b"  # shapes; the activations of the second do not fit, so they are recomputed
 INTERVAL = {COMPILED: 20, RECOMPUTED: 4}  # steps per logged figure
-COMPILING, FIGURES = 2, 3  # figures that do not count, since kernels are compiled, masks looked at; those that do
+COMPILING, FIGURES = 2, 3  # first figures, which do not count (kernels compile); then those that count
 _LEFT_OUT = (ResumableCheckpoint, FitReport, MixedWindows)
 SDPA = [
     SDPBackend.CUDNN_ATTENTION,
@@ -46,10 +46,10 @@ class Case(NamedTuple):
     """What is trained.
 
     Attributes:
-        shape: of the paper.
+        shape: name of a model config, such as `80m`.
         length: of sequences, in tokens.
         attention: name of a mixer.
-        published: whether masks are those of the paper, or of the form that the shape's own config has.
+        published: whether masks have the published form, rather than the form in the shape's own config.
     """
 
     shape: str
@@ -75,7 +75,7 @@ class LoggedFigures(pl.Callback):
 
 
 def compile_ahead(compile_case: Callable[[Case], object], cases: Sequence[Case]) -> None:
-    """Fill Inductor's cache, which a measurement reads, in a process for each case; an error is printed."""
+    """Fill Inductor's cache for the measurements, with one process for each case. Errors are printed."""
     with ProcessPoolExecutor(len(cases), mp_context=multiprocessing.get_context("spawn")) as pool:
         for case, error in zip(cases, pool.map(partial(_error_of, compile_case), cases), strict=True):
             if error:
@@ -91,7 +91,7 @@ def _error_of(compile_case: Callable[[Case], object], case: Case) -> str | None:
 
 
 def write_corpus(folder: Path) -> None:
-    """Random tokens, as `dma-lightning prepare` writes them; the folder is made."""
+    """Write random tokens in the format of `dma-lightning prepare`. The folder is created if it is missing."""
     folder.mkdir(exist_ok=True)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0")).to_str()
     write_text(folder / TOKENIZER, words)
@@ -108,15 +108,15 @@ def write_corpus(folder: Path) -> None:
 
 
 def build(corpus: Path, case: Case, trainer: dict[str, Any], model: dict[str, Any]) -> DMACLI:
-    """A run that has not begun, on one GPU unless options of the trainer say otherwise.
+    """A run that has not started, on one GPU unless the trainer's options say otherwise.
 
-    It has no checkpoints, no report, and no mixed windows: all steps are of one kind.
+    It writes no checkpoints and no report. It has no mixed windows either, so all steps are of one kind.
 
     Args:
         corpus: folder of `write_corpus`.
         case: what is trained, with configs/trainer/gpu.yaml.
-        trainer: its options by name that differ from the configs.
-        model: the same of the model.
+        trainer: options of the trainer that differ from the configs, by name.
+        model: options of the model that differ from the configs, by name.
     """
     names = (f"model/{case.shape}{'-published' if case.published else ''}", "data/prepared", "trainer/gpu")
     configs = [f"--config={CONFIGS / name}.yaml" for name in names]
@@ -131,7 +131,7 @@ def build(corpus: Path, case: Case, trainer: dict[str, Any], model: dict[str, An
         for part, values in options.items()
         for name, x in values.items()
     ]
-    with torch.device("cuda"):  # the 1.7 billion weights of the larger are drawn in no time
+    with torch.device("cuda"):  # where even 1.7 billion weights are drawn in no time
         cli = build_cli([*configs, *flags], run=False)
     cli.trainer.callbacks = [x for x in cli.trainer.callbacks if not isinstance(x, _LEFT_OUT)]
     return cli
@@ -152,11 +152,11 @@ def fit(
     Args:
         corpus: folder of `write_corpus`.
         case: what is trained, with configs/trainer/gpu.yaml.
-        trainer: its options by name that differ from the configs.
-        watch: is called after all other callbacks.
+        trainer: options of the trainer that differ from the configs, by name.
+        watch: a callback that is called after all others.
         graphs: whether layers run as CUDA graphs.
         profiler: of the trainer.
-        options: others of the model that differ from the configs.
+        options: other options of the model that differ from the configs.
     """
     model = {"cuda_graphs": graphs, "activation_checkpointing": case.shape == RECOMPUTED} | options
     with tempfile.TemporaryDirectory() as runs:
