@@ -1,4 +1,4 @@
-"""All checks by the name of their area. Each takes a seed, and raises an `AssertionError` that says what it drew."""
+"""All checks, by the name of their area. A check takes a seed. If it fails, its `AssertionError` describes the case."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from fuzz_selection import check_selection
 
 @dataclass(frozen=True)
 class Area:
-    """A kind of cases.
+    """A kind of case.
 
     Attributes:
-        check: of one seed.
-        share: how many cases of a thousand asked for are tried, since some take seconds.
+        check: runs the case of one seed.
+        share: how many cases run for every thousand requested, since some take seconds.
     """
 
     check: Callable[[int], None]

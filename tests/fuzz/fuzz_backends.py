@@ -1,4 +1,4 @@
-"""Backends against softmax in float64 by NumPy: outputs and all gradients.
+"""Backends against softmax in NumPy's float64: outputs and all gradients.
 
 B batch, H query heads, G KV heads, N length, D head dim.
 """
@@ -23,7 +23,7 @@ Attention = Callable[..., Tensor]  # of q, k, v, scores, lifetimes
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Tensors of one dtype, and a mask that is drawn and selected apart from them."""
+    """Tensors of one dtype, and a mask that is drawn independently of them."""
 
     inputs: list[Tensor]
     grad: Tensor
@@ -31,7 +31,7 @@ class AttentionCase:
     ranks: Tensor
     packing: Packing
     scale: float | None
-    drift: Tensor | None = None  # what biases of keys have more of, and those of queries less, float64 [B, G, N]
+    drift: Tensor | None = None  # float64 [B, G, N], added to biases of keys and subtracted from those of queries
 
     @classmethod
     def drawn(
@@ -55,7 +55,7 @@ class AttentionCase:
         return cls(inputs, grad, kept, ranks, Packing.drawn(rng, batch, length), scale)
 
     def perhaps_drifting(self, rng: random.Random) -> "AttentionCase":
-        """The same, or with a drift that has added up to thousands or millions of nats."""
+        """The same case, or one with a drift, which may already have added up to thousands or millions of nats."""
         if rng.random() < 0.6:
             return self
         steps = torch.rand(self.inputs[3].shape, generator=generator(rng), dtype=torch.float64)
@@ -68,13 +68,13 @@ class AttentionCase:
         )
 
     def lifetimes(self, device: torch.device | None = None) -> Lifetimes:
-        """The same as lifetimes, by default on the CPU."""
+        """The mask as lifetimes, by default on the CPU."""
         kept = self.kept
         options = {"keep_last": kept.keep_last, "sinks": kept.sinks, **self.packing.arguments(device)}
         return Lifetimes.top_w(self.ranks.to(device), kept.window, **options)
 
     def expected(self) -> list[np.ndarray]:
-        """Output and gradients."""
+        """Output and gradients, by the definition."""
         q, k, v, scores, grad = (x.double().numpy() for x in (*self.inputs, self.grad))
         scores = scores if self.drift is None else scores + (self.drift - self.drift.min()).numpy()
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
@@ -83,7 +83,7 @@ class AttentionCase:
     def found(
         self, function: Attention, mask: Lifetimes | Tensor, trained: bool = True, **options: object
     ) -> list[Tensor]:
-        """The same by a backend, where the mask is."""
+        """Output and gradients by a backend, on the device of the mask."""
         device = mask.death.device if isinstance(mask, Lifetimes) else mask.device
         inputs = [x.to(device) for x in self.inputs]
         if self.drift is not None:
@@ -101,7 +101,7 @@ class AttentionCase:
 
 
 def check_backends(seed: int) -> None:
-    """`reference` and `torch`, mostly in float64, where nothing but the last digits may differ."""
+    """`reference` and `torch`, mostly in float64, where only the last digits may differ."""
     rng = random.Random(seed)
     dtype = rng.choice((torch.float64, torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16))
     case = AttentionCase.drawn(rng, dtype).perhaps_drifting(rng)
@@ -114,7 +114,7 @@ def check_backends(seed: int) -> None:
 
 
 def check_triton(seed: int) -> None:
-    """`triton`, on a CPU by its interpreter, which has no bfloat16."""
+    """`triton`; on a CPU through its interpreter, which has no bfloat16."""
     rng = random.Random(seed)
     case = AttentionCase.drawn(rng, rng.choice((torch.float32, torch.float32, torch.float16)), longest=150)
     case = case.perhaps_drifting(rng)
@@ -126,7 +126,7 @@ def check_triton(seed: int) -> None:
 
 
 def check_flex(seed: int) -> None:
-    """`flex`, which infers alone on a CPU; few lengths, since each is compiled."""
+    """`flex`, which has no gradients on a CPU. Only a few lengths, since each one is compiled."""
     rng = random.Random(seed)
     case = AttentionCase.drawn(rng, torch.float32, head_dim=16).perhaps_drifting(rng)
     with told(seed, case), torch._dynamo.config.patch(recompile_limit=1000):
@@ -136,17 +136,17 @@ def check_flex(seed: int) -> None:
 def assert_close(
     case: AttentionCase, found: list[Tensor], expected: list[np.ndarray], inner: torch.dtype | None = None
 ) -> None:
-    """Within some roundings of the largest number in the tensor, and of the terms that it is a sum of.
+    """Allow a few roundings of the largest number in each tensor, and of the terms that are summed to compute it.
 
     Args:
         case: the inputs.
         found: output, and perhaps gradients.
-        expected: the same, and exact.
-        inner: dtype of what is added up; by default at least float32.
+        expected: exact output and gradients.
+        inner: dtype of the terms; by default at least float32.
     """
     q, k, v, scores, grad = (x.double().abs().amax().item() for x in (*case.inputs, case.grad))
     head_dim = case.inputs[0].shape[-1]
-    if case.drift is not None:  # of which float64 has all in it, float32 what a query sees
+    if case.drift is not None:  # a float64 bias contains all of it, a float32 one only what differs between keys
         scores += (case.drift.max() - (0 if case.grad.dtype == torch.float64 else case.drift.min())).item()
     logits, inner = q * k * head_dim + scores, inner or torch.promote_types(case.inputs[0].dtype, torch.float32)
     for name, x, y in zip(_NAMES, found, expected, strict=False):

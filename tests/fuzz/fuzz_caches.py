@@ -1,4 +1,4 @@
-"""Caches: a text cut into any calls gives what one pass over it gives, and keeps what later queries can see.
+"""Caches: reading a text in arbitrary pieces gives the same as one pass, and keeps all keys that later queries see.
 
 B batch, H query heads, G KV heads, N length, D head dim.
 """
@@ -25,7 +25,7 @@ _SMALL = ModelConfig(
 
 
 def check_key_caches(seed: int) -> None:
-    """`DynamicMaskCache` and `FullCache`: chunks, single steps, guesses of which a part is kept, chosen rows."""
+    """`DynamicMaskCache` and `FullCache`: chunks, single steps, partly accepted guesses, and selected rows."""
     rng = random.Random(seed)
     case = AttentionCase.drawn(rng, torch.float64)
     case = replace(case, scale=None, kept=replace(case.kept, window=min(case.kept.window, 60)))
@@ -37,7 +37,7 @@ def check_key_caches(seed: int) -> None:
 
 
 def check_triton_caches(seed: int) -> None:
-    """`DynamicMaskCache` whose steps of one position are a Triton kernel."""
+    """`DynamicMaskCache` with a Triton kernel for steps of one position."""
     rng = random.Random(seed)
     case = AttentionCase.drawn(rng, torch.float32, longest=30)
     with told(seed, case):
@@ -47,9 +47,9 @@ def check_triton_caches(seed: int) -> None:
 
 
 class Reading:
-    """Sequences that a cache reads, each as far as it is: what is kept of guesses differs between them.
+    """A cache that reads sequences, each at its own position, since different numbers of guesses are accepted.
 
-    With a drift, `[B, G, N]` in nats, which the biases of the case contain, the cache begins behind `start` nats.
+    A drift, `[B, G, N]` in nats, is contained in the biases of the case. With one, the cache begins after `start` nats.
     """
 
     def __init__(self, case: AttentionCase, kind: str, drift: Tensor | None = None, start: float = 0.0) -> None:
@@ -63,17 +63,17 @@ class Reading:
         sizes = (batch, kv_heads, head_dim)
         self.cache = FullCache(batch, kept) if self.full else DynamicMaskCache(*sizes, kept, **options)
         self.length, self.drift, self.start = length, drift, start
-        exact = 1e-9 if drift is None else 1e-6  # float64 after 2^29 nats has steps of 1e-7
+        exact = 1e-9 if drift is None else 1e-6  # after 2^29 nats, float64 has steps of 1e-7
         self.allowed = exact if case.grad.dtype == torch.float64 else 2e-3
-        self.rows, self.place = list(range(batch)), [0] * batch  # which sequence each row reads, and how far it is
+        self.rows, self.place = list(range(batch)), [0] * batch  # which sequence each row reads, and its position
 
     @property
     def left(self) -> int:
-        """Positions that all rows still have."""
+        """Number of positions that all rows still have ahead."""
         return self.length - max(self.place)
 
     def call(self, rng: random.Random) -> None:
-        """One call, or one choice of rows."""
+        """Read the next positions, or select rows of the batch."""
         if rng.random() < 0.1:
             chosen = [rng.randrange(len(self.rows)) for _ in range(rng.randint(1, 3))]
             self.cache.select(torch.tensor(chosen, device=self.device))
@@ -93,7 +93,7 @@ class Reading:
             out, kept = self.cache.verify(q, new), [rng.randint(0, count) for _ in self.rows]
             if rng.random() < 0.8:
                 self.cache.commit(torch.tensor(kept, device=self.device))
-            else:  # the guess is dropped
+            else:  # without commit, no guess is accepted
                 kept = [0] * len(self.rows)
         right, allowed = self._part(self.expected, count).cpu(), self.allowed
         torch.testing.assert_close(out.double().cpu(), right, rtol=allowed, atol=allowed)
@@ -111,7 +111,7 @@ class Reading:
         return None if x is None else torch.stack([x[row, at : at + count] for row, at in parts]).to(self.device)
 
     def _check_kept(self) -> None:
-        """The last position sees what the definition says; nothing stands in two slots."""
+        """The last position sees the keys that the definition says, and no key is in two slots."""
         assert self.cache.length.tolist() == self.place
         if self.full or not any(self.place):
             return
@@ -123,10 +123,10 @@ class Reading:
 
 
 def check_mixers(seed: int) -> None:
-    """Every mixer with its cache, token by token and in chunks, against one pass over the whole."""
+    """Every mixer with its cache, token by token and in chunks, against one pass over the whole sequence."""
     rng = random.Random(seed)
     config = _drawn_config(rng)
-    case = AttentionCase.drawn(rng, torch.float64, longest=70)  # for its documents and padding
+    case = AttentionCase.drawn(rng, torch.float64, longest=70)  # only its documents and padding are used
     packing, (batch, _, length, _) = case.packing, case.grad.shape
     full = rng.random() < 0.3
     with told(seed, f"{config.attention}, full {full}, B {batch}, N {length}, {packing}, {config}"):
@@ -139,7 +139,7 @@ def check_mixers(seed: int) -> None:
                 rows = rows[rows_now]
             ids, pads = (None if y is None else y[rows, start:stop] for y in (packing.documents, packing.padding))
             out, right = mixer(x[rows, start:stop], ids, pads, cache), expected[rows, start:stop]
-            if pads is not None:  # what a padded position gives means nothing
+            if pads is not None:  # outputs at padded positions have no meaning
                 out, right = out[~pads], right[~pads]
             torch.testing.assert_close(out, right, rtol=1e-8, atol=1e-8)
             assert cache.length.tolist() == [stop] * len(rows), "length"
@@ -190,7 +190,7 @@ def _drawn_drift(rng: random.Random) -> dict[str, Any]:
 
 
 def _mixer(config: ModelConfig, seed: int) -> TokenMixer:
-    """With weights that matter."""
+    """A mixer with random weights, so that every weight has an effect."""
     torch.manual_seed(seed)
     mixer = MIXERS[config.attention].from_config(config).double().requires_grad_(False).eval()
     for parameter in mixer.parameters():

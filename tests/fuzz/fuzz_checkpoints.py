@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoints: their bytes, the values in them, and what a resumed run does with these."""
+"""Damaged and hostile checkpoints: changed bytes, changed values, and what a resumed run does with them."""
 
 import contextlib
 import copy
@@ -68,7 +68,7 @@ def _quiet() -> Any:
 
 @cache
 def whole(monitor: bool = False) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint of two steps in its run's folder, and its content."""
+    """The path and the content of an intact checkpoint after two steps, in the folder of its run."""
     run = place().root / f"run-{monitor}"
     with _quiet():
         _trainer(run, 2, monitor).fit(LanguageModel(**_MODEL), _data(place().root / "cache"))
@@ -77,7 +77,7 @@ def whole(monitor: bool = False) -> tuple[Path, dict[str, Any]]:
 
 
 def check_bytes(seed: int) -> None:
-    """Changed bytes: what is read is what was written, or it is refused."""
+    """Changed bytes: reading returns what was written, or refuses the file."""
     rng = random.Random(seed)
     path, saved = whole()
     with new_folder() as folder:
@@ -86,12 +86,12 @@ def check_bytes(seed: int) -> None:
         words = _change_entry(rng, file) if rng.random() < 0.4 else change_file(rng, file)
 
         def right(found: dict[str, Any]) -> None:
-            assert same(found, saved), "other content is taken"
+            assert same(found, saved), "changed content is accepted"
 
         def right_model(module: LanguageModel) -> None:
-            assert same(dict(module.state_dict()), saved["state_dict"]), "other weights are taken"
+            assert same(dict(module.state_dict()), saved["state_dict"]), "changed weights are accepted"
             kept = {name: value for name, value in saved["hyper_parameters"].items() if not name.startswith("_")}
-            assert same({name: module.hparams[name] for name in kept}, kept), "other arguments are taken"
+            assert same({name: module.hparams[name] for name in kept}, kept), "changed arguments are accepted"
 
         with told(seed, words):
             if rng.random() < 0.5:
@@ -101,7 +101,10 @@ def check_bytes(seed: int) -> None:
 
 
 def check_values(seed: int) -> None:
-    """Other values, among them class paths and names of others' files: plain values of known fields, or refused."""
+    """Changed values, such as class paths and names of other people's files.
+
+    Reading returns plain values of known fields, or refuses the file.
+    """
     rng = random.Random(seed)
     _, saved = whole()
     with new_folder() as folder:
@@ -126,9 +129,9 @@ def check_values(seed: int) -> None:
                 return
             module = found[0] if kind == "tokenizer" else found
             assert type(module) is LanguageModel
-            assert same(dict(module.state_dict()), changed["state_dict"]), "other weights are taken"
+            assert same(dict(module.state_dict()), changed["state_dict"]), "weights differ from those in the file"
             _assert_plain(dict(module.hparams))
-            if not module.hparams.compile_layers:  # which takes long
+            if not module.hparams.compile_layers:  # compiling takes long
                 with torch.no_grad():
                     module(torch.arange(4)[None])
 
@@ -137,7 +140,7 @@ def check_values(seed: int) -> None:
 
 
 def check_resuming(seed: int) -> None:
-    """`fit` from a checkpoint with other states: nothing outside the run's folder changes."""
+    """`fit` from a checkpoint with changed callback states changes nothing outside the run's folder."""
     rng = random.Random(seed)
     monitor = rng.random() < 0.5
     path, saved = whole(monitor)
@@ -166,14 +169,14 @@ def check_resuming(seed: int) -> None:
         def right(trainer: pl.Trainer) -> None:
             assert trainer.global_step == 4
             left = [found for found in root.rglob("*") if found.name != "run" and not _is_ours(found, run)]
-            assert not left, f"files that a run does not write: {left}"
+            assert not left, f"unexpected files: {left}"
 
         with told(seed, f"monitor {monitor}, {'; '.join(words)}"):
             check_reading(resume, right, run, [file.name, "ckpt_path", *sorted(state), "callbacks"])
 
 
 def check_commands(seed: int) -> None:
-    """`validate` on the command line, whose defaults are what the checkpoint says."""
+    """`validate` on the command line, which takes its defaults from the checkpoint."""
     rng = random.Random(seed)
     _, saved = whole()
     with new_folder() as folder:
@@ -191,16 +194,16 @@ def check_commands(seed: int) -> None:
             try:
                 with _quiet(), contextlib.redirect_stderr(errors):
                     build_cli(["validate", *options])
-            except SystemExit as error:  # of the parser, which has told why
+            except SystemExit as error:  # from the parser, which has printed the reason
                 *_, last = errors.getvalue().strip().splitlines()
-                raise ValueError(f"{last} {file.name}") from error  # what it says of an option is its own
+                raise ValueError(f"{last} {file.name}") from error  # its messages about options need not name the file
 
         with told(seed, words):
             check_reading(validate, lambda _: None, folder, [file.name, "ckpt_path", "--data"])
 
 
 def same(found: Any, expected: Any) -> bool:
-    """Whether values are equal to the last bit, and of the same kinds."""
+    """Whether values are equal to the last bit, and of the same types."""
     if isinstance(expected, torch.Tensor):
         return isinstance(found, torch.Tensor) and found.dtype == expected.dtype and _bits(found) == _bits(expected)
     if isinstance(expected, dict):
@@ -218,7 +221,7 @@ def _bits(x: torch.Tensor) -> tuple[list[int], bytes]:
 
 
 def _loaded(rng: random.Random, file: Path) -> LanguageModel:
-    """The model, by one of the ways to it."""
+    """The model, loaded in one of two ways."""
     with _quiet():
         if rng.random() < 0.5:
             return load_checkpoint(file, "cpu")
@@ -231,13 +234,13 @@ def _defaults(file: Path) -> dict[str, Any]:
 
 
 def _change_entry(rng: random.Random, file: Path) -> str:
-    """Other bytes of one entry of the archive, which is whole with them but for its sum, or leads elsewhere."""
+    """Change the data of one entry of the archive, so that only its checksum is wrong, or some of its headers."""
     with zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
         info = rng.choice(infos)
         data = archive.read(info)
     content, at = bytearray(file.read_bytes()), info.header_offset + 30
-    if not data or rng.random() < 0.2:  # something of the headers
+    if not data or rng.random() < 0.2:  # change a header instead
         at = rng.choice((info.header_offset, content.rfind(b"PK\x01\x02"), content.rfind(b"PK\x05\x06")))
         content[at + rng.randrange(22)] ^= 1 << rng.randrange(8)
         words = "headers"
@@ -250,7 +253,7 @@ def _change_entry(rng: random.Random, file: Path) -> str:
 
 
 def _changed(rng: random.Random, saved: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Other arguments mostly; or any other part."""
+    """A copy in which one part differs, mostly an argument, and what was changed."""
     changed = copy.deepcopy(saved)
     part = rng.choice((*_ARGUMENTS, *_ARGUMENTS, *_ARGUMENTS, *sorted(saved)))
     kind = rng.choice(("value", "class", "class", "path", "data class", "state"))
@@ -284,7 +287,7 @@ def _changed(rng: random.Random, saved: dict[str, Any]) -> tuple[dict[str, Any],
 
 
 def _save_pickle(rng: random.Random, file: Path) -> None:
-    """What runs a command when it is unpickled without care."""
+    """Write a pickle that runs a command if it is loaded without restrictions."""
 
     class Command:
         def __reduce__(self) -> tuple[Any, tuple[str]]:
@@ -297,22 +300,22 @@ def _save_pickle(rng: random.Random, file: Path) -> None:
 
 
 def _assert_plain(value: Any) -> None:
-    """Nothing that a parser would make an object of, but a data class of this package."""
+    """Check that a parser would make no object of this value, except a data class of this package."""
     if isinstance(value, dict):
         known = {"class_path", "init_args"} & value.keys()
         if known:
-            assert str(value.get("class_path")).startswith("dma_lightning."), f"a class path is handed on: {value}"
+            assert str(value.get("class_path")).startswith("dma_lightning."), f"a class path is passed on: {value}"
         for x in value.values():
             _assert_plain(x)
     elif isinstance(value, list | tuple):
         for x in value:
             _assert_plain(x)
     else:
-        assert value is None or isinstance(value, bool | int | float | str), f"{value!r} is no plain value"
+        assert value is None or isinstance(value, bool | int | float | str), f"{value!r} is not a plain value"
 
 
 def _in_folder(value: Any, old: str, new: str) -> Any:
-    """A copy in which paths of a folder are those of another."""
+    """A copy in which paths below folder `old` are below `new` instead."""
     if isinstance(value, dict):
         return {_in_folder(key, old, new): _in_folder(x, old, new) for key, x in value.items()}
     if isinstance(value, list | tuple):
@@ -321,7 +324,7 @@ def _in_folder(value: Any, old: str, new: str) -> Any:
 
 
 def _hostile_state(rng: random.Random, value: Any, run: Path) -> Any:
-    """Names of others' files in place of the run's, as they are and by detours."""
+    """Names of other people's files in place of the run's own, direct or by a detour such as `..`."""
     victim = place().victim
     detour = os.path.relpath(victim, run)
     names = (str(victim), f"{victim}/sub", f"{victim}/secret.txt", f"{victim}/sub/step=3.ckpt", f"{run}/{detour}/sub")

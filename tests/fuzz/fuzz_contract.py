@@ -1,8 +1,9 @@
-"""What reading a damaged or hostile file may do: give exactly the right content, or raise one line that names the file.
+"""What reading a damaged or hostile file may do: return exactly the right content, or fail with one line that names it.
 
-An audit hook watches, and refuses what it sees, so that also a fault harms nothing: no process starts, no connection is
-made, no module of the attacker's is imported, nothing of a folder that is not the reader's, the victim, is opened or
-changed, and nothing is written or removed outside the folder of the cases. Nothing hangs, and memory stays small.
+An audit hook watches the reader and blocks everything forbidden, so even a faulty reader does no harm. The reader must
+not start a process, make a connection, or import a module of the attacker. It must not open or change anything in a
+folder that belongs to somebody else, called the victim here, and must not write or remove anything outside the folder
+of the cases. It must not hang or use much memory.
 """
 
 import contextlib
@@ -20,8 +21,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 SENTINEL = "fuzz_sentinel"  # a module that nobody has a reason to import
-_SECONDS, _MEMORY = 10, 1 << 30  # of one reading; address space beyond what the process has
-_PEAK = 300  # MiB that a reading of small files may need
+_SECONDS, _MEMORY = 10, 1 << 30  # limits of one reading: seconds, and bytes of additional address space
+_PEAK = 300  # MiB by which one reading of small files may raise the peak memory
 _STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty")
 _NETWORK = ("socket.connect", "socket.getaddrinfo", "urllib.Request")
 _CHANGES = ("os.remove", "os.rmdir", "os.rename", "os.truncate", "os.link", "os.symlink", "os.chmod", "os.mkdir")
@@ -29,7 +30,7 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 class HungError(BaseException):
-    """A reading that does not end; no `Exception`, so that no reader takes it for damage."""
+    """Reading does not end. Not an `Exception`, so that no reader takes it for a damaged file."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Place:
         return self.root / "victim"
 
     def content(self) -> dict[str, str | None]:
-        """Names and texts below the victim, links as what they name."""
+        """Names and texts of all files below the victim; for links, their targets."""
         return {
             str(file.relative_to(self.victim)): str(file.readlink())
             if file.is_symlink()
@@ -54,7 +55,7 @@ class Place:
 
 
 class RefusedError(BaseException):
-    """What the audit hook raises; no `Exception`, either."""
+    """The audit hook blocks an action. Not an `Exception`, for the same reason."""
 
 
 @dataclass
@@ -66,7 +67,7 @@ class _Watch:
     seen: list[str] = field(default_factory=list)
 
     def hook(self, event: str, args: tuple[Any, ...]) -> None:
-        """Note and refuse what no reading has a reason to do."""
+        """Record and block what no reader has a reason to do."""
         if self.place is not None and self._is_bad(event, args):
             self.seen.append(f"{event} {str(args)[:200]}")
             raise RefusedError(self.seen[-1])
@@ -84,7 +85,7 @@ class _Watch:
         if event == "open":
             writes = isinstance(args[2], int) and args[2] & _WRITES
             return bool(writes) and not all(self._is_inside(path) or "__pycache__" in path for path in paths)
-        if event == "shutil.rmtree" or (event in _CHANGES and -1 in args):  # else of a folder that is open already
+        if event == "shutil.rmtree" or (event in _CHANGES and -1 in args):  # -1: not relative to an open folder
             return not all(self._is_inside(path) for path in paths)
         return False
 
@@ -97,9 +98,9 @@ _watch = _Watch()
 
 @cache
 def place() -> Place:
-    """The folders of this process; the first call installs the hook, which stays."""
+    """The folders of this process. The first call installs the hook, which stays."""
     folder = tempfile.TemporaryDirectory(prefix="dma_fuzz_")
-    place.folder = folder  # it is removed with the process
+    place.folder = folder  # keeps the folder until the process ends
     found = Place(Path(folder.name).resolve())
     (found.root / "here").mkdir()
     (found.victim / "sub").mkdir(parents=True)
@@ -123,14 +124,14 @@ def new_folder() -> Iterator[Path]:
 def check_reading(
     read: Callable[[], T], right: Callable[[T], None], folder: Path, names: list[str], may_start: bool = False
 ) -> None:
-    """Read what was changed, and hold the reader to the contract.
+    """Read changed files, and check that the reader keeps to the contract.
 
     Args:
-        read: what is tried.
-        right: raises `AssertionError` unless the result is what the files say.
-        folder: of the files.
-        names: of those that were changed; an error names one of them, or the folder.
-        may_start: whether processes of the reader's own may start.
+        read: the reader.
+        right: raises `AssertionError` unless its result is what the files say.
+        folder: folder of the files.
+        names: names of the changed files. An error must name one of them, or the folder.
+        may_start: whether the reader may start processes.
     """
     before, peak = place().content(), _peak()
     refusal = None
@@ -141,11 +142,11 @@ def check_reading(
         refusal = error
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # also PanicException of libraries in Rust, and SystemExit
+    except BaseException as error:  # including PanicException from Rust libraries, and SystemExit
         raise AssertionError(f"{type(error).__name__}: {str(error)[:300]}") from error
-    assert not _watch.seen, f"it did what no reading has a reason to do: {_watch.seen[:3]}"  # and caught the refusal
-    assert place().content() == before, "it changed what is not its own"
-    assert _peak() - peak < _PEAK, f"it took {_peak() - peak} MiB"
+    assert not _watch.seen, f"the reader did something forbidden: {_watch.seen[:3]}"  # and caught the RefusedError
+    assert place().content() == before, "the reader changed other people's files"
+    assert _peak() - peak < _PEAK, f"the reader took {_peak() - peak} MiB"
     if refusal is None:
         right(result)
     else:
@@ -154,14 +155,14 @@ def check_reading(
 
 def _check_message(error: Exception, names: list[str]) -> None:
     message = str(error)
-    assert "\n" not in message.strip("\n"), f"an error of several lines: {message[:300]!r}"
+    assert "\n" not in message.strip("\n"), f"an error with several lines: {message[:300]!r}"
     named = any(name in message for name in names)
     assert named, f"an error that names no file: {type(error).__name__}: {message[:300]}"
 
 
 @contextlib.contextmanager
 def _limited(may_start: bool) -> Iterator[None]:
-    """With the hook on, a deadline, and not much more memory."""
+    """Run the body with the hook on, a deadline, and a limit on additional memory."""
     _watch.place, _watch.may_start, _watch.seen = place(), may_start, []
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -179,7 +180,7 @@ def _limited(may_start: bool) -> Iterator[None]:
 
 
 def _hang(*_: object) -> None:
-    raise HungError(f"it had not ended after {_SECONDS} s")
+    raise HungError(f"the reader had not ended after {_SECONDS} s")
 
 
 def _peak() -> int:
@@ -187,7 +188,7 @@ def _peak() -> int:
 
 
 def _real(path: str | bytes | Path) -> str:
-    """Where a name leads, its last part as it is: that is what is removed or replaced."""
+    """The real path of a name, but without following a link in its last part, since the link itself is replaced."""
     name = Path(os.fsdecode(path).replace("\0", ""))
     if name.name in ("", ".."):
         return os.path.realpath(name)

@@ -16,22 +16,22 @@ _SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1e-44, -1e-44, 
 
 
 def draw_length(rng: random.Random, longest: int = 100) -> int:
-    """Lengths around those of blocks, and any."""
+    """A length, often one close to a block size."""
     return min(longest, rng.choice(_LENGTHS) if rng.random() < 0.5 else rng.randint(1, longest))
 
 
 def draw_window(rng: random.Random, length: int) -> int:
-    """Window sizes at and beyond every edge."""
+    """A window size, often one close to an edge, or larger than the sequence."""
     return max(1, rng.choice((1, 2, 7, length - 1, length, length + 5, rng.randint(1, length + 5))))
 
 
 def generator(rng: random.Random) -> torch.Generator:
-    """Torch's random numbers of a case."""
+    """Torch's random generator for a case."""
     return torch.Generator().manual_seed(rng.getrandbits(32))
 
 
 def draw_ranks(rng: random.Random, shape: tuple[int, int, int]) -> Tensor:
-    """Ranks `[B, G, N]` in float64: distinct, tied, sorted, special, or apart only in bits that are not compared."""
+    """Ranks `[B, G, N]` in float64: distinct, tied, sorted, special, or equal in the bits that are compared."""
     kind, length, source = rng.choice(("normal", "ties", "equal", "sorted", "special", "close", "wide")), shape[-1], 0
     source = generator(rng)
     normal = torch.randn(shape, generator=source, dtype=torch.float64)
@@ -53,7 +53,7 @@ def draw_ranks(rng: random.Random, shape: tuple[int, int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Packing:
-    """Documents and padding of some sequences, or none; as tensors, and as lists for the oracles."""
+    """Documents and padding of some sequences, or none: as tensors, and as lists for the oracles."""
 
     documents: Tensor | None
     padding: Tensor | None
@@ -66,7 +66,7 @@ class Packing:
         if rng.random() < 0.5:
             documents = torch.tensor([_documents(rng, length) for _ in range(batch)])
             documents = documents.to(rng.choice((torch.int64, torch.int64, torch.int32)))
-        if documents is not None and padding is not None:  # ids of padded positions mean nothing
+        if documents is not None and padding is not None:  # ids at padded positions have no meaning
             noise = torch.randint(-3, 9, documents.shape, generator=generator(rng), dtype=documents.dtype)
             documents = torch.where(padding, noise, documents)
         return cls(documents, padding)
@@ -77,7 +77,7 @@ class Packing:
         return documents, padding
 
     def arguments(self, device: torch.device | None = None) -> dict[str, Tensor | None]:
-        """Keyword arguments of a mask, by default on the CPU."""
+        """Keyword arguments for making a mask, by default on the CPU."""
         return {name: None if x is None else x.to(device) for name, x in vars(self).items()}
 
     def __str__(self) -> str:

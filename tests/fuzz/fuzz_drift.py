@@ -37,7 +37,7 @@ class DriftCase:
         return cls(kind, *drifting.draw(kind, shape, dtype), packing)
 
     def ranks(self, start: int = 0) -> list[list[list[int]]]:
-        """By the definition."""
+        """Ranks by the definition, as Python's integers."""
         return [
             [
                 drifting.integer_ranks(content.tolist(), steps.tolist(), self.packing.row(b)[1], start)
@@ -47,7 +47,7 @@ class DriftCase:
         ]
 
     def sums(self) -> Tensor:
-        """D in nats, float64."""
+        """D, the sum of the steps, in nats, float64."""
         rows = [
             [drifting.sums(x.tolist(), self.packing.row(b)[1]) for x in self.steps[b]] for b in range(len(self.steps))
         ]
@@ -58,7 +58,7 @@ class DriftCase:
 
 
 def check_drift(seed: int) -> None:
-    """`Lifetimes.top_w` and `reference_mask` with a drift, and with the integers themselves."""
+    """`Lifetimes.top_w` and `reference_mask`, with a drift and with integer ranks."""
     rng = random.Random(seed)
     batch, kv_heads, length = rng.choice((1, 1, 2)), rng.randint(1, 2), draw_length(rng)
     case = DriftCase.drawn(rng, (batch, kv_heads, length), Packing.drawn(rng, batch, length))
@@ -79,12 +79,12 @@ def check_drift(seed: int) -> None:
 
 
 def check_drift_caches(seed: int) -> None:
-    """Caches of keys that drift: any calls, guesses of which a part is kept, chosen rows."""
+    """Caches of keys with a drift: arbitrary calls, partly accepted guesses, and selected rows."""
     _check_cache(seed, torch.float64, ("dynamic", "dynamic", "dynamic", "full"), longest=100)
 
 
 def check_drift_triton_caches(seed: int) -> None:
-    """The same with steps of one position by a Triton kernel."""
+    """The same, with a Triton kernel for steps of one position."""
     _check_cache(seed, torch.float32, ("triton",), longest=30)
 
 

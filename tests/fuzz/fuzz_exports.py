@@ -1,4 +1,4 @@
-"""Damaged and hostile models in the form of Hugging Face: `config.json`, safetensors and their index."""
+"""Damaged and hostile models in the Hugging Face format: `config.json`, safetensors and their index."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ _HEADER = 8  # bytes that say how long the JSON header of a safetensors file is
 
 @cache
 def _whole(sharded: bool) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A folder as it should be, and its weights."""
+    """An intact folder, and its weights."""
     torch.manual_seed(0)
     model = DogeForCausalLM(_CONFIG)
     folder = place().root / f"export-{sharded}"
@@ -44,7 +44,7 @@ def _whole(sharded: bool) -> tuple[Path, dict[str, torch.Tensor]]:
 
 
 def check_exports(seed: int) -> None:
-    """`load_doge`: the weights that were written and the configuration that stands there, or an error."""
+    """`load_doge` returns the weights that were written and the configuration in the file, or raises an error."""
     rng = random.Random(seed)
     whole, weights = _whole(rng.random() < 0.3)
     with new_folder() as root:
@@ -54,7 +54,7 @@ def check_exports(seed: int) -> None:
         words = _change_header(rng, path) if path.suffix == ".safetensors" and rng.random() < 0.5 else ""
         if words == "" and (path.suffix != ".safetensors" or (folder / "model.safetensors").exists()):
             words = change_file(rng, path)
-        elif words == "":  # what others wrote in several files has no digest: what can be seen is seen
+        elif words == "":  # exports in several files have no checksums, so only damage that shows without them is found
             words = _cut(rng, path)
 
         def right(model: DogeForCausalLM) -> None:
@@ -63,7 +63,7 @@ def check_exports(seed: int) -> None:
             for name, x in weights.items():
                 y = found[name]
                 assert x.dtype == y.dtype, f"{name} is {y.dtype}"
-                assert torch.equal(x, y), f"other content of {name} is taken"
+                assert torch.equal(x, y), f"changed content of {name} is accepted"
             _assert_said(model.config, folder / "config.json")
             assert model(torch.arange(5)[None]).shape == (1, 5, model.config.vocab_size)
 
@@ -72,7 +72,7 @@ def check_exports(seed: int) -> None:
 
 
 def _change_header(rng: random.Random, path: Path) -> str:
-    """Another header of a safetensors file, and the data behind it as they were."""
+    """Change the header of a safetensors file, but not the data after it."""
     data = path.read_bytes()
     size = int.from_bytes(data[:_HEADER], "little")
     header, rest = data[_HEADER : _HEADER + size], data[_HEADER + size :]
@@ -96,11 +96,11 @@ def _cut(rng: random.Random, path: Path) -> str:
 
 
 def _assert_said(config: ModelConfig, path: Path) -> None:
-    """Every field has the value that the file gives it, and its kind: 4.0 and true are no numbers of heads."""
+    """Every field has the value and type that the file gives it: 4.0 and true are not numbers of heads."""
     said = json.loads(path.read_bytes())
     for name, value in dataclasses.asdict(config).items():
         if said.get(name) is not None:
             same = value == said[name] and isinstance(value, bool) == isinstance(said[name], bool)
             assert same, f"{name}: {value!r} for {said[name]!r}"
             whole = not isinstance(value, float) or isinstance(getattr(_CONFIG, name), float)
-            assert whole, f"{name}: {value!r} is no whole number"
+            assert whole, f"{name}: {value!r} is not a whole number"

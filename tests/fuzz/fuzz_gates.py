@@ -1,4 +1,4 @@
-"""Attention whose heads drift, with everything that its gates and contents are made of, against NumPy in float64.
+"""Attention with a drift, including how its gates and contents are computed, against NumPy in float64.
 
 B batch, H query heads, G KV heads, N length, D head dim, C hidden size.
 """
@@ -21,12 +21,12 @@ from dma_lightning.backends import attend
 from dma_lightning.mixers.drift import Drift
 from dma_lightning.mixers.drifting_ranks import DriftingRanks
 
-_LARGEST = 8.0  # nats, of a step and of a content
+_LARGEST = 8.0  # nats, the largest step and the largest content
 
 
 @dataclass(frozen=True)
 class GateCase:
-    """Gates and contents of an input `[B, N, C]`, beside the inputs of attention, all in float64."""
+    """Inputs of attention, and gates and contents computed from an input `[B, N, C]`, all in float64."""
 
     attention: AttentionCase
     drifting: DriftingRanks
@@ -60,7 +60,7 @@ class GateCase:
 
     @property
     def published(self) -> Tensor:
-        """Ranks without a drift `[B, G, N]`, finite, since those of heads with one are parts of biases."""
+        """Ranks without a drift `[B, G, N]`. They are finite, since heads with a drift may add them to biases."""
         return self.attention.ranks.nan_to_num(0.0, 5.0, -5.0).clamp(-1e3, 1e3)
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class GateCase:
         return f"{self.attention}, C {self.x.shape[-1]}, {options}, {made.memory_heads} memories"
 
     def found(self, backend: str) -> dict[str, Tensor]:
-        """Output and gradients by a backend, which selects too."""
+        """Output and gradients by a backend, which also selects the keys."""
         names = ("q", "k", "v", "rank", "key_bias", "x")
         given = (*self.attention.inputs[:3], self.published, self.attention.inputs[3], self.x)
         leaves = {name: x.detach().requires_grad_() for name, x in zip(names, given, strict=True)}
@@ -84,7 +84,7 @@ class GateCase:
         return {"out": out.detach()} | dict(zip(trained, gradients, strict=True))
 
     def expected(self) -> dict[str, np.ndarray]:
-        """The same by formulas; only the selection takes its steps from the module, to compare equal integers."""
+        """Output and gradients by formulas. Only the selection takes steps from the module, so that ranks are equal."""
         gate = self.drifting.drift
         x, rate, weight = (y.detach().numpy() for y in (self.x, gate.rate, gate.weight))
         drifts, padded = gate.drifts.numpy()[:, None], self._padded()
@@ -97,14 +97,14 @@ class GateCase:
             raw = np.einsum("bnc,gc->bgn", x, self.drifting.weight.detach().numpy()) / _LARGEST
             content, d_content = _LARGEST * np.tanh(raw), 1 - np.tanh(raw) ** 2
         counts = float(self.drifting.content_in_bias)
-        drift = np.rint(steps * 2**32).cumsum(-1) / 2**32  # of whole units
+        drift = np.rint(steps * 2**32).cumsum(-1) / 2**32  # in whole units
         scores = np.where(drifts, content * counts + drift, self.attention.inputs[3].numpy())
 
         q, k, v = (y.numpy() for y in self.attention.inputs[:3])
         scale = q.shape[-1] ** -0.5 if self.attention.scale is None else self.attention.scale
         out, dq, dk, dv, d_scores = attention(q, k, v, scores, self._mask(), scale, self.attention.grad.numpy())
         drifted = np.where(drifts, d_scores, 0)
-        before_gate = drifted[..., ::-1].cumsum(-1)[..., ::-1] * slope  # a step moves all keys from its own on
+        before_gate = drifted[..., ::-1].cumsum(-1)[..., ::-1] * slope  # a step moves its own key and all later ones
         before_content = drifted * counts * d_content
         found = {"out": out, "q": dq, "k": dk, "v": dv, "key_bias": np.where(drifts, 0, d_scores)}
         found |= {"drift.rate": before_gate.sum((0, 2)), "drift.weight": np.einsum("bgn,bnc->gc", before_gate, x)}
@@ -122,7 +122,7 @@ class GateCase:
 
     @torch.no_grad()
     def _mask(self) -> np.ndarray:
-        """Bool `[B, G, N, N]`, of ranks that Python's integers are."""
+        """Bool `[B, G, N, N]`, from ranks as Python's integers."""
         steps, content = self.drifting.drift(self.x), self.drifting.content(self.x, self.published)
         masks = []
         for b in range(len(self.x)):
@@ -136,7 +136,7 @@ class GateCase:
 
 
 def check_gates(seed: int) -> None:
-    """`reference` and `torch` in float64: outputs, and gradients of gates, contents, the layer's input and the rest."""
+    """`reference` and `torch` in float64: outputs and all gradients, with those of gates, contents and layer input."""
     rng = random.Random(seed)
     case = GateCase.drawn(rng)
     with told(seed, case):

@@ -17,11 +17,11 @@ from dma_flex import Lifetimes, block_mask, interval_block_mask
 _TABLES = (("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"),)
 _TABLES += (("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"),)
 
-Drawn = tuple[Lifetimes, np.ndarray, str]  # a mask, the same dense `[B or 1, G or 1, N, N]`, and how it was made
+Drawn = tuple[Lifetimes, np.ndarray, str]  # a mask, its dense form `[B or 1, G or 1, N, N]`, and how it was made
 
 
 def check_masks(seed: int) -> None:
-    """A drawn formula of masks is what it says; so are its counts and its block mask."""
+    """A drawn formula of masks equals its dense form, and so do its counts and its block mask."""
     rng = random.Random(seed)
     length, batch, kv_heads = draw_length(rng, 80), rng.randint(1, 2), rng.randint(1, 3)
     mask, dense, formula = _formula(rng, length, batch, kv_heads, rng.randint(0, 3))
@@ -30,7 +30,7 @@ def check_masks(seed: int) -> None:
         assert np.array_equal(mask.to_dense().numpy(), dense), "to_dense"
         assert np.array_equal(mask.live_counts().numpy(), dense.sum(-1)), "live_counts"
         assert dense.sum(-1).max() <= mask.capacity, "capacity"
-        group = group if dense.shape[1] > 1 else 1  # a mask of one head has one table for all
+        group = group if dense.shape[1] > 1 else 1  # a mask of one head has one table for all heads
         heads = dense.shape[1] * group
         seen = torch.from_numpy(dense)
         expected = create_block_mask(
@@ -42,7 +42,7 @@ def check_masks(seed: int) -> None:
 
 
 def check_intervals(seed: int) -> None:
-    """Masks made by hand, whose keys are born anywhere: combined, they are right or refused; block masks, too."""
+    """Masks made by hand, with arbitrary births: combining them is right or refused. Their block masks are right."""
     rng = random.Random(seed)
     length, shape = draw_length(rng, 60), (rng.randint(1, 2), rng.randint(1, 2))
     (one, dense), (other, other_dense) = (_by_hand(rng, shape, length) for _ in range(2))
@@ -114,7 +114,7 @@ def _assert_same_blocks(found: BlockMask, expected: BlockMask) -> None:
 
 
 def _assert_blocks(found: BlockMask, dense: np.ndarray, size: int) -> None:
-    """Blocks by their definition: full if all pairs are seen and none lies outside, partial if some are."""
+    """Blocks by their definition: full if all pairs are visible and inside the mask, partial if only some are."""
     queries, keys = dense.shape[-2:]
     missing = [(0, 0), (0, 0), (0, -queries % size), (0, -keys % size)]
     blocks = np.pad(dense, missing)

@@ -1,4 +1,4 @@
-"""Changes of files: bytes, JSON values and text, and what stands at a name."""
+"""Changes to files: their bytes, JSON values or text, or something else in place of the file."""
 
 import copy
 import json
@@ -24,14 +24,14 @@ CLASSES = (
 
 
 def strings() -> list[str]:
-    """Names that lead elsewhere, and odd ones."""
+    """Strings that name other people's files, and odd ones."""
     victim = str(place().victim)
     names = [victim, f"{victim}/secret.txt", "../victim/secret.txt", "..", ".", "", "/dev/zero", "a\0b", "\ud800"]
     return [*names, "x" * 300, "float32", "int8", "O", "1", "ü", f"{SENTINEL}.Data", "file:///etc/passwd"]
 
 
 def draw_value(rng: random.Random) -> Any:
-    """A value of any kind."""
+    """A value of any type."""
     simple = (None, True, False, [], {}, [[]], {"": {}}, [1, "a", None], [-1] * 50, [2**40, 0])
     kind = rng.randrange(4)
     if kind == 0:
@@ -42,7 +42,7 @@ def draw_value(rng: random.Random) -> Any:
 
 
 def places_of(value: Any, found: list[tuple[Any, Any]] | None = None) -> list[tuple[Any, Any]]:
-    """Every container and key below a value of dictionaries and lists."""
+    """All (container, key) pairs in nested dictionaries and lists."""
     found = [] if found is None else found
     keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     for key in keys:
@@ -88,7 +88,7 @@ def _retyped(rng: random.Random, value: Any) -> Any:
 
 
 def change_json(rng: random.Random, data: bytes) -> tuple[bytes, str]:
-    """JSON with another value somewhere, or that is none."""
+    """JSON with a changed value, or broken JSON; and what was changed."""
     if rng.random() < 0.8:
         value, words = change_value(rng, json.loads(data))
         return json.dumps(value).encode("utf-8", "surrogatepass"), words
@@ -132,8 +132,8 @@ def _replacements() -> dict[str, Callable[[Path], None]]:
     return {
         "pipe": os.mkfifo,
         "folder": Path.mkdir,
-        "link to another's file": lambda path: path.symlink_to(victim / "secret.txt"),
-        "link to another's folder": lambda path: path.symlink_to(victim),
+        "link to another user's file": lambda path: path.symlink_to(victim / "secret.txt"),
+        "link to another user's folder": lambda path: path.symlink_to(victim),
         "link to nowhere": lambda path: path.symlink_to(victim / "none"),
         "link to itself": lambda path: path.symlink_to(path),
         "link to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
@@ -142,7 +142,7 @@ def _replacements() -> dict[str, Callable[[Path], None]]:
 
 
 def change_file(rng: random.Random, path: Path, nodes: float = 0.12) -> str:
-    """Change a file, or, with a probability, what stands at its name.
+    """Change the content of a file, or replace it by something else with probability `nodes`.
 
     Returns:
         What was changed, in words.
@@ -156,7 +156,7 @@ def change_file(rng: random.Random, path: Path, nodes: float = 0.12) -> str:
     if others and rng.random() < 0.05:
         other = rng.choice(others)
         shutil.copyfile(other, path)
-        return f"{path.name}: what {other.name} holds"
+        return f"{path.name}: content of {other.name}"
     change = change_json if path.suffix == ".json" and path.stat().st_size else change_bytes
     data, words = change(rng, path.read_bytes())
     path.write_bytes(data)

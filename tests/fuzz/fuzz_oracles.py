@@ -1,4 +1,4 @@
-"""The definitions in plain Python and NumPy, from `docs` and the paper; no code of the packages is used here.
+"""The definitions in plain Python and NumPy, from `docs` and the paper. This file uses no code of the packages.
 
 B batch, H query heads, G KV heads, N length, D head dim.
 """
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_LARGEST_EXPONENT = 128  # of float32: from 2**128 on a number is infinite
+_LARGEST_EXPONENT = 128  # of float32: numbers from 2**128 on are infinite
 _FINEST = 2.0 ** (-149 + 7)  # the step of float32's smallest numbers, less the seven bits that are not compared
 
 
 def comparable(rank: float | int) -> tuple[int, float | int]:
-    """What ranks are compared by: 16 mantissa bits of float32, half to even; NaN is largest, and -0.0 is 0.0.
+    """What ranks are compared by: float32 rounded half to even to 16 mantissa bits. NaN is largest, and -0.0 is 0.0.
 
     Integers are compared as they are.
     """
@@ -33,7 +33,7 @@ def comparable(rank: float | int) -> tuple[int, float | int]:
 
 
 def document_starts(length: int, documents: list[int] | None, padding: list[bool] | None) -> list[int]:
-    """Position where the document of each position begins; padding belongs to the real position before it."""
+    """For each position, where its document begins. Padding belongs to the document of the real position before it."""
     starts, current, start = [], None, 0
     for t in range(length):
         real = padding is None or not padding[t]
@@ -47,7 +47,7 @@ def document_starts(length: int, documents: list[int] | None, padding: list[bool
 
 @dataclass(frozen=True)
 class Kept:
-    """What a query keeps: the last positions, the best `window` keys before, and the first keys of its document."""
+    """What a query keeps: the last positions, the best `window` keys before them, and its document's first keys."""
 
     window: int
     keep_last: int = 0
@@ -63,7 +63,7 @@ class Kept:
         real = [padding is None or not padding[t] for t in range(length)]
         past: list[
             tuple[tuple[int, float | int], int]
-        ] = []  # (rank, position), ascending: the later of two equals wins
+        ] = []  # (rank, position), ascending: of two equal ranks, the later wins
         for t in range(length):
             past = past if t and starts[t] == starts[t - 1] else []
             if real[t]:
@@ -79,7 +79,7 @@ class Kept:
 def attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, scores: np.ndarray, mask: np.ndarray, scale: float, grad: np.ndarray
 ) -> list[np.ndarray]:
-    """Output, and gradients of q, k, v and scores, in float64, by the formulas of softmax and its derivative.
+    """Output and gradients of q, k, v and scores in float64, by the formulas of softmax and its derivative.
 
     Args:
         q: `[B, H, N, D]`.

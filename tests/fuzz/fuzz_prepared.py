@@ -1,4 +1,4 @@
-"""Damaged and hostile folders of `dma-lightning prepare`, tokenizers and text caches.
+"""Damaged and hostile tokenizers, text caches, and folders from `dma-lightning prepare`.
 
 N sequence length.
 """
@@ -30,7 +30,7 @@ _TEXTS = [f"document {i} of {i % 7} things, and what is said of them; " * (1 + i
 
 @cache
 def source() -> Path:
-    """Text, as lines of documents and plain, and a tokenizer of it."""
+    """A folder with a text, both plain and as JSONL documents, and a tokenizer for it."""
     folder = place().root / "source"
     folder.mkdir()
     (folder / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in _TEXTS))
@@ -54,14 +54,14 @@ def make(output: Path, with_tokenizer: bool) -> None:
 
 @cache
 def _whole(with_tokenizer: bool) -> tuple[Path, dict[str, Any]]:
-    """A folder as it should be, and its content."""
+    """An intact folder, and its content."""
     folder = place().root / f"whole-{with_tokenizer}"
     make(folder, with_tokenizer)
     return folder, content(_prepared(folder))
 
 
 def check_prepared(seed: int) -> None:
-    """`PreparedDataModule` and all its windows."""
+    """`PreparedDataModule` and all its sequences."""
     rng = random.Random(seed)
     whole, expected = _whole(rng.random() < 0.5)
     with new_folder() as root:
@@ -74,7 +74,7 @@ def check_prepared(seed: int) -> None:
 
 
 def check_preparing(seed: int) -> None:
-    """`prepare`, which takes up what is there: the same command ends with the same folder, or says what is wrong."""
+    """`prepare` in a folder with earlier output: it ends with the same content, or says what is wrong."""
     rng = random.Random(seed)
     with_tokenizer = rng.random() < 0.5
     whole, expected = _whole(with_tokenizer)
@@ -100,13 +100,13 @@ def check_preparing(seed: int) -> None:
 
 
 def check_tokenizers(seed: int) -> None:
-    """`FileTokenizer`: what it takes encodes and decodes, or says that it cannot."""
+    """`FileTokenizer`: a file that it accepts encodes and decodes, or says that it cannot."""
     rng = random.Random(seed)
     with new_folder() as folder:
         path = folder / "tokenizer.json"
         if rng.random() < 0.3:
             shutil.copyfile(source() / "tokenizer.json", path)
-        else:  # a small one, of which every part is changed as often
+        else:  # a small one, so that changes reach every part of it
             path.write_text(json.dumps(_small_tokenizer(rng)))
         if rng.random() < 0.1:
             words = change_file(rng, path, nodes=1)
@@ -143,7 +143,7 @@ def check_text(seed: int) -> None:
 
 
 def content(data: SequenceDataModule) -> dict[str, Any]:
-    """What a data module gives: every sequence, hashed, and what a model takes from it."""
+    """What a data module provides: a hash of all sequences, and what a model takes from it."""
     data.prepare_data()
     data.setup("fit")
     digest = hashlib.sha256()
@@ -171,17 +171,17 @@ def _text(cache_dir: Path, tokenizer: str | None) -> TextDataModule:
 
 
 def _is(expected: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
-    """That nothing differs."""
+    """A check that content is as expected."""
 
     def right(found: dict[str, Any]) -> None:
         differ = [name for name in expected if found[name] != expected[name]]
-        assert not differ, f"other content is taken: {', '.join(differ)}"
+        assert not differ, f"changed content is accepted: {', '.join(differ)}"
 
     return right
 
 
 def _small_tokenizer(rng: random.Random) -> dict[str, Any]:
-    """What a `tokenizer.json` says, of one of several kinds."""
+    """The content of a small `tokenizer.json` of one of several kinds."""
     vocabulary = {"a": 0, "b": 1, "ab": 2, "[UNK]": 3}
     model = rng.choice((
         {"type": "BPE", "vocab": vocabulary, "merges": [["a", "b"]], "unk_token": "[UNK]"},

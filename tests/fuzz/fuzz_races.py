@@ -1,4 +1,4 @@
-"""Processes that write to one place at once, or are killed: nothing partial or mixed is left looking whole."""
+"""Processes that write to one place at once, or are killed, leave no partial or mixed file that looks complete."""
 
 import contextlib
 import hashlib
@@ -22,24 +22,27 @@ from dma_lightning.checkpoints.io import AtomicCheckpointIO, read_checkpoint
 from dma_lightning.cli.prepare import prepare
 from dma_lightning.data import TextDataModule
 
-_REFUSED = 3  # exit status of a process that says why it does nothing
+_REFUSED = 3  # exit status of a process that refuses to run and says why
 _PATIENCE = 120  # seconds that a process may take
 
 
 def check_killed_prepares(seed: int) -> None:
-    """`prepare`, killed again and again and run once more, ends with the bytes of an undisturbed run."""
+    """`prepare`, killed several times and then run once more, ends with the same bytes as an undisturbed run."""
     rng = random.Random(seed)
     expected, seconds = _undisturbed()
     moments = [rng.uniform(0, 1.2 * seconds) for _ in range(rng.randint(1, 4))]
     with told(seed, f"killed after {[round(x, 3) for x in moments]} s"), new_folder() as root:
         for moment in moments:
             _kill(_start(_prepare, root / "out"), moment)
-        assert _ended(_start(_prepare, root / "out")) == 0, "it does not go on"
+        assert _ended(_start(_prepare, root / "out")) == 0, "it does not continue"
         assert _hashes(root / "out") == expected, "other bytes"
 
 
 def check_two_prepares(seed: int) -> None:
-    """Two on one folder, of which one may be killed: who ends well has left the whole; and a third run does."""
+    """Two runs of `prepare` in one folder, one of which may be killed.
+
+    If one succeeds, the folder is complete. After a third run, it is complete in any case.
+    """
     rng = random.Random(seed)
     expected, seconds = _undisturbed()
     delay, killed, moment = rng.uniform(0, 1.2 * seconds), rng.choice((None, 0, 1)), rng.uniform(0, 1.2 * seconds)
@@ -52,13 +55,13 @@ def check_two_prepares(seed: int) -> None:
         ends = [_ended(process) for number, process in enumerate(processes) if number != killed]
         assert set(ends) <= {0, _REFUSED}, f"exit status {ends}"
         if 0 in ends:
-            assert _hashes(root / "out") == expected, "one ended well, and left other bytes"
-        assert _ended(_start(_prepare, root / "out")) == 0, "a third does not go on"
+            assert _hashes(root / "out") == expected, "one succeeded, but left other bytes"
+        assert _ended(_start(_prepare, root / "out")) == 0, "the third does not continue"
         assert _hashes(root / "out") == expected, "the third left other bytes"
 
 
 def check_two_caches(seed: int) -> None:
-    """Two runs that write one text cache, of which one may be killed: it is whole."""
+    """Two runs write the same text cache, and one may be killed: the cache is complete or missing."""
     rng, expected = random.Random(seed), _cached()
     delay, killed, moment = rng.uniform(0, 0.02), rng.choice((None, 0, 1)), rng.uniform(0, 0.05)
     with told(seed, f"the second after {delay:.3f} s, {killed} is killed after {moment:.3f} s"), new_folder() as root:
@@ -70,13 +73,13 @@ def check_two_caches(seed: int) -> None:
         ends = [_ended(process) for number, process in enumerate(processes) if number != killed]
         assert set(ends) <= {0, _REFUSED}, f"exit status {ends}"
         for file in root.rglob("*.bin"):
-            assert file.read_bytes() == expected, "a cache that is not whole"
+            assert file.read_bytes() == expected, "an incomplete cache"
         _write_cache(root)
         assert [file.read_bytes() for file in root.rglob("*.bin")] == [expected], "other bytes"
 
 
 def check_killed_saves(seed: int) -> None:
-    """A kill while a checkpoint is written over another leaves one of both."""
+    """A kill while one checkpoint replaces another leaves one of them intact."""
     rng = random.Random(seed)
     moment = rng.uniform(0, 0.1)
     with told(seed, f"killed after {moment:.4f} s"), new_folder() as root:
@@ -88,7 +91,7 @@ def check_killed_saves(seed: int) -> None:
 
 
 def check_races(seed: int) -> None:
-    """One of the above."""
+    """One of the checks above."""
     checks = (check_killed_saves, check_two_caches, check_two_prepares, check_killed_prepares)
     checks[seed % len(checks)](seed)
 
@@ -98,7 +101,7 @@ def _long_text() -> Path:
     file = place().root / "long.jsonl"
     texts = (f"document {i} of {i % 7} things, and what is said of them; " * (1 + i % 9) for i in range(400))
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    source()  # with its tokenizer
+    source()  # makes the tokenizer too
     return file
 
 
@@ -108,7 +111,7 @@ def _prepare(output: Path) -> None:
 
 @cache
 def _undisturbed() -> tuple[dict[str, str], float]:
-    """Hashes of a run's files, and the seconds that it took."""
+    """Hashes of the files of an undisturbed run, and the seconds that it took."""
     output = place().root / "undisturbed"
     _long_text()
     begin = time.monotonic()
@@ -117,7 +120,7 @@ def _undisturbed() -> tuple[dict[str, str], float]:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """Of all files but locks; unfinished ones count."""
+    """Hashes of all files except locks, including unfinished files."""
     files = (file for file in sorted(folder.iterdir()) if not file.name.startswith(".lock"))
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -150,14 +153,14 @@ def _save_on(path: Path) -> None:
 
 
 def _start(function: Callable[[Path], None], path: Path) -> BaseProcess:
-    """A process of what is imported already."""
+    """Start a process that inherits everything imported so far."""
     process = multiprocessing.get_context("fork").Process(target=_run, args=(function, path))
     process.start()
     return process
 
 
 def _run(function: Callable[[Path], None], path: Path) -> None:
-    torch.set_num_threads(1)  # others do not outlive a fork
+    torch.set_num_threads(1)  # other threads do not survive a fork
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             function(path)

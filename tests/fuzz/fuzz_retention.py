@@ -1,4 +1,4 @@
-"""The retention loss and its gradient in contents, by plain PyTorch and by kernels, against NumPy in float64.
+"""The retention loss and its gradient with respect to contents, by plain PyTorch and kernels, against float64 NumPy.
 
 B batch, H query heads, G KV heads, N length, D head dim.
 """
@@ -17,12 +17,12 @@ from dma_kernels import KeepRule
 from dma_kernels import Packing as PackedBatch
 from dma_lightning.mixers.retention import FLOOR, fused_retention_loss, retention_loss
 
-_DECAYS = (0.0, 0.01, 0.3, 8.0)  # the largest step of a head, in nats
+_DECAYS = (0.0, 0.01, 0.3, 8.0)  # the largest step in a case, in nats
 
 
 @dataclass(frozen=True)
 class RetentionCase:
-    """Float64 q `[B, H, N, D]`, k, content, drift and values or None, and positions of the sampled queries."""
+    """Float64 q `[B, H, N, D]`, k, content, drift, and values or None; and positions of the sampled queries."""
 
     inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
     positions: list[int]
@@ -38,7 +38,7 @@ class RetentionCase:
             generator(rng),
         )
 
-        def normal(*shape: int) -> Tensor:  # rounded, so that they are the same numbers in float16
+        def normal(*shape: int) -> Tensor:  # rounded, so that float16 holds exactly the same numbers
             return torch.randn(shape, generator=source).half().double()
 
         head_dim = rng.choice((1, 8, 20))
@@ -49,13 +49,13 @@ class RetentionCase:
         drift = (steps * rng.choice(_DECAYS)).cumsum(-1) + rng.choice((0.0, 1e6))
         positions = sorted(rng.sample(range(length), rng.randint(0, min(length, 40))))
         window = draw_window(rng, length)
-        last = rng.choice((0, 1, 5)) if window >= 4 else 1  # else keys at distance 0, also by themselves, would be far
+        last = rng.choice((0, 1, 5)) if window >= 4 else 1  # else a query's own key would be far
         kept = Kept(window, last, rng.choice((0, 0, 2)))
         packing = Packing.drawn(rng, batch, length)
         return cls((q, k, content, drift, rng.choice((None, values))), positions, kept, packing)
 
     def found(self, loss_of: object, dtype: torch.dtype, content_dtype: torch.dtype) -> tuple[float, np.ndarray]:
-        """Loss and gradient by a function."""
+        """Loss and gradient by the function `loss_of`."""
         q, k, content, drift, values = (None if x is None else x.to(DEVICE) for x in self.inputs)
         q, k, values = (None if x is None else x.to(dtype) for x in (q, k, values))
         leaf = content.detach().to(content_dtype, copy=True).requires_grad_()
@@ -67,7 +67,7 @@ class RetentionCase:
         return loss.item(), gradient.double().cpu().numpy()
 
     def expected(self) -> tuple[float, np.ndarray, float]:
-        """Loss, gradient, and the size of the terms that cancel in it, by the definition, query after query."""
+        """Loss, gradient, and the size of the terms that cancel in the gradient, by the definition, query by query."""
         content = self.inputs[2].numpy()
         batch, kv_heads, _ = content.shape
         losses, gradient, terms_size = [], np.zeros_like(content), np.zeros_like(content)
@@ -82,7 +82,7 @@ class RetentionCase:
         return float(np.mean(losses)), gradient, float(terms_size.max())
 
     def _terms(self, b: int, g: int, t: int) -> tuple[list[int], np.ndarray, np.ndarray] | None:
-        """Far keys of a query, their targets and the logarithms of their predictions; None if it does not count."""
+        """Far keys of a query, their targets, and their log-predictions. None if the query does not count."""
         q, k, content, drift, values = (None if x is None else x[b].numpy() for x in self.inputs)
         documents, padding = self.packing.row(b)
         start = document_starts(len(content[g]), documents, padding)[t]
@@ -134,4 +134,4 @@ def _compare(found: tuple[float, np.ndarray], expected: tuple[float, np.ndarray,
     np.testing.assert_allclose(found[0], loss, rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(
         found[1], gradient, rtol=tolerance, atol=tolerance * (terms_size + 1e-30)
-    )  # float32 ends at 1e-38
+    )  # 1e-30, since float32 underflows near 1e-38

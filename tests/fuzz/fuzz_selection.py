@@ -19,7 +19,7 @@ _DTYPES = (torch.float32, torch.float32, torch.float64, torch.float16, torch.bfl
 
 @dataclass(frozen=True)
 class SelectionCase:
-    """A selection, and the mask that is its definition."""
+    """A selection, and its mask by the definition."""
 
     ranks: torch.Tensor
     kept: Kept
@@ -35,7 +35,7 @@ class SelectionCase:
         return cls(ranks, kept, Packing.drawn(rng, batch, length))
 
     def arguments(self) -> dict:
-        """Of `Lifetimes.top_w`, besides ranks and window."""
+        """Arguments of `Lifetimes.top_w`, except ranks and window."""
         return {"keep_last": self.kept.keep_last, "sinks": self.kept.sinks, **self.packing.arguments(DEVICE)}
 
     def expected(self) -> np.ndarray:
@@ -48,7 +48,7 @@ class SelectionCase:
 
 
 def check_selection(seed: int) -> None:
-    """`Lifetimes.top_w` in its dense form and its counts, the O(N²) reference, and the slots of segments."""
+    """The dense form and the counts of `Lifetimes.top_w`, the O(N²) reference, and the slots of segments."""
     rng = random.Random(seed)
     case = SelectionCase.drawn(rng)
     with told(seed, case):
@@ -68,7 +68,7 @@ def check_selection(seed: int) -> None:
 
 
 def check_slots(slots: SegmentSlots, expected: np.ndarray) -> None:
-    """Each visible pair stands in exactly one slot, no other pair in any; rows are those of all heads together."""
+    """Each visible pair is in exactly one slot, and no other pair is in any. Row numbers count over all heads."""
     batch, kv_heads, _, length = expected.shape
     segments = slots.filled_length // slots.segment_length
     row, birth, death = (x.cpu().numpy() for x in (slots.copies.row, slots.birth, slots.death))

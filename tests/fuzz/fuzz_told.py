@@ -1,4 +1,4 @@
-"""Every failure says with which seed and which drawn case it came."""
+"""Every failure names its seed and the drawn case."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def told(seed: int, case: object) -> Iterator[None]:
-    """Turn any exception into an `AssertionError` that names seed and case."""
+    """Turn any exception into an `AssertionError` that names the seed and the case."""
     try:
         yield
     except Exception as error:

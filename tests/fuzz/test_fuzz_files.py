@@ -1,4 +1,4 @@
-"""A few damaged and hostile files of each kind, and races; `benchmarks/fuzz.py` runs as many as one likes."""
+"""A few damaged and hostile files of each kind, and a few races. `benchmarks/fuzz.py` runs any number of cases."""
 
 import pytest
 from fuzz_areas import AREAS

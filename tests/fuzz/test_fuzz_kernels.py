@@ -1,4 +1,4 @@
-"""A few drawn cases of each area of the mathematics; `benchmarks/fuzz.py` runs as many as one likes."""
+"""A few drawn cases of each mathematical area. `benchmarks/fuzz.py` runs any number of cases."""
 
 import pytest
 from fuzz_areas import AREAS
