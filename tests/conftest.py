@@ -1,4 +1,4 @@
-"""Shared by all tests."""
+"""Fixtures for all tests."""
 
 import contextlib
 import os
@@ -22,14 +22,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(autouse=True)
 def _reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same random numbers whichever tests run before; and LightningCLI sees no arguments of pytest's."""
+    """Each test gets the same random numbers, whatever ran before. LightningCLI sees none of pytest's arguments."""
     torch.manual_seed(0)
     monkeypatch.setattr("sys.argv", ["dma-lightning"])
 
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """A test that trained with DDP leaves no process group, in which later tests would sum up their figures."""
+    """Remove the process group of a test that trained with DDP, since later tests would sum their figures over it."""
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -37,7 +37,7 @@ def _alone() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _many_shapes() -> Iterator[None]:
-    """All tests of a process together compile more shapes than torch allows by default, as a program should not."""
+    """Raise torch's limit on recompilation, since the tests in a process together compile many shapes."""
     with torch._dynamo.config.patch(recompile_limit=100):
         yield
 

@@ -1,4 +1,4 @@
-"""Few combinations that hold every pair of values of any two axes."""
+"""A small set of combinations that contains every pair of values of any two axes."""
 
 import itertools
 import random
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def covering(*axes: list[Any]) -> list[tuple[Any, ...]]:
-    """Combinations of one value per axis, such that any two values of two axes meet in one of them; always the same."""
+    """Combinations of one value per axis. Any two values of two axes occur together in one of them. Deterministic."""
     rng, chosen = random.Random(0), []
     sizes = [range(len(axis)) for axis in axes]
     open_pairs = {

@@ -1,4 +1,4 @@
-"""Docstrings of attributes are read once; jsonargparse would parse the source of all classes for each command line."""
+"""Read docstrings of attributes only once. jsonargparse would parse the source of all classes for each command line."""
 
 import functools
 
@@ -13,5 +13,5 @@ def _docs_of(component: type) -> dict[str, tuple[str, str | None, str | None]]:
 
 
 def read_once() -> None:
-    """Let all command lines of this process share what has been read."""
+    """Let all command lines of this process share the docstrings."""
     attrdoc.AttributeDocstrings.get_attr_docs = lambda _, component: _docs_of(component)

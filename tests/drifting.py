@@ -1,4 +1,4 @@
-"""Contents and steps of many kinds, and their ranks by Python's integers, which have no range."""
+"""Contents and steps of many kinds, and their ranks as Python's integers, which cannot overflow."""
 
 import math
 from fractions import Fraction
@@ -14,13 +14,13 @@ _SPECIAL_CONTENTS = (0.0, -0.0, math.nan, math.inf, -math.inf, 2.0**-32, -(2.0**
 
 
 def units(nats: float) -> int:
-    """A number of nats, no NaN, as a whole number of 2^-32 nats."""
+    """A number of nats, which is not NaN, in whole units of 2^-32 nats."""
     whole = math.copysign(LARGEST, nats) if math.isinf(nats) else round(Fraction(nats) * 2**32)
     return max(-LARGEST, min(LARGEST, int(whole)))
 
 
 def sums(steps: list[float], padding: list[bool] | None = None, start: int = 0) -> list[int]:
-    """D of every position, in units."""
+    """D, the sum of the steps so far, at every position, in units of 2^-32 nats."""
     total, found = start, []
     for t, step in enumerate(steps):
         counts = not math.isnan(step) and not (padding is not None and padding[t])
@@ -38,7 +38,7 @@ def integer_ranks(
 
 
 def draw(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Contents and steps of a kind: of gates as they begin, none, extreme, too small to count, or all of it."""
+    """Contents and steps of a kind: as gates begin, none, fast, too small to count, mixed, or special values."""
     content, steps = torch.randn(shape, dtype=dtype), torch.rand(shape, dtype=dtype) / 16
     if kind == "none":
         content, steps = content.mul(2).round(), torch.zeros_like(steps)

@@ -1,4 +1,4 @@
-"""What an attention kernel may be off: at most twice the error of the plain formulas in the same dtype."""
+"""The error that an attention kernel may have: at most twice that of the plain formulas in the same dtype."""
 
 import math
 from collections.abc import Callable
@@ -14,9 +14,9 @@ NAMES = ("out", "dq", "dk", "dv", "dscores")
 def plain_results(inputs: list[Tensor], mask: Tensor, grad: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Output and gradients by the formulas that kernels evaluate: sums in float32, P and dS rounded to the dtype of q.
 
-    Logits and their log-sum-exp are in base 2, and so rounded; P is exp2 of their difference, on a GPU to the accuracy
-    of its exp2, 2 ulp of float32. Beside them the same sums over absolute values, of which float32 loses an eps where
-    terms cancel.
+    Logits and their log-sum-exp are computed, and therefore rounded, in base 2. P is exp2 of their difference. On a
+    GPU, exp2 is accurate only to 2 ulp of float32, which is simulated here. The second result holds the same sums over
+    absolute values: where terms cancel, float32 loses an eps of these.
     """
     dtype, scale = inputs[0].dtype, inputs[0].shape[-1] ** -0.5
     wide = torch.promote_types(dtype, torch.float32)
@@ -37,7 +37,7 @@ def plain_results(inputs: list[Tensor], mask: Tensor, grad: Tensor) -> tuple[lis
         p *= 1 + 2.0**-22 * torch.randn_like(p).sign()
     out = rounded(rounded(p) @ v_full)
     ds = p * (grad @ v_full.mT - (grad * out).sum(-1, keepdim=True))
-    # Logits have an eps of the sum of their terms' sizes, in every order of summation another, and P has it from them.
+    # The error of a logit is an eps of the sum of its terms' sizes. It varies with the order of summation and enters P.
     p_sizes = p * (1 + base * (q.abs() @ k_full.mT.abs() * scale + bias.abs()[..., None, :]))
     ds_sizes = p_sizes * (grad.abs() @ v_full.mT.abs() + (grad * out).abs().sum(-1, keepdim=True))
 
@@ -62,7 +62,7 @@ def results(
 def assert_as_exact_as_plain(
     function: Callable[..., Tensor], inputs: list[Tensor], mask: Lifetimes, grad: Tensor, trained: bool = True
 ) -> None:
-    """The error against the float64 definition is at most twice that of the plain formulas in the same dtype."""
+    """Errors against the float64 definition are at most twice those of the plain formulas in the same dtype."""
     dense = mask.to_dense()
     exact = results(reference_attention, [x.double() for x in inputs], dense, grad, trained)
     plain, sizes = plain_results(inputs, dense, grad)

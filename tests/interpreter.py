@@ -1,4 +1,4 @@
-"""Triton's interpreter without work that changes nothing."""
+"""Speed up Triton's interpreter by leaving out work that has no effect on results."""
 
 import functools
 import inspect
@@ -37,19 +37,19 @@ def _dtype_of_scalar(scalar: tl.dtype) -> np.dtype:
 
 
 def _dtype(kind: tl.dtype) -> np.dtype:
-    """NumPy's dtype of a scalar or block; the interpreter makes a table of all of them for each question."""
+    """NumPy's dtype of a scalar or block. The interpreter itself would build a table of all dtypes for each look-up."""
     scalar = kind.scalar
     return np.dtype(np.uint64) if isinstance(scalar, tl.pointer_type) else _dtype_of_scalar(scalar)
 
 
 def _check_overflow(self: semantic.TritonSemantic, *operands: object) -> None:
-    """Sums, differences and products are computed a second time in int64 only if what they give is asserted."""
+    """Compute sums, differences and products a second time in int64 only if the check for overflow is on."""
     if self.builder.options.debug:
         _compute_and_check(self, *operands)
 
 
 def _xor_at_once(self: Any, inputs: tuple[Any, ...]) -> list[Any]:
-    """Reduce by xor, of which sorts consist, in one step and not element by element."""
+    """Reduce by xor in one step, not element by element. Sorting consists of such reductions."""
     if self.combine_fn is not _xor or self.axis is None:
         return _generic_reduce(self, inputs)
     x = inputs[0]
@@ -57,10 +57,10 @@ def _xor_at_once(self: Any, inputs: tuple[Any, ...]) -> list[Any]:
 
 
 def patch_once() -> None:
-    """Replace the functions of the language once a launch, and not again for each jitted function called in it.
+    """Replace the functions of the language once per launch, not again for each jitted function that it calls.
 
-    Nor are dtypes looked up in tables made anew, overflows that nothing asserts computed, or sorts reduced element by
-    element. A Triton without these private names is left as it is: tests of kernels then take three times as long.
+    Also install the faster functions above for dtypes, overflow checks and sorts. If a version of Triton lacks these
+    private names, it is left unchanged, and tests of kernels take three times as long.
     """
     if _patch_lang is not None and hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = _patch_lang_once

@@ -1,4 +1,4 @@
-"""Large tiles for attention kernels under Triton's interpreter, which takes milliseconds per operation of any size."""
+"""Large tiles for attention kernels under Triton's interpreter, where each operation takes milliseconds at any size."""
 
 import pytest
 

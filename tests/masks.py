@@ -1,4 +1,4 @@
-"""Selections to test: every combination of documents, padding, kept positions and sinks, and a sequential oracle."""
+"""Selections for tests: every combination of documents, padding, kept positions and sinks; and a sequential oracle."""
 
 import heapq
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ LENGTHS = [1, 63, 111, 257]
 
 
 def windows(length: int) -> list[int]:
-    """Window sizes at and beyond every edge of a sequence."""
+    """Window sizes around every edge case of a sequence."""
     return sorted({w for w in (1, 7, length - 1, length, length + 5) if w >= 1})
 
 
 @dataclass(frozen=True)
 class Case:
-    """How documents, padding and protected keys look in a selection."""
+    """The documents, padding and protected keys of a selection."""
 
     documents: bool = False
     padding: str = "none"
@@ -50,13 +50,13 @@ CASES = [
 
 
 def make_documents(batch: int, length: int) -> Tensor:
-    """Runs of ids, in which ids return."""
+    """Document ids in runs. Ids occur again in later runs."""
     starts = torch.rand(batch, length) < 0.05
     return starts.long().cumsum(-1) % 3
 
 
 def make_padding(kind: str, batch: int, length: int) -> Tensor | None:
-    """Padding of a different amount in every row; the last row of `between` is padded completely."""
+    """Padding, with a different amount in every row. The last row of `between` is all padding."""
     position, amount = torch.arange(length), torch.randint(0, length, (batch, 1))
     if kind == "none":
         return None
@@ -77,7 +77,7 @@ def heap_mask(
     keep_last: int,
     sinks: int,
 ) -> Tensor:
-    """One head's dynamic mask `[N, N]`, key after key with a heap: the sequential oracle."""
+    """The sequential oracle: one head's dynamic mask `[N, N]`, computed key by key with a heap."""
     length = len(priority)
     mask = torch.zeros(length, length, dtype=torch.bool)
     heap: list[tuple[int, int]] = []

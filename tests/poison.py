@@ -1,4 +1,4 @@
-"""New buffers filled with NaN or the largest integer, so that what a kernel does not write shows."""
+"""Fill new buffers with NaN or the largest integer, so that elements a kernel does not write show up."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def poisoned_buffers() -> Iterator[None]:
-    """A region in which `torch.empty` poisons what it makes."""
+    """A context in which `torch.empty` poisons new tensors."""
     before = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -1,4 +1,4 @@
-"""How many registers of a compiled kernel go to memory."""
+"""How much memory a compiled kernel needs for registers that do not fit."""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ import triton
 
 
 def stack_of(binary: bytes) -> int:
-    """Bytes of local memory that a thread of a kernel needs, which are those of spilled registers."""
+    """Bytes of local memory per thread of a kernel, which hold spilled registers."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(binary)

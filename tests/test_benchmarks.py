@@ -1,4 +1,4 @@
-"""Benchmarks can be asked what they measure, stand by themselves, and what they say of their results is in a page."""
+"""Benchmarks say what they measure, do not import each other, and have their results in the docs."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Imports point downwards only, and importing stays light."""
+"""Imports only go from higher layers to lower ones, and importing stays light."""
 
 import ast
 import os
@@ -45,7 +45,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(file: Path, known: set[str]) -> Iterator[str]:
-    """Modules of ours that a file names, in functions and under TYPE_CHECKING, too."""
+    """Our own modules that a file imports, including imports in functions and under TYPE_CHECKING."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
@@ -56,7 +56,7 @@ def imports(file: Path, known: set[str]) -> Iterator[str]:
 
 
 def room(module: str) -> str:
-    """The folder of a module within its package, or the module itself beside the folders."""
+    """The folder of a module in its package, or the module itself if it is in no folder."""
     return ".".join(module.split(".")[:2])
 
 

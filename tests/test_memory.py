@@ -9,7 +9,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "cpu_attention.py"
 
 
 def peak_mb(backend: str, length: int) -> float:
-    """Peak memory of forward and backward in a process of its own, above what it had before."""
+    """Peak memory of forward and backward in a separate process, beyond what it used before."""
     command = [sys.executable, str(SCRIPT), "--worker", backend, str(length)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     return json.loads(done.stdout)["peak_mb"]

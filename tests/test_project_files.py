@@ -1,4 +1,4 @@
-"""Files that services read agree with the project."""
+"""Files that are read by external services agree with the project."""
 
 import re
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""Examples in README and docs run, and what they name exists."""
+"""Examples in README and docs run, and everything that they name exists."""
 
 import os
 import re

@@ -1,8 +1,8 @@
-"""Functions stay small enough to read in one look.
+"""Functions stay small enough to read at a glance.
 
-At most 45 lines without the docstring, and 8 parameters. Exempt by kind: jitted functions, launchers, custom operations
-with their plain, fake and registered forms, methods of `autograd.Function`, the attentions that a user calls by the
-names of their tensors and options, and signatures that become command-line flags.
+They have at most 45 lines, without the docstring, and 8 parameters. Some kinds are exempt: jitted functions, launchers,
+custom operations with their plain, fake and registered forms, methods of `autograd.Function`, attention functions that
+users call with keyword arguments, and signatures that become command-line flags.
 """
 
 import ast
@@ -50,7 +50,7 @@ def parameters(function: Function) -> int:
 
 
 def custom_operations(source: str) -> set[str]:
-    """Functions that are custom operations, by a decorator or a call."""
+    """Functions that become custom operations, by a decorator or a call."""
     calls = [x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.Call) and "custom_op" in ast.unparse(x.func)]
     named = {
         x.id for call in calls if "custom_op" in ast.unparse(call.func) for x in call.args if isinstance(x, ast.Name)
@@ -64,7 +64,7 @@ def is_jitted(function: Function) -> bool:
 
 
 def may_take_many(file: str, source: str, function: Function, owner: ast.ClassDef | None) -> bool:
-    """Whether the kind of a function lets it have more parameters."""
+    """Whether a function may have more parameters because of its kind."""
     decorators = " ".join(ast.unparse(x) for x in function.decorator_list)
     operations = custom_operations(source)
     return (
@@ -78,7 +78,7 @@ def may_take_many(file: str, source: str, function: Function, owner: ast.ClassDe
 
 
 def too_large(file: str, source: str) -> list[str]:
-    """What is too large in a file."""
+    """Definitions in a file that are too large."""
     found = []
     for function, owner in functions(source):
         if is_jitted(function):

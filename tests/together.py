@@ -1,8 +1,8 @@
-"""A script run as several processes, with the variables that torchrun sets.
+"""Run a script as several processes, with the variables that torchrun sets.
 
     python together.py SCRIPT FOLDER PROCESSES
 
-They are forked from one that has imported the script, so that its imports are paid once.
+They are forked from a process that has imported the script, so that imports happen only once.
 """
 
 import importlib
@@ -26,7 +26,7 @@ class End:
 
     Attributes:
         status: its exit status; negative for a signal.
-        seconds: how long the first had ended by then.
+        seconds: how long after the first process it ended.
     """
 
     status: int
@@ -34,13 +34,13 @@ class End:
 
 
 def run_together(script: Path, folder: Path, processes: int, check: bool = True) -> None:
-    """Call `main(folder)` of a script in so many processes, and wait for their end.
+    """Call `main(folder)` of a script in several processes, and wait for all of them to end.
 
     Args:
-        script: a file without a package, beside those that it imports.
-        folder: where what the processes say is in `log<rank>.txt`.
-        processes: their number.
-        check: whether an error of one is one here.
+        script: a file outside of any package, in the same folder as the files that it imports.
+        folder: folder for the output of the processes, in `log<rank>.txt`.
+        processes: number of processes.
+        check: whether to fail if one of them fails.
     """
     paths = os.pathsep.join([str(script.parent), *sys.path])
     command = [sys.executable, "-W", "ignore", __file__, str(script), str(folder), str(processes)]
@@ -57,7 +57,7 @@ def run_together(script: Path, folder: Path, processes: int, check: bool = True)
 
 
 def ends_of(folder: Path) -> list[End]:
-    """How those have ended that were run in a folder, by rank."""
+    """How the processes that ran in a folder have ended, by rank."""
     return [End(*end) for end in json.loads((folder / "ends.json").read_text())]
 
 
@@ -79,7 +79,7 @@ def _main(script: Path, folder: Path, processes: int) -> None:
 
 
 def _fork(main: object, folder: Path, rank: int) -> int:
-    """Start one process; its id."""
+    """Fork one process; its id."""
     if process := os.fork():
         return process
     status = 1

@@ -1,8 +1,8 @@
-"""Builds the wheel, installs it outside of the clone, and uses it there as somebody does who has no clone.
+"""Build the wheel, install it outside of the clone, and use it there as somebody would who has no clone.
 
     make test-wheel
 
-The new environment holds the wheel alone, and sees the dependencies of the Python that runs this: they must suffice.
+The new environment contains only the wheel, and sees the packages of the Python that runs this script as dependencies.
 """
 
 import os
@@ -39,7 +39,7 @@ COMMANDS: list[tuple[list[str], int, str]] = [
 
 
 def run(*command: str | Path, folder: Path, status: int = 0) -> str:
-    """What a command prints, which must end with a status; nothing of the clone is on its way."""
+    """Run a command without access to the clone, and check its exit status; what it prints."""
     environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "120"}
     done = subprocess.run([*command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
@@ -49,7 +49,7 @@ def run(*command: str | Path, folder: Path, status: int = 0) -> str:
 
 
 def install(folder: Path) -> Path:
-    """Build the wheel and install it into an environment of its own; the folder of that one's programs."""
+    """Build the wheel and install it into a new environment; the environment's folder of programs."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     run(*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT, folder=folder)
     (wheel,) = folder.glob("*.whl")
@@ -72,7 +72,7 @@ def install(folder: Path) -> Path:
 
 
 def main() -> None:
-    """Build, install and use; the first thing that is not as it should be ends it with status 1."""
+    """Build, install and use the wheel. The first thing that is wrong ends this script with status 1."""
     with tempfile.TemporaryDirectory(prefix="dma-wheel-") as place:
         folder = Path(place)
         programs = install(folder)

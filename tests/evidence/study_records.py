@@ -1,4 +1,4 @@
-"""Records of trainings that were not made."""
+"""Made-up records of trainings."""
 
 from benchmarks.evidence.results import Record
 
@@ -10,7 +10,7 @@ DIGEST = "4f53cda18c2baa0c"  # of no configurations
 
 
 def record(form: str, seed: int, value: float, lr: float = 0.1, **more: object) -> Record:
-    """One whose accuracy rises to a value in two steps."""
+    """A record of a training whose accuracy reaches a value in two steps."""
     fields: dict[str, object] = {
         "options": {"model.lr": lr, "seed_everything": seed, "model.attention": form}, "configs": DIGEST,
         "model": MODEL | {"attention": form}, "data": {"sequence_length": 16}, "parameters": 1000,

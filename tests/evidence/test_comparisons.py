@@ -1,4 +1,4 @@
-"""What is said about several seeds."""
+"""Statistics over several seeds."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The file of a study, and the report of it."""
+"""The result file of a study, and the report made from it."""
 
 import csv
 import re

@@ -1,4 +1,4 @@
-"""The runner: trainings by the command line, killed and started again."""
+"""The runner: trainings through the command line, killed and restarted."""
 
 import contextlib
 import io
@@ -35,14 +35,14 @@ def arguments(folder: Path, study: str, *args: str) -> list[str]:
 
 
 def start(folder: Path, study: str, *args: str) -> subprocess.Popen:
-    """The program, for tests that end it."""
+    """Start the program in a process of its own, for tests that kill it."""
     command = [sys.executable, "-m", "benchmarks.evidence", *arguments(folder, study, *args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, **pipes)
 
 
 def run(folder: Path, study: str, *args: str) -> tuple[int, str]:
-    """The same in this process, whose server of forks has all imported from the second call on."""
+    """Run the program in this process. After the first call, its fork server has already imported everything."""
     program = patch("sys.argv", ["evidence", *arguments(folder, study, *args)])
     with program, patch.dict(os.environ, ENVIRONMENT), contextlib.redirect_stdout(io.StringIO()) as printed:
         try:
@@ -56,14 +56,14 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def without_machine(value: Any) -> Any:
-    """What does not depend on the speed of a machine."""
+    """A copy without what depends on the speed of the machine."""
     if isinstance(value, dict):
         return {name: without_machine(x) for name, x in value.items() if not name.endswith(OF_THE_MACHINE)}
     return [without_machine(x) for x in value] if isinstance(value, list) else value
 
 
 def small_study(folder: Path, **options: object) -> str:
-    """Two forms of one task."""
+    """Write a study with two forms and one task."""
     study = {
         "base": "smoke",
         "options": options,
@@ -74,7 +74,7 @@ def small_study(folder: Path, **options: object) -> str:
 
 
 def processes_in(folder: Path) -> list[int]:
-    """Processes that name a folder, or have one of its files open."""
+    """Ids of processes that have a file of the folder open."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

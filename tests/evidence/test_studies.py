@@ -1,4 +1,4 @@
-"""Studies: which cells they have, and the commands of these."""
+"""Studies: which cells they have, and the commands of the cells."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Tables of a report: what stands in which column, and which columns there are."""
+"""Tables of a report: which columns there are, and what they contain."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,7 @@ BEST = {
 
 
 def cells(table: str) -> dict[str, dict[str, str]]:
-    """Rows by form, and their cells by head."""
+    """The cells of a table, by form and column head."""
     heads, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
     return {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
 

@@ -1,4 +1,4 @@
-"""Generated masks of every kind and composition, each with its per-pair definition."""
+"""Generated masks of every kind and composition, each with its definition pair by pair."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from dma_kernels import Lifetimes, reference_mask
 
 @dataclass(frozen=True)
 class Context:
-    """What all parts of a composition share."""
+    """What all parts of a composed mask share."""
 
     batch: int
     heads: int
@@ -25,7 +25,7 @@ class Context:
         return {"documents": self.documents, "padding": self.padding}
 
     def runs(self) -> Tensor:
-        """Number of the document of each position, `[B, N]`, counted position by position."""
+        """The number of each position's document, `[B, N]`, counted position by position."""
         runs = torch.zeros(self.batch, self.length, dtype=torch.long)
         for b in range(self.batch):
             run, current = 0, None
@@ -48,7 +48,7 @@ class Context:
 
 @st.composite
 def contexts(draw: st.DrawFn, lengths: st.SearchStrategy[int]) -> Context:
-    """Sizes, documents and padding; tensors come from torch, seeded."""
+    """Draw sizes, documents and padding. Tensors come from a seeded torch generator."""
     batch, heads, length = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(lengths)
     torch.manual_seed(draw(st.integers(0, 2**31)))
     documents = padding = None
@@ -100,7 +100,7 @@ def masks(draw: st.DrawFn, lengths: st.SearchStrategy[int]) -> tuple[Lifetimes, 
 
 @st.composite
 def intervals(draw: st.DrawFn, queries: st.SearchStrategy[int]) -> tuple[Tensor, Tensor, int]:
-    """Births and deaths of any kind, `[B, G, K]`, over a number of queries that is not K."""
+    """Arbitrary births and deaths, `[B, G, K]`; the number of queries may differ from K."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
     q_len, keys = draw(queries), draw(queries)
     birth = torch.randint(-3, q_len + 3, (draw(st.integers(1, 2)), draw(st.integers(1, 2)), keys))

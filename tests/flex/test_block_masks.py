@@ -30,7 +30,7 @@ def assert_same_tables(found: BlockMask, expected: BlockMask) -> None:
 
 
 def assert_exact(case: tuple[Lifetimes, Tensor], group: int) -> None:
-    """A mask equals its definition, and its block mask PyTorch's."""
+    """Check that a mask equals its definition, and its block mask equals PyTorch's."""
     mask, pairs = case
     dense = mask.to_dense()
     assert torch.equal(*torch.broadcast_tensors(dense, pairs))

@@ -1,4 +1,4 @@
-"""The FlexAttention backend equals the float64 definition: output everywhere, every gradient on a GPU."""
+"""The FlexAttention backend equals the float64 definition: the output on all devices, and every gradient on a GPU."""
 
 import functools
 import itertools
@@ -60,7 +60,7 @@ def test_other_head_dims_and_float16(head_dim: int, dtype: torch.dtype) -> None:
 
 
 def plain_flex_attention(q: Tensor, k: Tensor, v: Tensor, score_mod, block_mask, scale: float, **options: object):
-    """What FlexAttention computes, without kernels; with a gradient for q on a CPU."""
+    """What FlexAttention computes, but without kernels, so that q gets a gradient on a CPU too."""
     heads, keys = q.shape[1], k.shape[2]
     k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     b, h, t, j = (torch.arange(n).view(-1, *[1] * (3 - i)) for i, n in enumerate((*q.shape[:3], keys)))
@@ -114,7 +114,7 @@ SHAPE, HEADS, KV_HEADS = (2, 300, 16), 4, 2
 
 
 def small_inputs(device: str, length: int = SHAPE[1]) -> list[Tensor]:
-    """q, k, v and scores of the shape that is compiled already, and not contiguous, as a projection leaves them."""
+    """q, k, v and scores in a shape that is already compiled. They are not contiguous, as after a projection."""
     batch, _, head_dim = SHAPE
     heads = (HEADS, KV_HEADS, KV_HEADS)
     q, k, v = (torch.randn(batch, length, h, head_dim, device=device).transpose(1, 2) for h in heads)
@@ -301,7 +301,7 @@ def test_autocast_and_checkpointing_change_nothing() -> None:
 
 
 def assert_equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Equal but for the order of sums."""
+    """Check for equality, except for the rounding of sums in a different order."""
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Triton's block tables equal the plain ones bit by bit: on a GPU if there is one, else under Triton's interpreter."""
+"""Triton's block tables equal the plain ones bit for bit: on a GPU if there is one, else under Triton's interpreter."""
 
 import itertools
 
@@ -19,7 +19,7 @@ FEWER_CASES = CASES[::61]  # every pair of lengths, since each has 64 cases; all
 
 
 def make_lifetimes(q_len: int, keys: int, batch: int, heads: int, in_order: bool, device: str) -> tuple[Tensor, Tensor]:
-    """Births and deaths `[B, G, K]`, not contiguous: of any kind, or in order and long enough to fill blocks."""
+    """Births and deaths `[B, G, K]`, not contiguous: arbitrary, or ordered and long enough to fill blocks."""
     birth = torch.randint(-3, q_len + 3, (batch, keys, heads), device=device).int().mT
     if in_order:
         birth = birth.contiguous().sort().values

@@ -92,7 +92,7 @@ def _check_cache(seed: int, dtype: torch.dtype, kinds: tuple[str, ...], longest:
     rng = random.Random(seed)
     case = AttentionCase.drawn(rng, dtype, longest=longest)
     drift = DriftCase.drawn(rng, tuple(case.ranks.shape), case.packing)
-    if dtype == torch.float32:  # a query whose keys are all 2^29 nats behind sees them rounded to 32 nats
+    if dtype == torch.float32:  # 2^29 nats from all of its keys, a query would see them rounded to 32 nats
         drift = replace(drift, steps=drift.steps.clamp(max=8))
     start, kind = rng.choice(_STARTS), rng.choice(kinds)
     scores = case.inputs[3].double() + drift.sums()

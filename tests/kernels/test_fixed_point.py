@@ -1,4 +1,4 @@
-"""Ranks with a drift are the integers that Python computes, and select as these do."""
+"""Ranks with a drift equal the integers that Python computes, and select the same keys."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Operations launch kernels on CUDA, and do elsewhere what defines them. Their CUDA form is called on a CPU, too."""
+"""Operations launch kernels on CUDA, and run their definition elsewhere. Their CUDA form is also called on a CPU."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -19,7 +19,7 @@ from dma_kernels.selection.ops import deaths_by_rank
 
 @torch.library.custom_op("dma_tests::label", mutates_args=())
 def label(x: Tensor, number: int) -> Tensor:
-    """An operation with three forms, which show in what it returns."""
+    """An operation with three forms, which its result tells apart."""
     return torch.full_like(x, number)
 
 
@@ -29,7 +29,7 @@ def _(x: Tensor, number: int) -> Tensor:
 
 
 def call_form(device: str, operation: CustomOpDef, *arguments: Any) -> Any:
-    """What an operation does with tensors on a device, wherever these are."""
+    """Call the form of an operation for a device, wherever its arguments are."""
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper()))
     return operation._opoverload.redispatch(keys, *arguments)
 

@@ -13,7 +13,7 @@ from dma_kernels.selection.deaths import KeyOrder, top_w_deaths
 
 
 def make_ranks(ties: bool, length: int) -> torch.Tensor:
-    """Ranks `[2, 2, N]`, of which one head drifts upwards; or with only five different values."""
+    """Ranks `[2, 2, N]`: either one head drifts upwards, or there are only five different values."""
     if ties:
         return torch.randint(0, 5, (2, 2, length)).float() - 2
     ranks = torch.randn(2, 2, length)
@@ -138,7 +138,7 @@ def test_bad_selection(arguments: dict[str, object], message: str) -> None:
 
 
 def by_hand(*intervals: tuple[int, int]) -> Lifetimes:
-    """A mask of given intervals, whose births nobody vouches for."""
+    """A mask of given intervals, with no guarantee about births."""
     birth, death = torch.tensor(intervals, dtype=torch.int32).T[:, None, None]
     return Lifetimes(birth, death, len(intervals))
 

@@ -1,4 +1,4 @@
-"""No kernel touches memory that is not its own: attention, choices of blocks, small models, under compute-sanitizer."""
+"""No kernel accesses memory out of bounds: attention, choice of blocks and small models, under compute-sanitizer."""
 
 import os
 import shutil

@@ -98,7 +98,7 @@ def test_copies_are_summed_in_float32(device: str) -> None:
 
 
 def make_inputs(slots: SegmentSlots, group: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
-    """Arguments of `key_gradients` with a log-sum-exp that belongs to them."""
+    """Arguments of `key_gradients`, with the matching log-sum-exp."""
     birth, death = slots.birth, slots.death
     (z, kv_heads, keys), device, queries = birth.shape, birth.device, slots.segment_length
     q, grad_out = torch.randn(2, z, queries, kv_heads * group, head_dim, device=device).transpose(2, 3)
@@ -112,7 +112,7 @@ def make_inputs(slots: SegmentSlots, group: int, head_dim: int, dtype: torch.dty
 
 
 def launch_in_base_2(inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """The kernel, which takes the log-sum-exp in base 2."""
+    """Launch the kernel, which takes the log-sum-exp in base 2."""
     *tensors, scale = inputs
     return launch_key_gradients(*tensors[:6], tensors[6] * math.log2(math.e), *tensors[7:], scale=scale)
 

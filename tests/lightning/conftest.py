@@ -1,4 +1,4 @@
-"""A small run, made once for all tests of a process that copy it, and what goes back after runs in float64."""
+"""A small run, made once per process for all tests that copy it; and clean-up after runs in float64."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ def _small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs_in_double() -> Iterator[None]:
-    """One thread, and the default dtype back after runs that make it float64."""
+    """Use one thread, and restore the default dtype after runs that set it to float64."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

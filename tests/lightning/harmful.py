@@ -1,4 +1,4 @@
-"""What must not be read."""
+"""An object that must never be unpickled."""
 
 import os
 

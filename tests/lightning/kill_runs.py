@@ -1,15 +1,17 @@
-"""Kill `fit` at random moments, go on with `ckpt_path: last`, and compare every loss with the uninterrupted run's.
+"""Kill `fit` at random moments, resume with `ckpt_path: last`, and compare every loss with the uninterrupted run.
 
     python tests/lightning/kill_runs.py --kills 100
 
 There are four kinds of runs: `mqar`, a plain one; `text`, with all callbacks of `configs/trainer/cpu.yaml`, packed
-documents and workers that load them; `processes`, two with DDP, and `context`, two that divide each sequence: of these
-one is killed and the other must end within a minute, unless it has not begun to train. All have dropout, gradient
-accumulation over batches of which an epoch has no multiple, a schedule, validations also between optimizer steps, and
-several epochs. A run is killed (SIGKILL) and resumed until it has finished; then the next begins, until there were as
-many kills. Every loss of a batch and of a validation must be that of the uninterrupted run bit for bit, whenever it is
-computed, and so must the weights at the end. A process is forked from one that has imported all, so that a kill costs
-no imports; it goes through the whole command line.
+documents and data workers; `processes`, two processes with DDP; and `context`, two processes that divide each sequence.
+If there are two processes, one is killed, and the other must end within a minute, unless it has not begun to train. All
+runs have several epochs, dropout, gradient accumulation, a schedule, and validations even between optimizer steps. The
+number of batches in an epoch is not a multiple of the accumulated ones.
+
+A run is killed (SIGKILL) and resumed until it has finished. Then the next run begins, until the requested number of
+kills is reached. Each loss of a batch or validation must equal that of the uninterrupted run bit for bit, even if it is
+computed repeatedly, and so must the final weights. Processes are forked from one that has already imported everything,
+so a kill does not cost time for imports. They still go through the whole command line.
 """
 
 import argparse
@@ -81,14 +83,14 @@ TRAINER = ROOT / "configs" / "trainer" / "cpu.yaml"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of runs: what `fit` is asked for, and by how many processes."""
+    """A kind of run: the arguments of `fit`, and the number of processes."""
 
     options: list[str]
     processes: int = 1
 
 
 def kinds(folder: Path) -> dict[str, Kind]:
-    """All by name; text and configuration of one are written to a folder."""
+    """All kinds by name. The text and the configuration that `text` needs are written to a folder."""
     return {
         "mqar": Kind([*OPTIONS, *LOGGER]),
         "text": Kind(_text_options(folder)),
@@ -123,7 +125,7 @@ def _text_options(folder: Path) -> list[str]:
 
 
 class Recorder(pl.Callback):
-    """Appends what is computed to `losses.jsonl` in the working folder: the kind, how many batches came, the number."""
+    """Appends figures to `losses.jsonl` in the working folder: kind, number of batches so far, and value of each."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: dict, *_: object) -> None:
         self._write(trainer, "loss", outputs["loss"])
@@ -189,14 +191,14 @@ def finish(folder: Path, steps: int, kind: Kind) -> None:
     """Run without an interruption.
 
     Raises:
-        RuntimeError: if it fails.
+        RuntimeError: if the run fails.
     """
     for process in start(folder, steps, kind):
         check_status(folder, os.waitpid(process, 0)[1])
 
 
 def check_status(folder: Path, status: int) -> None:
-    """Raise `RuntimeError`, with the end of its log, unless a run ended well."""
+    """Raise a `RuntimeError` with the end of the run's log, unless the run succeeded."""
     if code := os.waitstatus_to_exitcode(status):
         log = folder / "log.txt"
         text = log.read_text()[-3000:] if log.exists() else "no log"
@@ -204,7 +206,7 @@ def check_status(folder: Path, status: int) -> None:
 
 
 def recorded(folder: Path) -> tuple[dict[tuple[str, int], set[str]], str]:
-    """Every number that a run computed, and the digest of its weights."""
+    """Every figure that a run computed, and the digest of its weights."""
     curve: dict[tuple[str, int], set[str]] = {}
     for line in (folder / "losses.jsonl").read_text().splitlines():
         kind, batches, value = json.loads(line)
@@ -215,9 +217,9 @@ def recorded(folder: Path) -> tuple[dict[tuple[str, int], set[str]], str]:
 def killed_run(
     folder: Path, steps: int, kind: Kind, most: int, random_: random.Random, seconds: float
 ) -> list[dict[str, object]]:
-    """Kill and resume a run until it has finished, at most so many times.
+    """Kill and resume a run until it has finished, with at most the given number of kills.
 
-    A kill comes within `seconds` of the start (one of four) or of the first batch that is new.
+    A kill comes within `seconds` of the start (one in four) or of the first batch that is new.
     """
     kills: list[dict[str, object]] = []
     while len(kills) < most:
@@ -266,16 +268,16 @@ def await_end(folder: Path, process: int, most: float = 60.0) -> float:
 
 
 def _batches(folder: Path) -> int:
-    """Computed so far, repeated ones included."""
+    """Number of batches computed so far, including repeated ones."""
     losses = folder / "losses.jsonl"
     return losses.read_text().count('"loss of rank 0"') if losses.exists() else 0
 
 
 def compare(folder: Path, whole: Path) -> int:
-    """Numbers that were compared, replays included.
+    """Compare a run with the uninterrupted one; how many figures were compared, including repeated ones.
 
     Raises:
-        RuntimeError: if one differs from the uninterrupted run's.
+        RuntimeError: if a figure differs.
     """
     expected, weights = recorded(whole)
     found, found_weights = recorded(folder)
@@ -287,10 +289,10 @@ def compare(folder: Path, whole: Path) -> int:
 
 
 def kill_runs(folder: Path, kind: Kind, kills: int, steps: int, seed: int = 0) -> list[dict[str, object]]:
-    """Kill so often; one dictionary for each run.
+    """Kill runs as often as requested; one dictionary for each run.
 
     Raises:
-        RuntimeError: if anything differs from the uninterrupted run, or a process outlives another that was killed.
+        RuntimeError: if anything differs from the uninterrupted run, or a process does not end after another is killed.
     """
     whole = folder / "whole"
     whole.mkdir(parents=True)
@@ -311,7 +313,7 @@ def kill_runs(folder: Path, kind: Kind, kills: int, steps: int, seed: int = 0) -
 
 
 def main() -> None:
-    """Kill, compare, and write the file."""
+    """Kill, compare, and write the result file."""
     names = ["mqar", "text", "processes", "context"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="of each kind")

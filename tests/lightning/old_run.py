@@ -1,4 +1,4 @@
-"""A small run of earlier code in `made_before`: its checkpoint and configuration, and the figures that they led to.
+"""A small run of earlier code, in `made_before`: its checkpoint and configuration, and the figures it got from them.
 
 The code of commit d2a2f4d made it, checked out to $OLD; this file uses only what that code and today's both offer:
 
@@ -61,7 +61,7 @@ trainer:
 
 
 def train() -> Path:
-    """The run itself, below the working folder; its version folder."""
+    """Make the run below the working folder; its version folder."""
     Path("trainer.yaml").write_text(CONFIG)
     options = [f"--model.{name}={value}" for name, value in MODEL.items()]
     options += ["--data=dma_lightning.MQARDataModule", *(f"--data.{name}={value}" for name, value in DATA.items())]
@@ -78,7 +78,7 @@ def validated(run: Path) -> dict[str, float]:
 
 
 def resumed(run: Path) -> dict[str, dict[str, float]]:
-    """Losses of training and validation after the checkpoint, by step; writes below the working folder."""
+    """Resume from the checkpoint below the working folder; training and validation losses by step."""
     files = [f"--config={run / 'config.yaml'}", f"--ckpt_path={run / CHECKPOINT}"]
     cli = build_cli(["fit", *files, f"--trainer.max_steps={MORE_STEPS}"])
     events = EventAccumulator(cli.trainer.log_dir)

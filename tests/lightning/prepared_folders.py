@@ -1,4 +1,4 @@
-"""A corpus of every kind of file, and what `dma-lightning prepare` made of it."""
+"""A corpus with every kind of file, and what `dma-lightning prepare` makes from it."""
 
 import gzip
 import itertools
@@ -14,7 +14,7 @@ DOCUMENTS = [f"document {i}: " + "Größe 𝄞 " * (i % 7) + "\nend\n" for i in 
 
 
 def write_corpus(folder: Path) -> list[str]:
-    """Files of every kind, and their documents in order."""
+    """Write files of every kind; their documents in order."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = [DOCUMENTS[i : i + 15] for i in range(0, 60, 15)]
     lines = ["".join(json.dumps({"id": 1, "text": text}) + "\n" for text in part).encode() for part in parts]

@@ -2,7 +2,7 @@
 
     python retention_runs.py FOLDER
 
-What comes out is written to the folder, and compared there with what one process does.
+Results are written to the folder. The test compares them with those of one process.
 """
 
 import functools
@@ -39,7 +39,7 @@ SIZES = {
 
 
 class Alike(Dataset):
-    """The first example again and again."""
+    """A data set that repeats its first example."""
 
     def __init__(self, examples: Dataset) -> None:
         self.examples = examples
@@ -52,7 +52,7 @@ class Alike(Dataset):
 
 
 class Recall(Unequal):
-    """Sequences with unequal numbers of labels, or all alike."""
+    """Sequences with unequal numbers of labels, or identical ones."""
 
     alike = False
 
@@ -63,7 +63,7 @@ class Recall(Unequal):
 
 
 class Norms(pl.Callback):
-    """Norms of the gradients of contents and of all else, before and after they are clipped, and the logged norm."""
+    """Records gradient norms of contents and of everything else, before and after clipping, and the logged norm."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -85,9 +85,9 @@ class Norms(pl.Callback):
 
 
 class Parts(pl.Callback):
-    """Lets the retention loss of a batch be the mean of those of its parts, weighed by their labels.
+    """Replaces the retention loss of a batch by the mean of its parts' losses, weighted by their labels.
 
-    That is what is said of the batches of a step, by one process that has them all at once.
+    With it, one process that has all batches of a step at once should get the same result as several batches do.
     """
 
     def __init__(self, count: int) -> None:
@@ -97,14 +97,14 @@ class Parts(pl.Callback):
         self.labels = (batch["labels"] != IGNORE_INDEX).sum(1).view(self.count, -1).sum(1)
 
     def loss(self, q: Tensor, k: Tensor, content: Tensor, nats: Tensor, *others: Any) -> Tensor:
-        """As `retention_loss`, of sequences without documents and padding."""
+        """Replacement for `retention_loss`, for sequences without documents and padding."""
         *shared, values = others
         parts = zip(*(x.chunk(self.count) for x in (q, k, content, nats, values)), strict=True)
         losses = torch.stack([retention_loss(*part[:4], *shared, part[4]) for part in parts])
         return (losses * self.labels).sum() / self.labels.sum()
 
     def used(self) -> AbstractContextManager:
-        """In which that is the loss, if there are several."""
+        """A context in which `loss` replaces the retention loss, if there are several parts."""
         if self.count == 1:
             return nullcontext()
         return patch("dma_lightning.mixers.dynamic_mask.retention_loss", self.loss)
@@ -120,7 +120,7 @@ def train(
     alike: bool = False,
     **model: Any,
 ) -> None:
-    """Four steps in float64, each on 8 sequences of all processes and accumulated batches together."""
+    """Train four steps in float64, each on 8 sequences in total over all processes and accumulated batches."""
     pl.seed_everything(0, verbose=False)
     torch.set_default_dtype(torch.float64)
     module = LanguageModel(**SIZES | CHOSEN | model)
@@ -166,7 +166,7 @@ TOGETHER_RUNS: dict[str, dict[str, Any]] = {
 
 
 def main(folder: Path) -> None:
-    """All runs of two processes."""
+    """Make all runs of two processes."""
     torch.set_num_threads(1)
     torch.compile = functools.partial(torch.compile, backend="eager")
     for name, options in TOGETHER_RUNS.items():

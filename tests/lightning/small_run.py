@@ -1,4 +1,4 @@
-"""A small run of `fit` with its checkpoints, for tests of what may be wrong with these."""
+"""A small run of `fit` with checkpoints, for tests of damaged or wrong checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ DATA = [
 
 
 def make(folder: Path, *args: str) -> None:
-    """Train three steps in a working folder; checkpoints of the last two stay. More arguments come last."""
+    """Train three steps in a working folder. Checkpoints of the last two remain. Additional arguments come last."""
     (folder / "text.txt").write_text("alpha beta gamma delta\n" * 200)
     fit("--trainer.max_steps=3", *MODEL, *DATA, *args)
 
@@ -41,18 +41,18 @@ def cli(subcommand: str, *args: str) -> DMACLI:
 
 
 def fit(*args: str) -> DMACLI:
-    """Train with the small run's trainer."""
+    """Run `fit` with the small run's trainer."""
     return cli("fit", *TRAINER, *args)
 
 
 def validate(checkpoint: Path | str, *args: str) -> DMACLI:
-    """One batch of validation, without a log."""
+    """Run `validate` on one batch, without a logger."""
     quiet = ["--trainer.logger=false", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
     return cli("validate", f"--ckpt_path={checkpoint}", *quiet, "--trainer.enable_progress_bar=false", *args)
 
 
 def changed(change: Callable[[dict[str, Any]], Any], name: str = "strange.ckpt") -> Path:
-    """A copy of the last checkpoint in the working folder, whose content something is done to."""
+    """A copy of the last checkpoint in the working folder, with its content changed by a function."""
     content = torch.load(f"{CHECKPOINTS}/last.ckpt", weights_only=True)
     change(content)
     torch.save(content, name)

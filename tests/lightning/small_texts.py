@@ -1,4 +1,4 @@
-"""Small texts as data, and a tokenizer of them."""
+"""Small texts as data, and tokenizers for them."""
 
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -10,13 +10,13 @@ from dma_lightning import TextDataModule
 
 
 def make_data(tmp_path: Path, path: Path | str | None, **changed: object) -> TextDataModule:
-    """A data module with a cache of its own."""
+    """A data module with its own cache."""
     arguments = {"sequence_length": 10, "val_fraction": 0.2, "batch_size": 3} | changed
     return TextDataModule(None if path is None else str(path), cache_dir=str(tmp_path / "cache"), **arguments)
 
 
 def read(data: TextDataModule) -> tuple[bytes, bytes]:
-    """Training and validation text, as the data sets show it."""
+    """Training and validation text, as read from the data sets."""
     data.prepare_data()
     data.setup("fit")
     parts = []
@@ -29,7 +29,7 @@ def read(data: TextDataModule) -> tuple[bytes, bytes]:
 
 
 def write_tokenizer(path: Path, vocab_size: int = 300) -> None:
-    """A byte-level BPE tokenizer of the help topics."""
+    """Write a byte-level BPE tokenizer trained on the help topics."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -40,7 +40,7 @@ def write_tokenizer(path: Path, vocab_size: int = 300) -> None:
 
 
 def special_tokenizer(path: Path) -> str:
-    """Bytes as tokens, but for white space, which has none, and a special token."""
+    """A tokenizer with bytes as tokens, except white space, which has none, and with a special token."""
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "<": 2, "end": 3, ">": 4}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(["<end>"])

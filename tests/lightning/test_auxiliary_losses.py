@@ -1,4 +1,4 @@
-"""Losses of layers are trained as if they had been added to the main loss, however it is scaled and computed."""
+"""Losses of layers train as if they were added to the main loss, however that is scaled and computed."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +21,7 @@ WEIGHT = 0.3
 
 
 class Layer(nn.Module):
-    """A layer with a loss of its own, which `content` alone is trained by."""
+    """A layer with its own loss, which trains only `content`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def test_what_is_no_loss_is_refused(loss: Tensor) -> None:
 
 
 class Own(SlidingWindowAttention):
-    """A mixer with a loss of its own."""
+    """A mixer with its own loss."""
 
     auxiliary_parameters = ("content.weight",)
     strength = 1.0
@@ -120,7 +120,7 @@ class Own(SlidingWindowAttention):
 
 
 class Watch(pl.Callback):
-    """Keeps the gradients of content and of all else, before and after they are clipped, and the logged norm."""
+    """Records the gradients of content and of everything else, before and after clipping, and the logged norm."""
 
     def __init__(self) -> None:
         self.content: list[Tensor] = []
@@ -144,7 +144,7 @@ LABELS = [32, 1, 7, 0]
 
 
 def fit(model: LanguageModel, accumulate: int = 1, **options: object) -> Watch:
-    """One step on all sequences."""
+    """Train one step on all sequences."""
     watch = Watch()
     options = {"precision": "64-true", "callbacks": [watch]} | options
     trainer = quiet_trainer(max_epochs=1, accumulate_grad_batches=accumulate, log_every_n_steps=1, **options)
@@ -159,7 +159,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> type[Own]:
 
 
 def gradient_of_content(model: LanguageModel, accumulate: int) -> Tensor:
-    """The mean of the mixer's loss over batches, weighed by their labels."""
+    """Gradient of the mean of the mixer's loss over batches, weighted by their labels."""
     data, total = Labeled(LABELS), torch.zeros((), dtype=torch.float64)
     layer, size = model.model.layers[0], 4 // accumulate
     for first in range(0, 4, size):

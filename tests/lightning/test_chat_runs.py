@@ -21,7 +21,7 @@ QUESTION = {"role": "user", "content": "0 0 0?"}
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working folder with conversations that all fill a sequence."""
+    """A working folder with conversations that each fill a sequence."""
     monkeypatch.chdir(tmp_path)
     asked = ([{"role": "user", "content": f"{i} {i} {i}?"}, {"role": "assistant", "content": f"{i}"}] for i in range(8))
     Path("chats.jsonl").write_text("".join(json.dumps({"messages": x}) + "\n" for x in asked))

@@ -1,4 +1,4 @@
-"""Streamed text is the text of the tokens, by the library's decoder where it can tell and by our own elsewhere."""
+"""Streamed text equals the text of all tokens, with the library's decoder where it can stream, else with our own."""
 
 import json
 import random
@@ -21,7 +21,7 @@ SPECIAL = ["<unk>", "<s>"]
 
 
 def trained(model: models.Model, trainer: type, **parts: object) -> Tokenizer:
-    """A small tokenizer of the corpus."""
+    """A small tokenizer trained on the corpus."""
     tokenizer = Tokenizer(model)
     for name, part in parts.items():
         setattr(tokenizer, name, part)
@@ -51,7 +51,7 @@ def word_piece() -> Tokenizer:
 
 
 def byte_fallback() -> Tokenizer:
-    """As of Llama's first tokenizers."""
+    """A tokenizer with byte fallback, like Llama's first ones."""
     names = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "日", "▁a", "▁▁"]
     merges = [("▁", "a"), ("▁", "▁")]
     vocabulary = {name: i for i, name in enumerate(names)}
@@ -70,7 +70,7 @@ every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=
 
 
 def streams(tokenizer: FileTokenizer, count: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Tokens before and tokens to decode: text, any ids (unknown ones too), and long runs of few."""
+    """Earlier tokens, and tokens to decode: text, arbitrary ids (even unknown ones), and long runs of a few tokens."""
     chance = random.Random(0)
     for _ in range(count):
         text = "".join(chance.choices("aé日𝄞 b–“”.,'nt!\n", k=chance.randint(1, 40)))
@@ -82,7 +82,7 @@ def streams(tokenizer: FileTokenizer, count: int) -> Iterator[tuple[list[int], l
 
 
 class NoDecodeStream:
-    """A decoder of the library that never can tell."""
+    """A decoder of the library that can never stream."""
 
     def __init__(self, skip_special_tokens: bool) -> None:
         assert skip_special_tokens

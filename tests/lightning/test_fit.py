@@ -1,4 +1,4 @@
-"""Whole runs of the command line: curves, checkpoints, the same figure again, and two processes."""
+"""Whole runs of the command line: curves, checkpoints, reproducing the final figure, and two processes."""
 
 import io
 import json
@@ -28,14 +28,14 @@ STEPS = 6
 
 
 def small_run(folder: Path, subcommand: str, *args: str) -> list[str]:
-    """Arguments of a subcommand on a model that takes milliseconds, logging and caching below a folder."""
+    """Arguments of a subcommand for a tiny model, with logs and caches below a folder."""
     paths = [f"--trainer.logger.init_args.save_dir={folder}", f"--data.cache_dir={folder / 'cache'}"]
     return [subcommand, *TINY, *SMALL, *paths, *args]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Version folder of a finished `fit` whose last step is no multiple of the validation interval."""
+    """Version folder of a finished `fit` whose last step is not a multiple of the validation interval."""
     folder = tmp_path_factory.mktemp("runs")
     intervals = ["--trainer.val_check_interval=4", "--trainer.log_every_n_steps=1"]
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Dynamic mask attention as one function, and the examples of the documentation."""
+"""Dynamic mask attention as one function, and the examples in the docs."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a model that has trained a few steps on bytes of text."""
+    """A checkpoint of a byte-level model that has trained a few steps on text."""
     folder = tmp_path_factory.mktemp("text")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -29,7 +29,7 @@ def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def inputs(length: int) -> list[torch.Tensor]:
-    """q, k, v and ranks, of which gradients are asked for."""
+    """q, k, v and ranks, all requiring gradients."""
     shapes = [(2, 4, length, 8), (2, 2, length, 8), (2, 2, length, 8), (2, 2, length)]
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 

@@ -1,4 +1,4 @@
-"""Decoding token by token is the full forward; sampling is that of Hugging Face; text ends where it should."""
+"""Decoding token by token equals the full forward, sampling equals Hugging Face's, and text ends where it should."""
 
 import random
 from dataclasses import replace
@@ -229,7 +229,7 @@ def test_text_ends_where_the_leftmost_stop_string_begins_however_it_is_cut() -> 
 
 
 def ends(text: str, stops: list[str]) -> bool:
-    """Whether a stop string ends a text, whatever comes next."""
+    """Whether a stop string is certain to end a text, whatever comes next."""
     found = min((text.find(stop) for stop in stops if stop in text), default=-1)
     return found >= 0 and not any(stop.startswith(text[i:]) for stop in stops for i in range(found))
 

@@ -1,4 +1,4 @@
-"""A run begins from weights: with the logits of the model that they are of, and with nothing else of it."""
+"""A run that begins from given weights has the logits of their model, and takes nothing else from it."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ CASES = {
 
 
 def make_theirs(config: object) -> nn.Module:
-    """A model of Transformers, in which all biases and norms matter."""
+    """A model of Transformers in which all biases and norms have an effect."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for name, parameter in model.named_parameters():
@@ -58,7 +58,7 @@ def make_theirs(config: object) -> nn.Module:
 
 
 def begun(folder: Path, **changed: object) -> tuple[LanguageModel, str]:
-    """A model with the weights of a folder, and what is told of tensors that are new in it."""
+    """A model with the weights of a folder, and the message about tensors that are new."""
     initial = InitialWeights.open(folder, LanguageModel)
     arguments = {"vocab_size": 7, "max_position_embeddings": 64} | initial.arguments | changed
     module = LanguageModel(**arguments).eval()
@@ -147,7 +147,7 @@ def test_no_checkpoint_names_weights_to_begin_from() -> None:
 
 @pytest.fixture
 def source(_small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint of a run elsewhere, in a working folder with its text."""
+    """A copy of the small run's checkpoint, in a new working folder with the run's text."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["dma-lightning"])
     shutil.copy(_small_run / "text.txt", tmp_path)

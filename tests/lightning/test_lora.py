@@ -1,4 +1,4 @@
-"""Low-rank adapters: what they train, where an adapter would be ignored, and merging, saving and loading them."""
+"""Low-rank adapters: what they train, where they would be ignored, and merging, saving and loading them."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ LAST, BASE = Path("runs/lora/version_0/checkpoints/last.ckpt"), Path(small_run.C
 
 
 def drawn(model: nn.Module) -> nn.Module:
-    """The model in float64 with all weights drawn, as none would be at a start where they have no effect."""
+    """The model in float64 with random weights everywhere, since adapters have no effect at their initial values."""
     torch.manual_seed(1)
     model.double()
     with torch.no_grad():
@@ -40,7 +40,7 @@ def make(attention: str) -> DogeForCausalLM:
 
 @torch.no_grad()
 def logits(model: DogeForCausalLM) -> tuple[Tensor, Tensor]:
-    """Of all positions at once, and of the last ones in steps of decoding."""
+    """Logits of all positions at once, and of the last ones by decoding steps."""
     cache = model.new_cache(len(TOKENS))
     model(TOKENS[:, :9], cache=cache)
     steps = [model(TOKENS[:, i : i + 1], cache=cache) for i in range(9, TOKENS.shape[1])]
@@ -141,7 +141,7 @@ def test_peft_saves_loads_and_merges(tmp_path: Path) -> None:
 
 @pytest.fixture
 def _run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run, and one that trains adapters of its weights."""
+    """A run, and a second one that trains adapters for its weights."""
     monkeypatch.chdir(tmp_path)
     small_run.make(tmp_path)
     small_run.fit(*small_run.DATA, *LORA, f"--model.init_from={BASE}", "--model.lr=0.1")

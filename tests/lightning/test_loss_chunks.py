@@ -1,4 +1,4 @@
-"""A loss that is computed in chunks is the loss, and memory holds the logits of one chunk."""
+"""A loss computed in chunks equals the whole loss, and memory holds the logits of only one chunk."""
 
 import functools
 
@@ -20,7 +20,7 @@ CHUNKS = [1, 32, TOKENS - 1, TOKENS, 1000]
 
 
 def batch() -> dict[str, Tensor]:
-    """Sequences of which a third of the labels, and all of one chunk, are ignored; with documents and padding."""
+    """Sequences with documents and padding. A third of the labels, and all labels of one chunk, are ignored."""
     drawn = torch.Generator().manual_seed(1)
     tokens, labels = torch.randint(VOCABULARY, (2, BATCH, LENGTH), generator=drawn)
     labels[:, ::3] = labels[:, 2:35] = -100
@@ -30,7 +30,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def module(**options: object) -> LanguageModel:
-    """A small model in float64, the same each time."""
+    """A small model in float64, with the same weights each time."""
     torch.manual_seed(0)
     model = LanguageModel(vocab_size=VOCABULARY, max_position_embeddings=64, **SIZES, **options)
     return model.double()
@@ -105,7 +105,7 @@ def test_gradients_under_autocast_are_as_near_as_without_chunks() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Notes the most numbers of any tensor that is made."""
+    """Records the number of elements of the largest tensor that is created."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What earlier code wrote still works, and what was written for it: checkpoints, configurations, imports, mixers."""
+"""What earlier code wrote still works: checkpoints and configurations. So do imports and mixers written for it."""
 
 import json
 import warnings
@@ -46,13 +46,13 @@ PUBLIC = {
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run writes goes to a temporary folder."""
+    """Let runs write to a temporary folder."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, Any]:
-    """What the code of that time gave."""
+    """The figures that the code of that time computed."""
     return json.loads((FOLDER / "figures.json").read_text())
 
 
@@ -121,7 +121,7 @@ def test_files_name_no_place_of_the_machine_that_made_them() -> None:
 
 
 class OldCache:
-    """Sums of what was read."""
+    """A cache of sums over the tokens read, in the old form."""
 
     def __init__(self, batch: int, size: int) -> None:
         self.total, self.length = torch.zeros(batch, 1, size), torch.zeros(batch).long()
@@ -131,7 +131,7 @@ class OldCache:
 
 
 def make_old_mixer() -> type[TokenMixer]:
-    """README's example, as it was."""
+    """The mixer from an old README, as it was."""
 
     class OldMixer(TokenMixer):
         def __init__(self, size: int) -> None:

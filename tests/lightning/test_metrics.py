@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of a split are those of all its labels, whatever the precision, and show a NaN."""
+"""Loss, perplexity and bits per byte of a split cover all its labels, whatever the precision, and a NaN shows."""
 
 import math
 
@@ -15,7 +15,7 @@ from dma_lightning.metrics import AnswerAccuracy, BitsPerByte, EvaluationMetrics
 
 
 class Sequences(Dataset):
-    """Random sequences, of which the first part has labels; one in five has none."""
+    """Random sequences with labels in their first part. One in five has no labels."""
 
     def __init__(self, count: int, **fields: Tensor) -> None:
         self.count, self.fields = count, fields
@@ -32,14 +32,14 @@ class Sequences(Dataset):
 
 
 def small_model(**options: object) -> LanguageModel:
-    """A layer, with weights far from those that give every token the same loss."""
+    """A one-layer model, with weights far from those that give every token the same loss."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     tokens = {"vocab_size": 64, "max_position_embeddings": 32, "num_key_value_heads": 1, "keep_window_size": 8}
     return LanguageModel(**sizes, **tokens, initializer_range=0.3, schedule="constant", **options)
 
 
 def quiet_trainer(**options: object) -> pl.Trainer:
-    """Without files and output."""
+    """A trainer without files and output."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     return pl.Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **options)
 

@@ -1,4 +1,4 @@
-"""The decoder: equal to Hugging Face's Doge, with the published sizes."""
+"""The decoder equals Hugging Face's Doge, and has the published sizes."""
 
 import dataclasses
 

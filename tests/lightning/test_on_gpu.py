@@ -1,4 +1,4 @@
-"""What tests on a CPU do not see of training on a GPU."""
+"""Properties of training on a GPU that tests on a CPU cannot check."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 @pytest.fixture(autouse=True)
 def _single() -> Iterator[None]:
-    """`train` makes float64 the default."""
+    """Restore float32 as the default dtype: `train` sets it to float64."""
     yield
     torch.set_default_dtype(torch.float32)
 
@@ -40,7 +40,7 @@ def test_one_process_of_nccl_is_the_plain_run(attention: str, strategy: str | ty
 
 
 class NoWaiting(pl.Callback):
-    """Makes it an error to wait for the GPU in a step that does not log, its hooks included."""
+    """Turns waiting for the GPU into an error in steps that do not log, including their hooks."""
 
     def __init__(self) -> None:
         self.steps, self.patch = 0, pytest.MonkeyPatch()

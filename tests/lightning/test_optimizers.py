@@ -1,4 +1,4 @@
-"""Muon and AdamW as one optimizer, in a run and by itself."""
+"""Muon and AdamW as one optimizer, in a run and on its own."""
 
 import copy
 import re
@@ -62,7 +62,7 @@ def made(given: list[nn.Parameter]) -> MuonAdamW:
 
 
 def step(given: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
-    """A step of a loss, through a closure."""
+    """Take a step on a loss, through a closure."""
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -153,7 +153,7 @@ TRAINER = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working folder of a run with Muon by the command line, with checkpoints of all three steps."""
+    """The working folder of a command-line run with Muon, with checkpoints of all three steps."""
 
     def make(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Two processes, sharded or not, are one with a batch of twice the size; and their checkpoints are interchangeable."""
+"""Two processes, sharded or not, equal one with twice the batch size. Their checkpoints are interchangeable."""
 
 import contextlib
 import functools
@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 
 
 class Outcome:
-    """What two processes have left."""
+    """The files and exit statuses that two processes have left."""
 
     def __init__(self, above: Path) -> None:
         self.folder = once(above, "processes", _train_all)
@@ -53,24 +53,24 @@ def _train_all(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """All runs of two processes, and those of one to compare with."""
+    """All runs of two processes, and runs of one process to compare with."""
     return Outcome(shared_folder(tmp_path_factory))
 
 
 def read(path: Path) -> dict:
-    """A checkpoint, wherever its tensors were."""
+    """The content of a checkpoint, with all tensors on the CPU."""
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load(two: Outcome, run: str, step: int = 20) -> dict:
-    """A checkpoint of the two processes, or of one."""
+    """A checkpoint of a run, whether of two processes or of one."""
     path = two.folder / run / f"step={step}.ckpt"
     assert path.is_file(), two.log[-3000:]
     return read(path)
 
 
 def assert_same(found: dict, expected: dict) -> None:
-    """Names, weights and moments, which are all float64."""
+    """Compare names, weights and moments, which are all float64."""
     assert list(found["state_dict"]) == list(expected["state_dict"])
     for name, weight in expected["state_dict"].items():
         torch.testing.assert_close(found["state_dict"][name], weight, rtol=0, atol=1e-10)
@@ -235,7 +235,7 @@ def test_a_killed_process_ends_the_other(two: Outcome) -> None:
 
 
 def start(subcommand: str, options: list[str], folder: Path) -> subprocess.Popen[str]:
-    """A subcommand on the small model of the kill script, which starts a second process."""
+    """Run a subcommand with the small model of the kill script. It starts a second process."""
     options = [*kill_runs.OPTIONS, f"--trainer.accelerator={TOGETHER}", "--trainer.strategy=ddp", *options]
     command = [sys.executable, "-W", "ignore", "-m", "dma_lightning", subcommand, *options, "--trainer.devices=2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}

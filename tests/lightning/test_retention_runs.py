@@ -22,7 +22,7 @@ ALONE: dict[str, dict[str, Any]] = {
 
 
 class Runs:
-    """Runs of one process, each when it is first asked for, and those of two."""
+    """Runs of one process, made when they are first needed, and runs of two processes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = once(folder, "retention-runs", self._train_together)
@@ -36,7 +36,7 @@ class Runs:
         return name
 
     def whole(self, parts: int, of: dict[str, Any], weight: float = 0.1) -> str:
-        """The name of that with all sequences of a step in one batch, otherwise with the options of another."""
+        """The name of the run with the options of another, but with all sequences of a step in one batch."""
         mixed, alike = (of.get(name, False) for name in ("mixed", "alike"))
         options = {"parts": parts, "mixed": mixed, "alike": alike, "retention_weight": weight}
         return self.alone("whole-" + "-".join(map(str, options.values())), **options)
@@ -54,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def assert_same_runs(runs: Runs, found: str, expected: str) -> None:
-    """After one step and after several: all weights; and what was clipped and logged."""
+    """Compare all weights after one step and after several, and what was clipped and logged."""
     for step in (1, STEPS):
         weights = runs.weights(found, step)
         for name, weight in runs.weights(expected, step).items():

@@ -45,7 +45,7 @@ def test_constant() -> None:
 
 
 class _Rates(pl.Callback):
-    """Keeps the learning rate of every step, and checkpoints within the first and the second epoch."""
+    """Records the learning rate of every step, and saves checkpoints within the first and the second epoch."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.rates = folder, []
@@ -62,7 +62,7 @@ class _Rates(pl.Callback):
 
 
 def _train(folder: Path, ckpt_path: Path | None = None, **limits: int) -> tuple[list[float], torch.Tensor]:
-    """Learning rates of all steps, and a weight at the end; an epoch has 5 steps."""
+    """Train; the learning rates of all steps, and a weight at the end. An epoch has 5 steps."""
     torch.manual_seed(0)
     model = LanguageModel(vocab_size=64, max_position_embeddings=16, schedule="cosine", **SIZES)
     data = MQARDataModule(

@@ -1,6 +1,6 @@
-"""A step's gradient and loss are those of the mean over all of its labels, as one large batch gives them.
+"""A step's gradient and loss are those of the mean over all of its labels, as if it were one large batch.
 
-Several processes: `test_processes.py`, whose sequences have unequal numbers of labels.
+`test_processes.py` tests this for several processes, with unequal numbers of labels.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from dma_lightning.data import IGNORE_INDEX
 
 
 class Labeled(Dataset):
-    """Sequences with so many labels each."""
+    """Sequences with given numbers of labels."""
 
     def __init__(self, labels: list[int]) -> None:
         self.labels = labels
@@ -37,7 +37,7 @@ class Labeled(Dataset):
 
 
 class Steps(pl.Callback):
-    """Keeps the gradient and the logged figures of each step."""
+    """Records the gradient and the logged figures of each step."""
 
     def __init__(self) -> None:
         self.gradients: list[Tensor] = []
@@ -52,7 +52,7 @@ class Steps(pl.Callback):
 
 
 def steps(labels: list[int], batch_size: int, accumulate: int, *callbacks: pl.Callback, **options: object) -> Steps:
-    """One epoch that changes no weight."""
+    """Train one epoch without changing any weight."""
     torch.manual_seed(0)
     found = Steps()
     trainer = quiet_trainer(
@@ -111,7 +111,7 @@ def test_half_precision(precision: str) -> None:
 
 @pytest.fixture
 def rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
-    """The learning rate of each step, also of those that a finder makes, which leaves callbacks out."""
+    """The learning rate of each step, including the steps of a learning-rate finder, which skips callbacks."""
     found: list[float] = []
 
     def record(module: LanguageModel, optimizer: Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""The memory of a step: a lower bound that is near, and a warning before it is too late."""
+"""The memory of a step: a close lower bound, and a warning before memory runs out."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def kept_bytes(module: LanguageModel, batch: int, length: int) -> int:
-    """What a forward pass keeps for the backward pass, weights left out; each storage once."""
+    """Bytes that a forward pass keeps for the backward pass, without weights. Each storage counts once."""
     weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
     kept: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""Tokens with the bytes that end with them, against an oracle that knows no offsets; files that are refused."""
+"""Tokens and the bytes that each completes, against an oracle that does not use offsets; files that are refused."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ Oracle = tuple[FileTokenizer, Callable[[str], str], Callable[[str], str]]
 
 
 def byte_level() -> Oracle:
-    """Tokens are bytes, each as one character; the post-processor would move ends away from white space."""
+    """A tokenizer whose characters are bytes. Its post-processor would move ends of tokens away from white space."""
     write_tokenizer(Path("tokenizer.json"))
     tokenizer = Tokenizer.from_file("tokenizer.json")
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -28,7 +28,7 @@ def byte_level() -> Oracle:
 
 
 def byte_fallback() -> Oracle:
-    """Bytes stand for unknown characters."""
+    """A tokenizer that writes unknown characters as bytes."""
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {
         letter: 256 + i for i, letter in enumerate("ab Ae")
     }
@@ -42,7 +42,7 @@ def byte_fallback() -> Oracle:
 
 
 def metaspace() -> Oracle:
-    """A space belongs to the word behind it."""
+    """A tokenizer in which a space belongs to the word after it."""
     letters = sorted(set("▁" + TEXT.replace(" ", "")))
     merges = [("▁", "a"), ("▁a", "b"), ("▁", "é")]
     vocabulary = {x: i for i, x in enumerate([*letters, *map("".join, merges)])}
@@ -52,7 +52,7 @@ def metaspace() -> Oracle:
 
 
 def word_piece() -> Oracle:
-    """Small letters without accents; white space, control characters and marks are dropped."""
+    """A tokenizer of lower-case letters without accents. It drops white space, control characters and marks."""
 
     def expand(x: str) -> str:
         kept = (y for y in unicodedata.normalize("NFD", x) if unicodedata.category(y) not in ("Mn", "Cc", "Zs", "Cf"))
@@ -67,7 +67,7 @@ def word_piece() -> Oracle:
 
 
 def unigram() -> Oracle:
-    """Compatible forms, some of several characters, which tokens cut."""
+    """A tokenizer that normalizes to compatible forms. Some have several characters, and tokens may end inside them."""
 
     def expand(x: str) -> str:
         return unicodedata.normalize("NFKC", x).lower()
@@ -187,7 +187,7 @@ def test_only_a_regular_file_is_read(tmp_path: Path) -> None:
 
 def test_a_panic_while_encoding_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     class PanicException(BaseException):
-        """As the library's."""
+        """A stand-in for the library's exception."""
 
     class Panicking:
         def encode(self, *_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""Training a part of a model leaves the rest as it is."""
+"""Training part of a model leaves the rest unchanged."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ DRIFT = {"drift": "gate", "score_form": "linear", "content": "input", "retention
 
 
 def trained(folder: Path, steps: int, **model: object) -> dict[str, Tensor]:
-    """Weights after some steps, from the last checkpoint in the folder if there is one."""
+    """Train some steps, from the last checkpoint in the folder if there is one; the weights."""
     pl.seed_everything(0)
     module = LanguageModel(**SIZES | model, schedule="constant", lr=0.01)
     checkpoint = ResumableCheckpoint(dirpath=folder, every_n_train_steps=2)

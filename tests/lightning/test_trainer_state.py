@@ -1,4 +1,4 @@
-"""Lightning's private names: each does what we take it for, and none stands outside `trainer_state`."""
+"""Lightning's private names: each does what we expect, and none is used outside `trainer_state`."""
 
 import ast
 import inspect
@@ -73,7 +73,7 @@ class Line(pl.LightningModule):
 
 
 class Written(Logger):
-    """Keeps what is written, with its step."""
+    """Records what is written, with its step."""
 
     name = version = ""
 
@@ -105,7 +105,7 @@ def fit(
 
 
 def stop_at_the_end(trainer: pl.Trainer, *_: object) -> None:
-    """As `FitReport`: Lightning writes and validates then."""
+    """Stop as `FitReport` does, where Lightning still writes and validates."""
     if is_last_step(trainer):
         trainer.should_stop = True
 
@@ -360,7 +360,7 @@ class Use:
 
 
 def uses(node: ast.AST, kind: str = "") -> Iterator[Use]:
-    """Private names of attributes, methods and imports below a node, those that `getattr` is given among them."""
+    """Private names of attributes, methods and imports below a node, including those passed to `getattr`."""
     for child in ast.iter_child_nodes(node):
         in_class = isinstance(node, ast.ClassDef)
         names: list[tuple[str, str, bool]] = []
@@ -385,7 +385,7 @@ def uses(node: ast.AST, kind: str = "") -> Iterator[Use]:
 
 @cache
 def own_uses(kind: type) -> list[Use]:
-    """Private names that the code of a class, not of those above it, has of its objects."""
+    """Private names that the code of a class uses on its own objects. Code of its base classes does not count."""
     found = uses(ast.parse(textwrap.dedent(inspect.getsource(kind))))
     return [use for use in found if use.of in ("self", "cls")]
 
@@ -407,21 +407,21 @@ RECORDED = {
 
 
 def lightning_classes(kind: type) -> set[type]:
-    """Those above a class of ours, or above one that is made with it, as with a mixin."""
+    """Lightning's base classes of one of our classes, or of a class that uses ours as a mixin."""
     made = [below for below in OURS if kind in below.__mro__]
     return {x for below in made for x in below.__mro__ if is_of(x, "lightning")}
 
 
 def is_allowed(use: Use, module: ModuleType, defined: set[str]) -> bool:
-    """Whether a name is our own, one of torch, or one of Lightning's that `OVERRIDDEN` has.
+    """Whether a name is our own, one of torch's, or one of Lightning's that is in `OVERRIDDEN`.
 
-    Of torch are those below its module, and those of every `nn.Module`. (`os._exit` is documented.) Those of
-    jsonargparse stand in `parsing`, and `cli/test_strings.py` holds what they are used for. The one of Transformers
-    tells whether a model has taken another attention; `huggingface/test_dynamic_masks.py` tests that.
+    Torch's are the names in its modules and those of every `nn.Module`. (`os._exit` is documented.) Names of
+    jsonargparse may be used in `parsing`; `cli/test_strings.py` tests what they are used for. The one name of
+    Transformers tells whether a model uses another attention; `huggingface/test_dynamic_masks.py` tests that.
 
     Args:
-        use: of the name.
-        module: in which it stands.
+        use: where the name is used.
+        module: the module that uses it.
         defined: names that classes of that module define.
     """
     if use.of.partition(".")[0] in ("torch", "os") or module is parsing:

@@ -1,4 +1,4 @@
-"""Tokens that a model does not know are told, with both sizes, before they are looked up."""
+"""Tokens outside a model's vocabulary are reported with both sizes, before they are looked up."""
 
 import warnings
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def run(stage: str, model: LanguageModel, data: pl.LightningDataModule | DataLoa
 
 
 class Rows(Dataset):
-    """Sequences that all are the same."""
+    """Identical sequences."""
 
     def __init__(self, input_ids: Sequence[int], labels: Sequence[int]) -> None:
         self.item = {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}

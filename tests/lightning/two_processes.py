@@ -2,7 +2,7 @@
 
     python two_processes.py FOLDER
 
-What comes out is written to the folder, and compared there with what one process does.
+Results are written to the folder. The test compares them with those of one process.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ TOGETHER = "gpu" if torch.cuda.device_count() > 1 else "cpu"  # where two proces
 
 
 class Announce(pl.Callback):
-    """Tells that a process is training: its number in `rank<i>.txt` of the working folder."""
+    """Announces that a process is training, by writing its id to `rank<i>.txt` in the working folder."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
         if trainer.global_step == 2:
@@ -41,11 +41,11 @@ class Announce(pl.Callback):
 
 
 class OnPurposeError(Exception):
-    """What ends a run of `TornStrategy`."""
+    """Raised to end a run with `TornStrategy`."""
 
 
 class _EndsAfterWriting(ModelParallelStrategy):
-    """Writes the checkpoint of the last step, and is ended then."""
+    """Writes the checkpoint of the last step, then fails."""
 
     def save_checkpoint(self, checkpoint: dict, filepath: str | Path, storage_options: object = None) -> None:
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -55,11 +55,11 @@ class _EndsAfterWriting(ModelParallelStrategy):
 
 
 class TornStrategy(FullyShardedStrategy, _EndsAfterWriting):
-    """FSDP2, ended before the last checkpoint has its name."""
+    """FSDP2 that fails before the last checkpoint gets its final name."""
 
 
 class Late(pl.Callback):
-    """Keeps the second process from its last batch until the first has been done for long."""
+    """Delays each batch of the second process, so that the first one finishes long before it."""
 
     def on_predict_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         if trainer.global_rank == 1:
@@ -67,7 +67,7 @@ class Late(pl.Callback):
 
 
 class Spoil(pl.Callback):
-    """Makes a gradient of step 4 infinite, in the second process alone."""
+    """Makes a gradient infinite in step 4, only in the second process."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -89,7 +89,7 @@ class At(pl.Callback):
 
 
 class FewerLabels(Dataset):
-    """Examples of which some have no labels, and others one."""
+    """Examples in which some have no labels, and others have one."""
 
     def __init__(self, examples: Dataset) -> None:
         self.examples = examples
@@ -124,7 +124,7 @@ def train(
     saving: dict[str, object] | None = None,
     **model_options: object,
 ) -> LanguageModel:
-    """Train in float64 on 8 sequences a batch of all processes together, with checkpoints after steps 10 and 20."""
+    """Train in float64 on batches of 8 sequences over all processes, with checkpoints after steps 10 and 20."""
     pl.seed_everything(0, verbose=False)
     torch.set_default_dtype(torch.float64)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -153,7 +153,7 @@ def train(
 
 
 def main(folder: Path) -> None:
-    """All that two processes are tested for; the last test is their end."""
+    """Make all runs of two processes. The last one tests how they end."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     together = functools.partial(train, processes=2)

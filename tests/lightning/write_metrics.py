@@ -1,4 +1,4 @@
-"""A callback for tests: every process writes what it knows of the metrics."""
+"""A callback for tests: every process writes its own values of the metrics."""
 
 import json
 from pathlib import Path

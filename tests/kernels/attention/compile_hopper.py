@@ -1,6 +1,6 @@
 """Compile the forward kernel for Hopper without a GPU: `python compile_hopper.py DTYPE,HEAD_DIM,GROUP ...`.
 
-Prints a line of JSON for each.
+Prints one line of JSON for each argument.
 """
 
 import json
@@ -18,7 +18,7 @@ DIVISIBLE = ("p_lse", "p_count", "segment", "snapshot", "keys", "length")
 
 
 def described(dtype: str, block: tuple[int, ...], layout: gl.NVMMASharedLayout | None = None) -> str:
-    """The type of a tensor descriptor."""
+    """The type of a tensor descriptor, as Triton writes it."""
     layout = layout or gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
     return f"tensordesc<{dtype}{list(block)},{layout!r}>"
 

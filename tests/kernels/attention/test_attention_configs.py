@@ -1,4 +1,4 @@
-"""Kernel configurations: the fastest of a file are used, and nothing is measured on the way."""
+"""Kernel configurations: the fastest ones in a file are used, and nothing is measured at run time."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The forward kernel for Hopper: compiled anywhere, compared on such a GPU; which kernel is chosen; counts of tiles.
+"""The forward kernel for Hopper: compiled anywhere, compared on a Hopper GPU; choice of the kernel; counts of tiles.
 
 B batch, H query heads, G KV heads, N length, D head dim, S segment length, K slots, Z = B * segments.
 """
@@ -109,7 +109,7 @@ def test_what_it_can_take() -> None:
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
-    """Relative error by norm."""
+    """Norm of the error relative to the norm of the expected tensor."""
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 

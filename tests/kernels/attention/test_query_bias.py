@@ -1,4 +1,4 @@
-"""A bias of queries changes no output. Its gradient is the sum of dS over keys, rounded as for the keys' biases.
+"""A bias of queries does not change the output. Its gradient is the sum of dS over keys, rounded as for key biases.
 
 B batch, H query heads, G KV heads, N length, D head dim.
 """
@@ -42,7 +42,7 @@ def make_inputs(
 
 
 def over(function: Callable[..., Tensor], mask: Lifetimes) -> Callable[..., Tensor]:
-    """An attention as a function of q, k, v, key_bias and perhaps query_bias."""
+    """An attention with a given mask, as a function of q, k, v, key_bias and optionally query_bias."""
     given = mask.to_dense() if function is reference_attention else mask
 
     def attention(*x: Tensor) -> Tensor:
@@ -57,10 +57,10 @@ def gradients(attention: Callable[..., Tensor], inputs: list[Tensor], grad: Tens
 
 
 def exact_sums(inputs: list[Tensor], mask: Lifetimes, out: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of dS over keys if nothing is rounded but an output, float64 `[B, G, N]`: of dO · (O - rounded O).
+    """The sums of dS over keys if only the output is rounded, float64 `[B, G, N]`: sums of dO · (O - rounded O).
 
-    Beside them what rounding may make of them: some eps of float32 of the size of their terms, and of logits; and half
-    an eps of each dS, which is rounded to the dtype of q.
+    The second result is how far rounding may move them: a few eps of float32 times the size of their terms and of the
+    logits, and half an eps of each dS, which is rounded to the dtype of q.
     """
     q, k, v, key_bias, grad = (x.double() for x in (*inputs[:4], grad))
     attention, group = over(reference_attention, mask), q.shape[1] // k.shape[1]

@@ -23,7 +23,7 @@ KV_HEADS, HEAD_DIM = 2, 4
 
 
 def make_inputs(length: int, group: int, ties: bool) -> list[Tensor]:
-    """Leaves q, k, v, A and Δ in float64; with `ties`, values repeat as those of repeated tokens do."""
+    """Leaf tensors q, k, v, A and Δ in float64. With `ties`, values repeat, as those of repeated tokens do."""
     q = torch.randn(2, KV_HEADS * group, length, HEAD_DIM, dtype=torch.float64)
     k, v = torch.randn(2, 2, KV_HEADS, length, HEAD_DIM, dtype=torch.float64)
     if ties:

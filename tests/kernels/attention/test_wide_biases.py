@@ -1,4 +1,4 @@
-"""Biases in float64 are as exact far into a text as at its beginning: outputs and all gradients.
+"""Biases in float64 give results that are as exact far into a text as at its beginning: outputs and all gradients.
 
 B batch, H query heads, G KV heads, N length, D head dim.
 """
@@ -31,7 +31,7 @@ def _large_tiles_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 def drifting(
     length: int, group: int, kv_heads: int, dtype: torch.dtype, device: str, starts: tuple[float, ...] = STARTS
 ) -> tuple[list[Tensor], Tensor]:
-    """q, k, v and float64 biases of keys and queries, and a gradient of the output; the same but for their start."""
+    """q, k, v, float64 biases of keys and queries, and an output gradient. Sequences differ only in their start."""
     heads = (kv_heads * group, kv_heads, kv_heads, kv_heads * group)
     q, k, v, grad = (torch.randn(1, length, h, 16, device=device).transpose(1, 2) for h in heads)
     content = torch.randn(1, kv_heads, length, device=device)
@@ -43,7 +43,7 @@ def drifting(
 
 
 def selected(length: int, kv_heads: int, device: str, packing: str) -> Lifetimes:
-    """A mask that drops keys, which live in several segments; the same for each sequence."""
+    """A mask that drops keys. Keys live in several segments. The mask is the same for each sequence."""
     ranks = torch.randn(1, kv_heads, length, device=device) + torch.arange(length, device=device) / 10
     documents = (torch.arange(length, device=device) > length // 3).long()[None] if packing == "documents" else None
     padding = torch.arange(length, device=device)[None] < 5 if packing == "padding" else None
@@ -51,7 +51,7 @@ def selected(length: int, kv_heads: int, device: str, packing: str) -> Lifetimes
 
 
 def over(function: Callable[..., Tensor], mask: Lifetimes) -> Callable[..., Tensor]:
-    """An attention as a function of q, k, v, key_bias and query_bias."""
+    """An attention with a given mask, as a function of q, k, v, key_bias and query_bias."""
     given = mask.to_dense() if function is reference_attention else mask
     return lambda *x: function(*x[:4], given, query_bias=x[4])
 
@@ -63,13 +63,13 @@ def found_by(function: Callable[..., Tensor], inputs: list[Tensor], mask: Lifeti
 
 
 def in_double(inputs: list[Tensor], mask: Lifetimes, grad: Tensor) -> list[Tensor]:
-    """The definition in float64, with the same bias of each pair for every start."""
+    """The definition in float64. Each pair has the same bias for every start."""
     first = [x[:1].double() for x in inputs]
     return [x.expand(len(inputs[0]), *x.shape[1:]) for x in found_by(reference_attention, first, mask, grad[:1])]
 
 
 def errors(found: Tensor, exact: Tensor) -> Tensor:
-    """Of each sequence, `[B]`."""
+    """Error of each sequence, `[B]`."""
     return (found.double() - exact).flatten(1).norm(dim=1)
 
 
@@ -81,7 +81,7 @@ CASES = [  # length, group, KV heads, dtype, packing
 
 
 def named(x: object) -> str:
-    """What a test is called after; functions have their place in memory in their string."""
+    """The name of a parameter in a test id. The string of a function would contain its memory address."""
     return getattr(x, "__name__", str(x))
 
 

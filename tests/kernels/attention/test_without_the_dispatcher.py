@@ -1,4 +1,4 @@
-"""Outside torch.compile, attention does without PyTorch's dispatcher: the same bits, and whatever must see it does."""
+"""Outside torch.compile, attention bypasses PyTorch's dispatcher, with the same bits, unless something must see it."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from dma_kernels.launching import dispatched
 
 
 class Watcher(TorchDispatchMode):
-    """Notes the names of operations."""
+    """Records the names of operations."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sequences that are cut into parts: what every process and the process that checks them draw alike."""
+"""Sequences that are cut into parts. Every process draws the same ones, and so does the process that checks them."""
 
 from dataclasses import dataclass, replace
 
@@ -17,15 +17,15 @@ class Case:
     """A sequence, the number of its parts, and what its queries see.
 
     Attributes:
-        parts: P.
+        parts: P, the number of parts.
         length: N, of the whole sequence.
-        keep: the rule.
-        window: of a sliding window instead of the rule.
-        documents: `none`; `any`: short ones; `borders`: each part begins one; `across`: one from the middle of each
-            part to that of the next; `ids`: the same, with an id that returns.
+        keep: the rule for which keys are kept.
+        window: size of a sliding window instead of the rule.
+        documents: `none`; `any`: short ones; `borders`: one begins at each part; `across`: each one reaches from the
+            middle of a part to the middle of the next; `ids`: the same, with an id that occurs again.
         padding: as in `masks.make_padding`.
-        drift: steps in nats are at most so large; 0 for none.
-        ties: whether ranks are a few numbers, which are equal across all borders.
+        drift: the largest step in nats; 0 for no drift.
+        ties: whether ranks have only a few different values, so that there are ties across all borders.
     """
 
     parts: int
@@ -39,7 +39,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Its name as a test."""
+        """The name of the case in a test id."""
         others = {"d": self.documents, "p": self.padding, "drift": self.drift, "ties": self.ties, "swa": self.window}
         told = [f"{name}={value}" for name, value in others.items() if value not in ("none", 0, None)]
         rule = f"{self.keep.window}+{self.keep.last}+{self.keep.sinks}"
@@ -48,7 +48,7 @@ class Case:
 
 @dataclass
 class Drawn:
-    """The tensors of a case, whole; float64. `content` is the rank without its drift, whose steps are `steps`."""
+    """The tensors of a case, for the whole sequence, in float64. `content` is the rank without its drift of `steps`."""
 
     q: Tensor
     k: Tensor
@@ -62,12 +62,12 @@ class Drawn:
 
     @property
     def trained(self) -> tuple[Tensor, ...]:
-        """What gets a gradient."""
+        """The tensors that get a gradient."""
         return self.q, self.k, self.v, self.bias, self.steps
 
 
 def draw(case: Case) -> Drawn:
-    """The tensors of a case, alike in all processes."""
+    """The tensors of a case, the same in all processes."""
     torch.manual_seed(sum(case.name.encode()))
     n = case.length
 
@@ -98,7 +98,7 @@ def _documents(case: Case) -> Tensor | None:
 
 
 def cases() -> list[Case]:
-    """Rules, kinds of documents and padding, lengths that no number of parts divides, for 2 and 4 processes."""
+    """Cases for 2 and 4 processes: rules, kinds of documents and padding, and lengths that do not divide evenly."""
     rules = [KeepRule(1), KeepRule(7), KeepRule(20), KeepRule(200), KeepRule(5, 3), KeepRule(3, 18), KeepRule(4, 0, 2)]
     rules += [KeepRule(3, 2, 20), KeepRule(5, 1, 3)]
     found = []

@@ -1,8 +1,8 @@
-"""One of four processes that hold parts of the same sequences, alone and in pairs; started by `test_context.py`.
+"""One of four processes that hold parts of the same sequences, all together or in pairs; started by `test_context.py`.
 
     python context_processes.py FOLDER
 
-What comes out is written to the folder, and compared there with the definition.
+Results are written to the folder. The test compares them with the definition.
 """
 
 import sys
@@ -33,7 +33,7 @@ COMPILED = next(case for case in cases() if case.parts == PROCESSES and case.dri
 
 
 def results(case: Case, group: ContextGroup, forward: Callable[..., Tensor]) -> list[Tensor]:
-    """Output of this part by `attended`, compiled or not, and its gradients of what is trained."""
+    """Output of this part by `attended`, compiled or not, and the gradients of the part's trained tensors."""
     drawn = draw(case)
     q, k, v, bias, steps = (group.part(x.detach(), 2).requires_grad_() for x in drawn.trained)
     documents = None if drawn.documents is None else group.part(drawn.documents, fill=7)
@@ -92,7 +92,7 @@ def _without_value(x: Tensor) -> Tensor:
 
 
 def gathered(group: ContextGroup) -> list[Tensor]:
-    """Tensors of many dtypes and shapes that all processes get, and gradients of those that have any."""
+    """Tensors of many dtypes and shapes, gathered by all processes, and gradients of those that can have one."""
     torch.manual_seed(group.rank)
     halves, wide = (
         torch.randn(3, 5).bfloat16().mT.requires_grad_(),
@@ -108,7 +108,7 @@ def gathered(group: ContextGroup) -> list[Tensor]:
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Lifetimes, query_bias: Tensor | None
 ) -> Tensor:
-    """The definition, in which a NaN of a key that nobody sees would spread."""
+    """Attention by the definition. A NaN in a key would spread in it, even if no query sees the key."""
     return reference_attention(q, k, v, bias, mask.to_dense(), query_bias=query_bias)
 
 
@@ -123,7 +123,7 @@ def not_finite(group: ContextGroup) -> list[Tensor]:
 
 
 def main(folder: Path) -> None:
-    """All cases of four processes, and those of two, which the pairs divide among them."""
+    """Run all cases of four processes, and those of two, which are divided between the pairs."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()

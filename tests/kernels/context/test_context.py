@@ -1,4 +1,4 @@
-"""Parts of a sequence in several processes are the whole sequence in one."""
+"""Attention to parts of a sequence in several processes equals that to the whole sequence in one."""
 
 import functools
 from pathlib import Path
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:
-    """What the processes have computed, of each its parts by the names of cases."""
+    """What the processes have computed: for the name of each case, its parts."""
     compute_all = functools.partial(run_together, HERE / "context_processes.py", processes=PROCESSES)
     folder = once(shared_folder(tmp_path_factory), "context", compute_all)
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
@@ -101,7 +101,7 @@ def test_bytes_are_counted_in_both_directions(found: list[dict[str, int]]) -> No
 
 
 class FakeEvent:
-    """One of a GPU whose clock goes on by a millisecond with each."""
+    """A CUDA event of a fake GPU, whose clock advances by a millisecond with each event."""
 
     clock = 0
 
@@ -175,7 +175,7 @@ sent: list[int] = []
 
 
 class _Alone(ContextGroup):
-    """Counts the bytes that it sends, and gets them back from all processes."""
+    """Counts the bytes that it sends, and receives its own bytes in place of those of all processes."""
 
     def gather(self, parts: list[Tensor]) -> list[Tensor]:
         sent.append(sum(part.nbytes for part in parts))

@@ -1,4 +1,4 @@
-"""Caches that are asked by the names that inputs have in tests."""
+"""Calls of caches with the names that inputs have in tests."""
 
 import drifting
 import torch
@@ -14,7 +14,7 @@ FAR = 10_000_000 * 8 << 32  # units of a drift of 8 nats at each of ten million 
 
 
 def with_drift(inputs: dict[str, Tensor], kind: str, start: int = 0) -> dict[str, Tensor]:
-    """Inputs whose keys drift, from a sum on: integers as ranks, and biases in float64, of keys and queries."""
+    """Inputs with a drift that begins at a given sum: integer ranks, and float64 biases of keys and queries."""
     shape, device = inputs["ranks"].shape, inputs["ranks"].device
     content, steps = (x.to(device) for x in drifting.draw(kind, shape, torch.float64))
     drift = drift_sums(steps, torch.full(shape[:2], start, device=device))
@@ -32,15 +32,15 @@ def arrivals(
     padding: Tensor | None = None,
     query_bias: Tensor | None = None,
 ) -> NewKeys:
-    """New keys, packed as they are, or refused."""
+    """New keys, with their packing checked."""
     return NewKeys(k, v, scores, ranks, Packing.of(documents, padding), query_bias)
 
 
 def attend(cache: Cache, q: Tensor, **new: Tensor | None) -> Tensor:
-    """`attend` of a cache."""
+    """Call a cache's `attend`."""
     return cache.attend(q, arrivals(**new))
 
 
 def verify(cache: DynamicMaskCache, q: Tensor, **new: Tensor | None) -> Tensor:
-    """`verify` of a cache."""
+    """Call a cache's `verify`."""
     return cache.verify(q, arrivals(**new))

@@ -1,4 +1,4 @@
-"""The kernel of a decoding step leaves the bits in the cache that the plain step leaves, and attends as it does."""
+"""The kernel of a decoding step leaves the same bits in the cache as the plain step, and has the same output."""
 
 import masks
 import pytest
@@ -22,7 +22,7 @@ STEPS = 12 if ON_GPU else 3  # the interpreter takes a tenth of a second for one
 
 
 def make_inputs(length: int, group: int, head_dim: int, ties: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Arguments of `attend`, none contiguous."""
+    """Arguments of `attend`, none of them contiguous."""
     heads = {"q": KV_HEADS * group, "k": KV_HEADS, "v": KV_HEADS}
     inputs = {
         name: torch.randn(BATCH, length, count, head_dim, device=DEVICE).to(dtype).transpose(1, 2)
@@ -39,7 +39,7 @@ def at(inputs: dict[str, Tensor | None], t: int, end: int | None = None) -> dict
 
 
 def caches(head_dim: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> list[DynamicMaskCache]:
-    """One that steps by plain PyTorch, and one that steps by the kernel."""
+    """Two caches: one that steps in plain PyTorch, and one that steps with the kernel."""
     return [
         DynamicMaskCache(BATCH, KV_HEADS, head_dim, KeepRule(*sizes), dtype=dtype, device=DEVICE, backend=backend)
         for backend in ("torch", "triton")
@@ -47,7 +47,7 @@ def caches(head_dim: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> li
 
 
 def check_equal(plain: DynamicMaskCache, fused: DynamicMaskCache) -> None:
-    """The same bits in all tensors, and no arrivals left."""
+    """Check for the same bits in all tensors, and that no new keys are pending."""
     state = fused.state_dict()
     for name, x in plain.state_dict().items():
         assert torch.equal(x.nan_to_num(nan=7.0), state[name].nan_to_num(nan=7.0)), name

@@ -1,4 +1,4 @@
-"""The cache sees what the full mask sees, however a sequence is cut into calls."""
+"""The cache sees the same keys as the full mask, however a sequence is cut into calls."""
 
 import masks
 import pytest
@@ -26,7 +26,7 @@ def make_inputs(length: int, ties: bool) -> dict[str, Tensor]:
 
 
 def part(inputs: dict[str, Tensor | None], start: int, end: int) -> dict[str, Tensor | None]:
-    """Positions of all inputs; documents and padding have theirs in the last dimension."""
+    """A range of positions of all inputs. In documents and padding, positions are the last dimension."""
     dims = {"q": 2, "k": 2, "v": 2}
     return {
         name: None if x is None else x.narrow(dims.get(name, x.ndim - 1), start, end - start)
@@ -35,7 +35,7 @@ def part(inputs: dict[str, Tensor | None], start: int, end: int) -> dict[str, Te
 
 
 def oracle(inputs: dict[str, Tensor | None], window: int, keep_last: int, sinks: int) -> Tensor:
-    """The mask by a heap, `[B, G, N, N]`."""
+    """The mask, computed with a heap, `[B, G, N, N]`."""
     bits = as_integers(inputs["ranks"]).tolist()
 
     def row(name: str, b: int) -> list | None:
@@ -55,7 +55,7 @@ def oracle(inputs: dict[str, Tensor | None], window: int, keep_last: int, sinks:
 
 
 def sees(cache: DynamicMaskCache, length: int) -> Tensor:
-    """Which positions the last query sees, bool `[B, G, N]`; none of them twice."""
+    """Which positions the last query sees, bool `[B, G, N]`. Checks that it sees none of them twice."""
     visible, position = cache.visible(), cache.state.position
     count = torch.zeros(*position.shape[:2], length, dtype=torch.long)
     count.scatter_add_(2, position.clamp(min=0), visible.long())
@@ -101,7 +101,7 @@ def test_keeps_the_live_keys(
 
 
 def whole(inputs: dict[str, Tensor | None], mask: Tensor) -> Tensor:
-    """Attention over a dense mask; what the first query has drifted is taken off all biases, which changes nothing."""
+    """Attention over a dense mask. The first query's drift is subtracted from all biases, which changes no output."""
     first = 0 if inputs.get("query_bias") is None else inputs["query_bias"][..., :1]
     return reference_attention(inputs["q"], inputs["k"], inputs["v"], inputs["scores"] + first, mask)
 
@@ -109,7 +109,7 @@ def whole(inputs: dict[str, Tensor | None], mask: Tensor) -> Tensor:
 def check_calls(
     calls: list[tuple[str, int]], inputs: dict[str, Tensor | None], window: int, keep_last: int, sinks: int
 ) -> None:
-    """Cut one sequence into calls; each sees what the whole sees."""
+    """Cut a sequence into calls, and check that each call sees what one pass over the whole sequence sees."""
     sizes, length = [1 if kind == "step" else size for kind, size in calls], inputs["ranks"].shape[-1]
     mask = oracle(inputs, window, keep_last, sinks)
     expected = whole(inputs, mask)

@@ -1,4 +1,4 @@
-"""The kernels of the retention loss give the terms of the plain code, which computes them in float64 here."""
+"""The kernels of the retention loss give the same terms as the plain code, which computes them in float64 here."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def _short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def to(inputs: TermInputs, dtype: torch.dtype) -> TermInputs:
-    """With floating tensors in another dtype."""
+    """A copy with floating-point tensors in another dtype."""
     floating = [isinstance(x, Tensor) and x.is_floating_point() for x in inputs]
     return TermInputs(*(x.to(dtype) if y else x for x, y in zip(inputs, floating, strict=True)))
 

@@ -14,7 +14,7 @@ def by_sequence(x: Tensor, slots: SegmentSlots) -> Tensor:
 
 
 def keys_of(slots: SegmentSlots) -> Tensor:
-    """Position of the key in each slot, `[B, G, T, K]`; -1 in an empty slot. Each is one of the slot's own head."""
+    """Position of the key in each slot, `[B, G, T, K]`; -1 if empty. Checks that keys are of the slot's own head."""
     row = by_sequence(slots.copies.row, slots)
     head = torch.arange(row.shape[0] * row.shape[1]).view(*row.shape[:2], 1, 1)
     assert ((row < 0) | (row // slots.filled_length == head)).all()

@@ -1,4 +1,4 @@
-"""The Triton plan of segments equals the plain one in every slot, empty ones included."""
+"""The Triton plan of segments equals the plain one in every slot, including empty ones."""
 
 import masks
 import pytest
@@ -28,7 +28,7 @@ KINDS = ["top_w", "top_w and last", "sliding", "sinks", "causal", "by hand", "no
 
 
 def make_mask(kind: str, batch: int, kv_heads: int, length: int, device: str) -> Lifetimes:
-    """A mask whose segments have few and many, early and late keys."""
+    """A mask in which segments have few or many keys, early or late ones."""
     window = max(1, length // 6)
     ranks = torch.randn(batch, kv_heads, length, device=device)
     if kind == "top_w":

@@ -1,4 +1,4 @@
-"""Compile the kernel of the choice for Hopper without a GPU.
+"""Compile the kernel that chooses blocks for Hopper, without a GPU.
 
 `python compile_choice.py DTYPE HEAD_DIM GROUP` prints JSON. The blocks are those of the NSA paper.
 """

@@ -1,4 +1,4 @@
-"""The Triton kernel that chooses blocks chooses those of the plain code, which is computed in float64 here."""
+"""The Triton kernel chooses the same blocks as the plain code, which computes in float64 here."""
 
 import itertools
 import json
@@ -44,7 +44,7 @@ CLOSE = 2.0**-14  # importances are compared with 16 mantissa bits, and have an 
 
 
 def see(sizes: BlockSizes, documents: Tensor, padding: Tensor) -> Seen:
-    """What the queries of documents, ids [B, N], see, block by block."""
+    """For each block, what queries of documents with ids `[B, N]` see of it."""
     runs = document_runs(documents, padding)
     begun = (~padding).cumsum(1) > 0
     runs = torch.where(begun, runs, -1)
@@ -60,7 +60,7 @@ def see(sizes: BlockSizes, documents: Tensor, padding: Tensor) -> Seen:
 
 
 def whole_row(sizes: BlockSizes, batch: int, length: int, device: str) -> Seen:
-    """What the queries of one document without padding see."""
+    """What queries see in rows with a single document and no padding."""
     none = torch.zeros(batch, length, dtype=torch.bool, device=device)
     return see(sizes, none.long(), none)
 
@@ -73,7 +73,7 @@ def make_inputs(sizes: BlockSizes, length: int, group: int, dtype: torch.dtype, 
 
 
 def by_plain_code(q: Tensor, k: Tensor, seen: Seen, sizes: BlockSizes) -> Tensor:
-    """In the dtype of q."""
+    """The choice by the plain code, in the dtype of q."""
     position = torch.arange(q.shape[2], device=q.device)
     return choose_blocks_reference(q, k, position, seen, q.shape[2], sizes)
 

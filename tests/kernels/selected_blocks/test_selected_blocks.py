@@ -22,7 +22,7 @@ if not ON_GPU:  # the interpreter is slow: every size, most with two groups
 
 
 def choose(batch: int, kv_heads: int, length: int, block_size: int, count: int, device: str) -> Tensor:
-    """Random blocks up to each query's own, different ones; the first block for all, and -1 where there are fewer."""
+    """Distinct random blocks up to each query's own. All have the first block. Missing ones are -1."""
     number = -(-length // block_size)
     own = torch.arange(length, device=device)[:, None] // block_size
     block = torch.arange(number, device=device)
@@ -32,7 +32,7 @@ def choose(batch: int, kv_heads: int, length: int, block_size: int, count: int, 
 
 
 def make_inputs(length: int, group: int, head_dim: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """q, k, v, none contiguous, that require grad."""
+    """q, k and v, none of them contiguous, which require gradients."""
     shapes = [(2, length, heads, head_dim) for heads in (2 * group, 2, 2)]
     return [torch.randn(x, device=device).to(dtype).transpose(1, 2).requires_grad_() for x in shapes]
 
@@ -40,7 +40,7 @@ def make_inputs(length: int, group: int, head_dim: int, dtype: torch.dtype, devi
 def check(
     inputs: list[Tensor], blocks: Tensor, first: Tensor, padding: Tensor | None, block_size: int, tolerance: float
 ) -> None:
-    """Output and gradients against the reference in float64."""
+    """Compare output and gradients with the reference in float64."""
     length, device = inputs[0].shape[2], inputs[0].device
     with poisoned_buffers():
         out = block_attention(*inputs, blocks, first, padding, block_size)

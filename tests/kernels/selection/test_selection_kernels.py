@@ -1,4 +1,4 @@
-"""The Triton selection gives the deaths of the plain one, bit for bit."""
+"""The Triton selection gives the same deaths as the plain one, bit for bit."""
 
 import itertools
 
@@ -30,7 +30,7 @@ DEATHS = (itertools.product if ON_GPU else covering)(LENGTHS, WINDOWS, KINDS, TI
 
 
 def make_ranks(kind: str, batch: int, kv_heads: int, length: int, device: str) -> Tensor:
-    """Ranks `[B, G, N]` of a kind that has tripped a selection, or could."""
+    """Ranks `[B, G, N]` of a kind that has broken a selection, or could."""
     ranks = torch.randn(batch, kv_heads, length, device=device)
     drift = torch.linspace(0, 5, length, device=device)
     if kind in ("ties", "equal"):
@@ -49,7 +49,7 @@ def make_ranks(kind: str, batch: int, kv_heads: int, length: int, device: str) -
 
 
 def make_runs(batch: int, length: int, device: str) -> Tensor:
-    """Numbers of documents `[B, N]`."""
+    """Document numbers `[B, N]`."""
     return document_runs(masks.make_documents(batch, length), None).to(device)
 
 
@@ -60,7 +60,7 @@ def check(
     runs: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> None:
-    """Compare the deaths of all keys that take part."""
+    """Compare the deaths of all keys that take part in the selection."""
     with poisoned_buffers():
         found = launch_top_w_deaths(ranks, runs, padding, window=window, tiling=tiling)
     keys = KeyOrder.of_ranks(ranks, runs, padding)

@@ -1,4 +1,4 @@
-"""Some steps keep every key: which ones, for how long, and that nothing else in a run sees it."""
+"""Some steps keep every key: which ones, for how long, and without effect on anything else in a run."""
 
 import functools
 import os
@@ -35,7 +35,7 @@ OUTSIDE = (
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Numbers this small are faster so."""
+    """Use one thread, which is faster for tensors this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,11 +43,11 @@ def _one_thread() -> Iterator[None]:
 
 
 class OnPurposeError(Exception):
-    """What a test interrupts training with."""
+    """Raised by a test to interrupt training."""
 
 
 class Watch(pl.Callback):
-    """Rules of the layers in forward passes and outside of steps; listed first, its hooks come before all others."""
+    """Records the layers' rules in forward passes and outside of steps. It is listed first, so its hooks run first."""
 
     def __init__(self, at_batch: int = 0, action: Callable[[], None] | None = None) -> None:
         self.at_batch, self.action = at_batch, action
@@ -93,7 +93,7 @@ def train(
     model: dict[str, object] | None = None,
     **options: object,
 ) -> tuple[pl.Trainer, dict[str, Tensor]]:
-    """Nine steps of two batches each (6 1/2 steps an epoch), with dropout and validations; the weights at the end."""
+    """Train nine steps of two batches (6 1/2 steps per epoch), with dropout and validations; the final weights."""
     pl.seed_everything(1, verbose=False)
     sizes = {"vocab_size": 64, "max_position_embeddings": 16, "hidden_size": 16, "intermediate_size": 16}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_dropout": 0.2}
@@ -118,7 +118,7 @@ def train(
 
 
 def half() -> MixedWindows:
-    """As `WIDE` says."""
+    """Mixed windows with the share that `WIDE` assumes."""
     return MixedWindows(share=0.5)
 
 

@@ -1,4 +1,4 @@
-"""Steps with a NaN, an infinity or a jump of the loss end the run or are left out, and are named."""
+"""Steps with a NaN, an infinity or a jump in the loss end the run or are skipped, and are reported."""
 
 import csv
 from dataclasses import replace
@@ -43,7 +43,7 @@ class Jump(LanguageModel):
 
 
 def train(*callbacks: pl.Callback, jumps: dict[int, float] | None = None, **options: object) -> pl.Trainer:
-    """Six steps of a small model, a batch each."""
+    """Train a small model for six steps of one batch."""
     torch.manual_seed(0)
     model = Jump(
         vocab_size=64,
@@ -108,7 +108,7 @@ def test_a_gpu_is_waited_for_at_logging_steps_and_checkpoints_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     class Numbers(_Readings):
-        """As they come from a GPU."""
+        """Readings as they come from a GPU."""
 
         def values(self) -> list[float]:
             read.append((self.number, trainers[-1].global_step + 1))
@@ -120,7 +120,7 @@ def test_a_gpu_is_waited_for_at_logging_steps_and_checkpoints_alone(
 
     class Event:
         def synchronize(self) -> None:
-            """They are there."""
+            """Return at once: the values have arrived."""
 
     read, trainers = [], []
     monkeypatch.setattr("dma_lightning.callbacks.gradient_guard._Readings", Numbers)

@@ -1,4 +1,4 @@
-"""A checkpoint in which a single bit has changed is not taken for a whole one."""
+"""A checkpoint in which a single bit has changed is refused."""
 
 import os
 import pickle
@@ -20,7 +20,7 @@ CONTENT = {"state_dict": {"a": torch.arange(300.0), "b": torch.ones(7)}, "lr_sch
 
 @pytest.fixture(autouse=True)
 def _forgotten() -> Iterator[None]:
-    """Nothing is known of files of other tests."""
+    """Forget which files other tests have already verified."""
     zip_checksums._verified.clear()
     yield
     zip_checksums._verified.clear()
@@ -147,7 +147,7 @@ def test_files_that_may_not_be_read_are_not_damaged(saved: Path, monkeypatch: py
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """A checkpoint of a folder, with the weights that one process has written."""
+    """A sharded checkpoint, which is a folder; with the weights file that one process has written."""
     folder = tmp_path / "sharded.ckpt"
     save({"state_dict": CONTENT["state_dict"], "plain": [1, 2]}, storage_writer=FileSystemWriter(folder), no_dist=True)
     torch.save({"global_step": 5, "lr_schedulers": []}, folder / META)

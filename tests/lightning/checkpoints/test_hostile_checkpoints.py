@@ -1,4 +1,4 @@
-"""What a checkpoint says runs no code, imports nothing, and touches no file but the run's own."""
+"""No checkpoint can run code, import anything, or touch files other than the run's own."""
 
 import io
 import os
@@ -38,19 +38,19 @@ made: list[object] = []  # what `Trap` was called with
 
 
 class Trap:
-    """What a checkpoint must not make."""
+    """An object that no checkpoint may create."""
 
     def __init__(self, **given: object) -> None:
         made.append(given)
 
 
 class OwnData(MQARDataModule):
-    """A data module of a user."""
+    """A user's own data module."""
 
 
 @pytest.fixture
 def run(_small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the small run as the working folder."""
+    """A copy of the small run, as the working folder."""
     subprocess.run(["cp", "-a", f"{_small_run}/.", tmp_path], check=True)
     monkeypatch.chdir(tmp_path)
     made.clear()
@@ -59,13 +59,13 @@ def run(_small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def saved_defaults(path: Path) -> tuple[dict[str, Any], SavedData]:
-    """What the command line takes from a checkpoint, and what that says about its data."""
+    """What the command line takes from a checkpoint, and what the checkpoint says about its data."""
     saved = open_ckpt_path(str(path))
     return defaults_of(saved), saved.data
 
 
 def command(*args: str) -> Callable[[str, pytest.MonkeyPatch], None]:
-    """One of our own commands, called as from a shell; its message is raised."""
+    """Call one of our own commands as from a shell. Its error message is raised."""
 
     def call(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("sys.argv", ["dma-lightning", *(arg.replace("CKPT", checkpoint) for arg in args)])
@@ -330,7 +330,7 @@ def test_only_files_of_this_machine_are_read(kind: type, run: Path) -> None:
 
 
 class Subclass(LanguageModel):
-    """With an argument of its own."""
+    """A subclass with an additional argument."""
 
     def __init__(self, extra: int = 0, **options: Any) -> None:
         super().__init__(**options)
@@ -405,7 +405,7 @@ def test_figures_of_the_best_are_taken_over(tmp_path: Path) -> None:
 
 
 def fail(*_: object) -> None:
-    """In the place of a method."""
+    """A replacement for a method, which fails."""
     raise ArithmeticError
 
 

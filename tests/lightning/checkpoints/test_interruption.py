@@ -1,4 +1,4 @@
-"""Whatever interrupts a run, `ckpt_path last` goes on from the newest whole checkpoint, and the run is the same."""
+"""Whatever interrupts a run, `ckpt_path last` continues from the newest complete checkpoint with identical results."""
 
 import errno
 import json
@@ -38,7 +38,7 @@ SMALL = [*kill_runs.OPTIONS[:-1], *CSV]  # without the recorder
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Numbers this small are faster so."""
+    """Use one thread, which is faster for tensors this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,11 +46,11 @@ def _one_thread() -> Iterator[None]:
 
 
 class OnPurposeError(Exception):
-    """What a test interrupts training with."""
+    """Raised by a test to interrupt training."""
 
 
 class Interrupt(pl.Callback):
-    """Do something once, in a hook, when so many batches have come; and collect the losses."""
+    """Performs an action in a hook after a given number of batches, and collects the losses."""
 
     def __init__(self, hook: str = "", batches: int = 0, action: Callable[[], None] | None = None) -> None:
         self.losses: dict[int, float] = {}
@@ -79,7 +79,7 @@ def interrupt() -> None:
 
 
 def terminate_all() -> None:
-    """As batch systems do: workers, too."""
+    """Terminate this process and its data workers, as batch systems do."""
     workers = multiprocessing.active_children()
     assert workers
     for worker in workers:
@@ -95,10 +95,10 @@ def train(
     num_workers: int = 0,
     **options: object,
 ) -> tuple[dict[int, float], dict[str, Tensor]]:
-    """A run in this process of two batches a step, with dropout, a schedule, validations and 6 1/2 steps an epoch.
+    """Train in this process: two batches per step, 6 1/2 steps per epoch, with dropout, a schedule and validations.
 
     Returns:
-        The losses of all its batches, and the weights at the end.
+        The losses of all batches, and the weights at the end.
     """
     pl.seed_everything(1, verbose=False)
     model = LanguageModel(
@@ -445,7 +445,7 @@ def test_loading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def cli(*args: str) -> DMACLI:
-    """`fit` of the small model of the kill script."""
+    """Run `fit` with the small model of the kill script."""
     return build_cli(["fit", *SMALL, "--checkpoint.every_n_train_steps=2", *args])
 
 
@@ -468,7 +468,7 @@ def steps_of(folder: Path) -> list[str]:
 
 
 def copy(source: Path, target: Path) -> Path:
-    """A copy with the times of the files."""
+    """Copy a folder, with the time stamps of its files."""
     import shutil
 
     return Path(shutil.copytree(source, target, symlinks=True))
@@ -482,7 +482,7 @@ def copied(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def resolved(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[DMACLI, str]:
-    """What `--ckpt_path last` stands for, with no step beyond; and what was printed."""
+    """Run `fit` without a further step; the command line, with its checkpoint, and what was printed."""
     done = cli("--trainer.max_steps=4", *args)
     return done, capsys.readouterr().out
 
@@ -575,14 +575,14 @@ TENSORBOARD = ["--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger", "
 
 
 def curves(version: Path) -> dict[str, list[tuple[int, float]]]:
-    """All that a run has logged."""
+    """All figures that a run has logged."""
     events = EventAccumulator(str(version)).Reload()
     names = set(events.Tags()["scalars"]) - {"hp_metric"}
     return {name: [(x.step, x.value) for x in events.Scalars(name)] for name in names}
 
 
 def logged(folder: str, *args: str, logger: list[str] = TENSORBOARD) -> Path:
-    """Begin or go on with a run, and the folder of its logger."""
+    """Start or continue a run; the folder of its logger."""
     place = ["--trainer.log_every_n_steps=1", "--model.schedule=constant", "--ckpt_path=last"]
     done = cli(*logger, f"--trainer.logger.save_dir={folder}", *place, *args)
     done.trainer.strategy.teardown()
@@ -591,7 +591,7 @@ def logged(folder: str, *args: str, logger: list[str] = TENSORBOARD) -> Path:
 
 @pytest.fixture
 def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where runs are made, with an error for each warning of what they do."""
+    """The working folder for runs. Their warnings are errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["dma-lightning"])
     filters = [("ignore", "The dataloader, .*_dataloader", UserWarning, None, 0), ("error", None, UserWarning, None, 0)]
@@ -674,7 +674,7 @@ def test_a_run_without_a_checkpoint_yet_begins_again_where_it_was(option: str, w
 
 
 class PlainLogger(CSVLogger):
-    """Takes no arguments."""
+    """A logger without arguments."""
 
     def __init__(self) -> None:
         super().__init__("logs")

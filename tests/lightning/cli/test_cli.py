@@ -1,4 +1,4 @@
-"""The command line: shipped configs build, layers override, mistakes are told."""
+"""The command line: shipped configs build, later configs override earlier ones, and mistakes are reported."""
 
 import re
 import subprocess
@@ -26,17 +26,17 @@ PAPER_SIZES = {"80m": 84.96e6, "200m": 201.4e6, "680m": 679.6e6, "1.7b": 1409e6}
 
 
 def build(*args: str) -> DMACLI:
-    """Trainer, model and data of the layered configs, without running."""
+    """Trainer, model and data of several configs on top of each other, without running."""
     return build_cli(["--trainer.accelerator=cpu", "--trainer.logger=false", *args], run=False)
 
 
 def config(name: str) -> str:
-    """Argument that adds a shipped config, by its name."""
+    """The argument that adds a shipped config, by its name."""
     return f"--config={name}"
 
 
 def companions(file: Path) -> list[str]:
-    """Arguments that make a whole of one shipped config."""
+    """The arguments that complete one shipped config."""
     data = "mqar" if file.stem.startswith("mqar") else "pydoc"
     args = [f"--config={file}"] + ([config(f"data/{data}")] if file.parent.name != "data" else [])
     if file.stem == "prepared":
@@ -51,7 +51,7 @@ def companions(file: Path) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run writes goes to a temporary folder."""
+    """Let runs write to a temporary folder."""
     monkeypatch.chdir(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Monitors, guard and checkpoints are there unless a run is told otherwise, and options of their own."""
+"""Monitors, gradient guard and checkpoints are on unless a run turns them off, and have options of their own."""
 
 from pathlib import Path
 from unittest import mock
@@ -25,7 +25,7 @@ def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(*args: str) -> DMACLI:
-    """What `fit` would run, of the shipped configs for a CPU and more arguments."""
+    """What `fit` would run, given the shipped configs for a CPU and more arguments."""
     with mock.patch.object(DMACLI, "_run_subcommand"):
         return small_run.cli("fit", "-c", "mqar.yaml", "-c", "trainer/cpu", *args)
 
@@ -33,7 +33,7 @@ def made(*args: str) -> DMACLI:
 def callbacks(
     fits: bool = True, off: tuple[str, ...] = (), learns_ranks: bool = True, **options: object
 ) -> tuple[list[pl.Callback], Namespace]:
-    """All callbacks of a run, and what becomes of the trainer's options; `off` are null."""
+    """All callbacks of a run, and the resulting options of the trainer. Those in `off` are null."""
     names = ("callbacks", "precision", "logger", "enable_progress_bar", "enable_checkpointing")
     trainer = Namespace(dict.fromkeys(names) | {"barebones": False} | options)
     defaults = {x: None if x in off else kind() for x, kind in DEFAULT_CALLBACKS.items()}

@@ -1,4 +1,4 @@
-"""Commands that README and docs show run as they are written, only shorter, on a CPU and with small models."""
+"""The commands in README and docs run as written, only for fewer steps, on a CPU and with small models."""
 
 import re
 import shlex
@@ -34,7 +34,7 @@ PAGES = ("README.md", "docs/install.md", "docs/command-line.md", "docs/generatio
 
 
 def commands(page: str) -> list[list[str]]:
-    """Arguments of every `dma-lightning` line of a page's shell examples."""
+    """Arguments of every `dma-lightning` line in the shell examples of a page."""
     text = (ROOT / page).read_text()
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)).replace("\\\n", " ")
     lines = (shlex.split(line, comments=True) for line in blocks.splitlines())
@@ -42,7 +42,7 @@ def commands(page: str) -> list[list[str]]:
 
 
 def shortened(command: list[str]) -> list[str]:
-    """The command with fewer steps, on a CPU; models are small unless a checkpoint says what they are."""
+    """The command with fewer steps, on a CPU. Models are small, unless a checkpoint determines their size."""
     if command[0] == "generate":
         return [*command, "--max_new_tokens", "3"]
     if command[0] == "validate":
@@ -60,7 +60,7 @@ def shortened(command: list[str]) -> list[str]:
 
 @pytest.fixture
 def _new_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with the project's configs, some text in several formats and a tokenizer."""
+    """A working folder with the project's configs, some text in several formats, and a tokenizer."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     Path("configs").symlink_to(ROOT / "configs")
@@ -101,7 +101,7 @@ def test_commands_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 def read(config: str) -> dict[str, Any]:
-    """A config of an example: a shipped one, by path or name, or the one that `init` writes."""
+    """A config in an example: a shipped one, by path or name, or the one that `init` writes."""
     file = Path(find_config(config))
     return yaml.safe_load((STARTING_CONFIG if file.name == "config.yaml" else ROOT / file).read_text())
 

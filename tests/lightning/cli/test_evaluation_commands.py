@@ -1,4 +1,4 @@
-"""Commands that evaluate a checkpoint: tables, files that say all, and mistakes that are told."""
+"""Commands that evaluate a checkpoint: their tables, complete result files, and error messages."""
 
 import inspect
 import json
@@ -49,7 +49,7 @@ def needles_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def text_run(_small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The last checkpoint in a copy of the small run, which is the working folder."""
+    """The last checkpoint in a copy of the small run. The copy is the working folder."""
     subprocess.run(["cp", "-a", f"{_small_run}/.", tmp_path], check=True)
     monkeypatch.chdir(tmp_path)
     return LAST

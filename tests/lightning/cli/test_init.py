@@ -1,4 +1,4 @@
-"""`init` writes a config in which each option is explained, and which is the shipped ones put together."""
+"""`init` writes a config that combines the shipped ones and explains each option."""
 
 import re
 import sys

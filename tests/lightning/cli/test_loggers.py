@@ -1,4 +1,4 @@
-"""Runs with Weights & Biases, and with loggers that have one folder for all: made, made again, gone on with."""
+"""Runs with Weights & Biases, and with loggers that use one folder for all runs: started, repeated, and continued."""
 
 import sys
 from argparse import Namespace
@@ -31,7 +31,7 @@ SERVICE = ["--trainer.logger=test_loggers.Service"]
 
 
 class OneFolder(Logger):
-    """Has no versions."""
+    """A logger without versions."""
 
     name, version, save_dir = "lightning_logs", "", "logs"
 
@@ -43,7 +43,7 @@ class OneFolder(Logger):
 
 
 class Service(OneFolder):
-    """Tells runs apart by ids, as services do, once they have begun."""
+    """A logger that gives each run an id when it begins, as services do."""
 
     begun = 0
 
@@ -75,12 +75,12 @@ def fit(steps: int, logger: list[str], *args: str) -> DMACLI:
 
 
 def content() -> dict[Path, bytes]:
-    """Every file below the folder of logs, but links."""
+    """Every file below the folder of logs, except links."""
     return {x: x.read_bytes() for x in Path("logs").rglob("[!.]*") if x.is_file() and not x.is_symlink()}
 
 
 def folders() -> dict[str, list[str]]:
-    """Configurations of each run folder, and its checkpoints, whose lock is there, too."""
+    """For each run folder: its configurations, and its checkpoints with their lock."""
     found = sorted({file.parents[1] for file in Path("logs").rglob("*.ckpt")})
     assert all((folder / "checkpoints/.lock").exists() for folder in found)
     names = ("config*", "checkpoints/step*")
@@ -88,7 +88,7 @@ def folders() -> dict[str, list[str]]:
 
 
 def kept(before: dict[Path, bytes]) -> bool:
-    """Whether all files are as they were."""
+    """Whether all files are unchanged."""
     after = content()
     return all(after[path] == written for path, written in before.items())
 
@@ -160,7 +160,7 @@ def test_runs_of_a_service_have_folders_by_their_ids() -> None:
 
 
 class RecordingWandb(WandbLogger):
-    """Keeps what it is told; without the package."""
+    """A stand-in for the wandb package that records its calls."""
 
     def __init__(self) -> None:
         self.told: list[tuple[int | None, dict[str, Any]]] = []

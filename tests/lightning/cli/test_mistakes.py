@@ -22,7 +22,7 @@ LAYERS = [f"-c={CONFIGS}/{name}.yaml" for name in ("model/tiny", "data/text", "t
 
 @pytest.fixture(autouse=True)
 def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with three texts and configs that hold mistakes."""
+    """A working folder with three texts, and configs that contain mistakes."""
     monkeypatch.chdir(tmp_path)
     Path("books").mkdir()
     for name in "abc":
@@ -51,7 +51,7 @@ def run(*args: str) -> int:
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
-    """The last line of standard error, which is the only one that begins as our messages do."""
+    """The last line of standard error. It must be the only one that begins like our messages."""
     lines = capsys.readouterr().err.splitlines()
     assert not any("Traceback" in line or "usage:" in line for line in lines)
     (line,) = [line for line in lines if line.startswith("dma-lightning")]
@@ -192,7 +192,7 @@ def _trained(_small_run: Path, tmp_path: Path) -> None:
 
 
 def _files() -> dict[str, tuple[int, int]]:
-    """Size and time of every file and folder of the runs."""
+    """Size and modification time of every file and folder of the runs."""
     return {str(x): (x.lstat().st_size, x.lstat().st_mtime_ns) for x in Path("runs").rglob("*")}
 
 

@@ -1,4 +1,4 @@
-"""Every command opens its checkpoint once; Lightning's own restore is the one further reading."""
+"""Every command opens its checkpoint once. The only other reading is Lightning's own restore."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ NEWEST = f"{CHECKPOINTS}/step=3.ckpt"
 
 @pytest.fixture
 def readings(_small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
-    """How often each checkpoint is opened (by its name) and compared with its checksums, in a copy of the small run."""
+    """In a copy of the small run: how often each checkpoint is opened and compared with its checksums, by its name."""
     subprocess.run(["cp", "-a", f"{_small_run}/.", tmp_path], check=True)
     monkeypatch.chdir(tmp_path)
     found: Counter = Counter()
@@ -44,7 +44,7 @@ def readings(_small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def once(name: str = Path(NEWEST).name, restored: bool = False) -> Counter:
-    """What a command should read; with `restored`, Lightning loads the checkpoint into the run, too."""
+    """What a command should read. With `restored`, Lightning also loads the checkpoint into the run."""
     return Counter({("opened", name): 1 + restored, ("checksums", name): 1})
 
 

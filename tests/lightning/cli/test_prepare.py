@@ -1,4 +1,4 @@
-"""Text into shards of tokens: what is read, refused and taken up again after `kill -9`; packing them to sequences."""
+"""Text into shards of tokens: what is read or refused, continuing after `kill -9`, and packing into sequences."""
 
 import contextlib
 import gzip
@@ -172,7 +172,7 @@ def test_a_process_that_is_ended_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def run_and_die(text: Path, out: Path, at: int, tokens: int = 500, **options: str | None) -> None:
-    """Prepare, and be killed the `at`-th time that a file is to get its name."""
+    """Prepare, but die the `at`-th time that a file is about to get its final name."""
     replace, count = Path.replace, itertools.count(1)
 
     def dying(self: Path, target: Path) -> Path:
@@ -377,7 +377,7 @@ def test_a_damaged_shard_is_found_and_made_anew(file: str, tmp_path: Path) -> No
 
 
 def wait_and_finish(text: str, out: Path, begun: EventType, go_on: EventType) -> None:
-    """Prepare, and wait before the manifest is written."""
+    """Prepare, but wait before the manifest is written."""
     finish = prepare_command._finish
 
     def waiting(*arguments: object) -> None:
@@ -453,7 +453,7 @@ def test_an_unknown_home_is_told(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of several shards of bytes."""
+    """A prepared folder with several shards of bytes."""
     folder = tmp_path_factory.mktemp("prepared")
     write_corpus(folder / "text")
     prepare(str(folder / "text"), folder / "out", shard_tokens=700, processes=1)

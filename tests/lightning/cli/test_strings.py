@@ -1,4 +1,4 @@
-"""String options of ours mean their characters, on every command; where YAML is read, `null` alone is nothing."""
+"""Our string options are taken literally, in every command. Where YAML is read, only `null` means None."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ TEXT = {str: str, Path: Path, list[str]: lambda text: [text, text]}  # types of 
 
 
 def kind(hint: Any) -> Any:
-    """A type without None, and without weights, which a string means only in braces."""
+    """A type without None, and without dictionaries of weights, which a string stands for only in braces."""
     kinds = (
         [x for x in get_args(hint) if x not in (type(None), dict[str, float])]
         if get_origin(hint) is UnionType
@@ -45,13 +45,13 @@ def kind(hint: Any) -> Any:
 
 
 def text_options(source: Callable) -> dict[str, Any]:
-    """Options for text that a function or the `__init__` of a class declares, and their types."""
+    """Names and types of the text options of a function, or of a class's `__init__`."""
     hints = get_type_hints(source.__init__ if inspect.isclass(source) else source)
     return {name: kind(hint) for name, hint in hints.items() if kind(hint) in TEXT and name != "return"}
 
 
 def taken(command: str, args: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What a command is called with."""
+    """The options that a command is called with."""
     given: dict[str, Any] = {}
     function = functools.wraps(_COMMANDS[command])(lambda **options: given.update(options))
     monkeypatch.setitem(_COMMANDS, command, function)
@@ -87,7 +87,7 @@ def test_a_configuration_of_a_command_says_the_same(
 
 @functools.cache
 def training_parser() -> Parser:
-    """A parser of what `fit` has: trainer, model, data and default callbacks."""
+    """A parser with the options of `fit`: trainer, model, data and default callbacks."""
     set_up_parsing()
     parser = Parser(exit_on_error=False)
     parser.add_argument("--config", action="config")
@@ -99,7 +99,7 @@ def training_parser() -> Parser:
 
 
 def arguments(config: Namespace, option: str) -> Namespace:
-    """Arguments of the object that an option names."""
+    """Arguments of the object that an option configures."""
     found = config[option]
     return (found[-1] if isinstance(found, list) else found).init_args
 

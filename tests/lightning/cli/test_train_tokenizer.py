@@ -1,4 +1,4 @@
-"""A tokenizer of given text: reproducible, without gaps, and what the other commands take."""
+"""A tokenizer trained on given text: reproducible, without gaps, and accepted by the other commands."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What docs/troubleshooting.md shows is what the commands print."""
+"""The messages in docs/troubleshooting.md are what the commands print."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""Small models that are trained for 20 steps on sequences in parts, by several processes or by one."""
+"""Small models that are trained for 20 steps on sequences cut into parts, by several processes or by one."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,12 +21,12 @@ class Run:
     """A training.
 
     Attributes:
-        name: of its test.
-        parts: P.
-        length: N.
-        options: of the model.
+        name: name of its test.
+        parts: P, the number of parts of a sequence.
+        length: N, the sequence length.
+        options: options of the model.
         packed: whether the batches have documents and padding.
-        checkpointing: whether activations are computed again.
+        checkpointing: whether activations are recomputed in the backward pass.
     """
 
     name: str
@@ -55,7 +55,7 @@ RUNS = [
 
 
 def batch(run: Run, step: int) -> dict[str, Tensor | None]:
-    """Tokens, labels, documents and padding of a step, whole."""
+    """Tokens, labels, documents and padding of a step, for whole sequences."""
     torch.manual_seed(step)
     shape = BATCH, run.length
     tokens, labels = torch.randint(VOCABULARY, (2, *shape))
@@ -68,7 +68,7 @@ def batch(run: Run, step: int) -> dict[str, Tensor | None]:
 
 
 def model_of(run: Run) -> DogeForCausalLM:
-    """A model whose ranks differ from the beginning."""
+    """A model whose ranks differ from the start of training."""
     torch.manual_seed(1)
     sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
     others = {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 40, "keep_window_size": 5}
@@ -81,7 +81,7 @@ def model_of(run: Run) -> DogeForCausalLM:
 
 
 def part_of(whole: dict[str, Tensor | None], group: ContextGroup) -> dict[str, Tensor | None]:
-    """A part of a batch; positions behind the end are padding."""
+    """A part of a batch. Positions after the end are padding."""
     fill = {"labels": -100, "padding": True}
     length = whole["input_ids"].shape[1]
     if whole["padding"] is None and length % group.size:
@@ -90,7 +90,7 @@ def part_of(whole: dict[str, Tensor | None], group: ContextGroup) -> dict[str, T
 
 
 def train(run: Run, group: ContextGroup | None = None, processes: dist.ProcessGroup | None = None) -> list[Tensor]:
-    """The weights after all steps, and before them the logits of the first step, of a part if there is a group."""
+    """The logits of the first step, and the weights after all steps. With a group, the logits are those of a part."""
     model = model_of(run)
     model.join_context(group)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

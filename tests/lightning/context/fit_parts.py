@@ -1,8 +1,8 @@
-"""One of four processes that train with Lightning, and divide sequences; started by `test_fit_parts.py`.
+"""One of four processes that train with Lightning and divide sequences; started by `test_fit_parts.py`.
 
     python fit_parts.py FOLDER
 
-Checkpoints are written to the folder, and compared there with those of one process.
+Checkpoints are written to the folder. The test compares them with those of one process.
 """
 
 import os
@@ -16,7 +16,7 @@ PROCESSES = 4
 
 
 def main(folder: Path) -> None:
-    """Two groups of two, and one of four, which goes on where one process ended."""
+    """Train with two groups of two processes, and with one group of four that continues a run of one process."""
     torch.set_num_threads(1)
     train(folder / "pairs", 2, 2, accumulate=2, **DRIFT)
     train(folder / "retention", 4, 1, accumulate=2, loss_chunk=7, **RETENTION)

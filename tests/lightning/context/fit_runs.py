@@ -1,4 +1,4 @@
-"""Small trainings by Lightning, by one process or by several that divide sequences."""
+"""Small trainings with Lightning, by one process or by several that divide sequences."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ RETENTION = DRIFT | {"retention_weight": 0.5}
 
 
 class Marked(Dataset):
-    """Sequences of which some have few labels, and some positions are padding or of another document."""
+    """Sequences with padding and several documents. Some sequences have only a few labels."""
 
     def __init__(self, sequences: Dataset) -> None:
         self.sequences = sequences
@@ -56,7 +56,7 @@ def train(
     callbacks: tuple[pl.Callback, ...] = (),
     **options: Any,
 ) -> LanguageModel:
-    """Train 8 steps in float64, with checkpoints after steps 4 and 8; figures of validation are in a file."""
+    """Train for 8 steps in float64, with checkpoints after steps 4 and 8. Validation metrics go to a file."""
     pl.seed_everything(0, verbose=False)
     torch.set_default_dtype(torch.float64)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -1,8 +1,8 @@
-"""Kills one of two processes that divide sequences, and lets the run go on; started by `test_fit_parts.py`.
+"""Kill one of two processes that divide sequences, and continue the run; started by `test_fit_parts.py`.
 
     python kill_part.py FOLDER
 
-Processes are forked from this one, so that all imports are made once. What they print and compute stays in the folder.
+Processes are forked from this one, so that imports happen only once. Their output and results are in the folder.
 """
 
 import json
@@ -26,7 +26,7 @@ RANK, BATCH = 0, 15  # which process is killed, and in which batch; the validati
 
 
 class Losses(pl.Callback):
-    """Writes the loss of each batch to a file of its process, and may kill the process before a backward pass."""
+    """Writes the loss of each batch to a file for its process, and may kill the process before a backward pass."""
 
     def __init__(self, file: Path, kills: bool) -> None:
         self.file, self.kills = file, kills
@@ -56,7 +56,7 @@ def start(folder: Path, kills: bool = False, ckpt_path: Path | None = None) -> l
 
 
 def _run(folder: Path, losses: Losses, ckpt_path: Path | None) -> None:
-    """Train in this process, with its output in `log.txt`, and end it."""
+    """Train in this process, with its output in `log.txt`, then end the process."""
     code = 1
     try:
         sys.stdout = sys.stderr = (folder / "log.txt").open("a", buffering=1)
@@ -75,7 +75,7 @@ def end(process: int) -> int:
 
 
 def main(folder: Path) -> None:
-    """Writes how both processes ended, in how many seconds the second one, and which checkpoint the others read."""
+    """Write how both processes ended, how long the second one took, and which checkpoint their successors read."""
     (folder / "text.txt").write_text("".join(topics.values())[:20000])
     whole, killed = folder / "whole", folder / "killed"
     for run in (whole, killed):

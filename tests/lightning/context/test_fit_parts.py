@@ -1,4 +1,4 @@
-"""Runs of several processes that divide sequences are those of one; and their checkpoints are interchangeable."""
+"""Runs of several processes that divide sequences equal the run of one process. Checkpoints are interchangeable."""
 
 import json
 import os
@@ -43,12 +43,12 @@ def _fit_all(folder: Path) -> None:
 
 
 def figures(folder: Path) -> dict[str, float]:
-    """What a run has logged last."""
+    """The last figures that a run has logged."""
     return json.loads((folder / "figures.json").read_text())
 
 
 def compare(folder: Path, run: str, one: str, steps: tuple[int, ...] = (4, 8)) -> None:
-    """Checkpoints and figures of a run with those of one process."""
+    """Compare checkpoints and figures of a run with those of one process."""
     for step in steps:
         assert_same(read(folder / run / f"step={step}.ckpt"), read(folder / one / f"step={step}.ckpt"))
     found, wanted = (figures(folder / name) for name in (run, one))

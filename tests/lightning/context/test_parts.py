@@ -1,4 +1,4 @@
-"""Models that several processes train on parts of sequences are those of one process."""
+"""Models that several processes train on parts of sequences equal those of one process."""
 
 import functools
 from dataclasses import replace
@@ -20,7 +20,7 @@ GROUP = ContextGroup("", 0, 2)
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:
-    """What each process has trained, by the names of runs."""
+    """The results of each process, by the name of the run."""
     train_all = functools.partial(run_together, HERE / "train_parts.py", processes=PROCESSES)
     folder = once(shared_folder(tmp_path_factory), "parts", train_all)
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]

@@ -1,8 +1,8 @@
-"""One of four processes that train on parts of the same sequences, alone and in pairs; started by `test_parts.py`.
+"""One of four processes that train on parts of the same sequences, together or in pairs; started by `test_parts.py`.
 
     python train_parts.py FOLDER
 
-Weights are written to the folder, and compared there with those of one process.
+Weights are written to the folder. The test compares them with those of one process.
 """
 
 import sys
@@ -18,7 +18,7 @@ PROCESSES = 4
 
 
 def main(folder: Path) -> None:
-    """All runs of four processes, and those of two, which the pairs divide among them."""
+    """Make all runs of four processes, and those of two, which are divided between the pairs."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()

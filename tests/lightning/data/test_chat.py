@@ -1,4 +1,4 @@
-"""Conversations: which tokens are labels, how documents are packed, resuming in them, and mistakes in files."""
+"""Conversations: which tokens are labels, how documents are packed, resuming in the middle, and mistakes in files."""
 
 import gzip
 import json
@@ -47,13 +47,13 @@ def turns(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
 
 
 def write(path: Path, *conversations: Sequence[dict[str, Any]], **more: Any) -> str:
-    """JSONL of conversations."""
+    """Write conversations as JSONL."""
     path.write_text("".join(json.dumps({"messages": messages} | more) + "\n" for messages in conversations))
     return str(path)
 
 
 def write_tokenizer(folder: Path, template: str | None = None, merges: Sequence[tuple[str, str]] = ()) -> str:
-    """Bytes as tokens, merges of them, and three special tokens; and the template, in `tokenizer_config.json`."""
+    """Write a tokenizer of bytes, merges and three special tokens, with the template in `tokenizer_config.json`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {x: i for i, x in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
@@ -282,7 +282,7 @@ class CountingByteModel(CountingModel):
 
 
 def make_chat(folder: Path, **changed: Any) -> ChatDataModule:
-    """54 conversations that fill a sequence each, 45 of them for training."""
+    """54 conversations that each fill a sequence, 45 of them for training."""
     path = folder / "chat.jsonl"
     if not path.exists():
         write(path, *(turns(f"{i:02d}" * 8, f"{99 - i:02d}" * 4) for i in range(54)))

@@ -1,4 +1,4 @@
-"""Selective copy and induction: examples that are what they say, drawn lazily from disjoint seeds."""
+"""Selective copy and induction: examples are correct, and are drawn lazily from disjoint seeds."""
 
 import numpy as np
 import pytest

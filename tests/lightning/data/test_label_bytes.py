@@ -1,4 +1,4 @@
-"""How many bytes of the source the labels of each sequence stand for, against the text itself.
+"""How many bytes of the source text the labels of each sequence stand for, compared with the text itself.
 
 N sequence length.
 """
@@ -26,7 +26,7 @@ EOS = 1
 
 
 def write_word_pieces(path: Path) -> None:
-    """A tokenizer that drops white space, and makes one token of a word that it does not know."""
+    """Write a tokenizer that drops white space and turns each unknown word into one token."""
     letters = sorted(set("".join(WORDS).lower()) - set("\t\n "))
     vocabulary = {x: i for i, x in enumerate(["[UNK]", "[SEP]", "six", "the", *letters, *(f"##{x}" for x in letters)])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=50))
@@ -36,7 +36,7 @@ def write_word_pieces(path: Path) -> None:
 
 
 def write_documents(path: Path, seed: int, blob: int = 0) -> list[str]:
-    """Documents with white space everywhere; one holds a word of so many letters."""
+    """Write documents with white space everywhere. One contains a word of the given length."""
     rng = random.Random(seed)
     documents = [" ".join(rng.choices(WORDS, k=rng.randrange(1, 40))) + " the\n\n" for _ in range(40)]
     documents[30] += " " + "z" * blob + " the " if blob else ""
@@ -45,7 +45,7 @@ def write_documents(path: Path, seed: int, blob: int = 0) -> list[str]:
 
 
 def lengths_of(text: str, tokens: list[str]) -> list[int]:
-    """The bytes of each token of a document: the text is searched for one after the other."""
+    """The bytes of each token in a document, found by searching the text for one token after another."""
     lengths, done = [], 0
     for token in tokens:
         start = next(i for i in range(done, len(text)) if not text[i].isspace())
@@ -58,7 +58,7 @@ def lengths_of(text: str, tokens: list[str]) -> list[int]:
 
 
 def check(data: SequenceDataModule, lengths: list[np.ndarray], num_workers: int = 0) -> None:
-    """Every window of every split and loader: the bytes of its labels are those of its tokens.
+    """Check every window of every split and loader: the bytes of its labels are those of the labels' tokens.
 
     Args:
         data: set up.

@@ -1,4 +1,4 @@
-"""What a prepared folder says is checked, and told with file and field; damaged shards are found before a run."""
+"""Manifests of prepared folders are checked, errors name file and field, and damaged shards are found before a run."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from dma_lightning.data.manifests import read_manifest, read_records
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text, a tokenizer, and four shards of them."""
+    """A text, a tokenizer, and four shards made with them."""
     folder = tmp_path_factory.mktemp("source")
     lines = [json.dumps({"text": f"document {i} é" + " and words" * (i % 5)}) + "\n" for i in range(40)]
     (folder / "a.jsonl").write_text("".join(lines))
@@ -48,7 +48,7 @@ def use(folder: Path) -> None:
 
 
 def change(file: Path, place: list[str | int], value: object) -> None:
-    """Set a field; without a value, remove it."""
+    """Set a field, or remove it if no value is given."""
     content = json.loads(file.read_text())
     target = content
     for name in place[:-1]:

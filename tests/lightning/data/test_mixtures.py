@@ -1,4 +1,4 @@
-"""Training on several prepared folders by weight: shares, order, resuming, and what cannot be mixed."""
+"""Training on several prepared folders with weights: shares, order, resuming, and what cannot be mixed."""
 
 import json
 import math
@@ -24,7 +24,7 @@ SIZES = (50, 30, 7)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders of 50, 30 and 7 windows of 8 digits for training; each has digits of its own."""
+    """Folders with 50, 30 and 7 training windows of 8 digits. Each folder has its own digits."""
     root = tmp_path_factory.mktemp("folders")
     random = np.random.default_rng(0)
     for name, windows, digits in zip("abc", SIZES, ("0123", "456", "789"), strict=True):
@@ -44,14 +44,14 @@ def named(folders: dict[str, str], *weights: float) -> dict[str, float]:
 
 
 def drawn(data: PreparedDataModule, epoch: int = 0) -> list[tuple[int, ...]]:
-    """The sequences of an epoch in their order."""
+    """The sequences of an epoch, in order."""
     data.setup("fit")
     assert data.train_mixture is not None
     return [tuple(data.train_set[i]["input_ids"].tolist()) for i in data.train_mixture.order(0, epoch)]
 
 
 def source(sequence: tuple[int, ...]) -> str:
-    """The folder that a sequence is from."""
+    """The folder that a sequence comes from."""
     digits = set(bytes(sequence).decode())
     (name,) = (name for name, own in zip("abc", ("0123", "456", "789"), strict=True) if digits <= set(own))
     return name

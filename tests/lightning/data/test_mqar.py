@@ -1,4 +1,4 @@
-"""Associative recall: the original generator's examples, drawn lazily from disjoint seeds."""
+"""Associative recall: examples equal those of the original generator, and are drawn lazily from disjoint seeds."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from dma_lightning.data import IGNORE_INDEX, MQARTask
 
 
 def make_task(**changed: object) -> MQARTask:
-    """A small task with the original's defaults."""
+    """A small task with the defaults of the original."""
     arguments = {"vocab_size": 64, "sequence_length": 32, "num_pairs": 6, "power": 0.01, "random_fillers": True}
     return MQARTask(**(arguments | changed))
 

@@ -1,4 +1,4 @@
-"""Needles: examples that are what they say, at the lengths and depths that are asked for."""
+"""Needles: examples are correct, and have the requested lengths and depths."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def make_task(length: int = 60, **changed: object) -> NeedleTask:
 
 
 def read(inputs: np.ndarray) -> tuple[list[tuple[int, tuple, tuple]], tuple, list[int]]:
-    """Needles with their places, keys and values; the key that is asked for; the fillers."""
+    """Parse an example: needles with their places, keys and values; the key that is asked for; the fillers."""
     tokens, needles, fillers, at = inputs.tolist(), [], [], 1
     assert tokens[0] == BOS
     while tokens[at] != ASK:

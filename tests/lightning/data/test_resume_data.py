@@ -1,4 +1,4 @@
-"""Training data in an order of seed and epoch alone, and going on exactly where a checkpoint was made."""
+"""The order of training data depends only on seed and epoch, and resumes exactly where a checkpoint was made."""
 
 import multiprocessing
 import os
@@ -30,11 +30,11 @@ EXAMPLES, BATCH = 45, 4  # 11 batches an epoch
 
 
 class InterruptionError(Exception):
-    """What interrupts training."""
+    """Raised to interrupt training."""
 
 
 class SmallModel(pl.LightningModule):
-    """Counts what it sees; its weights depend on the order."""
+    """Counts the examples that it sees. Its weights depend on their order."""
 
     def __init__(self, fail_at: int = -1, where: str = "training_step") -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def make_mqar(tmp_path: Path, **changed: int) -> MQARDataModule:
 
 
 def make_text(tmp_path: Path, **changed: int) -> TextDataModule:
-    """As many windows of text."""
+    """The same number of windows of text."""
     file = tmp_path / "a.txt"
     file.write_bytes(np.random.default_rng(0).integers(0, 64, EXAMPLES * 8 + 80, dtype=np.uint8).tobytes())
     arguments = {"sequence_length": 8, "batch_size": BATCH, "val_fraction": 0.18, "cache_dir": str(tmp_path / "cache")}
@@ -87,7 +87,7 @@ def make_text(tmp_path: Path, **changed: int) -> TextDataModule:
 
 
 def make_mixture(tmp_path: Path, **changed: int) -> PreparedDataModule:
-    """About as many windows of two folders, in other shares than their sizes."""
+    """About the same number of windows from two folders, in shares that differ from the folders' sizes."""
     for name, windows in (("a", 15), ("b", 30)):
         if not (tmp_path / name).exists():
             text = np.random.default_rng(windows).integers(32, 64, windows * 8 + 80, dtype=np.uint8).tobytes()
@@ -101,7 +101,7 @@ def make_mixture(tmp_path: Path, **changed: int) -> PreparedDataModule:
 def fit(
     tmp_path: Path, data: SequenceDataModule, model: SmallModel, ckpt_path: Path | None = None, **options: object
 ) -> tuple[SmallModel, pl.Trainer]:
-    """Train in this process on 30 batches; an interruption leaves a checkpoint."""
+    """Train in this process on 30 batches. An interruption leaves a checkpoint."""
     arguments = {
         "max_steps": 30 // options.get("accumulate_grad_batches", 1),
         "check_val_every_n_epoch": None,
@@ -118,7 +118,7 @@ def fit(
 
 
 def fresh(fail_at: int = -1, where: str = "training_step") -> SmallModel:
-    """The same weights every time."""
+    """A model with the same weights every time."""
     torch.manual_seed(0)
     return SmallModel(fail_at, where)
 
@@ -290,7 +290,7 @@ def test_a_fit_of_its_own_starts_anew(tmp_path: Path) -> None:
 
 
 class CountingModel(SmallModel):
-    """In float64, and with what validation has seen."""
+    """`SmallModel` in float64, which also counts what validation has seen."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Documents in rows: parquet files, and folders of the library datasets."""
+"""Documents in rows: parquet files, and folders saved by the `datasets` library."""
 
 import json
 import sys
@@ -27,13 +27,13 @@ EXPECTED = [text.encode() for text in DOCUMENTS]
 
 
 def write_parquet(path: Path, texts: list[str] | pa.Array = DOCUMENTS, **options: int) -> Path:
-    """A file with another column beside the text."""
+    """Write a file with another column besides the text."""
     parquet.write_table(pa.table({"id": list(range(len(texts))), "text": texts}), path, **options)
     return path
 
 
 def write_dataset(folder: Path, texts: list[str] = DOCUMENTS, files: int = 3) -> Path:
-    """A saved dataset in several files."""
+    """Write a saved dataset in several files."""
     data = datasets.Dataset.from_dict({"id": list(range(len(texts))), "text": texts})
     data.save_to_disk(str(folder), num_shards=files)
     return folder

@@ -37,7 +37,7 @@ def test_documents_are_those_of_split(separator: bytes) -> None:
 
 
 def write(folder: Path) -> list[str]:
-    """Two files of separated documents, one compressed, and a JSONL file that spells the separator."""
+    """Write two files of separated documents, one compressed, and a JSONL file whose text contains the separator."""
     folder.mkdir()
     (folder / "a.txt").write_text(END.join(["", *DOCUMENTS[:25], "", DOCUMENTS[25]]))
     (folder / "b.txt.gz").write_bytes(gzip.compress((END.join(DOCUMENTS[26:]) + END).encode()))

@@ -1,4 +1,4 @@
-"""The cache of a text is believed only when it is whole, and nobody reads it who may not read the text."""
+"""The cache of a text is used only if it is complete. Whoever may not read the text cannot read its cache either."""
 
 import json
 import os
@@ -22,7 +22,7 @@ TEXT = "the words of a text\n" * 20
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A text, a tokenizer, and the cache of both."""
+    """A text, a tokenizer, and their cache."""
     (tmp_path / "a.txt").write_text(TEXT)
     write_tokenizer(tmp_path / "tokenizer.json")
     module(tmp_path).prepare_data()
@@ -153,7 +153,7 @@ def test_many_may_write_at_once(tmp_path: Path) -> None:
 
 @pytest.fixture
 def public() -> Iterator[Path]:
-    """A folder that everybody may enter."""
+    """A folder that every user may enter."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         Path(name).chmod(0o755)
         yield Path(name)

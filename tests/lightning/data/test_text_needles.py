@@ -1,4 +1,4 @@
-"""Needles in text: examples that are what they say, other words in validation, and lengths beyond the training's."""
+"""Needles in text: examples are correct, validation has other words, and lengths can exceed those in training."""
 
 import re
 from itertools import product
@@ -36,7 +36,7 @@ QUESTION = re.compile(r"The code of (\w+) is (\d{6})$")
 
 
 def make_data(folder: Path, **changed: object) -> TextNeedleDataModule:
-    """Small data of the text above."""
+    """Small data with the text above."""
     (folder / "text.txt").write_text(TEXT)
     sizes = {"sequence_length": 480, "train_examples": 300, "val_examples": 66, "test_examples": 33}
     data = TextNeedleDataModule(str(folder / "text.txt"), cache_dir=str(folder / "cache"), **(sizes | changed))
@@ -51,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TextNeedleDataModule:
 
 
 def read(inputs: np.ndarray | torch.Tensor) -> tuple[str, list[tuple[int, str, str]], tuple[str, str] | None]:
-    """The haystack; needles with their places in it, words and codes; the word that is asked for and what is said."""
+    """Parse an example: the haystack; needles with places, words and codes; the word that is asked for; the answer."""
     first, *text = inputs.tolist()
     assert first == BOS
     whole = bytes(text).decode()
@@ -64,7 +64,7 @@ def read(inputs: np.ndarray | torch.Tensor) -> tuple[str, list[tuple[int, str, s
 
 
 def unpadded(item: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Inputs of an item, whose padding is what it should be."""
+    """Inputs of an item without padding. Checks that the padding is correct."""
     length = int((~item["padding"]).sum())
     assert not item["padding"][:length].any()
     assert (item["input_ids"][length:] == PAD).all()
@@ -131,7 +131,7 @@ def test_words_of_validation_are_never_in_training(data: TextNeedleDataModule) -
 
 
 def read_words(item: dict[str, torch.Tensor]) -> list[str]:
-    """Words of the needles of an item."""
+    """The words of an item's needles."""
     return [word for _, word, _ in read(unpadded(item))[1]]
 
 

@@ -1,4 +1,4 @@
-"""Models of each attention whose choices matter, and one that is made by hand."""
+"""Models with each attention in which selection has an effect, and models made by hand."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ ATTENTIONS = list(MIXERS)
 
 
 def make_model(attention: str, dtype: torch.dtype = torch.float64, **changed: object) -> DogeForCausalLM:
-    """A model with weights that matter."""
+    """A model with random weights, so that every weight has an effect."""
     torch.manual_seed(1)
     model = DogeForCausalLM(replace(SHAPE, attention=attention, **changed)).to(dtype)
     for parameter in model.parameters():
@@ -32,7 +32,7 @@ def make_model(attention: str, dtype: torch.dtype = torch.float64, **changed: ob
 
 
 class Tokens:
-    """A cache of all tokens."""
+    """A cache that keeps all tokens."""
 
     def __init__(self, batch: int) -> None:
         self.read = torch.zeros(batch, 0, dtype=torch.int64)
@@ -46,7 +46,7 @@ class Tokens:
 
 
 class FindsValues:
-    """Says what followed the same tokens when they were told with VAL: the value of the key that is asked for."""
+    """Answers with the value of the key that is asked for, which it finds in the tokens that it has read."""
 
     def new_cache(self, batch: int, full: bool = False) -> list[Tokens]:
         return [Tokens(batch)]
@@ -66,7 +66,7 @@ class FindsValues:
         return nn.functional.one_hot(tokens, TASK.vocab_size)[:, None].double()
 
     def next_token(self, row: list[int]) -> int:
-        """The token behind those of a row."""
+        """The answer after the tokens of a row."""
         last = len(row) - 1 - row[::-1].index(VAL) if VAL in row else None
         if last is None:
             return 0
@@ -76,7 +76,7 @@ class FindsValues:
 
 
 class SaysAlways(FindsValues):
-    """Says one token, whatever it has read."""
+    """Answers with the same token, whatever it has read."""
 
     def __init__(self, token: int) -> None:
         self.token = token

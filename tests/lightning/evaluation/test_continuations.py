@@ -1,4 +1,4 @@
-"""Likelihoods are those of whole sequences, and texts those of prompts that are continued alone."""
+"""Likelihoods equal those of whole sequences. Texts equal those of prompts that are continued one at a time."""
 
 import itertools
 import random
@@ -17,7 +17,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 class Letters:
-    """Each token is a letter."""
+    """A tokenizer in which each token is a letter."""
 
     vocab_size = SHAPE.vocab_size
 

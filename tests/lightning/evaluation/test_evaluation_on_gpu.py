@@ -1,4 +1,4 @@
-"""Figures of a GPU are those of the CPU, and its memory is counted."""
+"""Figures on a GPU equal those on the CPU, and the GPU's memory is measured."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: each request gets what the harness's own class gives the exported model."""
+"""Tasks of lm-evaluation-harness: each request gives what the harness's own class gives for the exported model."""
 
 import json
 import os
@@ -42,7 +42,7 @@ KINDS = {
 
 
 def spread(content: dict[str, Any]) -> None:
-    """Give a checkpoint weights that matter."""
+    """Give a checkpoint random weights, so that every weight has an effect."""
     torch.manual_seed(7)
     for x in content["state_dict"].values():
         if x.ndim > 1:
@@ -50,7 +50,7 @@ def spread(content: dict[str, Any]) -> None:
 
 
 def write_metaspace(path: Path, vocab_size: int) -> None:
-    """A tokenizer like those of SentencePiece, whose texts begin with a space that is not shown."""
+    """Write a tokenizer like those of SentencePiece, whose texts begin with an invisible space."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<unk>"], show_progress=False)
@@ -59,7 +59,7 @@ def write_metaspace(path: Path, vocab_size: int) -> None:
 
 
 def make_run(folder: Path, *args: str) -> Path:
-    """A checkpoint of a run in the working folder, which also gets the documents of the tasks."""
+    """Make a run with a checkpoint in the working folder, and write the documents of the tasks there."""
     shutil.copy(TASKS / "capitals.jsonl", folder)
     small_run.make(folder, f"--data.sequence_length={LENGTH}", "--model.eos_token_id=10", *args)
     return small_run.changed(spread, f"{small_run.CHECKPOINTS}/spread.ckpt").resolve()
@@ -86,7 +86,7 @@ def ours(checkpoint: Path, **options: Any) -> Any:
 
 
 def requests() -> dict[str, list[Instance]]:
-    """The requests of all tasks, with two examples in each context, by kind."""
+    """The requests of all tasks by kind, with two examples in each context."""
     found: dict[str, list[Instance]] = {}
     for task in harness.TaskManager(include_path=TASKS, include_defaults=False).load(NAMES)["tasks"].values():
         task.set_config("num_fewshot", 2 if task.OUTPUT_TYPE == "multiple_choice" else 0)
@@ -127,7 +127,7 @@ def test_each_request_gets_what_the_exported_model_gives(kind: str, tokenizer: s
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a model of bytes."""
+    """A checkpoint of a byte-level model."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -1,4 +1,4 @@
-"""Scores of sequences, and what they cost."""
+"""Scores of sequences, and their time and memory."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ from dma_lightning.evaluation.scores import Scores
 
 
 class Texts:
-    """Sequences of drawn tokens in documents, with the bytes of their labels."""
+    """Sequences of random tokens in documents, with the bytes of their labels."""
 
     def __len__(self) -> int:
         return 5

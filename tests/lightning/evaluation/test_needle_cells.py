@@ -1,4 +1,4 @@
-"""Needles of an evaluation: what is read in chunks from a cache is what one forward pass says, cell by cell."""
+"""Needles in an evaluation: reading in chunks with a cache gives the same as one forward pass, cell by cell."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The loss by position: whole documents, buckets that add up, and bytes that are counted."""
+"""The loss by position: whole documents, buckets that add up, and correct counts of bytes."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from dma_lightning.evaluation.scores import Scores
 
 
 def drawn(count: int, length: int) -> list[Beginning]:
-    """Documents of drawn bytes, some of which stand for nothing."""
+    """Documents of random bytes. Some of the bytes stand for nothing."""
     random = np.random.RandomState(0)
     shape = (count, length + 1)
     rows = zip(random.randint(256, size=shape), random.randint(3, size=shape), strict=True)

@@ -1,4 +1,4 @@
-"""Models of Transformers with dynamic masks: what they compute, how they train, generate, and are saved."""
+"""Models of Transformers with dynamic masks: computing, training, generating, and saving."""
 
 import re
 import sys
@@ -158,7 +158,7 @@ def test_autocast_computes_in_its_dtype() -> None:
 
 @torch.no_grad()
 def recomputed(model: PreTrainedModel, tokens: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Greedy text by a full forward for each token, and the logits `[count, B, V]` that it was chosen by."""
+    """Greedy text with a full forward pass for each token, and the logits `[count, B, V]` of all tokens."""
     chosen_by = []
     for _ in range(count):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Doge models of Hugging Face Transformers load here and ours load there, with the same logits and text."""
+"""Doge models of Hugging Face Transformers load here, and ours load there, with the same logits and text."""
 
 import json
 import os
@@ -37,7 +37,7 @@ KINDS = [
 
 
 def spread(model: torch.nn.Module) -> None:
-    """Away from the initial values: ranks that differ, norms, biases and residual weights that matter."""
+    """Change the initial weights, so that ranks differ, and norms, biases and residual weights have an effect."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             mean = 0.3 if name.endswith(".A") else 0.0 if name.endswith("bias") else 1.0
@@ -277,7 +277,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
 
 
 def write_tokenizer(path: Path, tokens: int = 97) -> None:
-    """A tokenizer of words."""
+    """Write a tokenizer of words."""
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(tokens)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(path))

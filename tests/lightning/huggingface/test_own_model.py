@@ -1,4 +1,4 @@
-"""Models of ours that Doge cannot express, as `AutoModelForCausalLM` of Transformers loads them."""
+"""Our models that are not Doge models, as loaded by `AutoModelForCausalLM` of Transformers."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Every attention is one word of a config: it has the parameters of its specification, and trains."""
+"""Every attention can be chosen by one word in a config, has the parameters of its specification, and trains."""
 
 from dataclasses import replace
 from pathlib import Path

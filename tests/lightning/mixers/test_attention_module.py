@@ -28,7 +28,7 @@ def make_module(backend: str = "torch", **changed: object) -> DynamicMaskAttenti
 
 
 def live_sets(module: DynamicMaskAttention, x: Tensor) -> Tensor:
-    """The module's mask for an input."""
+    """The module's dense mask for an input."""
     values = module.v_proj(x).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
     return Lifetimes.top_w(key_ranks(values, module.A, module.dt_proj.weight), module.keep.window).to_dense()
 

@@ -25,7 +25,7 @@ WINDOW = 7
 
 
 def mixer(attention: str, **options: Any) -> Any:
-    """One of float64 with three KV heads of two query heads, none of whose parameters is as at the start."""
+    """A float64 mixer with three KV heads of two query heads each. No parameter has its initial value."""
     options = {"keep_window_size": WINDOW, "sliding_window": WINDOW, "score_form": "linear"} | options
     shape = {"hidden_size": 12, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def inputs(length: int, packed: bool) -> tuple[Tensor, Tensor | None, Tensor | N
 
 
 def definition(layer: Any, x: Tensor, documents: Tensor | None, padding: Tensor | None) -> Tensor:
-    """Everything by whole matrices; sums by a loop, of steps that are whole numbers of 2^-32 nats."""
+    """Everything computed with whole matrices. A loop adds up the steps, in whole units of 2^-32 nats."""
     q, k, v = layer.queries_keys_values(x, None)
     ranking = getattr(layer, "drifting", None)
     drift = layer.drift if ranking is None else ranking.drift

@@ -1,4 +1,4 @@
-"""What holds of every token mixer: causal, exact in decoding, trained in all of its parameters; and oracles of four."""
+"""Every token mixer is causal, decodes exactly, and trains all of its parameters. Four have an oracle here."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,7 +35,7 @@ each = pytest.mark.parametrize("name", VARIANTS)
 
 
 def make_mixer(name: str, dtype: torch.dtype = torch.float64) -> TokenMixer:
-    """A mixer with weights that matter."""
+    """A mixer with random weights, so that every weight has an effect."""
     torch.manual_seed(1)
     config = VARIANTS[name]
     mixer = MIXERS[config.attention].from_config(config).to(dtype)
@@ -63,7 +63,7 @@ def test_prefixes_do_not_depend_on_what_follows(name: str) -> None:
 
 
 def chunks_of(sizes: list[int], length: int) -> Iterator[tuple[int, int]]:
-    """Pieces of these sizes, and single tokens behind them."""
+    """Chunks of the given sizes, followed by single tokens."""
     start = 0
     for size in [*sizes, *[1] * length]:
         end = min(start + size, length)
@@ -323,7 +323,7 @@ def test_a_ring_holds_the_last_positions() -> None:
 
 
 def old_mixer(base: type[TokenMixer]) -> type[TokenMixer]:
-    """A mixer as they were written before there were packings, which goes on with what its base gives."""
+    """A mixer as written before `Packing` existed, which builds on what its base class provides."""
 
     class Old(base):
         @classmethod

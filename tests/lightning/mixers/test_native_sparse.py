@@ -1,4 +1,4 @@
-"""Native sparse attention against its definition by loops over tokens, and against another implementation's numbers."""
+"""Native sparse attention against its definition, in loops over tokens, and against another implementation."""
 
 import json
 from pathlib import Path
@@ -40,13 +40,13 @@ def make_module(sizes: tuple[int, ...], separate: bool) -> NativeSparseAttention
 
 
 def softmax_over(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """One query `[D]` over keys `[K, D]`: output and weights; 0 without keys."""
+    """Output and weights of one query `[D]` over keys `[K, D]`; 0 without keys."""
     weights = (k @ q * HEAD_DIM**-0.5).softmax(0)
     return weights @ v if len(k) else torch.zeros_like(q), weights
 
 
 def by_definition(module: NativeSparseAttention, x: Tensor) -> tuple[Tensor, list[list[set[int]]]]:
-    """One sequence `[N, C]`, token by token, and the blocks that each query of each KV head chooses."""
+    """The output for one sequence `[N, C]`, token by token, and the blocks that each query of each KV head chooses."""
     length, grid = len(x), module.grid
     block, stride, size = grid.compress_block, grid.compress_stride, grid.select_block
     separate = len(module.extra_k_proj) > 0

@@ -1,4 +1,4 @@
-"""The retention loss: equal to its definition pair by pair, with a gradient to content alone."""
+"""The retention loss equals its definition, pair by pair. Only content gets a gradient."""
 
 import copy
 from collections.abc import Callable
@@ -17,7 +17,7 @@ CASES = [*masks.CASES, masks.Case(documents=True, padding="right", keep_last=5, 
 
 
 def values_like(k: Tensor) -> Tensor:
-    """Values that differ more between keys than their widths tell."""
+    """Values in the shape of keys, with norms that differ from key to key."""
     return torch.randn_like(k) * torch.rand_like(k[..., :1]).exp()
 
 
@@ -33,7 +33,7 @@ def defined(
     q: Tensor, k: Tensor, content: Tensor, drift: Tensor, positions: Tensor, keep: KeepRule, packing: Packing | None,
     values: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The loss by its formula, query after query and key after key."""
+    """The loss by its formula, query by query and key by key."""
     (batch, kv_heads, length), group = content.shape, q.shape[1] // k.shape[1]
     runs = torch.zeros(batch, length) if packing is None or packing.runs is None else packing.runs
     padding = torch.zeros(batch, length) if packing is None or packing.padding is None else packing.padding
@@ -217,7 +217,7 @@ def test_positions_are_those_of_seed_and_step() -> None:
 
 
 class Layer(nn.Module):
-    """As a mixer calls the loss."""
+    """A layer that calls the loss as a mixer does."""
 
     def __init__(self, loss_of: Callable[..., Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Some layers keep another number of keys: by brute force, in the caches, in a run, and wrong ones."""
+"""Layers that keep a different number of keys: against brute force, in caches, in a run, and with wrong options."""
 
 import warnings
 from dataclasses import replace
@@ -26,7 +26,7 @@ RULES = [KeepRule(3, 2, 1), KeepRule(9, 2, 1), KeepRule(3, 2, 1)]
 
 
 def model_of(config: ModelConfig) -> DogeForCausalLM:
-    """In float64, with a selection that is no window."""
+    """A model in float64 whose selection differs from a window."""
     torch.manual_seed(0)
     model = DogeForCausalLM(config).double().eval()
     for mixer in model.mixers:
@@ -36,7 +36,7 @@ def model_of(config: ModelConfig) -> DogeForCausalLM:
 
 
 def by_definition(mixer: DynamicMaskAttention, x: Tensor, rule: KeepRule) -> Tensor:
-    """The mixer's output, of a dense mask that is made of a rule."""
+    """The mixer's output, computed with a dense mask for a rule."""
     q, k, v = mixer.queries_keys_values(x, None)
     keys = mixer._ranked(x, v, None)
     dense = reference_mask(

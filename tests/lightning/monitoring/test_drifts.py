@@ -1,4 +1,4 @@
-"""What drifts have become: against the definitions in float64, position by position, and as a callback."""
+"""Figures about drifts: against the definitions in float64, position by position, and as a callback."""
 
 import math
 from pathlib import Path
@@ -38,7 +38,7 @@ def random_drift(form: Any, without: int = 0) -> Drift:
 
 
 def keys_of_queries(packing: Packing | None, row: int, length: int) -> list[list[int]]:
-    """Of each query, the real keys of its document up to itself; none of a padded query."""
+    """For each query, the unpadded keys of its document up to itself. None for a padded query."""
     runs = [0] * length if packing is None or packing.runs is None else packing.runs[row].tolist()
     padded = [False] * length if packing is None or packing.padding is None else packing.padding[row].tolist()
     seen = [[j for j in range(t + 1) if runs[j] == runs[t] and not padded[j]] for t in range(length)]
@@ -46,7 +46,7 @@ def keys_of_queries(packing: Packing | None, row: int, length: int) -> list[list
 
 
 def efold(steps: list[float], keys: list[int]) -> int:
-    """Of the query that is the last of the keys, from the steps of one head and row."""
+    """The e-folding distance of the last key's own query, from the steps of one head and row."""
     (*before, t), behind = keys, 0.0
     for j in range(t - 1, -1, -1):
         behind += steps[j + 1]
@@ -58,7 +58,7 @@ def efold(steps: list[float], keys: list[int]) -> int:
 def brute_force(
     steps: Tensor, heads: list[int], window: int, packing: Packing | None, content: Tensor | None = None
 ) -> dict[str, float]:
-    """By the definitions, from steps `[B, G, N]` and contents `[B, G, N]`."""
+    """All figures by their definitions, from steps `[B, G, N]` and contents `[B, G, N]`."""
     real, ages = [], []
     for row in range(len(steps)):
         keys = keys_of_queries(packing, row, steps.shape[2])
@@ -132,7 +132,7 @@ def test_a_nan_shows_and_no_position_has_no_figure() -> None:
 
 
 def model_of(attention: str, **options: Any) -> DogeForCausalLM:
-    """Two layers in float64, of six query heads and three KV heads each, with random drifts and contents."""
+    """A model in float64 with two layers of six query heads and three KV heads, and random drifts and contents."""
     shape = {"hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 6}
     options = {"drift": "gate", "score_form": "linear", "keep_window_size": 9, "keep_last": 2} | options
     config = ModelConfig(attention=attention, **shape, num_key_value_heads=G, sliding_window=11, **options)
@@ -144,7 +144,7 @@ def model_of(attention: str, **options: Any) -> DogeForCausalLM:
 
 
 def watched(model: DogeForCausalLM, input_ids: Tensor, reduce: Any = lambda x, **_: x) -> dict[str, float]:
-    """What the callback logs of a batch; `reduce` stands for the other processes."""
+    """What the callback logs for a batch. `reduce` stands in for the other processes."""
     logged: dict[str, float] = {}
     module: Any = SimpleNamespace(model=model, log_dict=lambda figures, **_: logged.update(numbers(figures)))
     strategy = SimpleNamespace(reduce=reduce)

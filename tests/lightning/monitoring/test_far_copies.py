@@ -1,4 +1,4 @@
-"""Labels that only a memory beyond the window can copy: by brute force, and their loss as a callback."""
+"""Labels that can be copied only from beyond the window: against brute force, and their loss in a callback."""
 
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ SECTION = "What only a memory can copy"
 def brute_force(
     input_ids: Tensor, window: int, documents: Tensor | None, padding: Tensor | None, order: int
 ) -> list[list[bool]]:
-    """By the definition, position by position."""
+    """Far copies by the definition, position by position."""
 
     def gram(row: int, t: int) -> tuple[int, ...] | None:
         places = range(t - order + 1, t + 1)
@@ -95,7 +95,7 @@ def test_mistakes(change: dict, message: str) -> None:
 
 
 def run_monitor(monitor: FarCopyMonitor, batches: list[tuple[dict[str, Tensor], Tensor]]) -> dict[str, float]:
-    """What is logged for batches with their token losses."""
+    """What the callback logs for batches with the given token losses."""
     logged: dict[str, float] = {}
     module = SimpleNamespace(device=torch.device("cpu"), log_dict=lambda figures, **_: logged.update(figures))
     monitor.on_validation_epoch_start(None, module)

@@ -25,7 +25,7 @@ SECTION = "Lost mass of dynamic masks"
 
 
 def packing_of(kind: str, length: int) -> Packing | None:
-    """Documents of unequal lengths, padding at both ends of one row and within the other, both or none."""
+    """Documents of unequal lengths, padding at both ends of one row and inside the other, both, or neither."""
     cut = torch.tensor([[length // 3], [2 * length // 3]])
     documents = (torch.arange(length) >= cut).long()
     padding = torch.zeros(B, length, dtype=torch.bool)
@@ -36,14 +36,14 @@ def packing_of(kind: str, length: int) -> Packing | None:
 
 
 def inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys, and ranks, which are also the bias of keys."""
+    """Queries, keys, and ranks, which are also the key biases."""
     shapes = ((B, H, length, D), (B, G, length, D), (B, G, length))
     q, k, ranks = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     return q, k, ranks
 
 
 def allowed_keys(packing: Packing | None, row: int, t: int) -> list[int]:
-    """Those that query t could see, by what a document and padding are."""
+    """The keys that query t may see, given documents and padding."""
     documents = None if packing is None else packing.runs
     padding = None if packing is None else packing.padding
     return [

@@ -1,4 +1,4 @@
-"""Figures, pictures and texts of dynamic masks: against the dense mask, and without a trace in training."""
+"""Figures, pictures and texts of dynamic masks: against the dense mask, and without effect on training."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ TRAINER = SimpleNamespace(precision_plugin=pl.plugins.Precision())
 
 
 def small_model(**changes: int | float | str) -> DogeForCausalLM:
-    """Two layers whose ranks differ."""
+    """A model with two layers whose ranks differ."""
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "keep_window_size": W}
     model = DogeForCausalLM(ModelConfig(**shape | changes))
     for name, p in model.named_parameters():

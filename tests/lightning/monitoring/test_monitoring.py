@@ -1,4 +1,4 @@
-"""What a run shows: every documented tag, exact figures, and no waiting for the device between logging steps."""
+"""What a run logs: every documented tag, exact figures, and no waiting for the device between logging steps."""
 
 import re
 import sys
@@ -33,7 +33,7 @@ STEPS, TOKENS = 3, 2 * 64  # optimizer steps of a run, and tokens of a batch
 
 
 def fit(folder: Path, *args: str) -> DMACLI:
-    """A `fit` of three steps with the shipped configuration of callbacks, logging below a folder."""
+    """Run `fit` for three steps with the shipped configuration of callbacks, logging below a folder."""
     paths = [f"--trainer.logger.init_args.save_dir={folder}", f"--data.cache_dir={folder.parent / 'cache'}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -41,14 +41,14 @@ def fit(folder: Path, *args: str) -> DMACLI:
 
 
 def events(folder: Path) -> EventAccumulator:
-    """All that the event files of a run hold."""
+    """Everything in the event files of a run."""
     read = EventAccumulator(str(folder / "cpu" / "version_0"), size_guidance=dict.fromkeys(("scalars", "tensors"), 0))
     read.Reload()
     return read
 
 
 def tags(read: EventAccumulator) -> set[str]:
-    """Names of everything in the event files, as TensorBoard shows them; those with numbers all have the same."""
+    """All tags in the event files, as TensorBoard shows them. Tags that differ only in their number count as one."""
     found = {tag for kind in ("scalars", "images", "histograms", "tensors") for tag in read.Tags()[kind]}
     found |= set(read.PluginTagToContent("hparams"))
     for name, number in (("layer", 0), ("length", 256), ("depth", 50)):
@@ -57,7 +57,7 @@ def tags(read: EventAccumulator) -> set[str]:
 
 
 def documented(*sections: str) -> set[str]:
-    """Tags in the tables of sections of docs/tensorboard.md."""
+    """Tags in the tables of the given sections of docs/tensorboard.md."""
     page = (ROOT / "docs" / "tensorboard.md").read_text()
     parts = {part.split("\n", 1)[0]: part for part in page.split("\n## ")}
     rows = [re.findall(r"^\| (`.*?) \|", parts[section], re.MULTILINE) for section in sections]
@@ -188,7 +188,7 @@ def test_impossible_peak(peak: float) -> None:
 
 
 class Syncs(TorchDispatchMode):
-    """Notes at which step a tensor was turned into a number, which on a GPU waits for the device."""
+    """Records at which step a tensor is converted to a number, which would wait for a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
