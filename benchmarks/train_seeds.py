@@ -60,8 +60,8 @@ def tables(text: Result, mqar: Result, mqar_published: Result, *published: Resul
             "**`make train`**, also with `configs/model/tiny-published.yaml`: bits per byte on the last tenth "
             f"of the text, before and after training on a CPU; lower is better ({cpu_of(text)}; as published: "
             f"{cpu_of(published[0])}; the same interpreter was used for the corpora of other Python "
-            "versions). On another processor, or with sums in another order, the same seed gives another result. "
-            "The spread of the seeds shows by how much.",
+            "versions). On a different processor, or with sums in a different order, the same seed gives a different "
+            "result. The spread over seeds shows how large such differences are.",
             ["dynamic masks", "corpus: help topics of", "seed", "bits per byte at start", "at end", "seconds in all"],
             lambda row: [row[0], f"Python {row[1]}", *text_cells(row[2])],
         ),

@@ -19,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, report):
         command.add_argument("study", help=f"{own}, or a path")
         command.add_argument("--results", type=Path, help="default: benchmarks/results/evidence/STUDY.json")
-    run.add_argument("--parallel", type=int, default=8, help="most trainings at once (default: 8)")
+    run.add_argument("--parallel", type=int, default=8, help="largest number of trainings at once (default: 8)")
     run.add_argument("--deadline", type=float, default=math.inf, help="seconds after which all trainings have stopped")
     run.add_argument("--only", default="", help="text that cells' names must contain, such as 'mqar'")
     run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="value of $NAME in the study")
