@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from dma_kernels.context import ContextGroup
 from dma_lightning.data.base import Batch
 from dma_lightning.mixers.base import MixerCache
+from dma_lightning.reading_together import read_together
 from dma_lightning.sampling import Sampling
 from dma_lightning.tokenizers import Tokenizer
 from dma_lightning.vocabularies import check_tokens
@@ -50,6 +52,7 @@ def stream_tokens(
     seed: int | None = None,
     full_cache: bool = False,
     chunk_size: int = 8192,
+    context: ContextGroup | None = None,
 ) -> Iterator[Tensor]:
     """Continue sequences, token by token.
 
@@ -66,16 +69,20 @@ def stream_tokens(
             sequences have ended.
         seed: seed for drawing tokens. Default: draw with torch's global generator.
         full_cache: keep all keys, for comparison; the tokens are the same up to rounding.
-        chunk_size: number of prompt positions to read at once.
+        chunk_size: number of prompt positions to read at once, in one process.
+        context: processes that read the prompts together, each one part at once; all call this with the same prompts.
 
     Yields:
-        int64 `[B]`, the next token of each sequence.
+        int64 `[B]`, the next token of each sequence; with `context`, only in its last process.
 
     Raises:
-        ValueError: on a wrong shape or size, padding that is not on the left, or tokens that the model does not know.
+        ValueError: on a wrong shape or size, padding that is not on the left, tokens that the model does not know, or
+            in the cases of `read_together`.
     """
     sampling = sampling or Sampling()
     _check_prompts(input_ids, padding, max_new_tokens, chunk_size)
+    if context is not None and full_cache:
+        raise ValueError("full_cache: expected False where processes read prompts together, got True")
     if max_new_tokens == 0:
         return
     end_tokens = _end_tokens(eos_token_id)
@@ -85,7 +92,9 @@ def stream_tokens(
     cache = model.new_cache(input_ids.shape[0], full_cache)
     ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     with evaluating(model):
-        logits = _read_prompts(model, input_ids, padding, cache, chunk_size)
+        logits = _read_prompts(model, input_ids, padding, cache, chunk_size, context)
+        if context is not None and context.rank + 1 < context.size:
+            return
         real = torch.ones_like(input_ids, dtype=torch.bool) if padding is None else ~padding
         occurred = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
         occurred = occurred.scatter_add_(1, input_ids.long(), real.int()) > 0
@@ -228,9 +237,16 @@ def _begun(held: str, stop: str) -> int:
 
 
 def _read_prompts(
-    model: Decoder, input_ids: Tensor, padding: Tensor | None, cache: Sequence[MixerCache], chunk_size: int
+    model: Decoder,
+    input_ids: Tensor,
+    padding: Tensor | None,
+    cache: Sequence[MixerCache],
+    chunk_size: int,
+    context: ContextGroup | None,
 ) -> Tensor:
-    """Logits of the first new token, `[B, V]`."""
+    """Logits of the first new token, `[B, V]`; with `context`, only in its last process."""
+    if context is not None:
+        return read_together(model, input_ids, padding, cache, context)
     for start in range(0, input_ids.shape[1], chunk_size):
         part = slice(start, start + chunk_size)
         padded = None if padding is None else padding[:, part]

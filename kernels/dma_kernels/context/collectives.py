@@ -22,6 +22,11 @@ def register_group(group: dist.ProcessGroup) -> str:
     return group.group_name
 
 
+def process_group(name: str) -> dist.ProcessGroup:
+    """The group that `register_group` gave this name."""
+    return _GROUPS[name]
+
+
 @torch.library.custom_op("dma_kernels::gather_parts", mutates_args=())
 def gather_parts(parts: Sequence[Tensor], group: str, size: int) -> list[Tensor]:
     """Tensors of all processes; differentiable. All processes call it with the same shapes and dtypes.
