@@ -1,6 +1,6 @@
 """One of four processes that read prompts together, also in pairs; started by `test_reading_together.py`.
 
-python read_prompts.py FOLDER
+    python read_prompts.py FOLDER
 """
 
 import sys
@@ -16,7 +16,6 @@ from dma_lightning import DogeForCausalLM, ModelConfig
 from dma_lightning.reading_together import read_together
 
 PROCESSES, STEPS, LENGTH, VOCABULARY = 4, 20, 43, 24
-DRIFT = {"drift": "gate", "score_form": "linear"}
 FORMS: dict[str, dict] = {
     "published": {},
     "chosen": CHOSEN,
