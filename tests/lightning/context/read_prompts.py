@@ -1,6 +1,8 @@
 """One of four processes that read prompts together, also in pairs; started by `test_reading_together.py`.
 
     python read_prompts.py FOLDER
+
+Logits and tokens are written to the folder, and compared there with those of one process.
 """
 
 import sys
