@@ -402,6 +402,6 @@ def test_a_state_with_a_drift_of_before_is_refused_in_words() -> None:
     attend(cache, **part(plain, 0, 4))
     state = {name: x.clone() for name, x in cache.state_dict().items()}
     cache.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"read the text again.* saved when ranks with a drift were floating"):
+    with pytest.raises(ValueError, match=r"read the text again.* in which ranks with a drift were floating"):
         attend(cache, **part(with_drift(plain, "gates"), 4, 8))
     attend(cache, **part(plain, 4, 8))  # without a drift, it goes on

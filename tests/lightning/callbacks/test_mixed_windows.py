@@ -264,7 +264,7 @@ def test_two_graphs_and_none_that_is_stale(form: dict[str, object], monkeypatch:
         _, found = train(compiled, half(), model=model | {"compile_layers": True}, **options)
     torch._dynamo.reset()
     assert compiled.losses == written.losses
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)  # gates are added up in another order if compiled
     assert len(graphs) == 3  # all keys, the loss, the model's own rule
     assert calls == [number for wide in WIDE for number in ((0, 0, 1) if wide else (2, 2, 1))]
 
