@@ -1,8 +1,8 @@
 """A linear map from the layer's input to a few numbers for each position, such as gates.
 
 The numbers are added up over a whole text, so they are computed in at least float32. GPUs have no fast matrix product
-in float32 for so few columns. So under torch.compile, the map is a sum of products, which reads the input once and in
-its own dtype.
+in float32 for so few columns. So under torch.compile, the map is a sum of products. Inductor fuses it, so it reads the
+input in its own dtype and stores no products; a backend that does not fuse stores `B N G C` of them.
 
 B batch, N length, C hidden size, G KV heads.
 """
